@@ -1,0 +1,206 @@
+"""What did the user declare: `shared()`, `copied()` and their annotations, collected from a class."""
+
+from __future__ import annotations
+
+import builtins
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar, get_args, get_origin, overload
+
+import attrs
+
+from zerocopy.errors import DeclarationError
+
+T = TypeVar("T")
+Policy: TypeAlias = Literal["shared", "copied"]
+
+_NOTHING = attrs.NOTHING
+
+
+@attrs.frozen
+class Marker:
+    """What `shared()` or `copied()` leaves in a class body; `@pipeline` decides what it means."""
+
+    policy: Policy
+    device: str | None = None
+    default: Any = attrs.field(factory=lambda: attrs.NOTHING)
+    factory: Callable[[], Any] | None = None
+    validator: Any = None
+    converter: Any = None
+    kw_only: bool | None = None
+
+    def init_options(self) -> dict[str, Any]:
+        """The options that only a generated `__init__` can apply."""
+        unset = {"default": _NOTHING}
+        names = ("default", "factory", "validator", "converter", "kw_only")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not unset.get(name)}
+
+
+@attrs.frozen
+class Field:
+    """One declared attribute of a pipeline class. `device` is None where the loader chooses."""
+
+    name: str
+    policy: Policy
+    device: str | None = None
+
+
+@overload
+def shared(*, device: str | None = ..., validator: Any = ..., kw_only: bool | None = ...) -> Any: ...
+@overload
+def shared(
+    *, default: T, device: str | None = ..., validator: Any = ..., converter: Any = ..., kw_only: bool | None = ...
+) -> T: ...
+@overload
+def shared(
+    *,
+    factory: Callable[[], T],
+    device: str | None = ...,
+    validator: Any = ...,
+    converter: Any = ...,
+    kw_only: bool | None = ...,
+) -> T: ...
+@overload
+def shared(
+    *, converter: Any, device: str | None = ..., validator: Any = ..., kw_only: bool | None = ...
+) -> Any: ...
+def shared(
+    *,
+    device: str | None = None,
+    default: Any = _NOTHING,
+    factory: Callable[[], Any] | None = None,
+    validator: Any = None,
+    converter: Any = None,
+    kw_only: bool | None = None,
+) -> Any:
+    """Declare a field whose tensors and arrays exist once on each node.
+
+    `device` is where the field is loaded (`"cpu"`, `"cuda:0"`, `"auto"`); it wins over the device of `load`, of an actor or
+    of a task. The other options are those of `attrs.field` and need a class without an `__init__` of its own.
+    """
+    return Marker("shared", device, default, factory, validator, converter, kw_only)
+
+
+@overload
+def copied(*, validator: Any = ..., kw_only: bool | None = ...) -> Any: ...
+@overload
+def copied(*, default: T, validator: Any = ..., converter: Any = ..., kw_only: bool | None = ...) -> T: ...
+@overload
+def copied(
+    *, factory: Callable[[], T], validator: Any = ..., converter: Any = ..., kw_only: bool | None = ...
+) -> T: ...
+@overload
+def copied(*, converter: Any, validator: Any = ..., kw_only: bool | None = ...) -> Any: ...
+def copied(
+    *,
+    default: Any = _NOTHING,
+    factory: Callable[[], Any] | None = None,
+    validator: Any = None,
+    converter: Any = None,
+    kw_only: bool | None = None,
+) -> Any:
+    """Declare a field of which every load has a fresh copy of its own.
+
+    The options are those of `attrs.field` and need a class without an `__init__` of its own.
+    """
+    return Marker("copied", None, default, factory, validator, converter, kw_only)
+
+
+Shared: TypeAlias = Annotated[T, Marker("shared")]
+Copied: TypeAlias = Annotated[T, Marker("copied")]
+
+
+class _Unknown:
+    """Stands for a name that exists for type checkers only; any use of it in an annotation is fine."""
+
+    def __getattr__(self, name: str) -> _Unknown:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self
+
+    def __getitem__(self, item: object) -> _Unknown:
+        return self
+
+    def __or__(self, other: object) -> _Unknown:
+        return self
+
+    __ror__ = __or__
+
+    def __call__(self, *args: object, **kwargs: object) -> _Unknown:
+        return self
+
+
+class _LenientNames(dict[str, Any]):
+    """Names as an annotation of `cls` sees them, with `_Unknown` for the missing ones."""
+
+    def __init__(self, cls: type) -> None:
+        module = sys.modules.get(cls.__module__)
+        super().__init__({**vars(builtins), **(vars(module) if module else {}), **vars(cls)})
+
+    def __missing__(self, name: str) -> _Unknown:
+        return _Unknown()
+
+
+def _annotations(cls: type) -> Mapping[str, Any]:
+    if sys.version_info >= (3, 14):
+        import annotationlib
+
+        return annotationlib.get_annotations(cls, format=annotationlib.Format.FORWARDREF)
+    return inspect.get_annotations(cls)
+
+
+def resolve_annotation(annotation: object, cls: type) -> Any:
+    """The object an annotation stands for; names that cannot be found spoil only themselves."""
+    if not isinstance(annotation, str):
+        return annotation
+    try:
+        return eval(annotation, {}, _LenientNames(cls))
+    except Exception:  # an annotation may be any text: one that is not Python declares no policy
+        return _Unknown()
+
+
+def _annotated_marker(annotation: object) -> Marker | None:
+    if get_origin(annotation) is not Annotated:
+        return None
+    return next((item for item in get_args(annotation)[1:] if isinstance(item, Marker)), None)
+
+
+def declared_markers(cls: type) -> dict[str, Marker]:
+    """The markers in the body of `cls` itself, by attribute name, in order of appearance.
+
+    Raises:
+        DeclarationError: two policies for one field, or a policy on a property or a method.
+    """
+    names = list(dict.fromkeys([*_annotations(cls), *vars(cls)]))
+    return {name: marker for name in names if (marker := _marker_of(cls, name)) is not None}
+
+
+def _marker_of(cls: type, name: str) -> Marker | None:
+    annotated = _annotated_marker(resolve_annotation(_annotations(cls).get(name), cls))
+    value = vars(cls).get(name)
+    assigned = value if isinstance(value, Marker) else None
+    if annotated is None:
+        return assigned
+    where = f"Field {name!r} of {cls.__name__}"
+    if isinstance(value, property) or inspect.isroutine(value):
+        kind = "property" if isinstance(value, property) else "method"
+        raise DeclarationError(
+            f"{where} has a policy, but it is a {kind}, which holds no data of its own.",
+            hint=f"annotate the attribute that the {kind} reads instead.",
+            field=name,
+        )
+    if assigned is not None and assigned.policy != annotated.policy:
+        raise DeclarationError(
+            f"{where} has two policies: its annotation says {annotated.policy}, its value {assigned.policy}().",
+            hint="keep one of them.",
+            field=name,
+        )
+    if assigned is None:
+        return annotated
+    return attrs.evolve(assigned, device=assigned.device or annotated.device)
+
+
+def iter_fields(markers: Mapping[str, Marker]) -> Iterator[Field]:
+    for name, marker in markers.items():
+        yield Field(name, marker.policy, marker.device)

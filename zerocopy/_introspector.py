@@ -1,0 +1,253 @@
+"""What does a pipeline share and what does it copy: the two skeletons of a pipeline, and the tensors they refer to.
+
+The *shared* skeleton holds the shared roots: the values of `shared()` fields and the modules found elsewhere. It is made
+once for each publication. The *outer* skeleton is the pipeline around them, with all that is copied; it is small and made
+anew each time the pipeline is passed. Where a mutable object is reachable from both, two skeletons would make two of it:
+then the outer skeleton holds everything but the tensors, and the pipeline is *entangled*.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import attrs
+from torch import nn
+
+from zerocopy import _paths
+from zerocopy._pipeline import fields, is_pipeline_class
+from zerocopy._skeleton import Root, Stripped, Zone, strip
+from zerocopy._tensors import TensorSpec, TensorTable, is_tensor_or_array
+from zerocopy.errors import ArgumentError, DeviceError
+
+
+@attrs.frozen
+class Skeleton:
+    """Pickled bytes, and what they refer to by number: an int is a tensor's index, the rest travels as it is."""
+
+    payload: bytes
+    externals: tuple[Any, ...]
+    count: int = 1
+
+
+@attrs.frozen
+class Outer:
+    """The outer skeleton, and the tensors that it does not share: each load copies their bytes anew.
+
+    Indices from the number of shared tensors on are those of `specs`; storages from the number of shared storages on are
+    those of `storages`.
+    """
+
+    skeleton: Skeleton
+    specs: tuple[TensorSpec, ...]
+    storages: tuple[bytes, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.skeleton.payload) + sum(map(len, self.storages))
+
+
+@attrs.frozen
+class Introspection:
+    """Everything that publishing or planning needs to know of a pipeline. It holds its live objects."""
+
+    pipeline: Any
+    outer: Outer
+    shared: Skeleton
+    table: TensorTable
+    roots: list[Any]
+    root_ends: list[int]  # number of storages in the table after each root
+    entangled: str | None  # the path of an object reachable from both sides
+    private_reasons: list[tuple[Any, str]]
+    devices: dict[int, tuple[str | None, ...]]  # declared devices of a storage's fields, where any is declared
+    known: Known
+    stripped: Stripped  # of the shared skeleton
+
+    def shared_objects(self) -> list[Any]:
+        """Modules, containers and other mutable objects of the shared skeleton."""
+        return list(self.stripped.seen.values())
+
+
+@attrs.frozen
+class Known:
+    """What must be known of published weights to make another outer skeleton over them. Ids of living objects, no references."""
+
+    tensors: dict[int, int]
+    storages: dict[object, int]
+    roots: dict[int, int]
+    mutable: frozenset[int]
+    tensor_count: int
+    storage_count: int
+    whole: bool  # always make one skeleton of everything
+
+
+class UnknownRoot(Exception):
+    """The pipeline has a shared root that its publication does not hold."""
+
+
+def require_pipeline(obj: object, what: str) -> None:
+    """Refuse what holds no models by any declaration.
+
+    Raises:
+        ArgumentError: `obj` is neither an instance of a pipeline class nor an `nn.Module`.
+    """
+    if isinstance(obj, type):
+        raise ArgumentError(f"{what} expects an instance, got the class {obj.__name__!r}.", hint="make an instance of it.")
+    if not (is_pipeline_class(type(obj)) or isinstance(obj, nn.Module)):
+        raise ArgumentError(
+            f"{what} expects a pipeline or an nn.Module, got {type(obj).__name__!r}.",
+            hint=f"mark class {type(obj).__name__!r} with @zerocopy.pipeline.",
+        )
+
+
+def introspect(pipeline: Any) -> Introspection:
+    """Split `pipeline` into its skeletons and its tensors. Nothing is written anywhere.
+
+    Raises:
+        CannotTravelError: something inside cannot leave the process; the error names its path.
+        DeviceError: two fields that share memory declare different devices.
+    """
+    if is_pipeline_class(type(pipeline)):
+        fields(type(pipeline))  # refuses stray declarations before anything is pickled
+    name = _paths.name_of(pipeline)
+    first = strip([pipeline], zone=Zone.AUTO, split=True, name=name)
+    names = [_paths.find(pipeline, root, name) or name for root in first.roots]
+    shared = strip(first.roots, zone=Zone.SHARED, split=False, name=names[0] if len(names) == 1 else name)
+    table, root_ends = _tabulate(shared)
+    common = set(first.seen) & set(shared.seen)
+    entangled = _entanglement(pipeline, first, shared, common, name)
+    mutable = _lasting(shared) if entangled is None else frozenset[int]()
+    roots = {id(root): position for position, root in enumerate(first.roots)}
+    known = Known(
+        table.index, table.storage_index, roots, mutable, len(table.specs), len(table.storages), entangled is not None
+    )
+    return Introspection(
+        pipeline,
+        make_outer(pipeline, known, first),
+        Skeleton(shared.payload, _encode(shared.externals, table, known, whole=True), len(first.roots)),
+        table,
+        first.roots,
+        root_ends,
+        entangled,
+        list(shared.private_reasons.values()),
+        _declared_devices(pipeline, table),
+        known,
+        shared,
+    )
+
+
+def make_outer(pipeline: Any, known: Known, stripped: Stripped | None = None) -> Outer:
+    """The outer skeleton of `pipeline` as it is now, over published weights. `stripped` is its split, where already made.
+
+    Raises:
+        UnknownRoot: the weights do not hold a module or a shared value that the pipeline has now.
+        CannotTravelError: something copied cannot leave the process.
+    """
+    name = _paths.name_of(pipeline)
+    stripped = stripped or strip([pipeline], zone=Zone.AUTO, split=True, name=name)
+    if not all(id(root) in known.roots for root in stripped.roots):
+        raise UnknownRoot
+    whole = known.whole or not known.mutable.isdisjoint(stripped.seen)
+    if whole:
+        stripped = strip([pipeline], zone=Zone.AUTO, split=False, name=name)
+    private = TensorTable(known.storages, known.storage_count)
+    externals = _encode(stripped.externals, private, known, whole=whole)
+    storages = tuple(storage.to_bytes().tobytes() for storage in private.storages)
+    return Outer(Skeleton(stripped.payload, externals), tuple(private.specs), storages)
+
+
+def _encode(externals: Sequence[Any], table: TensorTable, known: Known, *, whole: bool) -> tuple[Any, ...]:
+    """Externals as they travel. Tensors that `known` lacks are added to `table` and numbered after the known ones."""
+    encoded: list[Any] = []
+    for obj in externals:
+        if id(obj) in known.tensors and is_tensor_or_array(obj):
+            encoded.append(known.tensors[id(obj)])
+        elif id(obj) in known.roots and not whole:
+            encoded.append(Root(known.roots[id(obj)]))
+        elif is_tensor_or_array(obj):
+            encoded.append(known.tensor_count + table.add(obj))
+        else:
+            encoded.append(obj)
+    return tuple(encoded)
+
+
+def _tabulate(shared: Stripped) -> tuple[TensorTable, list[int]]:
+    table = TensorTable()
+    root_ends = []
+    start = 0
+    for end in shared.ends:
+        for obj in shared.externals[start:end]:
+            if id(obj) in shared.shared:
+                table.add(obj)
+        root_ends.append(len(table.storages))
+        start = end
+    return table, root_ends
+
+
+def _entanglement(pipeline: Any, outer: Stripped, shared: Stripped, common: set[int], name: str) -> str | None:
+    if shared.has_pipeline:
+        return next(path for path, obj in _paths.walk(pipeline, name) if obj is not pipeline and _is_pipeline(obj))
+    if not common:
+        return None
+    paths = (path for path, obj in _paths.walk(pipeline, name) if id(obj) in common and outer.seen[id(obj)] is obj)
+    return next(paths, name)
+
+
+def _is_pipeline(obj: object) -> bool:
+    return is_pipeline_class(type(obj))
+
+
+def _lasting(stripped: Stripped) -> frozenset[int]:
+    """Ids of the mutable objects that live on after the pickling: not of what reducers made on the way."""
+    baseline = _reference_counts({0: (temporary := []), 1: temporary})[0]  # as by `seen` and by the pickler's memo
+    del temporary
+    return frozenset(key for key, count in _reference_counts(stripped.seen).items() if count > baseline)
+
+
+def _reference_counts(objects: dict[int, Any]) -> dict[int, int]:
+    return {key: sys.getrefcount(obj) for key, obj in objects.items()}
+
+
+def _declared_devices(pipeline: Any, table: TensorTable) -> dict[int, tuple[str | None, ...]]:
+    """The declared devices of the shared fields that reach each storage, where any of them declares one."""
+    if not is_pipeline_class(type(pipeline)):
+        return {}
+    declared = fields(type(pipeline))
+    if not any(field.device for field in declared.values()):
+        return {}
+    devices: dict[int, dict[str, str | None]] = {}
+    for field_name, value in _paths.attributes_of(pipeline).items():
+        field = declared.get(field_name)
+        for index in _reach(value, table.index, field_name):
+            device = field.device if field is not None and field.policy == "shared" else None
+            devices.setdefault(table.specs[index].storage, {})[field_name] = device
+    for storage_devices in devices.values():
+        _require_one_device(storage_devices, _paths.name_of(pipeline))
+    return {
+        storage: tuple(dict.fromkeys(by_field.values())) for storage, by_field in devices.items() if any(by_field.values())
+    }
+
+
+def _require_one_device(by_field: dict[str, str | None], name: str) -> None:
+    declared = {device: field for field, device in by_field.items() if device is not None}
+    if len(declared) > 1:
+        (one, first), (two, second), *_ = declared.items()
+        raise DeviceError(
+            f"Fields {first!r} and {second!r} of {name} share memory but declare the devices {one!r} and {two!r}.",
+            hint="give tied fields one device.",
+        )
+
+
+def _reach(value: Any, index: dict[int, int], name: str) -> set[int]:
+    """Indices of the tensors that can be reached from `value`."""
+    stripped = strip([value], zone=Zone.SHARED, split=False, name=name, allow_meta=True)
+    return {index[id(obj)] for obj in stripped.externals if id(obj) in index}
+
+
+def reach(values: Sequence[Any], tensors: Sequence[Any]) -> set[int]:
+    """Positions in `tensors` of those that can be reached from `values`."""
+    index = {id(tensor): position for position, tensor in enumerate(tensors)}
+    return _reach(list(values), index, "fields")
+
+

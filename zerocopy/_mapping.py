@@ -1,0 +1,209 @@
+"""How is store memory mapped privately: copy-on-write, so that the operating system keeps workers apart.
+
+Ray maps the store's file shared and writable into every process and closes the descriptor. The raylet keeps it open, so
+a process of the same user can open it again through `/proc/<raylet>/fd` and map the same bytes with `MAP_PRIVATE`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from zerocopy.errors import IsolationError, IsolationWarning
+
+REQUIRE_ISOLATION = "ZEROCOPY_REQUIRE_ISOLATION"
+MAP_NORESERVE = 0x4000  # not in Python's mmap module before 3.13; the same on every Linux architecture that Ray supports
+
+MAP_FIXED = 0x10
+DETACH_BYTES = 16 << 20  # copied at a time when a mapping is detached; a multiple of every page size
+
+
+class MappingImpossible(Exception):
+    """Says why this process cannot map store memory privately."""
+
+
+class Mapping(NamedTuple):
+    """Mapped memory and where each of the given buffers starts in it."""
+
+    memory: Any
+    offsets: list[int]
+
+
+class _Interval(NamedTuple):
+    """A line of /proc/self/maps."""
+
+    start: int
+    end: int
+    file_offset: int
+    device: int
+    inode: int
+
+
+class PrivateMap(mmap.mmap):
+    """A private mapping that keeps Ray's buffers referenced: that pins the object in the store."""
+
+    pinned: Sequence[Any]
+
+    def detach(self) -> None:
+        """Put anonymous memory with the same bytes in the place of the mapping: views of it stay as they are."""
+        start = np.frombuffer(self, np.uint8).__array_interface__["data"][0]
+        for offset in range(0, len(self), DETACH_BYTES):
+            content = self[offset : offset + DETACH_BYTES]
+            _map_anonymous(start + offset, len(content))
+            self[offset : offset + len(content)] = content
+        self.pinned = ()
+
+
+def _map_anonymous(address: int, nbytes: int) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_FIXED
+    if libc.mmap(address, nbytes, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0) != address:
+        raise OSError(ctypes.get_errno(), "mmap refused private memory")
+
+
+class _Alias:
+    """Ray's own mapping, seen through ctypes, for which no buffer is read-only."""
+
+    @staticmethod
+    def over(address: int, nbytes: int, keep: object) -> Any:
+        alias = (ctypes.c_char * nbytes).from_address(address)
+        alias.keep = keep  # type: ignore[attr-defined]
+        return alias
+
+
+_intervals: list[_Interval] = []
+_descriptors: dict[tuple[int, int], str] = {}
+_warned: set[str] = set()
+
+
+def map_private(buffers: Sequence[Any], *, writable: bool = True, required: bool = False) -> Mapping:
+    """Map the store memory that `buffers` (all of one object of the store) lie in once more, private to this process.
+
+    Args:
+        buffers: readable buffers as `ray.get` returned them, not empty. The first one must be unique to the object: it
+            proves that the right file was found.
+        writable: False for a read-only mapping, the right source for copies to a GPU: drivers pin the source with write
+            intent, which would make the kernel copy each page of a writable private mapping.
+        required: raise instead of falling back to Ray's own, shared mapping.
+
+    Raises:
+        IsolationError: no private mapping is possible, and one is required here or by ZEROCOPY_REQUIRE_ISOLATION=1.
+    """
+    views = [np.frombuffer(buffer, np.uint8) for buffer in buffers]
+    starts = [view.__array_interface__["data"][0] for view in views]
+    end = max(start + view.nbytes for start, view in zip(starts, views, strict=True))
+    try:
+        memory, first = _map(min(starts), end, writable)
+        if bytes(memoryview(memory)[starts[0] - first : starts[0] - first + views[0].nbytes]) != views[0].tobytes():
+            raise MappingImpossible("the store's file does not hold the expected bytes")
+        memory.pinned = buffers
+    except (MappingImpossible, OSError, ValueError) as error:
+        _report(str(error), required)
+        first = min(starts)
+        memory = _Alias.over(first, end - first, buffers)
+    if not writable and isinstance(memory, mmap.mmap):
+        readable = np.frombuffer(memory, np.uint8)
+        memory = _Alias.over(readable.__array_interface__["data"][0], readable.nbytes, memory)
+    return Mapping(memory, [start - first for start in starts])
+
+
+def _report(reason: str, required: bool) -> None:
+    if required or os.environ.get(REQUIRE_ISOLATION, "0") not in ("", "0"):
+        raise IsolationError(
+            f"The object store cannot be mapped privately in this process: {reason}.",
+            hint=f"unset {REQUIRE_ISOLATION} to accept that writes to a loaded pipeline reach every worker.",
+        )
+    if reason not in _warned:
+        _warned.add(reason)
+        warnings.warn(
+            f"zerocopy cannot map the object store privately in this process: {reason}. Loaded pipelines still share "
+            f"their weights, but a write to them reaches every worker. Set {REQUIRE_ISOLATION}=1 to refuse instead.",
+            IsolationWarning,
+            stacklevel=2,
+        )
+
+
+def _map(start: int, end: int, writable: bool) -> tuple[PrivateMap, int]:
+    """Map [start, end) of this process' address space anew; also the address that the new memory's first byte stands for."""
+    if sys.platform != "linux":
+        raise MappingImpossible(f"{sys.platform} has no /proc")
+    interval = _interval_of(start, end)
+    descriptor = _open(interval)
+    try:
+        first = start - start % mmap.PAGESIZE
+        length = -(-(end - first) // mmap.PAGESIZE) * mmap.PAGESIZE
+        memory = PrivateMap(
+            descriptor,
+            length,
+            flags=mmap.MAP_PRIVATE | MAP_NORESERVE,
+            prot=mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0),
+            offset=interval.file_offset + first - interval.start,
+        )
+    finally:
+        os.close(descriptor)
+    return memory, first
+
+
+def _interval_of(start: int, end: int) -> _Interval:
+    for attempt in range(2):
+        if attempt:
+            _intervals[:] = _read_intervals()
+        for interval in _intervals:
+            if interval.start <= start and end <= interval.end:
+                return interval
+    raise MappingImpossible("the object does not lie in a mapped file")
+
+
+def _read_intervals() -> Iterator[_Interval]:
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        addresses, mode, offset, device, inode = line.split(maxsplit=5)[:5]
+        if mode.endswith("s") and inode != "0":
+            start, end = (int(address, 16) for address in addresses.split("-"))
+            major, minor = (int(part, 16) for part in device.split(":"))
+            yield _Interval(start, end, int(offset, 16), os.makedev(major, minor), int(inode))
+
+
+def _open(interval: _Interval) -> int:
+    key = interval.device, interval.inode
+    candidates = [_descriptors[key]] if key in _descriptors else []
+    for path in (*candidates, *_raylet_descriptors()):
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:  # closed meanwhile, or a socket
+            continue
+        status = os.fstat(descriptor)
+        if (status.st_dev, status.st_ino) == key:
+            _descriptors[key] = path
+            return descriptor
+        os.close(descriptor)
+    _intervals.clear()
+    raise MappingImpossible("no raylet of this user has the store's file open")
+
+
+def _raylet_descriptors() -> Iterator[str]:
+    """Paths of the open files of every raylet, this process' parent first."""
+    parent = os.getppid()
+    others = sorted(int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit())
+    for pid in sorted(others, key=lambda pid: pid != parent):
+        try:
+            if Path(f"/proc/{pid}/comm").read_text().strip() != "raylet":
+                continue
+            entries = list(os.scandir(f"/proc/{pid}/fd"))
+        except OSError:  # ended meanwhile, or another user's
+            continue
+        for entry in entries:
+            try:
+                if os.readlink(entry.path).startswith("/"):
+                    yield entry.path
+            except OSError:
+                continue

@@ -1,0 +1,31 @@
+"""What happens when Ray serializes a pipeline: it travels as a publication and arrives loaded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ray.cloudpickle
+
+from zerocopy import _store
+from zerocopy._pipeline import observe_pipeline_classes
+from zerocopy._publication import Publication
+from zerocopy._publishing import publish_automatically
+
+
+def _reduce(pipeline: Any) -> Any:
+    if not _store.is_running():
+        return pipeline.__reduce_ex__(5)
+    _store.refuse_out_of_band(f"A pipeline of class {type(pipeline).__name__}")
+    return _load, (publish_automatically(pipeline),)
+
+
+def _load(publication: Publication) -> Any:
+    return publication.load()
+
+
+def _register(cls: type) -> None:
+    # What ray.util.register_serializer does, for a process that is not connected yet; receivers need no registration.
+    ray.cloudpickle.CloudPickler.dispatch[cls] = _reduce
+
+
+observe_pipeline_classes(_register)

@@ -1,0 +1,107 @@
+"""Where in an object does a thing sit: attributes without evaluating a property, and paths in words."""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+_LEAVES = (
+    str, bytes, bytearray, int, float, complex, type(None), type, types.ModuleType, torch.Tensor, np.ndarray, np.generic,
+    torch.dtype, torch.device, types.BuiltinFunctionType, types.CodeType,
+)  # fmt: skip
+
+
+@functools.cache
+def _module_internals() -> frozenset[str]:
+    """What every `nn.Module` keeps for itself: `training`, the hooks, the three dicts of its members."""
+    return frozenset(vars(nn.Module()))
+
+
+def _slot_names(cls: type) -> Iterator[str]:
+    for base in cls.__mro__:
+        for name, value in vars(base).items():
+            if isinstance(value, types.MemberDescriptorType):
+                yield name
+
+
+def member_dicts(obj: object) -> Iterator[dict[str, Any]]:
+    """The dicts in which `obj` holds its attributes; more than one for an `nn.Module`."""
+    own = getattr(obj, "__dict__", None)
+    if not isinstance(own, dict):
+        return
+    yield own
+    if isinstance(obj, nn.Module):
+        yield from (own[name] for name in ("_modules", "_parameters", "_buffers") if name in own)
+
+
+def attributes_of(obj: object) -> dict[str, Any]:
+    """The data attributes of `obj` by name, from its dicts and slots. No property is evaluated."""
+    hidden = _module_internals() if isinstance(obj, nn.Module) else frozenset[str]()
+    found = {name: value for members in member_dicts(obj) for name, value in members.items() if name not in hidden}
+    for name in _slot_names(type(obj)):
+        if name not in found and hasattr(obj, name):
+            found[name] = getattr(obj, name)
+    return found
+
+
+def _step(name: str) -> str:
+    return f"[{name}]" if name.isdigit() else f".{name}"
+
+
+def _children(obj: object) -> Iterable[tuple[str, object]]:
+    if isinstance(obj, Mapping):
+        items = [(f"[{key!r}]", value) for key, value in obj.items()]
+        return items + [(f"[{key!r}]", key) for key in obj if not isinstance(key, _LEAVES)]
+    if isinstance(obj, (list, tuple, deque)):
+        members = [(f"[{position}]", value) for position, value in enumerate(obj)]
+        return members + [(_step(name), value) for name, value in attributes_of(obj).items()]
+    if isinstance(obj, (set, frozenset)):
+        return [(f"{{{value!r}}}", value) for value in obj]
+    if isinstance(obj, functools.partial):
+        return [(".func", obj.func), (".args", obj.args), (".keywords", obj.keywords)]
+    if isinstance(obj, types.MethodType):
+        return [(".__self__", obj.__self__), (".__func__", obj.__func__)]
+    if isinstance(obj, types.FunctionType):
+        cells = zip(obj.__code__.co_freevars, obj.__closure__ or (), strict=True)
+        closure = [(f".<closure {name!r}>", cell.cell_contents) for name, cell in cells if not _is_empty(cell)]
+        used = [(f".<global {name!r}>", obj.__globals__[name]) for name in obj.__code__.co_names if name in obj.__globals__]
+        return [*closure, *used, (".__defaults__", obj.__defaults__)]
+    return [(_step(name), value) for name, value in attributes_of(obj).items()]
+
+
+def _is_empty(cell: types.CellType) -> bool:
+    try:
+        _ = cell.cell_contents
+    except ValueError:
+        return True
+    return False
+
+
+def walk(root: object, name: str) -> Iterator[tuple[str, object]]:
+    """Every path and object below `root`, nearest first. A container is entered once, a leaf is met at each of its paths."""
+    queue: deque[tuple[str, object]] = deque([(name, root)])
+    entered = set()
+    while queue:
+        path, obj = queue.popleft()
+        yield path, obj
+        if isinstance(obj, _LEAVES) or id(obj) in entered:
+            continue
+        entered.add(id(obj))
+        queue.extend((path + step, child) for step, child in _children(obj))
+
+
+def find(root: object, target: object, name: str) -> str | None:
+    """The shortest path from `root`, called `name`, to `target`."""
+    return next((path for path, obj in walk(root, name) if obj is target), None)
+
+
+def name_of(pipeline: object) -> str:
+    """What paths into `pipeline` start with."""
+    return type(pipeline).__name__.lower()

@@ -1,0 +1,224 @@
+"""What will be shared: frozen records without any tensor, and how they print."""
+
+from __future__ import annotations
+
+import html
+import io
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+import attrs
+import numpy as np
+import torch
+
+from zerocopy import _paths
+from zerocopy._fields import Policy
+from zerocopy._introspector import Introspection, introspect, require_pipeline
+from zerocopy._pipeline import is_pipeline_class
+from zerocopy._tensors import is_tensor_or_array
+
+
+@attrs.frozen
+class PlanEntry:
+    """One part of a pipeline.
+
+    Attributes:
+        path: where it sits, such as `search.encoder`.
+        policy: `"shared"` or `"copied"`.
+        kind: the name of its type.
+        tensors: how many tensors and arrays it holds.
+        bytes: shared: bytes of storages first met here. Copied: bytes of the pickled value.
+        dtypes: of its tensors and arrays, sorted.
+        ties: `a = b` for each pair of paths at which one tensor, or one memory, is held twice.
+        note: why something is not shared, or empty.
+    """
+
+    path: str
+    policy: Policy
+    kind: str
+    tensors: int
+    bytes: int
+    dtypes: tuple[str, ...] = ()
+    ties: tuple[str, ...] = ()
+    note: str = ""
+
+
+@attrs.frozen(repr=False)
+class SharePlan:
+    """What publishing a pipeline would share and copy. Prints as a table, in a notebook as HTML.
+
+    Attributes:
+        name: what paths start with.
+        entries: one for each shared part and each copied attribute.
+        shared_bytes: bytes that exist once on each node.
+        copied_bytes: bytes that each load copies.
+        entangled: the path of a mutable object reachable from a shared and a copied part, or None. Such a pipeline is
+            loaded whole for each call.
+    """
+
+    name: str
+    entries: tuple[PlanEntry, ...]
+    shared_bytes: int
+    copied_bytes: int
+    entangled: str | None = None
+
+    def __str__(self) -> str:
+        from rich.box import SIMPLE_HEAD
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(box=SIMPLE_HEAD, title=self._title(), title_justify="left", caption=self._caption() or None)
+        table.caption_justify = "left"
+        for header in _HEADERS:
+            table.add_column(header, justify="right" if header in ("tensors", "bytes") else "left", overflow="fold")
+        for row in self._rows():
+            table.add_row(*row)
+        console = Console(file=io.StringIO(), width=120, highlight=False, markup=False, emoji=False)
+        console.print(table)
+        text = console.file.getvalue()  # type: ignore[attr-defined]
+        return "\n".join(line.rstrip() for line in text.splitlines()).strip("\n")
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        head = "".join(f"<th>{header}</th>" for header in _HEADERS)
+        rows = "".join(
+            "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in self._rows()
+        )
+        caption = html.escape(f"{self._title()} {self._caption()}".strip())
+        return f"<table><caption>{caption}</caption><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+
+    def _title(self) -> str:
+        return f"{self.name}: {format_bytes(self.shared_bytes)} shared once a node, {format_bytes(self.copied_bytes)} copied"
+
+    def _caption(self) -> str:
+        if self.entangled is None:
+            return ""
+        return f"Loaded whole for each call: {self.entangled!r} is reachable from both a shared and a copied part."
+
+    def _rows(self) -> Iterator[tuple[str, ...]]:
+        for entry in self.entries:
+            remarks = "; ".join([*entry.ties, *([entry.note] if entry.note else [])])
+            yield (
+                entry.path,
+                entry.policy,
+                entry.kind,
+                str(entry.tensors),
+                format_bytes(entry.bytes),
+                ", ".join(entry.dtypes),
+                remarks,
+            )
+
+
+_HEADERS = ("path", "policy", "kind", "tensors", "bytes", "dtypes", "ties and notes")
+
+
+def format_bytes(count: int) -> str:
+    """`count` bytes in the largest decimal unit that leaves a number of at least one."""
+    size = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
+
+
+def plan(pipeline: Any) -> SharePlan:
+    """What publishing `pipeline` would share and copy. Needs no Ray and writes nothing.
+
+    Raises:
+        ArgumentError: `pipeline` is neither an instance of a pipeline class nor an `nn.Module`.
+        CannotTravelError: something inside cannot leave the process; the error names its path.
+    """
+    require_pipeline(pipeline, "zerocopy.plan")
+    found = introspect(pipeline)
+    entries = (*_shared_entries(found), *_copied_entries(found))
+    shared_bytes = sum(storage.nbytes for storage in found.table.storages)
+    return SharePlan(_paths.name_of(pipeline), entries, shared_bytes, found.outer.nbytes, found.entangled)
+
+
+def _shared_entries(found: Introspection) -> Iterator[PlanEntry]:
+    name = _paths.name_of(found.pipeline)
+    paths = _tensor_paths(found, name)
+    start = 0
+    for root, end in zip(found.roots, found.root_ends, strict=True):
+        path = _paths.find(found.pipeline, root, name) or name
+        indices = sorted({found.table.index[key] for key in _ids_below(root, path) if key in found.table.index})
+        yield PlanEntry(
+            path,
+            "shared",
+            type(root).__name__,
+            len(indices),
+            sum(storage.nbytes for storage in found.table.storages[start:end]),
+            tuple(sorted({_dtype_name(found.table.specs[index].dtype) for index in indices})),
+            tuple(_ties(found, indices, paths)),
+            "; ".join(_notes(found, root, path)),
+        )
+        start = end
+
+
+def _ids_below(root: Any, path: str) -> set[int]:
+    return {id(obj) for _, obj in _paths.walk(root, path)}
+
+
+def _tensor_paths(found: Introspection, name: str) -> dict[int, list[str]]:
+    paths: dict[int, list[str]] = defaultdict(list)
+    for path, obj in _paths.walk(found.pipeline, name):
+        if is_tensor_or_array(obj) and id(obj) in found.table.index:
+            paths[found.table.index[id(obj)]].append(path)
+    return paths
+
+
+def _ties(found: Introspection, indices: list[int], paths: dict[int, list[str]]) -> Iterator[str]:
+    by_storage: dict[int, list[str]] = defaultdict(list)
+    for index, spec in enumerate(found.table.specs):
+        by_storage[spec.storage].extend(paths[index])
+    for storage in dict.fromkeys(found.table.specs[index].storage for index in indices):
+        tied = by_storage[storage]
+        if len(tied) > 1:
+            yield " = ".join(tied)
+
+
+def _notes(found: Introspection, root: Any, path: str) -> Iterator[str]:
+    reasons = {id(obj): reason for obj, reason in found.private_reasons}
+    for below, obj in _paths.walk(root, path):
+        if id(obj) in reasons:
+            yield f"{below} is copied: {reasons[id(obj)]}"
+
+
+def _dtype_name(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _copied_entries(found: Introspection) -> Iterator[PlanEntry]:
+    if not is_pipeline_class(type(found.pipeline)):
+        return
+    name = _paths.name_of(found.pipeline)
+    roots = {id(root) for root in found.roots}
+    for attribute, value in _paths.attributes_of(found.pipeline).items():
+        if id(value) in roots:
+            continue
+        below = [obj for _, obj in _paths.walk(value, attribute) if is_tensor_or_array(obj)]
+        private = {id(obj): obj for obj in below if id(obj) not in found.table.index}.values()
+        yield PlanEntry(
+            f"{name}.{attribute}",
+            "copied",
+            type(value).__name__,
+            len(private),
+            _copied_bytes(found, value, attribute),
+            tuple(sorted({_dtype_name(obj.dtype) for obj in private})),
+        )
+
+
+def _copied_bytes(found: Introspection, value: Any, name: str) -> int:
+    from zerocopy._skeleton import Zone, strip
+
+    stripped = strip([value], zone=Zone.AUTO, split=True, name=name)
+    tensors = {id(obj): obj for obj in stripped.externals if is_tensor_or_array(obj)}
+    inside = sum(_nbytes(obj) for key, obj in tensors.items() if key not in found.table.index)
+    return len(stripped.payload) + inside
+
+
+def _nbytes(obj: torch.Tensor | np.ndarray[Any, Any]) -> int:
+    return int(obj.nbytes)

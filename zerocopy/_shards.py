@@ -1,0 +1,171 @@
+"""How are storages grouped into objects of the store, and found there again."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import pickle
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import attrs
+import numpy as np
+import ray
+
+from zerocopy import _store
+from zerocopy._introspector import Skeleton
+from zerocopy._mapping import Mapping as MappedMemory
+from zerocopy._mapping import map_private
+from zerocopy._tensors import Region, Storage, TensorSpec
+
+MB = 1 << 20
+TARGET_SHARD = 64 * MB  # a shard is cut when it would grow beyond this, or beyond an eighth of all if that is more
+FIELD_SHARD = 4 * MB  # ... or at the end of a shared root, when it has at least this
+PACKED = MB // 4  # a storage below this is copied into a pack: every buffer of its own costs some 0.1 ms
+PACKS_PER_SHARD = 16 * MB  # bounds the heap that packs take while publishing
+ALIGNMENT = 64
+NONCE_BYTES = 16
+
+
+class Location(NamedTuple):
+    """Where the bytes of a storage are: from `offset` on in a buffer of a shard. The shard is -1 where there are no bytes."""
+
+    shard: int
+    buffer: int
+    offset: int
+    nbytes: int
+
+
+@attrs.frozen
+class Manifest:
+    """What a publication keeps in the store: descriptions of all shared tensors, the shared skeleton, and where bytes are."""
+
+    specs: tuple[TensorSpec, ...]
+    locations: tuple[Location, ...]
+    devices: Mapping[int, tuple[str | None, ...]]
+    skeleton: Skeleton
+    shards: tuple[ray.ObjectRef, ...]
+
+
+class Placement(NamedTuple):
+    """A storage's place in the store, good as long as `shard` is referenced."""
+
+    shard: ray.ObjectRef
+    buffer: int
+    offset: int
+
+
+def group(sizes: Sequence[int], root_ends: Iterable[int]) -> list[list[int]]:
+    """Indices of the storages of each shard, in order, given the sizes of all and the ends of their roots."""
+    target = max(TARGET_SHARD, sum(sizes) // 8)
+    ends = set(root_ends)
+    shards: list[list[int]] = [[]]
+    total = packed = 0
+    for index, size in enumerate(sizes):
+        too_large = total + size > target or packed > PACKS_PER_SHARD
+        if shards[-1] and (too_large or (index in ends and total >= FIELD_SHARD)):
+            shards.append([])
+            total = packed = 0
+        shards[-1].append(index)
+        total += size
+        packed += size if size < PACKED else 0
+    return [shard for shard in shards if any(sizes[index] for index in shard)]
+
+
+def put_storages(
+    storages: Sequence[Storage], root_ends: Iterable[int], stored: Mapping[object, Placement]
+) -> list[Placement | None]:
+    """Write storages to the store, shard by shard, each from where it is. Those in `stored` are there already.
+
+    Returns:
+        The place of each storage, None for one without bytes.
+    """
+    placements = [stored.get(storage.key) for storage in storages]
+    sizes = [0 if placement else storage.nbytes for placement, storage in zip(placements, storages, strict=True)]
+    for shard in group(sizes, root_ends):
+        members = [index for index in shard if sizes[index]]
+        buffers, places = _lay_out([storages[index] for index in members])
+        ref = _store.put(buffers)
+        for index, (buffer, offset) in zip(members, places, strict=True):
+            placements[index] = Placement(ref, buffer, offset)
+    return placements
+
+
+def _lay_out(storages: Sequence[Storage]) -> tuple[list[pickle.PickleBuffer], list[tuple[int, int]]]:
+    """The buffers of one shard, a nonce first, the pack of small storages last; and where each storage is."""
+    buffers = [pickle.PickleBuffer(os.urandom(NONCE_BYTES))]
+    large = sum(storage.nbytes >= PACKED for storage in storages)
+    pack = bytearray()
+    places = []
+    for storage in storages:
+        if storage.nbytes >= PACKED:
+            places.append((len(buffers), 0))
+            buffers.append(pickle.PickleBuffer(storage.to_bytes()))
+        else:
+            pack.extend(bytes(-len(pack) % ALIGNMENT))
+            places.append((1 + large, len(pack)))
+            pack.extend(memoryview(storage.to_bytes()))
+    return ([*buffers, pickle.PickleBuffer(pack)] if pack else buffers), places
+
+
+def locate(
+    storages: Sequence[Storage], placements: Sequence[Placement | None]
+) -> tuple[tuple[Location, ...], tuple[ray.ObjectRef, ...]]:
+    """Placements in the form that a manifest keeps: shards once each, and locations that number them."""
+    shards: dict[ray.ObjectRef, int] = {}
+    locations = []
+    for storage, placement in zip(storages, placements, strict=True):
+        if placement is None:
+            locations.append(Location(-1, 0, 0, 0))
+        else:
+            shard = shards.setdefault(placement.shard, len(shards))
+            locations.append(Location(shard, placement.buffer, placement.offset, storage.nbytes))
+    return tuple(locations), tuple(shards)
+
+
+class StoredMemory:
+    """The memory of a manifest's storages in this process: mapped anew for each load."""
+
+    def __init__(self, manifest: Manifest, needed: Iterable[int], *, require_isolation: bool) -> None:
+        self._locations = manifest.locations
+        self._require_isolation = require_isolation
+        shards = sorted({manifest.locations[storage].shard for storage in needed} - {-1})
+        buffers = _store.get_all([manifest.shards[shard] for shard in shards])
+        self._buffers: dict[int, list[Any]] = dict(zip(shards, buffers, strict=True))
+        self._mapped: dict[tuple[int, bool], MappedMemory] = {}
+
+    def region(self, storage: int, *, writable: bool) -> Region:
+        """The bytes of a storage, private to this load; not `writable` is the source for a copy to another device."""
+        shard, buffer, offset, nbytes = self._locations[storage]
+        if shard < 0:
+            return Region(b"", 0, 0)
+        mapped = self._mapped.get((shard, writable))
+        if mapped is None:
+            mapped = map_private(self._buffers[shard], writable=writable, required=self._require_isolation)
+            self._mapped[shard, writable] = mapped
+        return Region(mapped.memory, mapped.offsets[buffer] + offset, nbytes)
+
+    def mappings(self) -> Iterator[Any]:
+        """The writable memory that was mapped so far."""
+        return (mapped.memory for (_, writable), mapped in self._mapped.items() if writable)
+
+    def holds(self, storage: int, content: np.ndarray[Any, Any]) -> bool:
+        """Whether a storage has exactly these bytes in the store."""
+        shard, buffer, offset, nbytes = self._locations[storage]
+        if nbytes != content.nbytes:
+            return False
+        if nbytes == 0:
+            return True
+        stored = np.frombuffer(self._buffers[shard][buffer], np.uint8)
+        return _is_equal(_address(stored) + offset, _address(content), nbytes)
+
+
+def _address(array: np.ndarray[Any, Any]) -> int:
+    return int(array.__array_interface__["data"][0])
+
+
+_memcmp: Callable[[ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t], int] = ctypes.CDLL(None).memcmp
+
+
+def _is_equal(first: int, second: int, nbytes: int) -> bool:
+    return _memcmp(ctypes.c_void_p(first), ctypes.c_void_p(second), ctypes.c_size_t(nbytes)) == 0

@@ -1,0 +1,322 @@
+"""How is an object split from its tensors, and joined again.
+
+`strip` is a pickler that writes a number instead of each tensor (and of each other thing that must travel beside the
+bytes); what remains is the skeleton. `graft` is its inverse. Because it is pickle that walks, everything that pickle would
+meet is met, at any depth, identity is kept and no property is evaluated.
+"""
+
+from __future__ import annotations
+
+import datetime
+import decimal
+import enum
+import fractions
+import io
+import pathlib
+import pickle
+import types
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import attrs
+import numpy as np
+import ray
+import ray.actor
+import ray.cloudpickle
+import torch
+from torch import nn
+
+from zerocopy import _paths
+from zerocopy._pipeline import fields, is_pipeline_class
+from zerocopy._tensors import is_meta, why_not_shareable
+from zerocopy.errors import CannotTravelError, ZeroCopyError
+
+
+class Zone(enum.Enum):
+    """Which policy rules the place that the pickler has reached."""
+
+    AUTO = "modules are shared, all else is copied"
+    SHARED = "tensors and arrays are shared"
+    COPIED = "all is copied"
+
+
+class _Role(enum.Enum):
+    ATOM = enum.auto()  # immutable: copies of it cannot be told apart
+    TENSOR = enum.auto()
+    PIPELINE = enum.auto()
+    MODULE = enum.auto()
+    PASSENGER = enum.auto()  # travels beside the skeleton, so that Ray counts its references
+    SWITCH = enum.auto()
+    SLOT = enum.auto()
+    OTHER = enum.auto()
+
+
+_ATOMS = (
+    str, bytes, int, float, complex, bool, type(None), type(...), type(NotImplemented), tuple, frozenset, range, slice, type,
+    types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType, types.CodeType, types.CellType,
+    types.MethodWrapperType, types.WrapperDescriptorType, types.MethodDescriptorType, types.GetSetDescriptorType, property,
+    torch.dtype, torch.layout, torch.memory_format, torch.device, torch.Size, np.dtype, np.generic, enum.Enum,
+    pathlib.PurePath, datetime.date, datetime.time, datetime.timedelta, datetime.tzinfo, decimal.Decimal,
+    fractions.Fraction,
+)  # fmt: skip
+
+_SCALARS = frozenset({str, int, float, bool, type(None), bytes, complex})
+
+_passengers: list[type] = [ray.ObjectRef, ray.actor.ActorHandle]
+_roles: dict[type, _Role] = {}
+
+
+def add_passenger(cls: type) -> None:
+    """Let instances of `cls` travel beside a skeleton instead of inside it."""
+    _passengers.append(cls)
+
+
+def _role_of(cls: type) -> _Role:
+    role = _roles.get(cls)
+    if role is None:
+        role = _classify(cls)
+        _roles[cls] = role
+    return role
+
+
+def _classify(cls: type) -> _Role:
+    if issubclass(cls, (torch.Tensor, np.ndarray)):
+        return _Role.TENSOR
+    if issubclass(cls, tuple(_passengers)):
+        return _Role.PASSENGER
+    if issubclass(cls, _Switch):
+        return _Role.SWITCH
+    if issubclass(cls, _Slot):
+        return _Role.SLOT
+    if is_pipeline_class(cls):
+        return _Role.PIPELINE
+    if issubclass(cls, nn.Module):
+        return _Role.MODULE
+    return _Role.ATOM if issubclass(cls, _ATOMS) else _Role.OTHER
+
+
+class Root(NamedTuple):
+    """An external that is the object number `position` of the shared skeleton."""
+
+    position: int
+
+
+class _Switch(NamedTuple):
+    """Written between objects, so that the pickler changes its zone on the way; unpickled as None."""
+
+    zone: Zone
+
+
+class _Slot(NamedTuple):
+    """Stands for a tensor that carries Python attributes, while its reducer writes those."""
+
+    tensor: Any
+
+
+@attrs.frozen
+class Stripped:
+    """What a strip found. All objects are alive and in order of their first appearance.
+
+    `externals[number]` is the object that the payload refers to by `number`; number 0 is None. `ends` are the lengths of
+    `externals` after each of the stripped objects.
+    """
+
+    payload: bytes
+    externals: list[Any]
+    ends: list[int]
+    shared: set[int]  # ids of tensors met in the zone SHARED
+    roots: list[Any]  # where the strip stopped for them, in order of their first appearance
+    private_reasons: dict[int, tuple[Any, str]]  # tensors of the zone SHARED that cannot be shared, by id
+    has_pipeline: bool
+    seen: dict[int, Any]  # mutable objects inside the payload, by id
+    memo_holder: Any  # keeps temporary objects alive: no id in `seen` is used twice
+
+
+def strip(objects: Sequence[Any], *, zone: Zone, split: bool, name: str, allow_meta: bool = False) -> Stripped:
+    """Pickle `objects` one after the other, with one memo, without what must travel beside them.
+
+    Args:
+        split: stop at shared roots too: at values of `shared()` fields, and at modules in the zone AUTO.
+        name: what paths in errors start with.
+        allow_meta: accept tensors without data.
+
+    Raises:
+        CannotTravelError: something inside cannot be pickled; the error names its path.
+    """
+    file = io.BytesIO()
+    stripper = _Stripper(file, zone, split, allow_meta)
+    ends = []
+    try:
+        for obj in objects:
+            stripper.dump(obj)
+            ends.append(len(stripper.externals))
+    except ZeroCopyError:
+        raise
+    except Exception as error:
+        raise _cannot_travel(stripper.last, objects, name, error) from error
+    if stripper.refused is not None:
+        raise _cannot_travel(stripper.refused, objects, name, None)
+    return Stripped(
+        file.getvalue(), stripper.externals, ends, stripper.shared, stripper.roots, stripper.private_reasons,
+        stripper.has_pipeline, stripper.seen, stripper,
+    )  # fmt: skip
+
+
+def graft(payload: bytes, externals: Sequence[Any], count: int = 1) -> list[Any]:
+    """Rebuild the `count` objects of a stripped payload around `externals`. The inverse of `strip`."""
+    unpickler = pickle.Unpickler(io.BytesIO(payload))
+    unpickler.persistent_load = externals.__getitem__  # type: ignore[assignment]
+    return [unpickler.load() for _ in range(count)]
+
+
+def _cannot_travel(culprit: object, objects: Sequence[Any], name: str, error: Exception | None) -> CannotTravelError:
+    top = objects[0] if len(objects) == 1 else list(objects)
+    path = _paths.find(top, culprit, name) or f"{name} (below one of its attributes)"
+    kind = type(culprit).__name__
+    if is_meta(culprit):
+        return CannotTravelError(
+            f"{path!r} is a meta tensor: it has no data to share.",
+            hint="materialize it with to_empty() or load its weights first.",
+            path=path,
+            kind=kind,
+        )
+    return CannotTravelError(
+        f"{path!r} is {_article(kind)} {kind!r}, which cannot leave its process: {error}.",
+        hint="leave it out with __getstate__, or make it where it is used.",
+        path=path,
+        kind=kind,
+    )
+
+
+def _article(word: str) -> str:
+    return "an" if word[:1].lower() in "aeiou" else "a"
+
+
+class _Stripper(ray.cloudpickle.CloudPickler):  # type: ignore[misc]
+    def __init__(self, file: io.BytesIO, zone: Zone, split: bool, allow_meta: bool) -> None:
+        super().__init__(file, protocol=5)
+        self.zone = zone
+        self.split = split
+        self.allow_meta = allow_meta
+        self.externals: list[Any] = [None]
+        self.shared: set[int] = set()
+        self.roots: list[Any] = []
+        self.private_reasons: dict[int, tuple[Any, str]] = {}
+        self.has_pipeline = False
+        self.seen: dict[int, Any] = {}
+        self.last: object = None
+        self.refused: object = None
+        self._numbers: dict[int, int] = {}
+        self._declared_roots: set[int] = set()
+        self._visits: dict[int, int] = {}
+
+    def persistent_id(self, obj: Any) -> int | None:
+        cls = type(obj)
+        if cls in _SCALARS:
+            return None
+        role = _roles.get(cls) or _role_of(cls)
+        if role is _Role.SWITCH:
+            self.zone = obj.zone
+            return 0
+        if role is _Role.SLOT:
+            return self._numbers[id(obj.tensor)]
+        self.last = obj
+        if self.split and self._is_root(obj, role):
+            return self._number(obj, self.roots)
+        if role is _Role.ATOM:
+            return None
+        if role is _Role.TENSOR:
+            return self._tensor_id(obj)
+        if role is _Role.PASSENGER:
+            return self._number(obj)
+        self.seen[id(obj)] = obj
+        return None
+
+    def _is_root(self, obj: Any, role: _Role) -> bool:
+        if id(obj) in self._declared_roots or id(obj) in self._numbers:
+            return True
+        return role is _Role.MODULE and self.zone is Zone.AUTO
+
+    def _number(self, obj: Any, register: list[Any] | None = None) -> int:
+        number = self._numbers.get(id(obj))
+        if number is None:
+            number = self._numbers[id(obj)] = len(self.externals)
+            self.externals.append(obj)
+            if register is not None:
+                register.append(obj)
+        return number
+
+    def _tensor_id(self, obj: Any) -> int | None:
+        reason = why_not_shareable(obj)
+        if is_meta(obj) and not self.allow_meta:
+            self.refused = self.refused if self.refused is not None else obj
+            return 0
+        if reason is not None:
+            if self.zone is Zone.SHARED:
+                self.private_reasons[id(obj)] = obj, reason
+            return None
+        if self.zone is Zone.SHARED:
+            self.shared.add(id(obj))
+        if id(obj) not in self._numbers and getattr(obj, "__dict__", None):
+            self._number(obj)
+            return None  # on to `reducer_override`, for its attributes
+        if getattr(obj, "__dict__", None):
+            return None  # the pickler's memo knows it
+        return self._number(obj)
+
+    def reducer_override(self, obj: Any) -> Any:
+        role = _role_of(type(obj))
+        if role is _Role.PIPELINE:
+            self.has_pipeline = True
+            return self._reduce_pipeline(obj)
+        if role is _Role.TENSOR and id(obj) in self._numbers:
+            return _identity, (_Slot(obj),), vars(obj), None, None, _set_attributes
+        return super().reducer_override(obj)
+
+    def _reduce_pipeline(self, obj: Any) -> Any:
+        # Not through the registered reducer, which would publish the pipeline while it is being published.
+        reduced = obj.__reduce_ex__(5)
+        prelude = self._prelude(obj)
+        if not prelude or isinstance(reduced, str):
+            return reduced
+        function, arguments, *rest = reduced
+        return (_after_prelude, (prelude, function, arguments), *rest)
+
+    def _prelude(self, obj: Any) -> list[Any]:
+        """The values of the pipeline's attributes, each written in the zone that rules it, ahead of the pipeline itself.
+
+        When its state follows, the pickler's memo knows them all; so whatever way the class has to pickle itself, its
+        policies hold. A pipeline that one of its attributes refers back to is met again before that.
+        """
+        visit = self._visits[id(obj)] = self._visits.get(id(obj), 0) + 1
+        declared = fields(type(obj))
+        values = {name: value for name, value in _paths.attributes_of(obj).items() if type(value) not in _SCALARS}
+        copied = [value for name, value in values.items() if name in declared and declared[name].policy == "copied"]
+        others = [value for name, value in values.items() if name not in declared or declared[name].policy == "shared"]
+        self._declared_roots.update(id(value) for value in self._roots_among(obj, values, declared))
+        inner = Zone.SHARED if self.zone is Zone.SHARED else Zone.AUTO
+        prelude: list[Any] = []
+        if visit == 1 and (copied or self.zone is Zone.COPIED):
+            prelude += [_Switch(inner), *others]
+        if visit <= 2 and copied:
+            prelude += [_Switch(Zone.COPIED), *copied]
+        return [*prelude, _Switch(self.zone)] if prelude else []
+
+    def _roots_among(self, obj: Any, values: dict[str, Any], declared: Any) -> list[Any]:
+        roots = [value for name, value in values.items() if name in declared and declared[name].policy == "shared"]
+        if isinstance(obj, nn.Module):  # its own parameters and buffers belong to a module, as those of any module below it
+            own = {**obj._parameters, **obj._buffers}
+            roots += [value for name, value in own.items() if value is not None and name not in declared]
+        return [value for value in roots if _role_of(type(value)) is not _Role.PIPELINE]
+
+
+def _after_prelude(prelude: object, function: Any, arguments: tuple[Any, ...]) -> Any:
+    return function(*arguments)
+
+
+def _identity(tensor: Any) -> Any:
+    return tensor
+
+
+def _set_attributes(tensor: Any, attributes: dict[str, Any]) -> None:
+    vars(tensor).update(attributes)

@@ -1,0 +1,170 @@
+"""The only file that puts and gets Ray objects, and asks Ray about itself."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import ray
+import ray.exceptions
+from ray._private import serialization as ray_serialization
+from ray._private.worker import global_worker
+
+from zerocopy.errors import (
+    OutOfBandError,
+    PublicationLostError,
+    RayClientError,
+    StoreTooSmallError,
+    ZeroCopyError,
+)
+
+R = TypeVar("R")
+
+
+def is_running() -> bool:
+    """Whether this process is connected to a cluster, by whatever way."""
+    return bool(ray.is_initialized())
+
+
+def require() -> None:
+    """Connect as Ray's own calls do, where that was not done yet.
+
+    Raises:
+        RayClientError: the connection is Ray Client's.
+    """
+    if not ray.is_initialized():
+        if os.environ.get("RAY_ENABLE_AUTO_CONNECT", "") == "0":
+            raise ZeroCopyError("Ray is not running in this process.", hint="call ray.init() first.")
+        ray.init()
+    if ray.util.client.ray.is_connected():
+        raise RayClientError(
+            "zerocopy cannot work through Ray Client (ray://): it has no object store on this side.",
+            hint="run the driver on a node of the cluster, with ray.init(address='auto'), or submit it as a Ray job.",
+        )
+
+
+def is_worker() -> bool:
+    """Whether this process runs Ray tasks or an actor."""
+    return bool(global_worker.mode == ray.WORKER_MODE)
+
+
+def put(value: object) -> ray.ObjectRef:
+    """Put `value` into the object store of this node.
+
+    A put while this thread serializes would count the references inside `value`, and its own, as captured out of band and
+    never free them; the same put on another thread does not.
+    """
+    return _on_another_thread(lambda: ray.put(value)) if is_serializing() else ray.put(value)
+
+
+def get(ref: ray.ObjectRef) -> Any:
+    """The object behind `ref`.
+
+    Raises:
+        PublicationLostError: its owner or the last node that held it is gone.
+    """
+    try:
+        return ray.get(ref)
+    except (ray.exceptions.ObjectLostError, ray.exceptions.ObjectFetchTimedOutError) as error:
+        raise PublicationLostError(
+            "The weights of this publication are gone from the cluster: the process that published them ended, or the "
+            "last node that held them did.",
+            hint="publish the pipeline again.",
+        ) from error
+
+
+def get_all(refs: Sequence[ray.ObjectRef]) -> list[Any]:
+    """The objects behind `refs`, in order; see `get`."""
+    return get(list(refs)) if refs else []  # type: ignore[arg-type]
+
+
+def _on_another_thread(call: Callable[[], R]) -> R:
+    results: list[R] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(call())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, name="zerocopy-put")
+    thread.start()
+    thread.join()
+    if errors:
+        raise errors[0]
+    return results[0]
+
+
+def is_serializing() -> bool:
+    """Whether this thread is inside Ray's serialization of an argument, a result or a put."""
+    return bool(global_worker.get_serialization_context().is_in_band_serialization())
+
+
+def refuse_out_of_band(what: str) -> None:
+    """Refuse to pickle object references where Ray was told not to let them escape its counting.
+
+    Raises:
+        OutOfBandError: this pickling is not Ray's own, and RAY_allow_out_of_band_object_ref_serialization is 0.
+    """
+    if not ray_serialization.ALLOW_OUT_OF_BAND_OBJECT_REF_SERIALIZATION and not is_serializing():
+        raise OutOfBandError(
+            f"{what} was captured by a closure, a global or a pickle outside of Ray's arguments, where "
+            "RAY_allow_out_of_band_object_ref_serialization=0 forbids references to the object store.",
+            hint="pass it as an argument, or unset that variable.",
+        )
+
+
+def capacity() -> int | None:
+    """Bytes of this node's object store, or None where Ray does not say."""
+    node_id = ray.get_runtime_context().get_node_id()
+    for node in ray.nodes():
+        if node["NodeID"] == node_id:
+            size = node["Resources"].get("object_store_memory")
+            return None if size is None else int(size)
+    return None
+
+
+def require_room(needed: int, what: str) -> None:
+    """Refuse what can never fit: Ray itself would accept it, onto disk.
+
+    Raises:
+        StoreTooSmallError: `needed` bytes are more than this node's object store has.
+    """
+    size = capacity()
+    if size is not None and needed > size:
+        raise StoreTooSmallError(
+            f"The weights of {what} take {needed:,} bytes, but the object store of this node has {size:,}.",
+            hint="raise it with ray.init(object_store_memory=...) or `ray start --object-store-memory ...`.",
+            needed=needed,
+            capacity=size,
+        )
+
+
+def assigned_gpu() -> bool:
+    """Whether Ray assigned a GPU to the task or actor that runs here."""
+    return is_running() and is_worker() and bool(ray.get_gpu_ids())
+
+
+def session() -> object:
+    """Identifies the connection of this process: objects of another one mean nothing here."""
+    return global_worker.core_worker if is_running() else None
+
+
+
+
+_pins: dict[ray.ObjectRef, int] = {}
+
+
+def count_pin(ref: ray.ObjectRef) -> None:
+    """Note that `ref` is about to be pickled: out of band, Ray pins it for the life of this process."""
+    if not is_serializing():
+        _pins[ref] = _pins.get(ref, 0) + 1
+
+
+def unpin(ref: ray.ObjectRef) -> None:
+    """Take back what picklings of `ref` out of band have pinned in this process."""
+    for _ in range(_pins.pop(ref, 0)):
+        global_worker.core_worker.remove_object_ref_reference(ref)

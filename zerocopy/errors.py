@@ -1,0 +1,74 @@
+"""What can go wrong, in words: every error says who, what and the way out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class ZeroCopyError(Exception):
+    """Base of every error raised by zerocopy.
+
+    The text ends with a hint where there is a way out. Keyword arguments become attributes that
+    name the culprit. Instances pickle.
+    """
+
+    def __init__(self, message: str, *, hint: str | None = None, **culprits: Any) -> None:
+        super().__init__(f"{message} Hint: {hint}" if hint else message)
+        self.__dict__.update(culprits)
+
+
+class DeclarationError(ZeroCopyError, TypeError):
+    """A decorator, a field or a policy was used in a way that has no meaning."""
+
+
+class ArgumentError(ZeroCopyError, TypeError):
+    """A call was given arguments that it cannot use."""
+
+
+class CannotTravelError(ZeroCopyError, TypeError):
+    """An object inside a pipeline cannot leave its process.
+
+    Attributes: `path` (where it sits, such as `search.encoder.layers[3].weight`), `kind` (its type).
+    """
+
+    path: str
+    kind: str
+
+
+class StoreTooSmallError(ZeroCopyError, MemoryError):
+    """The weights are larger than the node's object store. Attributes: `needed`, `capacity` (bytes)."""
+
+    needed: int
+    capacity: int
+
+
+class PublicationClosedError(ZeroCopyError, ValueError):
+    """A publication was used after `close()`."""
+
+
+class PublicationLostError(ZeroCopyError, RuntimeError):
+    """The weights of a publication are gone: its owner or the last node holding them died."""
+
+
+class DeviceError(ZeroCopyError, ValueError):
+    """A device is not there, or tensors that share memory were sent to different devices."""
+
+
+class VersionError(ZeroCopyError, RuntimeError):
+    """A publication was written by versions of zerocopy, torch or Python that cannot agree with these."""
+
+
+class RayClientError(ZeroCopyError, RuntimeError):
+    """Ray Client (`ray://`) has no object store on this side."""
+
+
+class OutOfBandError(ZeroCopyError, RuntimeError):
+    """A pipeline or publication was captured where Ray was told to allow no object references."""
+
+
+class IsolationError(ZeroCopyError, RuntimeError):
+    """Private mappings were required and are not possible here."""
+
+
+class IsolationWarning(UserWarning):
+    """Store memory could not be mapped privately: writes to a loaded pipeline reach every worker."""
