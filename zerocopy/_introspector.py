@@ -111,9 +111,9 @@ def introspect(pipeline: Any) -> Introspection:
     if is_pipeline_class(type(pipeline)):
         fields(type(pipeline))  # refuses stray declarations before anything is pickled
     name = _paths.name_of(pipeline)
-    first = strip([pipeline], zone=Zone.AUTO, split=True, name=name)
+    first = strip([pipeline], zone=Zone.AUTO, split=True, names=[name])
     names = [_paths.find(pipeline, root, name) or name for root in first.roots]
-    shared = strip(first.roots, zone=Zone.SHARED, split=False, name=names[0] if len(names) == 1 else name)
+    shared = strip(first.roots, zone=Zone.SHARED, split=False, names=names)
     table, root_ends = _tabulate(shared)
     common = set(first.seen) & set(shared.seen)
     entangled = _entanglement(pipeline, first, shared, common, name)
@@ -145,12 +145,12 @@ def make_outer(pipeline: Any, known: Known, stripped: Stripped | None = None) ->
         CannotTravelError: something copied cannot leave the process.
     """
     name = _paths.name_of(pipeline)
-    stripped = stripped or strip([pipeline], zone=Zone.AUTO, split=True, name=name)
+    stripped = stripped or strip([pipeline], zone=Zone.AUTO, split=True, names=[name])
     if not all(id(root) in known.roots for root in stripped.roots):
         raise UnknownRoot
     whole = known.whole or not known.mutable.isdisjoint(stripped.seen)
     if whole:
-        stripped = strip([pipeline], zone=Zone.AUTO, split=False, name=name)
+        stripped = strip([pipeline], zone=Zone.AUTO, split=False, names=[name])
     private = TensorTable(known.storages, known.storage_count)
     externals = _encode(stripped.externals, private, known, whole=whole)
     storages = tuple(storage.to_bytes().tobytes() for storage in private.storages)
@@ -241,7 +241,7 @@ def _require_one_device(by_field: dict[str, str | None], name: str) -> None:
 
 def _reach(value: Any, index: dict[int, int], name: str) -> set[int]:
     """Indices of the tensors that can be reached from `value`."""
-    stripped = strip([value], zone=Zone.SHARED, split=False, name=name, allow_meta=True)
+    stripped = strip([value], zone=Zone.SHARED, split=False, names=[name], allow_meta=True)
     return {index[id(obj)] for obj in stripped.externals if id(obj) in index}
 
 

@@ -7,6 +7,7 @@ a process of the same user can open it again through `/proc/<raylet>/fd` and map
 from __future__ import annotations
 
 import ctypes
+import itertools
 import mmap
 import os
 import sys
@@ -176,7 +177,7 @@ def _read_intervals() -> Iterator[_Interval]:
 def _open(interval: _Interval) -> int:
     key = interval.device, interval.inode
     candidates = [_descriptors[key]] if key in _descriptors else []
-    for path in (*candidates, *_raylet_descriptors()):
+    for path in itertools.chain(candidates, _raylet_descriptors()):
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError:  # closed meanwhile, or a socket

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, dataclass_transform, overload
 
@@ -109,7 +110,7 @@ def pipeline(cls: type | None = None, *, kw_only: bool = False) -> Any:
 def _decorate(cls: Any, *, kw_only: bool) -> Any:
     if not isinstance(cls, type):
         raise DeclarationError(
-            f"@zerocopy.pipeline expects a class, got {_describe(cls)}.",
+            f"@zerocopy.pipeline expects a class, got {describe(cls)}.",
             hint="decorate the class; for a function use @zerocopy.task.",
         )
     if not cls.__weakrefoffset__:
@@ -118,7 +119,7 @@ def _decorate(cls: Any, *, kw_only: bool) -> Any:
             hint="add '__weakref__' to __slots__, or leave __slots__ out.",
         )
     markers = declared_markers(cls)
-    init_class = _class_with_own_init(cls)
+    init_class = class_with_own_init(cls)
     if init_class is not None:
         _refuse_init_options(cls, markers, init_class, kw_only)
     defaults = {name: vars(cls)[name] for name, marker in markers.items() if _has_class_value(cls, name)}
@@ -137,7 +138,7 @@ def _has_class_value(cls: type, name: str) -> bool:
     return name in vars(cls) and not isinstance(vars(cls)[name], Marker)
 
 
-def _class_with_own_init(cls: type) -> type | None:
+def class_with_own_init(cls: type) -> type | None:
     """The class whose hand-written `__init__` makes instances of `cls`, or None where attrs may write one."""
     owner = next(base for base in cls.__mro__ if "__init__" in vars(base))
     if owner in (object, nn.Module):
@@ -195,6 +196,9 @@ def _first_mandatory_after_default(cls: type, these: Mapping[str, Any]) -> str:
     return next(iter(these))
 
 
-def _describe(obj: object) -> str:
-    kind = "function" if callable(obj) and hasattr(obj, "__code__") else type(obj).__name__
+def describe(obj: object) -> str:
+    """What `obj` is, for errors: `function 'answer'`, `class 'Search'`."""
+    if isinstance(obj, type):
+        return f"class {obj.__name__!r}"
+    kind = "function" if inspect.isfunction(obj) else type(obj).__name__
     return f"{kind} {getattr(obj, '__name__', repr(obj))!r}"

@@ -16,6 +16,7 @@ from zerocopy import _paths
 from zerocopy._fields import Policy
 from zerocopy._introspector import Introspection, introspect, require_pipeline
 from zerocopy._pipeline import is_pipeline_class
+from zerocopy._skeleton import Zone, strip
 from zerocopy._tensors import is_tensor_or_array
 
 
@@ -212,9 +213,7 @@ def _copied_entries(found: Introspection) -> Iterator[PlanEntry]:
 
 
 def _copied_bytes(found: Introspection, value: Any, name: str) -> int:
-    from zerocopy._skeleton import Zone, strip
-
-    stripped = strip([value], zone=Zone.AUTO, split=True, name=name)
+    stripped = strip([value], zone=Zone.AUTO, split=True, names=[name])
     tensors = {id(obj): obj for obj in stripped.externals if is_tensor_or_array(obj)}
     inside = sum(_nbytes(obj) for key, obj in tensors.items() if key not in found.table.index)
     return len(stripped.payload) + inside

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import platform
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -32,6 +33,7 @@ class Versions:
     python: str
 
     @classmethod
+    @functools.cache
     def here(cls) -> Versions:
         return cls(FORMAT, version("zerocopy-ray"), torch.__version__, platform.python_version())
 
@@ -87,6 +89,7 @@ class Publication:
 
     Attributes:
         kind: name of the pipeline's class.
+        cls: the class itself in the process that published, None elsewhere.
         shared_bytes: bytes of the weights in the store.
     """
 
@@ -106,6 +109,7 @@ class Publication:
         self._require_isolation = require_isolation
         self._versions = versions
         # Set where it was published: what its weights are there, and what else to let go of when it is closed.
+        self.cls: type | None = None
         self._weights: object = None
         self._close: Callable[[ray.ObjectRef], None] | None = None
 

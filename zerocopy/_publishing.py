@@ -218,6 +218,7 @@ def _handle(pipeline: Any, weights: Weights, outer: Outer) -> Publication:
     publication = Publication(
         weights.manifest, outer, type(pipeline).__name__, weights.shared_bytes, required, Versions.here()
     )
+    publication.cls = type(pipeline)
     publication._weights = weights
     return publication
 

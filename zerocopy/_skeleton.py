@@ -132,12 +132,14 @@ class Stripped:
     memo_holder: Any  # keeps temporary objects alive: no id in `seen` is used twice
 
 
-def strip(objects: Sequence[Any], *, zone: Zone, split: bool, name: str, allow_meta: bool = False) -> Stripped:
+def strip(
+    objects: Sequence[Any], *, zone: Zone, split: bool, names: Sequence[str], allow_meta: bool = False
+) -> Stripped:
     """Pickle `objects` one after the other, with one memo, without what must travel beside them.
 
     Args:
         split: stop at shared roots too: at values of `shared()` fields, and at modules in the zone AUTO.
-        name: what paths in errors start with.
+        names: what paths into each object start with, for errors.
         allow_meta: accept tensors without data.
 
     Raises:
@@ -153,9 +155,9 @@ def strip(objects: Sequence[Any], *, zone: Zone, split: bool, name: str, allow_m
     except ZeroCopyError:
         raise
     except Exception as error:
-        raise _cannot_travel(stripper.last, objects, name, error) from error
+        raise _cannot_travel(stripper.last, objects, names, error) from error
     if stripper.refused is not None:
-        raise _cannot_travel(stripper.refused, objects, name, None)
+        raise _cannot_travel(stripper.refused, objects, names, None)
     return Stripped(
         file.getvalue(), stripper.externals, ends, stripper.shared, stripper.roots, stripper.private_reasons,
         stripper.has_pipeline, stripper.seen, stripper,
@@ -169,9 +171,11 @@ def graft(payload: bytes, externals: Sequence[Any], count: int = 1) -> list[Any]
     return [unpickler.load() for _ in range(count)]
 
 
-def _cannot_travel(culprit: object, objects: Sequence[Any], name: str, error: Exception | None) -> CannotTravelError:
-    top = objects[0] if len(objects) == 1 else list(objects)
-    path = _paths.find(top, culprit, name) or f"{name} (below one of its attributes)"
+def _cannot_travel(
+    culprit: object, objects: Sequence[Any], names: Sequence[str], error: Exception | None
+) -> CannotTravelError:
+    found = (_paths.find(obj, culprit, name) for obj, name in zip(objects, names, strict=True))
+    path = next(filter(None, found), f"{names[0]}, below one of its attributes")
     kind = type(culprit).__name__
     if is_meta(culprit):
         return CannotTravelError(

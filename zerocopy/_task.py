@@ -1,0 +1,302 @@
+"""What does `@task` generate: a function whose calls run as Ray tasks, with pipelines arriving loaded."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, TypeVar, overload
+
+import ray
+import ray.cloudpickle
+import wrapt
+
+from zerocopy import _devices, _store
+from zerocopy._pipeline import describe
+from zerocopy._remote import (
+    Parameters,
+    arriving,
+    check_in_flight,
+    check_options,
+    default_in_flight,
+    in_order,
+    is_shareable,
+    receive,
+    send,
+    travelling,
+)
+from zerocopy.errors import ArgumentError, DeclarationError
+
+P = ParamSpec("P")
+Q = ParamSpec("Q")
+R = TypeVar("R")
+S = TypeVar("S")
+
+if TYPE_CHECKING:
+
+    class _FunctionWrapper(Generic[P, R]):
+        """What type checkers see of wrapt's: a Task is one only at run time."""
+
+        __wrapped__: Callable[P, R]
+        __name__: str
+        __qualname__: str
+
+        def __init__(self, wrapped: Callable[P, R], wrapper: Any) -> None: ...
+
+    class _BoundFunctionWrapper(Generic[P, R]):
+        _self_parent: Any
+        _self_instance: Any
+else:
+
+    class _Subscriptable:
+        def __class_getitem__(cls, item):
+            return cls
+
+    class _BoundFunctionWrapper(_Subscriptable, wrapt.BoundFunctionWrapper):
+        pass
+
+    class _FunctionWrapper(_Subscriptable, wrapt.FunctionWrapper):
+        pass
+
+
+class BoundTask(_BoundFunctionWrapper[P, R]):
+    """A task that is a method, bound to its instance, which travels as the first argument."""
+
+    # cloudpickle asks for the class of an object to recognize functions, and wrapt would answer with the wrapped one's.
+    @property
+    def __class__(self) -> type:  # type: ignore[override]
+        return type(self)
+
+    def _arguments(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return args if self._self_instance is None else (self._self_instance, *args)
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        result: R = self._self_parent(*self._arguments(args), **kwargs)
+        return result
+
+    def remote(self, *args: P.args, **kwargs: P.kwargs) -> ray.ObjectRef[R]:
+        return self._self_parent.remote(*self._arguments(args), **kwargs)
+
+    def local(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        result: R = self._self_parent.local(*self._arguments(args), **kwargs)
+        return result
+
+    def map(self, *args: Any, max_in_flight: int | None = None, **kwargs: Any) -> Iterator[R]:
+        results: Iterator[R] = self._self_parent.map(*self._arguments(args), max_in_flight=max_in_flight, **kwargs)
+        return results
+
+    def options(self, **options: Any) -> BoundTask[P, R]:
+        changed = self._self_parent.options(**options)
+        bound: BoundTask[P, R] = changed.__get__(self._self_instance, type(self._self_instance))
+        return bound
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return getattr, (self._self_instance, self._self_parent.__name__)
+
+
+class Task(_FunctionWrapper[P, R]):
+    """A function whose direct call runs as a Ray task and waits. Made by `zerocopy.task`.
+
+    Pipelines, modules and publications among the arguments arrive loaded.
+    """
+
+    __bound_function_wrapper__ = BoundTask
+
+    def __init__(self, wrapped: Callable[P, R], options: dict[str, Any], device: str | None) -> None:
+        super().__init__(wrapped, _call_as_it_is)
+        self._self_options = options
+        self._self_device = device
+        self._self_parameters = Parameters(wrapped)
+        self._self_remote: Any = None
+
+    @property
+    def __class__(self) -> type:  # type: ignore[override]
+        return type(self)
+
+    if TYPE_CHECKING:
+
+        @overload
+        def __get__(self, instance: None, owner: type) -> Task[P, R]: ...
+        @overload
+        def __get__(self: Task[Concatenate[S, Q], R], instance: S, owner: type) -> BoundTask[Q, R]: ...
+        def __get__(self, instance: Any, owner: type) -> Any: ...
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Run as a Ray task and wait for the result; inside a worker run in place, so that no worker waits for another.
+
+        A generator function gives Ray's `ObjectRefGenerator`.
+        """
+        if _store.is_running() and _store.is_worker():
+            args, kwargs = receive(args, kwargs, self._self_device)  # type: ignore[assignment]
+            return self.__wrapped__(*args, **kwargs)
+        ref = self.remote(*args, **kwargs)
+        result: R = ref if isinstance(ref, ray.ObjectRefGenerator) else ray.get(ref)
+        return result
+
+    def remote(self, *args: P.args, **kwargs: P.kwargs) -> ray.ObjectRef[R]:
+        """Schedule a Ray task.
+
+        Returns:
+            A reference to the result (a list of them with `num_returns`, a generator for a generator function).
+        """
+        self._self_parameters.check(args, kwargs)
+        return self._submit(*send(args, kwargs))
+
+    def options(self, **options: Any) -> Task[P, R]:
+        """The same task with other options of Ray's."""
+        check_options(options, "task", late=True)
+        return Task(self.__wrapped__, {**self._self_options, **options}, self._self_device)
+
+    def local(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Run in this process, on arguments that are copies or loaded as those of a remote call would be."""
+        self._self_parameters.check(args, kwargs)
+        values = [_as_if_remote(value, self._self_device) for value in args]
+        named = {name: _as_if_remote(value, self._self_device) for name, value in kwargs.items()}
+        return self.__wrapped__(*values, **named)  # type: ignore[arg-type]
+
+    def map(self, *args: Any, max_in_flight: int | None = None, **kwargs: Any) -> Iterator[R]:
+        """Call for each item of the last positional argument, which is iterated lazily; the others are held constant.
+
+        Yields results in order, with at most `max_in_flight` calls under way (by default twice the CPUs of the cluster).
+        The first error cancels the calls under way and is raised.
+        """
+        if not args:
+            raise ArgumentError(f"{self.__name__}.map() needs something to iterate, as its last positional argument.")
+        *constant, items = args
+        if isinstance(items, (str, bytes)) or not isinstance(items, Iterable):
+            raise ArgumentError(
+                f"{self.__name__}.map() iterates its last positional argument, which is {type(items).__name__!r}.",
+                hint="pass a list, or any other iterable, last; name the arguments after it.",
+            )
+        check_in_flight(max_in_flight)
+        self._self_parameters.check((*constant, None), kwargs)
+        sent, named = send(constant, kwargs)
+        limit = max_in_flight or default_in_flight()
+        return in_order(lambda item: self._submit([*sent, travelling(item)], named), items, limit, self.__name__)
+
+    def _submit(self, args: list[Any], kwargs: dict[str, Any]) -> Any:
+        _store.require()
+        if self._self_remote is None:
+            self._self_remote = self._make_remote()
+        return self._self_remote.remote(*args, **kwargs)
+
+    def _make_remote(self) -> Any:
+        function = self.__wrapped__
+        address = address_of(self, function.__module__, function.__qualname__)
+        run = functools.partial(_run, address or function, self._self_device)
+        if inspect.isgeneratorfunction(function):
+            run = functools.partial(_run_generator, address or function, self._self_device)
+        runner = _named(run, function)
+        return ray.remote(**{"name": self.__qualname__, **self._self_options})(runner)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        address = address_of(self, self.__wrapped__.__module__, self.__wrapped__.__qualname__)
+        if address is not None:
+            return find, address
+        return Task, (self.__wrapped__, self._self_options, self._self_device)
+
+
+def _call_as_it_is(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+    return wrapped(*args, **kwargs)
+
+
+def _named(run: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
+    """`run` as a function that Ray accepts, under the name of the one it stands for."""
+    if inspect.isgeneratorfunction(function):
+
+        def runner(*args: Any, **kwargs: Any) -> Any:
+            yield from run(*args, **kwargs)
+    else:
+
+        def runner(*args: Any, **kwargs: Any) -> Any:
+            return run(*args, **kwargs)
+
+    runner.__name__ = function.__name__
+    runner.__qualname__ = function.__qualname__
+    runner.__doc__ = function.__doc__
+    return runner
+
+
+def _run(target: Any, device: str | None, *args: Any, **kwargs: Any) -> Any:
+    values, named = receive(args, kwargs, device)
+    return _function_of(target)(*values, **named)
+
+
+def _run_generator(target: Any, device: str | None, *args: Any, **kwargs: Any) -> Iterator[Any]:
+    values, named = receive(args, kwargs, device)
+    yield from _function_of(target)(*values, **named)
+
+
+def _function_of(target: Any) -> Any:
+    return find(*target).__wrapped__ if isinstance(target, tuple) else target
+
+
+def address_of(obj: object, module: str, qualname: str) -> tuple[str, str] | None:
+    """The module and qualified name under which importing finds this very object in a worker too, if it does."""
+    if module == "__main__" or module not in sys.modules or module in ray.cloudpickle.list_registry_pickle_by_value():
+        return None
+    try:
+        return (module, qualname) if find(module, qualname) is obj else None
+    except (ImportError, AttributeError):
+        return None
+
+
+def find(module: str, qualname: str) -> Any:
+    """The object with this qualified name, not bound to the class that holds it."""
+    found: Any = importlib.import_module(module)
+    for name in qualname.split("."):
+        found = inspect.getattr_static(found, name)
+    return found
+
+
+def _as_if_remote(value: Any, device: str | None) -> Any:
+    if not _store.is_running():
+        return ray.cloudpickle.loads(ray.cloudpickle.dumps(value))
+    if isinstance(value, ray.ObjectRef):
+        return ray.get(value)
+    if is_shareable(value):
+        value = travelling(value)
+    return arriving(ray.get(ray.put(value)), device)
+
+
+@overload
+def task(function: Callable[P, R]) -> Task[P, R]: ...
+@overload
+def task(*, device: str | None = ..., **options: Any) -> Callable[[Callable[P, R]], Task[P, R]]: ...
+def task(function: Any = None, *, device: str | None = None, **options: Any) -> Any:
+    """Make a function run as a Ray task whose pipelines, modules and publications arrive loaded.
+
+    Works on methods of a pipeline as well: they run remotely with `self` loaded.
+
+    Args:
+        device: where pipelines are loaded; a field's own device wins.
+        options: Ray's options for a task, such as `num_cpus`.
+
+    Raises:
+        DeclarationError: not a function, `async def`, `staticmethod` or `classmethod`, or an option Ray does not know.
+    """
+    _devices.check_name(device, "@zerocopy.task")
+    check_options(options, "task")
+    if function is None:
+        return functools.partial(_decorate, options=options, device=device)
+    return _decorate(function, options, device)
+
+
+def _decorate(function: Any, options: dict[str, Any], device: str | None) -> Task[Any, Any]:
+    if isinstance(function, (staticmethod, classmethod)):
+        kind = type(function).__name__
+        raise DeclarationError(f"@zerocopy.task cannot wrap a {kind}.", hint=f"write @{kind} above @zerocopy.task.")
+    if isinstance(function, type):
+        raise DeclarationError(
+            f"@zerocopy.task expects a function, got {describe(function)}.", hint="use @zerocopy.actor."
+        )
+    if not inspect.isfunction(function):
+        raise DeclarationError(f"@zerocopy.task expects a function, got {describe(function)}.")
+    if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
+        raise DeclarationError(
+            f"@zerocopy.task cannot run the async function {function.__name__!r}: Ray's tasks are not async.",
+            hint="make it a plain function, or an async method of a @zerocopy.actor.",
+        )
+    return Task(function, dict(options), device)

@@ -1,0 +1,160 @@
+"""How much memory do the processes of this node really take: measured by the kernel, process by process (Linux)."""
+
+from __future__ import annotations
+
+import html
+import io
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import attrs
+
+from zerocopy._plan import format_bytes
+
+_STORE_FILES = ("/dev/shm/plasma", "/tmp/ray", "/tmp/plasma")
+
+
+@attrs.frozen
+class ProcessMemory:
+    """One process' memory in bytes.
+
+    Attributes:
+        pid: its process id.
+        name: what it runs.
+        private: anonymous memory: what the process would give back if it ended. Written pages of a private mapping count.
+        mapped: resident pages of the object store that it has mapped.
+        share: its proportional share (PSS) of those pages; summed over all processes, each page counts once.
+        total: its proportional share of all memory (PSS): private, store, libraries.
+    """
+
+    pid: int
+    name: str
+    private: int
+    mapped: int
+    share: int
+    total: int
+
+    @property
+    def saved(self) -> int:
+        """Bytes that the process would take more, had it a copy of its own."""
+        return self.mapped - self.share
+
+
+@attrs.frozen(repr=False)
+class MemoryReport:
+    """The memory of some processes. Prints as a table, in a notebook as HTML."""
+
+    processes: tuple[ProcessMemory, ...]
+
+    @property
+    def shared(self) -> int:
+        """Resident bytes of the object store, each counted once."""
+        return sum(process.share for process in self.processes)
+
+    @property
+    def private(self) -> int:
+        return sum(process.private for process in self.processes)
+
+    @property
+    def total(self) -> int:
+        """Proportional share of all processes together (PSS)."""
+        return sum(process.total for process in self.processes)
+
+    def __str__(self) -> str:
+        from rich.box import SIMPLE_HEAD
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(box=SIMPLE_HEAD)
+        for header in _HEADERS:
+            table.add_column(header, justify="left" if header == "process" else "right")
+        for row in self._rows():
+            table.add_row(*row)
+        console = Console(file=io.StringIO(), width=110, highlight=False, markup=False, emoji=False)
+        console.print(table)
+        return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines()).strip("\n")  # type: ignore[attr-defined]
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        head = "".join(f"<th>{header}</th>" for header in _HEADERS)
+        rows = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in self._rows())
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+
+    def _rows(self) -> Iterator[tuple[str, ...]]:
+        for process in self.processes:
+            counts = (process.private, process.mapped, process.saved, process.total)
+            yield (process.name, str(process.pid), *map(format_bytes, counts))
+        saved = sum(process.saved for process in self.processes)
+        yield ("together", "", *map(format_bytes, (self.private, self.shared, saved, self.total)))
+
+
+_HEADERS = ("process", "pid", "private", "shared", "saved", "PSS")
+
+
+def memory_report(pids: Iterable[int] | None = None) -> MemoryReport:
+    """Measure this process, the raylets of this node and their workers, or the processes `pids`.
+
+    Processes that have ended, or that belong to another user, are left out. Linux only: it reads `/proc/<pid>/smaps`.
+    """
+    wanted = list(pids) if pids is not None else [os.getpid(), *_ray_processes()]
+    measured = (_measure(pid) for pid in dict.fromkeys(wanted))
+    return MemoryReport(tuple(process for process in measured if process is not None))
+
+
+def private_bytes(pid: int | None = None) -> int:
+    """Anonymous memory of a process (this one by default), in bytes."""
+    for line in Path(f"/proc/{pid or os.getpid()}/smaps_rollup").read_text().splitlines():
+        if line.startswith("Anonymous:"):
+            return int(line.split()[1]) * 1024
+    raise ValueError(f"the kernel does not tell the anonymous memory of process {pid}")
+
+
+def _ray_processes() -> Iterator[int]:
+    parents = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                name, fields = (entry / "stat").read_text().split("(", 1)[1].rsplit(")", 1)
+            except OSError:  # ended meanwhile
+                continue
+            parents[int(entry.name)] = name, int(fields.split()[1])
+    raylets = [pid for pid, (name, _) in parents.items() if name == "raylet"]
+    yield from raylets
+    yield from (pid for pid, (name, parent) in parents.items() if parent in raylets and name.startswith("ray::"))
+
+
+def _measure(pid: int) -> ProcessMemory | None:
+    private = mapped = share = total = 0
+    in_store = False
+    try:
+        name = _name(pid)
+        smaps = Path(f"/proc/{pid}/smaps").read_text()
+    except OSError:  # ended, or another user's
+        return None
+    for line in smaps.splitlines():
+        key, _, rest = line.partition(" ")
+        if not key.endswith(":"):
+            in_store = any(file in rest for file in _STORE_FILES)
+            continue
+        if key == "Anonymous:":
+            anonymous = int(rest.split()[0]) * 1024
+            private += anonymous
+            if in_store:
+                mapped -= anonymous
+                share -= anonymous
+        elif key == "Pss:":
+            pss = int(rest.split()[0]) * 1024
+            total += pss
+            share += pss if in_store else 0
+        elif key == "Rss:" and in_store:
+            mapped += int(rest.split()[0]) * 1024
+    return ProcessMemory(pid, name, private, mapped, share, total)
+
+
+def _name(pid: int) -> str:
+    words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+    if pid == os.getpid():
+        return "this process"
+    return words[0] if words[0].startswith("ray::") else Path(words[0]).name
