@@ -116,7 +116,7 @@ def introspect(pipeline: Any) -> Introspection:
     shared = strip(first.roots, zone=Zone.SHARED, split=False, names=names)
     table, root_ends = _tabulate(shared)
     common = set(first.seen) & set(shared.seen)
-    entangled = _entanglement(pipeline, first, shared, common, name)
+    entangled = _entanglement(pipeline, first, shared, common, names)
     mutable = _lasting(shared) if entangled is None else frozenset[int]()
     roots = {id(root): position for position, root in enumerate(first.roots)}
     known = Known(
@@ -185,11 +185,16 @@ def _tabulate(shared: Stripped) -> tuple[TensorTable, list[int]]:
     return table, root_ends
 
 
-def _entanglement(pipeline: Any, outer: Stripped, shared: Stripped, common: set[int], name: str) -> str | None:
+def _entanglement(
+    pipeline: Any, outer: Stripped, shared: Stripped, common: set[int], names: Sequence[str]
+) -> str | None:
+    """The path of something that is to be one object, but would be in both skeletons."""
     if shared.has_pipeline:
-        return next(path for path, obj in _paths.walk(pipeline, name) if obj is not pipeline and _is_pipeline(obj))
+        below = (found for root, name in zip(outer.roots, names, strict=True) for found in _paths.walk(root, name))
+        return next(path for path, obj in below if _is_pipeline(obj))
     if not common:
         return None
+    name = _paths.name_of(pipeline)
     paths = (path for path, obj in _paths.walk(pipeline, name) if id(obj) in common and outer.seen[id(obj)] is obj)
     return next(paths, name)
 

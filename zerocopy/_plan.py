@@ -15,7 +15,7 @@ import torch
 from zerocopy import _paths
 from zerocopy._fields import Policy
 from zerocopy._introspector import Introspection, introspect, require_pipeline
-from zerocopy._pipeline import is_pipeline_class
+from zerocopy._pipeline import fields, is_pipeline_class
 from zerocopy._skeleton import Zone, strip
 from zerocopy._tensors import is_tensor_or_array
 
@@ -197,9 +197,11 @@ def _copied_entries(found: Introspection) -> Iterator[PlanEntry]:
         return
     name = _paths.name_of(found.pipeline)
     roots = {id(root) for root in found.roots}
+    declared = fields(type(found.pipeline))
     for attribute, value in _paths.attributes_of(found.pipeline).items():
         if id(value) in roots:
             continue
+        zone = Zone.COPIED if attribute in declared and declared[attribute].policy == "copied" else Zone.AUTO
         below = [obj for _, obj in _paths.walk(value, attribute) if is_tensor_or_array(obj)]
         private = {id(obj): obj for obj in below if id(obj) not in found.table.index}.values()
         yield PlanEntry(
@@ -207,13 +209,13 @@ def _copied_entries(found: Introspection) -> Iterator[PlanEntry]:
             "copied",
             type(value).__name__,
             len(private),
-            _copied_bytes(found, value, attribute),
+            _copied_bytes(found, value, attribute, zone),
             tuple(sorted({_dtype_name(obj.dtype) for obj in private})),
         )
 
 
-def _copied_bytes(found: Introspection, value: Any, name: str) -> int:
-    stripped = strip([value], zone=Zone.AUTO, split=True, names=[name])
+def _copied_bytes(found: Introspection, value: Any, name: str, zone: Zone) -> int:
+    stripped = strip([value], zone=zone, split=True, names=[name])
     tensors = {id(obj): obj for obj in stripped.externals if is_tensor_or_array(obj)}
     inside = sum(_nbytes(obj) for key, obj in tensors.items() if key not in found.table.index)
     return len(stripped.payload) + inside

@@ -51,21 +51,24 @@ class Weights:
             return False
         return all(root() is not None for root in self.roots)
 
-    def reusable(self) -> Mapping[object, Placement]:
+    def unchanged(self) -> Mapping[object, Placement]:
         """Places of storages that need not be written again, though the structure around them changed."""
         return self.placements if self.are_in_store() and self.snapshot.weights.are_same() else {}
 
-    def hold(self, found: Introspection) -> bool:
-        """Whether the store has exactly the bytes that `found` has now. Reads all of them."""
-        if self.payload is not None and (self.payload, self.specs) != (found.shared.payload, tuple(found.table.specs)):
-            return False
-        if any(storage.key not in self.known.storages for storage in found.table.storages):
-            return False
+    def verified(self, found: Introspection) -> set[object]:
+        """Keys of the storages of `found` of which the store has exactly the bytes. Reads all of them."""
+        if not self.are_in_store() or not self.snapshot.weights.are_same():
+            return set()
         manifest: Manifest = _store.get(self.manifest)
         memory = StoredMemory(manifest, range(len(manifest.locations)), require_isolation=False)
-        return all(
-            memory.holds(self.known.storages[storage.key], storage.to_bytes()) for storage in found.table.storages
-        )
+        storages = [storage for storage in found.table.storages if storage.key in self.known.storages]
+        return {s.key for s in storages if memory.holds(self.known.storages[s.key], s.to_bytes())}
+
+    def describe(self, found: Introspection) -> bool:
+        """Whether the published skeleton is that of `found`."""
+        if self.payload is None:  # passed on: the outer skeleton holds all but the tensors
+            return self.are_current()
+        return (self.payload, self.specs) == (found.shared.payload, tuple(found.table.specs))
 
 
 @attrs.define(eq=False)
@@ -130,10 +133,13 @@ def publish(pipeline: Any) -> Publication:
     _store.require()
     with _lock:
         entry = _entry_of(pipeline)
-        weights = _current_weights(pipeline, entry)
+        _current_weights(pipeline, entry)
+        weights = entry.weights()
         found = introspect(pipeline)
-        if weights is None or not weights.hold(found):
-            weights = _put(found, entry.weights())
+        same = weights.verified(found) if weights is not None else set[object]()
+        if weights is None or len(same) < len(found.table.storages) or not weights.describe(found):
+            stored = weights.placements if weights is not None else {}
+            weights = _put(found, {key: place for key, place in stored.items() if key in same})
         entry.weak = weakref.ref(weights)
         if entry.held is not None:
             entry.held = weights
@@ -160,7 +166,8 @@ def publish_automatically(pipeline: Any) -> Publication:
                 entry.held = weights
                 return _handle(pipeline, weights, outer)
         found = introspect(pipeline)
-        entry.held = weights = _put(found, entry.weights())
+        previous = entry.weights()
+        entry.held = weights = _put(found, previous.unchanged() if previous is not None else {})
         return _handle(pipeline, weights, found.outer)
 
 
@@ -196,10 +203,9 @@ def _adopted_from(pipeline: Any, origin: _Origin) -> Weights | None:
     )  # fmt: skip
 
 
-def _put(found: Introspection, previous: Weights | None) -> Weights:
-    """Write what `found` shares into the store. Every refusal comes before the first byte."""
+def _put(found: Introspection, stored: Mapping[object, Placement]) -> Weights:
+    """Write what `found` shares into the store, but for what is `stored`. Every refusal comes before the first byte."""
     storages = found.table.storages
-    stored = previous.reusable() if previous is not None else {}
     snapshot = Snapshot(found.table, found.shared_objects())
     shared_bytes = sum(storage.nbytes for storage in storages)
     _store.require_room(shared_bytes, type(found.pipeline).__name__)

@@ -1,0 +1,80 @@
+"""One cluster for the whole session, and what tests ask of it."""
+
+from __future__ import annotations
+
+import gc
+import os
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import ray
+import torch
+from ray._private import internal_api, state
+
+STORE_BYTES = 1_500_000_000
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Ray's, about itself
+        ray.init(
+            num_cpus=4,
+            object_store_memory=STORE_BYTES,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="ERROR",
+            runtime_env={"env_vars": {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}},
+        )
+    yield
+    ray.shutdown()
+
+
+def bytes_in_store() -> int:
+    """Bytes of all objects that live in this node's store."""
+    reply = internal_api.get_memory_info_reply(state.state)
+    return int(reply.store_stats.object_store_bytes_used)
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 15) -> bool:
+    """Whether `condition` comes true in time. Ray frees objects some moments after the last reference is gone."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        gc.collect()
+        time.sleep(0.05)
+    return True
+
+
+@pytest.fixture
+def store_use(cluster: None) -> Callable[[], int]:
+    """Bytes in the store now, above those at the start of the test."""
+    gc.collect()
+    settled = bytes_in_store()
+    for _ in range(20):
+        time.sleep(0.1)
+        before, settled = settled, bytes_in_store()
+        if before == settled:
+            break
+    return lambda: bytes_in_store() - settled
+
+
+def run_python(source: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run source text as `__main__` of a fresh process."""
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(
+        [sys.executable, *(arguments or ("-",))],
+        input=source,
+        env={**os.environ, "PYTHONPATH": path, "RAY_IGNORE_UNHANDLED_ERRORS": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )

@@ -1,0 +1,147 @@
+"""What will be shared, without Ray."""
+
+from __future__ import annotations
+
+import attrs
+import numpy as np
+import pipelines
+import pytest
+import torch
+from torch import nn
+
+import zerocopy
+from zerocopy import copied, shared
+
+
+def by_path(plan: zerocopy.SharePlan) -> dict[str, zerocopy.PlanEntry]:
+    return {entry.path: entry for entry in plan.entries}
+
+
+def test_fields_follow_their_policies() -> None:
+    """Each field is an entry, with its tensors and its bytes."""
+    plan = zerocopy.plan(pipelines.search(width=256))
+    entries = by_path(plan)
+    assert {path: entry.policy for path, entry in entries.items()} == {
+        "search.encoder": "shared",
+        "search.index": "shared",
+        "search.settings": "copied",
+        "search.top_k": "copied",
+    }
+    weights = 2 * (256 * 256 + 256) * 4
+    assert (entries["search.encoder"].tensors, entries["search.encoder"].bytes) == (4, weights)
+    assert plan.shared_bytes == weights + 2 * 256 * 4
+    assert 0 < plan.copied_bytes < 5_000
+    assert plan.entangled is None
+
+
+def test_modules_are_found_anywhere_below() -> None:
+    """Without declarations every module is shared, however deep and private; tensors outside of modules are copied."""
+    plan = zerocopy.plan(pipelines.Assistant(width=64))
+    shared_paths = {entry.path for entry in plan.entries if entry.policy == "shared"}
+    assert shared_paths == {"assistant.models['draft']", "assistant.models['final'][0]", "assistant._hidden"}
+    assert plan.shared_bytes == 3 * 2 * (64 * 64 + 64) * 4
+    assert by_path(plan)["assistant.table"].policy == "copied"
+    assert by_path(plan)["assistant.table"].tensors == 1
+
+
+def test_a_copied_field_keeps_its_modules() -> None:
+    """A module below a `copied()` field is copied; one that is shared elsewhere stays shared."""
+
+    @zerocopy.pipeline
+    class Search:
+        encoder: nn.Module = shared()
+        own: dict[str, nn.Module] = copied()
+
+    encoder = nn.Linear(32, 32)
+    plan = zerocopy.plan(Search(encoder, {"mine": nn.Linear(16, 16), "theirs": encoder}))
+    assert plan.shared_bytes == (32 * 32 + 32) * 4
+    assert by_path(plan)["search.own"].bytes >= (16 * 16 + 16) * 4
+    assert plan.entangled is None
+
+
+def test_ties_are_named_and_counted_once() -> None:
+    """A tied parameter, and a view of it in another field, cost their bytes once."""
+
+    @zerocopy.pipeline
+    class Search:
+        encoder: nn.Module = shared()
+        view: torch.Tensor = shared()
+
+    encoder = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False))
+    encoder[1].weight = encoder[0].weight
+    plan = zerocopy.plan(Search(encoder, encoder[0].weight.detach()[2:4]))
+    assert plan.shared_bytes == 8 * 8 * 4
+    assert plan.entries[0].ties == ("search.encoder[0].weight = search.encoder[1].weight = search.view",)
+    assert plan.entries[1].bytes == 0
+
+
+def test_what_cannot_be_shared_is_said() -> None:
+    """A tensor that no storage describes is copied, and the plan gives the reason."""
+
+    @zerocopy.pipeline
+    class Search:
+        names: object = shared()
+
+    plan = zerocopy.plan(Search({"words": np.array(["a", None], dtype=object)}))
+    assert plan.entries[0].note == "search.names['words'] is copied: an array of Python objects"
+    assert plan.shared_bytes == 0
+
+
+def test_entangled_pipelines_are_named() -> None:
+    """Where a mutable object is reachable from both sides, the plan says so, and where."""
+    config = {"threshold": 0.5}
+
+    @zerocopy.pipeline
+    class Search:
+        encoder: nn.Module = shared()
+        config: dict = copied()
+
+    encoder = nn.Linear(2, 2)
+    encoder.config = config
+    plan = zerocopy.plan(Search(encoder, config))
+    assert plan.entangled == "search.config"
+    assert "Loaded whole for each call: 'search.config'" in str(plan)
+
+
+def test_nested_pipelines_follow_their_own_policies() -> None:
+    """A pipeline inside a pipeline is not shared as a whole: its fields are."""
+
+    @zerocopy.pipeline
+    class Outer:
+        inner: pipelines.Search = shared()
+        more: list = copied()
+
+    plan = zerocopy.plan(Outer(pipelines.search(width=16), [pipelines.search(width=8)]))
+    shared_paths = {entry.path for entry in plan.entries if entry.policy == "shared"}
+    assert shared_paths == {
+        "outer.inner.encoder",
+        "outer.inner.index",
+        "outer.more[0].encoder",
+        "outer.more[0].index",
+    }
+
+
+def test_a_bare_module_is_a_pipeline() -> None:
+    """One entry, all shared."""
+    plan = zerocopy.plan(nn.Linear(4, 4, dtype=torch.bfloat16))
+    assert [(entry.path, entry.policy, entry.dtypes) for entry in plan.entries] == [("linear", "shared", ("bfloat16",))]
+
+
+def test_prints_as_a_table() -> None:
+    """Every column is there, on a terminal and in a notebook."""
+    plan = zerocopy.plan(pipelines.search(width=256))
+    text = str(plan)
+    assert text.splitlines()[0].startswith("search: 528.4 kB shared once a node")
+    for word in ("path", "policy", "kind", "tensors", "bytes", "ties", "search.encoder", "Sequential", "526.3 kB"):
+        assert word in text
+    page = plan._repr_html_()
+    assert page.startswith("<table>")
+    assert "<td>search.encoder</td><td>shared</td><td>Sequential</td>" in page
+
+
+def test_holds_no_tensor_and_is_frozen() -> None:
+    """A plan is data: it keeps no weights alive and cannot be changed."""
+    plan = zerocopy.plan(pipelines.search(width=16))
+    with pytest.raises(attrs.exceptions.FrozenInstanceError):
+        plan.shared_bytes = 0
+    assert not any(isinstance(value, torch.Tensor) for entry in plan.entries for value in attrs.astuple(entry))

@@ -1,0 +1,423 @@
+"""Publish, load, load a part, close, unshare."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import attrs
+import numpy as np
+import pipelines
+import pytest
+import ray
+import torch
+from conftest import wait_until
+from torch import nn
+
+import zerocopy
+from zerocopy import _devices, _publication, copied, shared
+from zerocopy.errors import (
+    ArgumentError,
+    DeviceError,
+    PublicationClosedError,
+    StoreTooSmallError,
+    VersionError,
+)
+from zerocopy.testing import assert_zero_copy, shares_memory
+
+pytestmark = pytest.mark.usefixtures("cluster")
+
+
+@ray.remote
+def describe(publication: zerocopy.Publication) -> dict[str, Any]:
+    """What another process finds in a publication."""
+    pipeline = publication.load()
+    assert_zero_copy(pipeline)
+    return {
+        "type": type(pipeline),
+        "answer": pipeline(2.0),
+        "settings": pipeline.settings,
+        "top_k": pipeline.top_k,
+        "training": pipeline.encoder.training,
+    }
+
+
+def test_another_process_loads_the_same() -> None:
+    """A loaded pipeline has the class, the answers, the modes and the copied fields of the original."""
+    search = pipelines.search(settings={"mode": "fast"}, top_k=7)
+    search.encoder.eval()
+    found = ray.get(describe.remote(zerocopy.publish(search)))
+    assert found == {
+        "type": pipelines.Search,
+        "answer": search(2.0),
+        "settings": {"mode": "fast"},
+        "top_k": 7,
+        "training": False,
+    }
+
+
+def test_each_load_is_fresh() -> None:
+    """Loads share memory with each other, but no object; copied fields are private to each."""
+    publication = zerocopy.publish(pipelines.search())
+    one, other = publication.load(), publication.load()
+    assert one is not other
+    assert one.encoder is not other.encoder
+    assert one.settings is not other.settings
+    assert shares_memory(one, other)
+    assert one.encoder[0].weight.data_ptr() != other.encoder[0].weight.data_ptr()
+
+
+def test_structure_survives() -> None:
+    """Ties, views of one storage, strides, dtypes, buffers and nested containers come out as they went in."""
+
+    @zerocopy.pipeline
+    class Everything:
+        model: nn.Module = shared()
+        parts: dict[str, Any] = shared()
+        same: nn.Module = shared()
+        array: np.ndarray = shared()
+        head: Any = copied()
+
+    model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False), nn.BatchNorm1d(8).eval())
+    model[1].weight = model[0].weight
+    model.register_buffer("scale", torch.ones(3), persistent=False)
+    base = torch.arange(24, dtype=torch.bfloat16).reshape(4, 6)
+    parts = {"views": [base, (base.t(), base[1:3, ::2])], "odd": torch.ones(2, dtype=torch.float8_e4m3fn)}
+    original = Everything(model, parts, model, np.asfortranarray(np.eye(3)), {"tied": model[0].weight, "own": torch.ones(2)})
+    loaded = zerocopy.publish(original).load()
+    assert loaded.model is loaded.same
+    assert loaded.model[0].weight is loaded.model[1].weight is loaded.head["tied"]
+    assert loaded.model.training
+    assert not loaded.model[2].training
+    assert list(loaded.model.state_dict()) == list(model.state_dict())
+    whole, (transposed, sliced) = loaded.parts["views"]
+    assert (transposed.stride(), sliced.stride(), sliced.storage_offset()) == ((1, 6), (6, 2), 6)
+    with torch.no_grad():
+        whole[1, 2] = 99
+    assert transposed[2, 1] == sliced[0, 1] == 99
+    assert base[1, 2] == 8
+    assert loaded.parts["odd"].dtype is torch.float8_e4m3fn
+    assert loaded.array.flags.f_contiguous
+    assert torch.equal(loaded.head["own"], original.head["own"])
+
+
+def test_automatic_rule() -> None:
+    """Modules found below undeclared attributes are shared; the rest is private to each load."""
+    original = pipelines.Assistant()
+    publication = zerocopy.publish(original)
+    one, other = publication.load(), publication.load()
+    for path in (lambda p: p.models["draft"], lambda p: p.models["final"][0], lambda p: p._hidden):
+        assert shares_memory(path(one), path(other))
+    assert not shares_memory(one.table, other.table)
+    one.history.append("seen")
+    one.table[0] = 5
+    assert (other.history, other.table[0], original.table[0]) == ([], 0, 0)
+
+
+def test_entangled_pipelines_keep_identities() -> None:
+    """An object reachable from a shared and from a copied field is one object after loading, too."""
+
+    @zerocopy.pipeline
+    class Search:
+        encoder: nn.Module = shared()
+        config: dict = copied()
+
+    encoder = nn.Linear(64, 64)
+    encoder.config = {"threshold": 0.5}
+    search = Search(encoder, encoder.config)
+    encoder.owner = search
+    assert zerocopy.plan(search).entangled == "search.encoder.owner"
+    publication = zerocopy.publish(search)
+    loaded = publication.load()
+    assert loaded.config is loaded.encoder.config
+    assert loaded.encoder.owner is loaded
+    assert shares_memory(loaded.encoder, publication.load().encoder)
+
+
+def test_nested_pipelines() -> None:
+    """A pipeline inside a pipeline shares what it declares, and copies what it declares."""
+
+    @zerocopy.pipeline
+    class Outer:
+        inner: pipelines.Search = shared()
+        more: list = copied()
+
+    outer = Outer(pipelines.search(), [pipelines.search()])
+    publication = zerocopy.publish(outer)
+    one, other = publication.load(), publication.load()
+    assert shares_memory(one.inner.encoder, other.inner.encoder)
+    assert shares_memory(one.more[0].index, other.more[0].index)
+    assert one.inner.settings is not other.inner.settings
+    assert one.inner(1.0) == outer.inner(1.0)
+
+
+def test_a_pipeline_that_is_a_module() -> None:
+    """Its own parameters are shared as those of the modules below it; its modes and plain attributes arrive."""
+
+    @zerocopy.pipeline
+    class Model(nn.Module):
+        encoder: nn.Module = shared()
+        label: str = copied(default="a")
+
+    model = Model(nn.Linear(32, 32))
+    model.scale = nn.Parameter(torch.ones(1000))
+    model.eval()
+    publication = zerocopy.publish(model)
+    loaded = publication.load()
+    assert (loaded.label, loaded.training, list(loaded.state_dict())) == ("a", False, list(model.state_dict()))
+    assert shares_memory(loaded.scale, publication.load().scale)
+    assert isinstance(loaded.scale, nn.Parameter)
+
+
+def test_a_bare_module() -> None:
+    """`publish` takes a module as it is."""
+    module = pipelines.encoder()
+    loaded = zerocopy.publish(module).load()
+    assert torch.equal(loaded(torch.ones(256)), module(torch.ones(256)))
+    assert_zero_copy(loaded)
+
+
+def test_instances_with_eq_and_slots() -> None:
+    """A pipeline whose `__eq__` makes it unhashable is published as any other."""
+
+    @zerocopy.pipeline
+    class Search:
+        __slots__ = ("__weakref__", "encoder", "top_k")
+
+        def __init__(self, encoder: nn.Module) -> None:
+            self.encoder = encoder
+            self.top_k = [1]
+
+        def __eq__(self, other: object) -> bool:
+            raise AssertionError("compared by fields")
+
+    search = Search(nn.Linear(4, 4))
+    publication = zerocopy.publish(search)
+    one, other = publication.load(), publication.load()
+    assert one.top_k == [1]
+    assert shares_memory(one.encoder, other.encoder)
+
+
+def test_user_defined_reduction_keeps_policies() -> None:
+    """A class with a `__getstate__` of its own decides what travels; its fields keep their policies."""
+
+    @zerocopy.pipeline
+    class Search:
+        encoder: nn.Module = shared()
+        cache: dict = copied(factory=dict)
+
+        def __getstate__(self) -> dict[str, Any]:
+            return {"renamed": self.encoder}
+
+        def __setstate__(self, state: dict[str, Any]) -> None:
+            self.encoder = state["renamed"]
+            self.cache = {"rebuilt": True}
+
+    publication = zerocopy.publish(Search(pipelines.encoder(), {"big": object}))
+    loaded = publication.load()
+    assert loaded.cache == {"rebuilt": True}
+    assert shares_memory(loaded.encoder, publication.load().encoder)
+
+
+def test_fields_loads_a_part() -> None:
+    """`fields=` gives the same class with those attributes alone; another attribute says why it is missing."""
+    search = pipelines.search()
+    publication = zerocopy.publish(search)
+    part = publication.load(fields=["index", "top_k"])
+    assert type(part) is pipelines.Search
+    assert vars(part).keys() == {"index", "top_k"}
+    with pytest.raises(AttributeError, match=r"no attribute 'encoder': it was loaded with fields=\['index', 'top_k'\] only"):
+        _ = part.encoder
+    assert publication.load().encoder is not None
+    with pytest.raises(AttributeError, match="no attribute 'encoder'$"):
+        _ = pipelines.Search.encoder
+    with pytest.raises(ArgumentError, match="no attribute 'decoder' to load"):
+        publication.load(fields=["decoder"])
+    with pytest.raises(ArgumentError, match="is a string"):
+        publication.load(fields="index")
+
+
+def test_fields_bring_what_they_refer_to() -> None:
+    """An undeclared attribute counts by name, and a model it refers to comes along."""
+
+    @zerocopy.pipeline
+    class Search:
+        encoder: nn.Module = shared()
+        other: nn.Module = shared()
+
+        def __init__(self) -> None:
+            self.encoder = pipelines.encoder()
+            self.other = pipelines.encoder()
+            self.helper = {"uses": self.encoder}
+
+    publication = zerocopy.publish(Search())
+    part = publication.load(fields=["helper"])
+    assert shares_memory(part.helper["uses"], publication.load().encoder)
+    assert not hasattr(part, "other")
+
+
+def test_only_needed_shards_are_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`fields=` fetches no bytes of the other fields."""
+    search = pipelines.search(index=torch.ones(2_000_000))
+    search.encoder = pipelines.encoder(width=1200)
+    publication = zerocopy.publish(search)
+    fetched = []
+    real = _publication._store.get_all
+    monkeypatch.setattr(_publication._store, "get_all", lambda refs: fetched.append(len(refs)) or real(refs))
+    publication.load()
+    publication.load(fields=["index"])
+    publication.load(fields=["top_k"])
+    assert fetched == [2, 1, 0]
+
+
+def test_close() -> None:
+    """A closed publication loads no more, and what was loaded keeps working; closing twice is fine."""
+    search = pipelines.search()
+    with zerocopy.publish(search) as publication:
+        loaded = publication.load()
+    publication.close()
+    assert publication.closed
+    assert "closed" in repr(publication)
+    assert loaded(2.0) == search(2.0)
+    with pytest.raises(PublicationClosedError, match="of Search was closed"):
+        publication.load()
+    with pytest.raises(PublicationClosedError):
+        pickle.dumps(publication)
+
+
+def test_publishing_again_shares_one_set() -> None:
+    """The same pipeline has one set of weights in the store, and publishing it again notices every byte."""
+    search = pipelines.search(width=512)
+    first = zerocopy.publish(search)
+    again = zerocopy.publish(search)
+    assert first._manifest == again._manifest
+    search.encoder[0].weight.data[0, 0] += 1  # no version counter tells
+    changed = zerocopy.publish(search)
+    assert changed._manifest != first._manifest
+    assert changed.load().encoder[0].weight[0, 0] == search.encoder[0].weight[0, 0]
+    assert first.load().encoder[0].weight[0, 0] != search.encoder[0].weight[0, 0]
+
+
+def test_closing_one_handle_leaves_the_other() -> None:
+    """Handles of one set of weights are closed one by one."""
+    search = pipelines.search()
+    first, second = zerocopy.publish(search), zerocopy.publish(search)
+    first.close()
+    assert second.load()(1.0) == search(1.0)
+
+
+def test_unshare(store_use: Any) -> None:
+    """An unshared pipeline is the same objects over private memory, ties included, and lets the store go."""
+    search = pipelines.search(width=1024, settings={"array": np.ones(3)})
+    search.encoder[2].weight = search.encoder[0].weight
+    answer = search(1.0)
+    publication = zerocopy.publish(search)
+    loaded = publication.load()
+    weight = loaded.encoder[0].weight
+    assert shares_memory(loaded, publication.load())
+    zerocopy.unshare(loaded)
+    assert not shares_memory(loaded, publication.load())
+    assert loaded.encoder[0].weight is weight is loaded.encoder[2].weight
+    assert loaded(1.0) == answer
+    del search
+    publication.close()
+    assert wait_until(lambda: store_use() <= 0)
+    assert loaded(1.0) == answer
+    with pytest.raises(ArgumentError, match="was not loaded from a publication"):
+        zerocopy.unshare(pipelines.search())
+
+
+def test_inference_mode_does_not_change_what_is_loaded() -> None:
+    """Loading under `inference_mode` gives ordinary tensors, as anywhere."""
+    publication = zerocopy.publish(pipelines.search())
+    with torch.inference_mode():
+        loaded = publication.load()
+    assert not loaded.encoder[0].weight.is_inference()
+
+
+def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`load(device=...)` moves every tensor, a field's own device wins, `auto` is what Ray assigned."""
+    real = _devices.resolve
+    monkeypatch.setattr(_devices, "resolve", lambda name: torch.device("meta") if name == "there" else real(name))
+
+    @zerocopy.pipeline
+    class Search:
+        encoder: nn.Module = shared()
+        index: torch.Tensor = shared(device="cpu")
+        own: torch.Tensor = copied()
+
+    publication = zerocopy.publish(Search(nn.Linear(4, 4), torch.ones(3), torch.ones(2)))
+    loaded = publication.load(device="there")
+    assert (loaded.encoder.weight.device.type, loaded.index.device.type, loaded.own.device.type) == ("meta", "cpu", "meta")
+    assert isinstance(loaded.encoder.weight, nn.Parameter)
+    monkeypatch.setattr(_devices._store, "assigned_gpu", lambda: True)
+    if not torch.cuda.is_available():
+        with pytest.raises(DeviceError, match="'cuda:0' is not there"):
+            publication.load(device="auto")
+    monkeypatch.setattr(_devices._store, "assigned_gpu", lambda: False)
+    assert publication.load(device="auto").encoder.weight.device.type == "cpu"
+    with pytest.raises(DeviceError, match="'warp:9' is not there"):
+        publication.load(device="warp:9")
+
+
+def test_ties_may_not_span_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fields that share memory and declare different devices are refused when published, or when loaded."""
+
+    @zerocopy.pipeline
+    class Search:
+        encoder: nn.Module = shared(device="cuda")
+        view: torch.Tensor = shared(device="cpu")
+
+    @zerocopy.pipeline
+    class Half:
+        encoder: nn.Module = shared(device="cpu")
+        view: torch.Tensor = shared()
+
+    encoder = nn.Linear(4, 4)
+    with pytest.raises(DeviceError, match="Fields 'encoder' and 'view' of search share memory but declare"):
+        zerocopy.publish(Search(encoder, encoder.weight.detach()))
+    publication = zerocopy.publish(Half(encoder, encoder.weight.detach()))
+    assert publication.load().view.device.type == "cpu"
+    real = _devices.resolve
+    monkeypatch.setattr(_devices, "resolve", lambda name: torch.device("meta") if name == "there" else real(name))
+    with pytest.raises(DeviceError, match="share memory would be loaded on cpu and meta"):
+        publication.load(device="there")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU on this machine")
+def test_cuda() -> None:
+    """On a machine with a GPU, weights go from the mapping straight to it, and a pipeline on it can be published."""
+    search = pipelines.search()
+    loaded = zerocopy.publish(search).load(device="cuda")
+    assert {tensor.device.type for tensor in loaded.encoder.parameters()} == {"cuda"}
+    back = zerocopy.publish(pipelines.search(encoder=pipelines.encoder().cuda())).load()
+    assert torch.equal(back.encoder[0].weight, search.encoder[0].weight)
+
+
+def test_versions_that_disagree() -> None:
+    """A handle from other versions is refused by name, and not misread."""
+    publication = zerocopy.publish(pipelines.search())
+    publication._versions = attrs.evolve(publication._versions, torch="1.13.1")
+    with pytest.raises(VersionError, match=r"written with torch 1\.13, but this process has"):
+        publication.load()
+
+
+def test_too_large_for_the_store() -> None:
+    """A model larger than the store is refused before a byte is written, with both sizes and the way out."""
+    huge = nn.Module()
+    huge.register_buffer("weight", torch.empty(1_600_000_000, dtype=torch.uint8))
+    with pytest.raises(StoreTooSmallError) as caught:
+        zerocopy.publish(huge)
+    assert caught.value.needed == 1_600_000_000
+    assert f"{caught.value.capacity:,}" in str(caught.value)
+    assert "object_store_memory" in str(caught.value)
+
+
+def test_handles_are_small_and_plain() -> None:
+    """A handle prints, hashes by identity and is a few hundred bytes, whatever the model's size."""
+    publication = zerocopy.publish(pipelines.search(width=1024))
+    assert repr(publication) == f"<zerocopy.Publication of Search: {publication.shared_bytes:,} bytes>"
+    assert len({publication, publication}) == 1
+    assert len(ray.cloudpickle.dumps(publication)) < 3000
+    assert copy.copy(publication) is not None

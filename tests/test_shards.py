@@ -1,0 +1,43 @@
+"""How storages are grouped, without a cluster."""
+
+from __future__ import annotations
+
+import hypothesis.strategies as st
+import torch
+from hypothesis import given
+
+from zerocopy._shards import ALIGNMENT, FIELD_SHARD, MB, PACKED, PACKS_PER_SHARD, TARGET_SHARD, _lay_out, group
+from zerocopy._tensors import storage_of
+
+
+@given(st.lists(st.sampled_from([0, 1, 1000, PACKED, MB, 70 * MB]), max_size=60), st.data())
+def test_every_storage_has_one_place(sizes: list[int], data: st.DataObject) -> None:
+    """Each storage with bytes is in exactly one shard, in order, and no shard is needlessly large."""
+    ends = data.draw(st.lists(st.integers(0, len(sizes)), max_size=4))
+    shards = group(sizes, ends)
+    flat = [index for shard in shards for index in shard]
+    assert flat == sorted(set(flat))
+    assert {index for index, size in enumerate(sizes) if size} <= set(flat)
+    limit = max(TARGET_SHARD, sum(sizes) // 8)
+    for shard in shards:
+        assert sum(sizes[index] for index in shard) <= limit or sum(sizes[index] > 0 for index in shard) == 1
+        assert sum(sizes[index] for index in shard if sizes[index] < PACKED) <= PACKS_PER_SHARD + PACKED
+
+
+def test_fields_get_shards_of_their_own() -> None:
+    """A large field is cut from the next, so that each can be fetched alone; small ones lie together."""
+    assert group([FIELD_SHARD, 10, 20], [1, 2, 3]) == [[0], [1, 2]]
+    assert group([10, 20, 30], [1, 2, 3]) == [[0, 1, 2]]
+
+
+def test_layout_packs_small_storages() -> None:
+    """Large storages are buffers of their own, without a copy; small ones share an aligned one."""
+    large = torch.zeros(PACKED, dtype=torch.uint8)
+    small = [torch.full((5,), number, dtype=torch.uint8) for number in range(3)]
+    buffers, places = _lay_out([storage_of(tensor) for tensor in (small[0], large, small[1], small[2])])
+    assert places == [(2, 0), (1, 0), (2, ALIGNMENT), (2, 2 * ALIGNMENT)]
+    assert [bytes(buffers[2].raw()[offset : offset + 5]) for _, offset in (places[0], *places[2:])] == [
+        bytes([number] * 5) for number in range(3)
+    ]
+    large[0] = 9
+    assert buffers[1].raw()[0] == 9
