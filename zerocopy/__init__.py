@@ -1,6 +1,7 @@
 """Share PyTorch models between Ray workers without copying them."""
 
 from zerocopy import _passing as _passing
+from zerocopy import errors
 from zerocopy._actor import Actor, Pool, actor
 from zerocopy._fields import Copied, Field, Shared, copied, shared
 from zerocopy._pipeline import fields, pipeline
@@ -22,6 +23,7 @@ __all__ = [
     "Task",
     "actor",
     "copied",
+    "errors",
     "fields",
     "memory_report",
     "pipeline",

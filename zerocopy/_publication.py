@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from types import TracebackType
 from typing import Any, Self
@@ -69,8 +69,7 @@ class Loaded:
     """What a load made: the pipeline, the shared tensors by index, and the memory that they are views of."""
 
     pipeline: Any
-    tensors: Sequence[Any]
-    storages: Sequence[int]
+    tensors: Mapping[int, Any]
     mappings: Sequence[Any]
 
 
@@ -151,7 +150,8 @@ class Publication:
         pipeline = self._join(manifest, tensors)
         if fields is not None:
             _partial.keep_only(pipeline, fields)
-        loaded = Loaded(pipeline, tensors[: len(manifest.specs)], storages, tuple(memory.mappings()))
+        shared = {index: tensors[index] for index in needed if index < len(manifest.specs)}
+        loaded = Loaded(pipeline, shared, tuple(memory.mappings()))
         for observer in _load_observers:
             observer(self, loaded)
         return pipeline
@@ -210,9 +210,10 @@ class Publication:
     def close(self) -> None:
         """Let go of the weights. Loaded pipelines keep what they use; closing twice is fine."""
         manifest, self._manifest = self._manifest, None
+        close, self._close = self._close, None
         self._weights = None
-        if manifest is not None and self._close is not None:
-            self._close(manifest)
+        if manifest is not None and close is not None:
+            close(manifest)
 
     def __enter__(self) -> Self:
         return self

@@ -173,13 +173,14 @@ def publish_automatically(pipeline: Any) -> Publication:
 
 def _current_weights(pipeline: Any, entry: _Entry) -> Weights | None:
     weights = entry.weights()
-    if weights is None and entry.origin is not None:
-        entry.held = weights = _adopted_from(pipeline, entry.origin)
-        entry.origin = entry.origin if weights else None
-    return weights if weights is not None and weights.are_current() else None
+    if weights is not None and weights.are_current():
+        return weights
+    passed_on = _weights_of_origin(pipeline, entry.origin) if entry.origin is not None else None
+    entry.held = passed_on or entry.held
+    return passed_on
 
 
-def _adopted_from(pipeline: Any, origin: _Origin) -> Weights | None:
+def _weights_of_origin(pipeline: Any, origin: _Origin) -> Weights | None:
     """The weights that a loaded pipeline came from, if it still has all of them and no others."""
     if origin.session is not _store.session() or not origin.marks.are_same():
         return None
@@ -244,12 +245,11 @@ def _closer(weights: Weights) -> Callable[[ray.ObjectRef], None]:
 def _remember(publication: Publication, loaded: Loaded) -> None:
     manifest = publication._manifest
     assert manifest is not None
-    kept = [(index, tensor) for index, tensor in enumerate(loaded.tensors) if tensor is not None]
     _entry_of(loaded.pipeline).origin = _Origin(
         manifest,
         publication.shared_bytes,
-        TensorMarks([tensor for _, tensor in kept]),
-        [index for index, _ in kept],
+        TensorMarks(loaded.tensors.values()),
+        list(loaded.tensors),
         [weakref.ref(mapping) for mapping in loaded.mappings],
         _store.session(),
     )

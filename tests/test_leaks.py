@@ -1,0 +1,136 @@
+"""Nothing leaks: the store is back where it was when the last user is gone."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Callable
+
+import pipelines
+import pytest
+import ray
+import torch
+from conftest import wait_until
+
+import zerocopy
+
+pytestmark = pytest.mark.usefixtures("cluster")
+STRICT = os.environ.get("RAY_allow_out_of_band_object_ref_serialization") == "0"
+WEIGHTS = 2 * 1024 * 1024 * 4  # bytes of the encoder of width 1024
+
+
+@ray.remote
+def answer(search: pipelines.Search, query: float) -> float:
+    return search(query)
+
+
+def is_free(store_use: Callable[[], int]) -> bool:
+    return wait_until(lambda: store_use() <= 0)
+
+
+def test_automatic_publishing(store_use: Callable[[], int]) -> None:
+    """After the pipeline and its results are dropped, nothing is left of it, however often it was passed and changed."""
+    search = pipelines.search(width=1024)
+    for _ in range(3):
+        results = [answer.remote(search, 1.0) for _ in range(5)]
+        ray.get(results)
+        with torch.no_grad():
+            search.encoder[0].weight.add_(1)
+    assert wait_until(lambda: store_use() < 2.5 * WEIGHTS), "the weights of earlier versions are still there"
+    assert store_use() > WEIGHTS
+    del search, results
+    assert is_free(store_use)
+
+
+def test_handles_and_loaded_pipelines(store_use: Callable[[], int]) -> None:
+    """The last handle frees the store only when no loaded pipeline is left."""
+    search = pipelines.search(width=1024)
+    expected = search(1.0)
+    publication = zerocopy.publish(search)
+    loaded = publication.load()
+    weight = publication.load().encoder[0].weight
+    del search, publication
+    gc.collect()
+    assert loaded(1.0) == expected
+    assert store_use() > WEIGHTS
+    total = float(weight.detach().sum())
+    del loaded
+    gc.collect()
+    assert float(weight.detach().sum()) == total, "a tensor keeps the memory it is a view of"
+    del weight
+    assert is_free(store_use)
+
+
+def test_a_handle_dropped_while_the_pipeline_lives(store_use: Callable[[], int]) -> None:
+    """Publishing by hand holds the weights by the handle alone."""
+    search = pipelines.search(width=1024)
+    publication = zerocopy.publish(search)
+    assert store_use() > WEIGHTS
+    del publication
+    assert is_free(store_use)
+    assert search.top_k == 5
+
+
+def test_close_releases_automatic_publishing_too(store_use: Callable[[], int]) -> None:
+    """`with` gives the memory back at its end, though the pipeline was also passed by itself."""
+    search = pipelines.search(width=1024)
+    with zerocopy.publish(search):
+        ray.get(answer.remote(search, 1.0))
+    assert is_free(store_use)
+    assert ray.get(answer.remote(search, 1.0)) == search(1.0)
+    del search
+    assert is_free(store_use)
+
+
+def test_tasks_actors_and_pools(store_use: Callable[[], int]) -> None:
+    """Generated tasks and actors hold weights as long as they run, and no longer."""
+    search = pipelines.search(width=1024)
+    assert pipelines.answer(search, 1.0) == search(1.0)
+    with pipelines.Worker.pool(2, search) as pool:
+        assert list(pool.map("ask", [1.0, 1.0])) == [search(1.0)] * 2
+    worker = pipelines.Worker.remote(search)
+    expected = search(1.0)
+    del search
+    assert ray.get(worker.ask.remote(1.0)) == expected
+    assert store_use() > WEIGHTS
+    del worker, pool
+    assert is_free(store_use)
+
+
+def test_a_bare_module(store_use: Callable[[], int]) -> None:
+    """A module given to a task is published, and freed with the module."""
+    module = pipelines.encoder(1024)
+
+    @zerocopy.task
+    def total(module: torch.nn.Module) -> float:
+        return float(module[0].weight.detach().sum())
+
+    assert total(module) == pytest.approx(float(module[0].weight.detach().sum()))
+    assert store_use() > WEIGHTS
+    del module
+    assert is_free(store_use)
+
+
+@pytest.mark.skipif(STRICT, reason="closures are refused in this mode")
+def test_what_a_closure_pins_is_released_by_close(store_use: Callable[[], int]) -> None:
+    """A publication captured by a function is pinned until it is closed."""
+    publication = zerocopy.publish(pipelines.search(width=1024))
+
+    def make() -> object:
+        @ray.remote
+        def captured() -> float:
+            return publication.load()(1.0)
+
+        return captured
+
+    captured = make()
+    ray.get(captured.remote())
+    publication.close()
+    assert is_free(store_use)
+
+
+def test_a_failed_publishing_leaves_nothing(store_use: Callable[[], int]) -> None:
+    """What is refused is refused before anything is written."""
+    with pytest.raises(zerocopy.errors.CannotTravelError):
+        zerocopy.publish(pipelines.search(width=1024, settings={"stream": (number for number in ())}))
+    assert store_use() <= 0
