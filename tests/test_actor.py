@@ -1,0 +1,180 @@
+"""Classes that start Ray actors, and stay classes."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from typing import Any
+
+import pipelines
+import pytest
+import ray
+import ray.data
+from conftest import run_python
+
+import zerocopy
+from zerocopy.errors import ArgumentError
+from zerocopy.testing import assert_zero_copy
+
+pytestmark = pytest.mark.usefixtures("cluster")
+
+
+def test_still_a_plain_class() -> None:
+    """`Worker(search)` makes an ordinary object, without Ray; the class is the one that was written."""
+    worker = pipelines.Worker(pipelines.search(width=8), limit=3)
+    assert type(worker) is pipelines.Worker
+    assert (worker.limit, worker.ask(1.0)) == (3, worker.pipeline(1.0))
+    assert str(inspect.signature(pipelines.Worker.__init__)).startswith("(self, pipeline: 'Search', limit: 'int' = 10")
+
+
+def test_remote_options_and_arguments() -> None:
+    """An actor gets instances, modules and publications loaded, by position and by name, and every kind of method works."""
+    search = pipelines.search(width=32)
+    worker = pipelines.Worker.options(num_cpus=0.2, name="one").remote(zerocopy.publish(search), limit=4)
+    assert isinstance(worker, ray.actor.ActorHandle)
+    assert ray.get(worker.ask.remote(2.0)) == search(2.0)
+    assert ray.get(worker.ask_async.remote(2.0)) == search(2.0)
+    stream = worker.stream.options(num_returns="streaming").remote(2)
+    assert [ray.get(ref) for ref in stream] == [search(0), search(1)]
+    assert ray.get(ray.get_actor("one").pid.remote()) != os.getpid()
+    with pytest.raises(ValueError, match="boom"):
+        ray.get(worker.fail.remote("boom"))
+
+
+def test_generated_init_and_typed_spelling() -> None:
+    """A class without `__init__` gets one from its annotations; the mixin makes an actor of a class by itself."""
+    search = pipelines.search(width=32)
+    assert pipelines.Annotated(search).limit == 3
+    annotated, typed, louder = (
+        pipelines.Annotated.remote(search, limit=5),
+        pipelines.Typed.options(num_cpus=0.1).remote(search),
+        pipelines.Louder.remote(search),
+    )
+    assert ray.get(annotated.ask.remote(1.0)) == search(1.0) + 5
+    assert ray.get(typed.ask.remote(1.0)) == search(1.0)
+    assert ray.get(louder.told.remote()) == ("Search", 99)
+
+
+def test_pool() -> None:
+    """A pool answers in order, with every actor at work, over one copy of the weights."""
+    search = pipelines.search(width=64)
+    with pipelines.Worker.pool(3, search) as pool:
+        assert len(pool) == 3
+        assert len(set(ray.get([actor.pid.remote() for actor in pool]))) == 3
+        queries = [float(number) for number in range(10)]
+        assert list(pool.map("ask", iter(queries))) == [search(query) for query in queries]
+        biases = ray.get([pool[0].bias.remote(5.0), pool[1].bias.remote(), pool[2].bias.remote()])
+        assert biases[0] == pytest.approx(biases[1] + 5 * 64)
+        assert biases[1] == biases[2]
+        with pytest.raises(ArgumentError, match="Worker has no method 'asc'"):
+            pool.map("asc", queries)
+        with pytest.raises(ValueError, match="first"):
+            list(pool.map("fail", ["first", "second"]))
+        assert "3 Worker actors" in repr(pool)
+    pool.close()
+    with pytest.raises(ArgumentError, match="was closed"):
+        pool.map("ask", queries)
+
+
+def test_a_restarted_actor_loads_again() -> None:
+    """An actor that dies is restarted by Ray and has its pipeline, though the publisher's own is long gone."""
+    search = pipelines.search(width=64)
+    expected = search(1.0)
+    worker = pipelines.Worker.remote(search)
+    first = ray.get(worker.pid.remote())
+    del search
+    os.kill(first, 9)
+    for _ in range(20):
+        try:
+            second = ray.get(worker.pid.remote())
+            break
+        except ray.exceptions.ActorUnavailableError:
+            continue
+    assert second != first
+    assert ray.get(worker.ask.remote(1.0)) == expected
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")  # Ray Data's, about its own settings
+def test_ray_data() -> None:
+    """`map_batches` takes the class, and a pipeline or a publication among its arguments."""
+    search = pipelines.search(width=32)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    for given in (search, zerocopy.publish(search)):
+        results = ray.data.from_items([{"query": float(number)} for number in range(8)]).map_batches(
+            pipelines.Worker,
+            fn_constructor_kwargs={"pipeline": given},
+            compute=ray.data.ActorPoolStrategy(size=2),
+            batch_size=4,
+            num_cpus=0.5,
+        )
+        answers = sorted(row["answer"] for row in results.take_all())
+        assert answers == pytest.approx(sorted(search(float(number)) for number in range(8)))
+
+
+def test_subclasses_and_errors_of_init() -> None:
+    """What goes wrong in the worker's `__init__` stands inside Ray's error."""
+
+    @zerocopy.actor(num_cpus=0.1)
+    class Picky:
+        def __init__(self, pipeline: pipelines.Search) -> None:
+            assert_zero_copy(pipeline)
+            raise LookupError("not this one")
+
+        def ask(self) -> None: ...
+
+    with pytest.raises(ray.exceptions.ActorDiedError, match="not this one"):
+        ray.get(Picky.remote(pipelines.search(width=8)).ask.remote())
+
+
+def test_device_of_the_actor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`device=` of the actor is where its pipelines are loaded."""
+
+    @zerocopy.actor(device="cuda:7", num_cpus=0.1)
+    class Remote:
+        def __init__(self, pipeline: pipelines.Search) -> None:
+            self.pipeline = pipeline
+
+        def ask(self) -> None: ...
+
+    with pytest.raises(ray.exceptions.ActorDiedError, match="Device 'cuda:7' is not there"):
+        ray.get(Remote.remote(pipelines.search(width=8)).ask.remote())
+
+
+SERVE = """
+import ray
+from ray import serve
+import pipelines, zerocopy
+
+ray.init(num_cpus=2, object_store_memory=200_000_000, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+search = pipelines.search(width=64)
+
+@serve.deployment
+@zerocopy.actor
+class Deployed:
+    def __init__(self, search: pipelines.Search):
+        zerocopy.testing.assert_zero_copy(search)
+        self.search = search
+    async def __call__(self, query: float) -> float:
+        return self.search(query)
+
+try:
+    for given in (search, zerocopy.publish(search)):
+        handle = serve.run(Deployed.bind(given), route_prefix=None)
+        print(handle.remote(2.0).result() == search(2.0))
+except zerocopy.errors.OutOfBandError as error:
+    print("refused", error)
+serve.shutdown()
+"""
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["ordinary", "strict"])
+def test_serve(strict: bool) -> None:
+    """A deployment's arguments arrive loaded; where references out of band are forbidden they are refused in our words."""
+    done = run_python(
+        SERVE.replace("import pipelines, zerocopy", "import pipelines, zerocopy, zerocopy.testing"),
+        RAY_allow_out_of_band_object_ref_serialization="0" if strict else "1",
+    )
+    if strict:
+        assert "refused A pipeline of class Search was captured" in done.stdout, done.stdout + done.stderr
+    else:
+        assert done.stdout.splitlines()[:2] == ["True", "True"], done.stdout + done.stderr
