@@ -12,6 +12,7 @@ Ray on this machine.
 from __future__ import annotations
 
 import argparse
+import itertools
 import logging
 import math
 import os
@@ -175,14 +176,14 @@ def embed(texts: list[str], worker: type, arguments: dict[str, Any], workers: in
 def embedded_batches(texts: list[str], worker: type, arguments: dict[str, Any], workers: int) -> Iterable[Batch]:
     cpus = ray.cluster_resources()["CPU"]
     batch_size = max(1, min(32, len(texts) // (4 * workers)))
-    by_length = sorted(range(len(texts)), key=lambda row: -len(texts[row]))  # texts of one length need no padding
+    by_length = sorted(range(len(texts)), key=lambda row: -len(texts[row]))  # like lengths need little padding
     items = [{"row": row, "text": texts[row]} for row in by_length]
     dataset = ray.data.from_items(items, override_num_blocks=math.ceil(len(items) / batch_size)).map_batches(
         worker,
         fn_constructor_kwargs={**arguments, "threads": max(1, int(cpus / workers))},
         compute=ray.data.ActorPoolStrategy(size=workers),
         batch_size=batch_size,
-        num_cpus=min(1.0, cpus / workers),
+        num_cpus=min(1.0, math.floor(100 * cpus / workers) / 100),
     )
     return dataset.iter_batches(batch_size=None, prefetch_batches=0)
 
@@ -201,9 +202,9 @@ def telling(batches: Iterable[Batch], label: str, total: int) -> Iterator[Batch]
         done += len(batch["row"])
         if done == total or now - told > (0.2 if sys.stdout.isatty() else 5):
             told = now
-            speed = (done - first) / max(now - began, 1e-3)
+            speed = f", {(done - first) / (now - began):.0f} a second" if done > first else ""
             end = "\r" if sys.stdout.isatty() and done < total else "\n"
-            print(f"{label}: {done:,} of {total:,} documents, {speed:.0f} a second ", end=end, flush=True)
+            print(f"{label}: {done:,} of {total:,} documents{speed} ", end=end, flush=True)
 
 
 def print_answers(search: Search, index: Index, queries: list[str]) -> None:
@@ -215,8 +216,8 @@ def print_answers(search: Search, index: Index, queries: list[str]) -> None:
 
 
 def memory_rows(report: MemoryReport) -> dict[str, int]:
-    """Bytes of all workers together; a page that they share counts once (PSS)."""
-    rows = {"object store, shared": max(process.mapped for process in report.processes)}
+    """Bytes that the workers of this machine take; a page that they share counts once (PSS)."""
+    rows = {"object store, shared": max((process.mapped for process in report.processes), default=0)}
     rows |= {f"private to worker {number}": process.private for number, process in enumerate(report.processes, 1)}
     rows["program files, shared"] = report.total - report.private - report.shared
     return {**rows, "total": sum(rows.values())}
@@ -244,11 +245,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--compare", action="store_true", help="embed again, with a copy of the model in each worker")
     args = parser.parse_args()
     try:
-        documents = (
-            file_documents(args.file) if args.file else [Document(name, text) for name, text in stdlib_docstrings()]
-        )
+        documents = file_documents(args.file) if args.file else list(itertools.starmap(Document, stdlib_docstrings()))
     except (OSError, UnicodeDecodeError) as error:
-        parser.error(f"cannot read {args.file}: {error}")
+        parser.error(f"cannot read {args.file or 'the standard library'}: {error}")
     if not documents:
         parser.error(f"there is no text in {args.file}")
     count = min(args.limit or len(documents), len(documents))
@@ -259,10 +258,11 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     args = parse_arguments()
     search = load_search()
-    shared_bytes = zerocopy.plan(search).shared_bytes
-    print(f"{len(args.documents):,} documents; a model of {shared_bytes / 1e6:.0f} MB")
+    print(
+        f"{len(args.documents):,} documents, a model of {zerocopy.plan(search).shared_bytes / 1e6:.0f} MB", flush=True
+    )
     start_ray()
-    texts = [f"{document.name}: {document.text}" for document in args.documents]
+    texts = [text if args.file else f"{name}: {text}" for name, text in args.documents]
     run = embed(texts, Worker, {"search": search}, args.workers)
     print_answers(search, Index(run.vectors, args.documents), args.query or QUERIES)
     columns = {"zerocopy": memory_rows(run.memory)}

@@ -13,7 +13,8 @@ import attr
 import ray
 from ray.actor import ActorHandle
 
-from zerocopy import _devices, _store
+from zerocopy import _store
+from zerocopy._devices import check_device_name
 from zerocopy._fields import Marker
 from zerocopy._pipeline import class_with_own_init, describe, is_pipeline_class
 from zerocopy._remote import Parameters, check_in_flight, check_options, in_order, receive, send, travelling
@@ -202,7 +203,7 @@ def actor(cls: Any = None, *, device: str | None = None, **options: Any) -> Any:
     Raises:
         DeclarationError: not a class, an option Ray does not know, or a method named as one of those three.
     """
-    _devices.check_name(device, "@zerocopy.actor")
+    check_device_name(device, "@zerocopy.actor")
     check_options(options, "actor")
     if cls is None:
         return functools.partial(_decorate, options=options, device=device)

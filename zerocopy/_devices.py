@@ -35,7 +35,7 @@ def resolve(device: str | torch.device | None) -> torch.device:
     return resolved
 
 
-def check_name(device: str | None, where: str) -> None:
+def check_device_name(device: str | None, where: str) -> None:
     """Refuse what can be no device anywhere, before any worker is asked.
 
     Raises:

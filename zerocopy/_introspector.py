@@ -62,11 +62,7 @@ class Introspection:
     private_reasons: list[tuple[Any, str]]
     devices: dict[int, tuple[str | None, ...]]  # declared devices of a storage's fields, where any is declared
     known: Known
-    stripped: Stripped  # of the shared skeleton
-
-    def shared_objects(self) -> list[Any]:
-        """Modules, containers and other mutable objects of the shared skeleton."""
-        return list(self.stripped.seen.values())
+    mutable: list[Any]  # modules, containers and other mutable objects of the shared skeleton
 
 
 @attrs.frozen
@@ -133,7 +129,7 @@ def introspect(pipeline: Any) -> Introspection:
         list(shared.private_reasons.values()),
         _declared_devices(pipeline, table),
         known,
-        shared,
+        list(shared.seen.values()),
     )
 
 

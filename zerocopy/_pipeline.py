@@ -11,6 +11,7 @@ import attr
 import attrs
 from torch import nn
 
+from zerocopy._devices import check_device_name
 from zerocopy._fields import Field, Marker, copied, declared_markers, iter_fields, shared
 from zerocopy.errors import DeclarationError
 
@@ -119,6 +120,8 @@ def _decorate(cls: Any, *, kw_only: bool) -> Any:
             hint="add '__weakref__' to __slots__, or leave __slots__ out.",
         )
     markers = declared_markers(cls)
+    for name, marker in markers.items():
+        check_device_name(marker.device, f"Field {name!r} of {cls.__name__}")
     init_class = class_with_own_init(cls)
     if init_class is not None:
         _refuse_init_options(cls, markers, init_class, kw_only)

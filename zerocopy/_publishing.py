@@ -199,7 +199,7 @@ def _weights_of_origin(pipeline: Any, origin: _Origin) -> Weights | None:
         index, storages, found.known.roots, frozenset(), len(manifest.specs), len(manifest.locations), whole=True
     )
     return Weights(
-        origin.manifest, origin.shared_bytes, known, Snapshot(found.table, found.shared_objects()),
+        origin.manifest, origin.shared_bytes, known, Snapshot(found.table, found.mutable),
         [reference(root) for root in found.roots], {}, None, (), origin.session,
     )  # fmt: skip
 
@@ -207,7 +207,7 @@ def _weights_of_origin(pipeline: Any, origin: _Origin) -> Weights | None:
 def _put(found: Introspection, stored: Mapping[object, Placement]) -> Weights:
     """Write what `found` shares into the store, but for what is `stored`. Every refusal comes before the first byte."""
     storages = found.table.storages
-    snapshot = Snapshot(found.table, found.shared_objects())
+    snapshot = Snapshot(found.table, found.mutable)
     shared_bytes = sum(storage.nbytes for storage in storages)
     _store.require_room(shared_bytes, type(found.pipeline).__name__)
     placements = put_storages(storages, found.root_ends, stored)

@@ -96,18 +96,30 @@ class Parameters:
         try:
             bound = self._signature.bind(*args, **kwargs)
         except TypeError as error:
-            raise ArgumentError(f"{self._name}() cannot be called so: {error}.", hint=self._usage()) from None
+            raise self._cannot_bind(args, kwargs, error) from None
         for name, classes in self._expected_classes().items():
             value = bound.arguments.get(name)
             if name in bound.arguments and not _fits(value, classes):
-                wanted = " or ".join(_class_name(cls) for cls in classes if cls is not types.NoneType)
+                wanted = _class_names(classes)
                 raise ArgumentError(
                     f"{self._name}() expects {wanted} for {name!r}, got {_what(value)}.",
                     hint=f"pass an instance of {wanted}, or a publication of one.",
                 )
 
-    def _usage(self) -> str:
-        return f"its signature is {self._name}{self._signature}."
+    def _cannot_bind(self, args: Sequence[Any], kwargs: Mapping[str, Any], error: TypeError) -> ArgumentError:
+        usage = f"its signature is {self._name}{self._signature}."
+        try:
+            given = self._signature.bind_partial(*args, **kwargs).arguments
+        except TypeError:  # too many, or unknown
+            given = dict.fromkeys(self._signature.parameters)
+        for name, classes in self._expected_classes().items():
+            if name not in given and self._signature.parameters[name].default is inspect.Parameter.empty:
+                wanted = _class_names(classes)
+                return ArgumentError(
+                    f"{self._name}() is missing its pipeline argument {name!r}.",
+                    hint=f"pass an instance of {wanted}, or a publication of one; {usage}",
+                )
+        return ArgumentError(f"{self._name}() cannot be called so: {error}.", hint=usage)
 
     def _expected_classes(self) -> dict[str, tuple[type, ...]]:
         if self._expected is None:
@@ -154,6 +166,10 @@ def _what(value: Any) -> str:
     if isinstance(value, Publication):
         return f"a publication of {value.kind if value.cls is None else _class_name(value.cls)}"
     return repr(_class_name(type(value)))
+
+
+def _class_names(classes: Iterable[type]) -> str:
+    return " or ".join(_class_name(cls) for cls in classes if cls is not types.NoneType)
 
 
 def _class_name(cls: type) -> str:

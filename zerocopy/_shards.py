@@ -95,17 +95,27 @@ def _lay_out(storages: Sequence[Storage]) -> tuple[list[pickle.PickleBuffer], li
     """The buffers of one shard, a nonce first, the pack of small storages last; and where each storage is."""
     buffers = [pickle.PickleBuffer(os.urandom(NONCE_BYTES))]
     large = sum(storage.nbytes >= PACKED for storage in storages)
-    pack = bytearray()
+    packed = 0
     places = []
     for storage in storages:
         if storage.nbytes >= PACKED:
             places.append((len(buffers), 0))
             buffers.append(pickle.PickleBuffer(storage.to_bytes()))
         else:
-            pack.extend(bytes(-len(pack) % ALIGNMENT))
-            places.append((1 + large, len(pack)))
-            pack.extend(memoryview(storage.to_bytes()))
-    return ([*buffers, pickle.PickleBuffer(pack)] if pack else buffers), places
+            packed += -packed % ALIGNMENT
+            places.append((1 + large, packed))
+            packed += storage.nbytes
+    if packed:
+        buffers.append(pickle.PickleBuffer(_pack(storages, places, packed)))
+    return buffers, places
+
+
+def _pack(storages: Sequence[Storage], places: Sequence[tuple[int, int]], nbytes: int) -> np.ndarray[Any, Any]:
+    pack = np.zeros(nbytes, np.uint8)
+    for storage, (_, offset) in zip(storages, places, strict=True):
+        if storage.nbytes < PACKED:
+            pack[offset : offset + storage.nbytes] = storage.to_bytes()
+    return pack
 
 
 def locate(

@@ -13,7 +13,8 @@ import ray
 import ray.cloudpickle
 import wrapt
 
-from zerocopy import _devices, _store
+from zerocopy import _store
+from zerocopy._devices import check_device_name
 from zerocopy._pipeline import describe
 from zerocopy._remote import (
     Parameters,
@@ -277,7 +278,7 @@ def task(function: Any = None, *, device: str | None = None, **options: Any) -> 
     Raises:
         DeclarationError: not a function, `async def`, `staticmethod` or `classmethod`, or an option Ray does not know.
     """
-    _devices.check_name(device, "@zerocopy.task")
+    check_device_name(device, "@zerocopy.task")
     check_options(options, "task")
     if function is None:
         return functools.partial(_decorate, options=options, device=device)

@@ -1,0 +1,159 @@
+"""Zero copy, measured by the kernel: private memory of workers, peak of the publisher, the total."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pipelines
+import pytest
+import ray
+import torch
+from torch import nn
+
+import zerocopy
+from zerocopy._shards import PACKS_PER_SHARD
+from zerocopy.memory import MemoryReport, ProcessMemory, private_bytes
+
+pytestmark = pytest.mark.usefixtures("cluster")
+LAYERS = 8
+MODEL_BYTES = LAYERS * 2048 * 2048 * 4
+
+
+def model() -> nn.Sequential:
+    return nn.Sequential(*[nn.Linear(2048, 2048, bias=False) for _ in range(LAYERS)])
+
+
+@contextmanager
+def peak_of_private_memory() -> Iterator[Callable[[], int]]:
+    """Samples this process' anonymous memory every millisecond; call the result for the growth of its peak."""
+    start = peak = private_bytes()
+    done = threading.Event()
+
+    def sample() -> None:
+        nonlocal peak
+        while not done.wait(0.001):
+            peak = max(peak, private_bytes())
+
+    thread = threading.Thread(target=sample)
+    thread.start()
+    try:
+        yield lambda: peak - start
+    finally:
+        done.set()
+        thread.join()
+
+
+@zerocopy.actor(num_cpus=0.1)
+class Prober:
+    def prepare(self) -> None:
+        """What every torch process pays once: thread pools, kernels, this module's imports."""
+        nn.Linear(2048, 2048)(torch.ones(1, 2048))
+        private_bytes()
+
+    def load_and_run(self, publication: zerocopy.Publication) -> tuple[int, int]:
+        before = private_bytes()
+        self.model = publication.load()
+        with torch.inference_mode():
+            self.model(torch.ones(1, 2048))
+        return private_bytes() - before, os.getpid()
+
+
+def test_a_worker_takes_no_memory_of_its_own() -> None:
+    """Loading and running adds less than 2 % of the model to a worker, and all together stay within 2.1 times its bytes."""
+    weights = model()
+    publication = zerocopy.publish(weights)
+    with Prober.pool(4) as pool:
+        ray.get([prober.prepare.remote() for prober in pool])
+        pids = [os.getpid()]
+        idle = {process.pid: process.private for process in zerocopy.memory_report().processes}
+        for prober in pool:
+            growth, pid = ray.get(prober.load_and_run.remote(publication))
+            assert growth < 0.02 * MODEL_BYTES
+            pids.append(pid)
+        report = zerocopy.memory_report(pids)
+        assert len(report.processes) == 5
+        base = sum(idle[pid] for pid in pids) - MODEL_BYTES
+        assert report.private + report.shared - base < 2.1 * MODEL_BYTES
+        assert MODEL_BYTES * 0.7 < report.shared < MODEL_BYTES * 1.3
+        assert sum(process.saved for process in report.processes) > 2.5 * MODEL_BYTES
+
+
+def test_publishing_makes_no_second_copy() -> None:
+    """The peak of the publisher's private memory grows by less than 2 % of the model, also for many small tensors."""
+    small = nn.ModuleList([nn.Linear(200, 200, bias=False) for _ in range(600)])
+    zerocopy.publish(nn.Linear(8, 8)).close()
+    weights = model()
+    with peak_of_private_memory() as growth:
+        publication = zerocopy.publish(weights)
+        time.sleep(0.05)
+    assert growth() < 0.02 * MODEL_BYTES
+    assert publication.shared_bytes == MODEL_BYTES
+    with peak_of_private_memory() as growth:
+        assert zerocopy.publish(small).shared_bytes > 90_000_000
+    assert growth() < PACKS_PER_SHARD + 12_000_000  # one pack at a time, and the skeleton of 600 modules
+
+
+def test_load_time_does_not_grow_with_bytes() -> None:
+    """A model of 128 times the bytes and as many modules loads about as fast."""
+
+    def seconds(width: int) -> float:
+        publication = zerocopy.publish(nn.Sequential(*[nn.Linear(width, width, bias=False) for _ in range(LAYERS)]))
+        times = []
+        for _ in range(15):
+            start = time.perf_counter()
+            publication.load()
+            times.append(time.perf_counter() - start)
+        return sorted(times)[len(times) // 2]
+
+    assert seconds(2048) < 4 * seconds(181)
+
+
+def test_report() -> None:
+    """A report names processes, adds up and prints, in a notebook as HTML."""
+    report = zerocopy.memory_report()
+    names = [process.name for process in report.processes]
+    assert names[0] == "this process"
+    assert "raylet" in names
+    assert report.total >= report.private
+    text = str(report)
+    for word in ("process", "private", "shared", "saved", "PSS", "together", "raylet"):
+        assert word in text
+    assert report._repr_html_().count("<tr>") == len(report.processes) + 2
+    assert zerocopy.memory_report([2**22 + 1]).processes == ()
+
+
+def test_sums() -> None:
+    """Shared pages count once, by their proportional shares; what is saved is the rest."""
+    one = ProcessMemory(1, "one", private=10, mapped=100, share=50, total=60)
+    report = MemoryReport((one, ProcessMemory(2, "two", 20, 100, 50, 70)))
+    assert (report.shared, report.private, report.total, one.saved) == (100, 30, 130, 50)
+
+
+def test_memory_written_is_private() -> None:
+    """Written pages of a mapping count as the writer's own."""
+    loaded = zerocopy.publish(pipelines.encoder(1024)).load()
+    before = zerocopy.memory_report([os.getpid()]).processes[0].private
+    with torch.no_grad():
+        loaded[0].weight.add_(1)
+    assert zerocopy.memory_report([os.getpid()]).processes[0].private - before > 3_500_000
+
+
+def test_no_file_stays_behind() -> None:
+    """Loading opens the store's file and closes it again: dropped mappings leave no descriptor."""
+    publication = zerocopy.publish(pipelines.encoder(256))
+    publication.load()
+
+    def descriptors() -> int:
+        return len(list(Path("/proc/self/fd").iterdir()))
+
+    before = descriptors()
+    kept: list[Any] = [publication.load() for _ in range(5)]
+    assert descriptors() <= before + 5
+    kept.clear()
+    assert descriptors() <= before

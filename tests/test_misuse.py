@@ -1,0 +1,398 @@
+"""A table of misuses and the words they get, at the earliest moment."""
+
+from __future__ import annotations
+
+import pickle
+import threading
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Annotated, Any
+
+import pipelines
+import pytest
+import ray
+import torch
+from torch import nn
+
+import zerocopy
+from zerocopy import Copied, Shared, _store, copied, errors, shared
+
+
+def actor_on_a_function() -> None:
+    @zerocopy.actor
+    def answer() -> None: ...
+
+
+def task_on_a_class() -> None:
+    @zerocopy.task
+    class Worker: ...
+
+
+def pipeline_on_a_function() -> None:
+    @zerocopy.pipeline
+    def answer() -> None: ...
+
+
+def task_on_async() -> None:
+    @zerocopy.task
+    async def answer() -> None: ...
+
+
+def task_on_staticmethod() -> None:
+    class Search:
+        @zerocopy.task
+        @staticmethod
+        def answer() -> None: ...
+
+
+def task_on_an_object() -> None:
+    zerocopy.task(SimpleNamespace())
+
+
+def unknown_task_option() -> None:
+    @zerocopy.task(num_cpu=1)
+    def answer() -> None: ...
+
+
+def unknown_actor_option() -> None:
+    @zerocopy.actor(color="red")
+    class Worker: ...
+
+
+def unknown_late_option() -> None:
+    pipelines.Worker.options(max_restart=1)
+
+
+def refused_value() -> None:
+    zerocopy.task(num_cpus=-1)
+
+
+def method_named_remote() -> None:
+    @zerocopy.actor
+    class Worker:
+        def remote(self) -> None: ...
+
+
+def method_named_pool_in_a_subclass() -> None:
+    class Worker(pipelines.Worker):
+        def pool(self) -> None: ...
+
+
+def field_in_an_actor() -> None:
+    @zerocopy.actor
+    class Worker:
+        search: Any = shared()
+
+
+def two_policies() -> None:
+    @zerocopy.pipeline
+    class Search:
+        encoder: Shared[nn.Module] = copied()
+
+
+def policy_on_a_property() -> None:
+    @zerocopy.pipeline
+    class Search:
+        encoder: Shared[nn.Module]
+
+        @property
+        def encoder(self) -> nn.Module: ...
+
+
+def default_with_an_own_init() -> None:
+    @zerocopy.pipeline
+    class Search:
+        top_k: int = copied(default=5)
+
+        def __init__(self) -> None: ...
+
+
+def annotated_default_with_an_own_init() -> None:
+    @zerocopy.pipeline
+    class Search:
+        top_k: Annotated[int, copied(default=5)]
+
+        def __init__(self) -> None: ...
+
+
+def mandatory_after_default() -> None:
+    @zerocopy.pipeline
+    class Search:
+        top_k: int = copied(default=5)
+        encoder: nn.Module = shared()
+
+
+def slots_without_weakref() -> None:
+    @zerocopy.pipeline
+    class Search:
+        __slots__ = ("encoder",)
+
+
+def device_that_no_torch_knows() -> None:
+    zerocopy.actor(device="gpu0")
+
+
+def field_device_that_no_torch_knows() -> None:
+    @zerocopy.pipeline
+    class Search:
+        encoder: nn.Module = shared(device="gpu")
+
+
+def missing_pipeline() -> None:
+    pipelines.answer(query=1.0)
+
+
+def missing_pipeline_of_an_actor() -> None:
+    pipelines.Worker.remote(limit=3)
+
+
+def missing_plain_argument() -> None:
+    pipelines.answer(pipelines.search(width=2))
+
+
+def wrong_class() -> None:
+    pipelines.answer(pipelines.Assistant(), 1.0)
+
+
+def wrong_class_of_an_actor() -> None:
+    pipelines.Annotated.remote("search")
+
+
+def pool_without_size() -> None:
+    pipelines.Worker.pool(pipelines.search(width=2))
+
+
+def map_over_a_string() -> None:
+    pipelines.answer.map(pipelines.search(width=2), "queries")
+
+
+def map_without_bound() -> None:
+    pipelines.answer.map(pipelines.search(width=2), [1.0], max_in_flight=0)
+
+
+def publish_something_else() -> None:
+    zerocopy.publish({"encoder": nn.Linear(1, 1)})
+
+
+def publish_a_class() -> None:
+    zerocopy.publish(pipelines.Search)
+
+
+def fields_of_another_class() -> None:
+    zerocopy.fields(dict)
+
+
+def lock_in_a_copied_field() -> None:
+    zerocopy.plan(pipelines.search(width=2, settings={"deep": [SimpleNamespace(guard=threading.Lock())]}))
+
+
+def generator_in_a_module() -> None:
+    module = nn.Sequential(nn.Linear(1, 1))
+    module[0].stream = (number for number in range(3))
+    zerocopy.plan(module)
+
+
+def meta_tensor() -> None:
+    zerocopy.plan(pipelines.search(width=2, encoder=nn.Sequential(nn.Linear(2, 2, device="meta"))))
+
+
+MISUSES: list[tuple[Callable[[], object], type[Exception], str]] = [
+    (actor_on_a_function, TypeError, "@zerocopy.actor expects a class, got function 'answer'. Hint: use @zerocopy.task."),
+    (task_on_a_class, TypeError, "@zerocopy.task expects a function, got class 'Worker'. Hint: use @zerocopy.actor."),
+    (
+        pipeline_on_a_function,
+        TypeError,
+        "@zerocopy.pipeline expects a class, got function 'answer'. Hint: decorate the class; for a function use "
+        "@zerocopy.task.",
+    ),
+    (
+        task_on_async,
+        TypeError,
+        "@zerocopy.task cannot run the async function 'answer': Ray's tasks are not async. Hint: make it a plain "
+        "function, or an async method of a @zerocopy.actor.",
+    ),
+    (
+        task_on_staticmethod,
+        TypeError,
+        "@zerocopy.task cannot wrap a staticmethod. Hint: write @staticmethod above @zerocopy.task.",
+    ),
+    (task_on_an_object, TypeError, "@zerocopy.task expects a function, got SimpleNamespace 'namespace()'."),
+    (
+        unknown_task_option,
+        TypeError,
+        "'num_cpu' is not an option of Ray for a task. Hint: did you mean 'num_cpus'?",
+    ),
+    (unknown_actor_option, TypeError, "'color' is not an option of Ray for an actor. Hint: Ray knows accelerator_type, "),
+    (
+        unknown_late_option,
+        TypeError,
+        "'max_restart' is not an option of Ray for an actor. Hint: did you mean 'max_restarts'?",
+    ),
+    (refused_value, TypeError, "Ray refuses an option of this task: "),
+    (
+        method_named_remote,
+        TypeError,
+        "Worker has a method 'remote', the name of one that @zerocopy.actor generates. Hint: rename it.",
+    ),
+    (
+        method_named_pool_in_a_subclass,
+        TypeError,
+        "Worker has a method 'pool', the name of one that @zerocopy.actor generates. Hint: rename it.",
+    ),
+    (
+        field_in_an_actor,
+        TypeError,
+        "Worker is an actor, but 'search' is a shared() field. Hint: fields belong to a class marked with "
+        "@zerocopy.pipeline, which an actor takes as an argument.",
+    ),
+    (
+        two_policies,
+        TypeError,
+        "Field 'encoder' of Search has two policies: its annotation says shared, its value copied(). Hint: keep one of "
+        "them.",
+    ),
+    (
+        policy_on_a_property,
+        TypeError,
+        "Field 'encoder' of Search has a policy, but it is a property, which holds no data of its own. Hint: annotate "
+        "the attribute that the property reads instead.",
+    ),
+    (
+        default_with_an_own_init,
+        TypeError,
+        "Search has the __init__ of Search, so nothing would apply 'default' of field 'top_k'. Hint: set the attribute "
+        "in that __init__, or leave the __init__ out.",
+    ),
+    (
+        annotated_default_with_an_own_init,
+        TypeError,
+        "Search has the __init__ of Search, so nothing would apply 'default' of field 'top_k'. Hint: ",
+    ),
+    (
+        mandatory_after_default,
+        TypeError,
+        "Field 'encoder' of Search is mandatory, but a field before it has a default. Hint: declare 'encoder' with "
+        "kw_only=True, or all of them with @zerocopy.pipeline(kw_only=True).",
+    ),
+    (
+        slots_without_weakref,
+        TypeError,
+        "Search has __slots__ without '__weakref__', so its instances cannot be followed. Hint: add '__weakref__' to "
+        "__slots__, or leave __slots__ out.",
+    ),
+    (
+        device_that_no_torch_knows,
+        ValueError,
+        "@zerocopy.actor has device='gpu0', which torch does not know. Hint: use 'auto', 'cpu' or 'cuda:0', say.",
+    ),
+    (
+        field_device_that_no_torch_knows,
+        ValueError,
+        "Field 'encoder' of Search has device='gpu', which torch does not know. Hint: ",
+    ),
+    (
+        missing_pipeline,
+        TypeError,
+        "answer() is missing its pipeline argument 'pipeline'. Hint: pass an instance of pipelines.Search, or a "
+        "publication of one; its signature is answer(pipeline: 'Search', query: 'float') -> 'float'.",
+    ),
+    (
+        missing_pipeline_of_an_actor,
+        TypeError,
+        "Worker() is missing its pipeline argument 'pipeline'. Hint: pass an instance of pipelines.Search, or a "
+        "publication of one; its signature is Worker(pipeline: 'Search', limit: 'int' = 10)",
+    ),
+    (
+        missing_plain_argument,
+        TypeError,
+        "answer() cannot be called so: missing a required argument: 'query'. Hint: its signature is "
+        "answer(pipeline: 'Search', query: 'float') -> 'float'.",
+    ),
+    (
+        wrong_class,
+        TypeError,
+        "answer() expects pipelines.Search for 'pipeline', got 'pipelines.Assistant'. Hint: pass an instance of "
+        "pipelines.Search, or a publication of one.",
+    ),
+    (wrong_class_of_an_actor, TypeError, "Annotated() expects pipelines.Search for 'pipeline', got 'str'. Hint: "),
+    (pool_without_size, TypeError, "Worker.pool() expects a number of actors first, got <pipelines.Search object at "),
+    (
+        map_over_a_string,
+        TypeError,
+        "answer.map() iterates its last positional argument, which is 'str'. Hint: pass a list, or any other iterable, "
+        "last; name the arguments after it.",
+    ),
+    (map_without_bound, TypeError, "max_in_flight=0 is not a positive number. Hint: leave it out, or give 1 or more."),
+    (
+        publish_something_else,
+        TypeError,
+        "zerocopy.publish expects a pipeline or an nn.Module, got 'dict'. Hint: ",
+    ),
+    (
+        publish_a_class,
+        TypeError,
+        "zerocopy.publish expects an instance, got the class 'Search'. Hint: make an instance of it.",
+    ),
+    (fields_of_another_class, TypeError, "<class 'dict'> is not a pipeline class. Hint: mark it with @zerocopy.pipeline."),
+    (
+        lock_in_a_copied_field,
+        TypeError,
+        "\"search.settings['deep'][0].guard\" is a 'lock', which cannot leave its process: cannot pickle "
+        "'_thread.lock' object. Hint: leave it out with __getstate__, or make it where it is used.",
+    ),
+    (generator_in_a_module, TypeError, "'sequential[0].stream' is a 'generator', which cannot leave its process: "),
+    (
+        meta_tensor,
+        TypeError,
+        "'search.encoder[0].weight' is a meta tensor: it has no data to share. Hint: materialize it with to_empty() or "
+        "load its weights first.",
+    ),
+]
+
+
+@pytest.mark.parametrize(("misuse", "builtin", "text"), MISUSES, ids=[misuse.__name__ for misuse, _, _ in MISUSES])
+def test_misuse(misuse: Callable[[], object], builtin: type[Exception], text: str) -> None:
+    """Each misuse is refused in these words, by an error that is ours and a builtin too, and that pickles. No Ray needed."""
+    with pytest.raises(errors.ZeroCopyError) as caught:
+        misuse()
+    assert isinstance(caught.value, builtin)
+    assert str(caught.value).startswith(text)
+    if text.endswith("."):
+        assert str(caught.value) == text
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert (type(again), str(again), vars(again)) == (type(caught.value), str(caught.value), vars(caught.value))
+
+
+def test_every_error_is_ours() -> None:
+    """The tree has one base, and each error is also a builtin that a caller would catch."""
+    tree = [value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, Exception)]
+    tree = [cls for cls in tree if cls.__module__ == errors.__name__ and not issubclass(cls, Warning)]
+    assert len(tree) > 8
+    for cls in tree:
+        assert issubclass(cls, errors.ZeroCopyError)
+        if cls is not errors.ZeroCopyError:
+            assert any(base.__module__ == "builtins" for base in cls.__bases__)
+
+
+def test_ray_client(monkeypatch: pytest.MonkeyPatch, cluster: None) -> None:
+    """A connection through Ray Client is refused, by every way to publish."""
+    search = pipelines.search(width=2)
+    monkeypatch.setattr(ray.util.client.ray, "is_connected", lambda: True)
+    for use in (lambda: zerocopy.publish(search), lambda: pipelines.answer.remote(search, 1.0), _store.require):
+        with pytest.raises(errors.RayClientError, match=r"cannot work through Ray Client \(ray://\).*ray.init\(address='auto'\)"):
+            use()
+
+
+def test_closed_publication(cluster: None) -> None:
+    """A closed publication is refused as an argument, too."""
+    publication = zerocopy.publish(pipelines.search(width=2))
+    publication.close()
+    for use in (publication.load, lambda: pipelines.answer(publication, 1.0), lambda: pipelines.Worker.remote(publication)):
+        with pytest.raises(errors.PublicationClosedError, match="This publication of Search was closed"):
+            use()
+
+
+def test_copied_annotation_is_a_policy() -> None:
+    """The annotations are ordinary `Annotated` types."""
+    assert Copied[int] == Annotated[int, Copied[int].__metadata__[0]]
+    assert isinstance(Shared[torch.Tensor].__metadata__[0], type(shared()))
