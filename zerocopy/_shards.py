@@ -84,11 +84,15 @@ def put_storages(
     sizes = [0 if placement else storage.nbytes for placement, storage in zip(placements, storages, strict=True)]
     for shard in group(sizes, root_ends):
         members = [index for index in shard if sizes[index]]
-        buffers, places = _lay_out([storages[index] for index in members])
-        ref = _store.put(buffers)
-        for index, (buffer, offset) in zip(members, places, strict=True):
-            placements[index] = Placement(ref, buffer, offset)
+        for index, placement in zip(members, _put_shard([storages[index] for index in members]), strict=True):
+            placements[index] = placement
     return placements
+
+
+def _put_shard(storages: Sequence[Storage]) -> list[Placement]:
+    buffers, places = _lay_out(storages)
+    ref = _store.put(buffers)
+    return [Placement(ref, buffer, offset) for buffer, offset in places]
 
 
 def _lay_out(storages: Sequence[Storage]) -> tuple[list[pickle.PickleBuffer], list[tuple[int, int]]]:
