@@ -3,6 +3,7 @@
 python examples/actors.py
 """
 
+import logging
 import os
 
 import ray
@@ -45,7 +46,7 @@ class Worker:
 
 def main() -> None:
     torch.manual_seed(0)
-    network = nn.Sequential(nn.Linear(64, 4096), nn.ReLU(), nn.Linear(4096, 4096), nn.ReLU(), nn.Linear(4096, 3))
+    network = nn.Sequential(nn.Linear(64, 4096), nn.Tanh(), nn.Linear(4096, 4096), nn.Tanh(), nn.Linear(4096, 3))
     classifier = Classifier(network, ["cat", "dog", "owl"])
     print(zerocopy.plan(classifier))
 
@@ -66,5 +67,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    ray.init(num_cpus=2, object_store_memory=500_000_000, include_dashboard=False, log_to_driver=False)
+    quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
+    ray.init("local", num_cpus=2, object_store_memory=500_000_000, include_dashboard=False, **quiet)
     main()

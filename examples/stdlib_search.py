@@ -209,14 +209,15 @@ def telling(batches: Iterable[Batch], label: str, total: int) -> Iterator[Batch]
 
 def print_answers(search: Search, index: Index, queries: list[str]) -> None:
     width = shutil.get_terminal_size((120, 24)).columns
-    for query, matches in zip(queries, answer.map(search, index, queries), strict=True):
+    answers = list(answer.map(search, index, queries))
+    for query, matches in zip(queries, answers, strict=True):
         print(f"\n{query}")
         for score, document in matches:
             print(f"  {score:.2f}  {document.name}  {document.text}"[:width])
 
 
 def memory_rows(report: MemoryReport) -> dict[str, int]:
-    """Bytes that the workers of this machine take; a page that they share counts once (PSS)."""
+    """Bytes that the workers of this machine take; a page that they share counts once, one never touched not at all."""
     rows = {"object store, shared": max((process.mapped for process in report.processes), default=0)}
     rows |= {f"private to worker {number}": process.private for number, process in enumerate(report.processes, 1)}
     rows["program files, shared"] = report.total - report.private - report.shared
@@ -227,7 +228,7 @@ def print_memory(columns: dict[str, dict[str, int]]) -> None:
     print(f"\n{'memory of the workers':24}" + "".join(f"{title:>16}" for title in columns))
     for label in next(iter(columns.values())):
         counts = (rows.get(label) for rows in columns.values())
-        print(f"{label:24}" + "".join("" if count is None else f"{count / 1e6:13,.0f} MB" for count in counts))
+        print(f"{label:24}" + "".join(f"{'':>16}" if count is None else f"{count / 1e6:13,.0f} MB" for count in counts))
 
 
 def positive(text: str) -> int:

@@ -3,6 +3,7 @@
 python examples/tasks.py
 """
 
+import logging
 import os
 
 import ray
@@ -56,5 +57,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    ray.init(num_cpus=2, object_store_memory=500_000_000, include_dashboard=False, log_to_driver=False)
+    quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
+    ray.init("local", num_cpus=2, object_store_memory=500_000_000, include_dashboard=False, **quiet)
     main()

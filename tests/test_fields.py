@@ -48,7 +48,14 @@ def test_every_spelling_declares_the_same() -> None:
     }
     assert zerocopy.fields(Search)["index"].device == "cuda"
     search = Search(1, 2, 3, 4, label=5)
-    assert (search.encoder, search.head, search.tokenizer, search.index, search.label, search.plain) == (1, 2, 3, 4, 5, 3)
+    assert (search.encoder, search.head, search.tokenizer, search.index, search.label, search.plain) == (
+        1,
+        2,
+        3,
+        4,
+        5,
+        3,
+    )
 
 
 def test_generated_init_applies_attrs_options() -> None:

@@ -170,7 +170,9 @@ def test_fallback_and_the_setting_against_it() -> None:
     fell_back, seen, refused = done.stdout.splitlines()
     assert fell_back == "['IsolationWarning']", done.stderr
     assert seen == "seen by others: True"
-    assert refused.startswith("refused: The object store cannot be mapped privately in this process: no raylet of this user")
+    assert refused.startswith(
+        "refused: The object store cannot be mapped privately in this process: no raylet of this user"
+    )
     assert "unset ZEROCOPY_REQUIRE_ISOLATION" in refused
 
 

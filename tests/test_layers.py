@@ -22,6 +22,7 @@ LAYERS = [
     "_tensors",
     "_skeleton",
     "_introspector",
+    "_tables",
     "_plan",
     "_mapping",
     "_shards",

@@ -197,7 +197,11 @@ def meta_tensor() -> None:
 
 
 MISUSES: list[tuple[Callable[[], object], type[Exception], str]] = [
-    (actor_on_a_function, TypeError, "@zerocopy.actor expects a class, got function 'answer'. Hint: use @zerocopy.task."),
+    (
+        actor_on_a_function,
+        TypeError,
+        "@zerocopy.actor expects a class, got function 'answer'. Hint: use @zerocopy.task.",
+    ),
     (task_on_a_class, TypeError, "@zerocopy.task expects a function, got class 'Worker'. Hint: use @zerocopy.actor."),
     (
         pipeline_on_a_function,
@@ -222,7 +226,11 @@ MISUSES: list[tuple[Callable[[], object], type[Exception], str]] = [
         TypeError,
         "'num_cpu' is not an option of Ray for a task. Hint: did you mean 'num_cpus'?",
     ),
-    (unknown_actor_option, TypeError, "'color' is not an option of Ray for an actor. Hint: Ray knows accelerator_type, "),
+    (
+        unknown_actor_option,
+        TypeError,
+        "'color' is not an option of Ray for an actor. Hint: Ray knows accelerator_type, ",
+    ),
     (
         unknown_late_option,
         TypeError,
@@ -333,7 +341,11 @@ MISUSES: list[tuple[Callable[[], object], type[Exception], str]] = [
         TypeError,
         "zerocopy.publish expects an instance, got the class 'Search'. Hint: make an instance of it.",
     ),
-    (fields_of_another_class, TypeError, "<class 'dict'> is not a pipeline class. Hint: mark it with @zerocopy.pipeline."),
+    (
+        fields_of_another_class,
+        TypeError,
+        "<class 'dict'> is not a pipeline class. Hint: mark it with @zerocopy.pipeline.",
+    ),
     (
         lock_in_a_copied_field,
         TypeError,
@@ -379,7 +391,9 @@ def test_ray_client(monkeypatch: pytest.MonkeyPatch, cluster: None) -> None:
     search = pipelines.search(width=2)
     monkeypatch.setattr(ray.util.client.ray, "is_connected", lambda: True)
     for use in (lambda: zerocopy.publish(search), lambda: pipelines.answer.remote(search, 1.0), _store.require):
-        with pytest.raises(errors.RayClientError, match=r"cannot work through Ray Client \(ray://\).*ray.init\(address='auto'\)"):
+        with pytest.raises(
+            errors.RayClientError, match=r"cannot work through Ray Client \(ray://\).*ray.init\(address='auto'\)"
+        ):
             use()
 
 
@@ -387,7 +401,11 @@ def test_closed_publication(cluster: None) -> None:
     """A closed publication is refused as an argument, too."""
     publication = zerocopy.publish(pipelines.search(width=2))
     publication.close()
-    for use in (publication.load, lambda: pipelines.answer(publication, 1.0), lambda: pipelines.Worker.remote(publication)):
+    for use in (
+        publication.load,
+        lambda: pipelines.answer(publication, 1.0),
+        lambda: pipelines.Worker.remote(publication),
+    ):
         with pytest.raises(errors.PublicationClosedError, match="This publication of Search was closed"):
             use()
 

@@ -88,7 +88,10 @@ def test_changes_that_are_seen(publishings: list[int]) -> None:
             change()
             assert ray.get(answer.remote(search, 1.0)) == search(1.0)
             arrived = ray.get(top_k_and_mode.remote(search)) if isinstance(search.encoder, nn.Sequential) else None
-            assert arrived in (None, (5, search.encoder.training, search.encoder[0].weight.requires_grad) if arrived else None)
+            assert arrived in (
+                None,
+                (5, search.encoder.training, search.encoder[0].weight.requires_grad) if arrived else None,
+            )
     assert len(publishings) == 1 + len(changes)
 
 
@@ -291,5 +294,3 @@ def test_errors_of_arguments_carry_our_text() -> None:
     search.settings["stream"] = (number for number in range(3))
     with pytest.raises(TypeError, match=r"search.settings\['stream'\]"):
         answer.remote(search, 1.0)
-
-

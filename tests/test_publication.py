@@ -84,7 +84,9 @@ def test_structure_survives() -> None:
     model.register_buffer("scale", torch.ones(3), persistent=False)
     base = torch.arange(24, dtype=torch.bfloat16).reshape(4, 6)
     parts = {"views": [base, (base.t(), base[1:3, ::2])], "odd": torch.ones(2, dtype=torch.float8_e4m3fn)}
-    original = Everything(model, parts, model, np.asfortranarray(np.eye(3)), {"tied": model[0].weight, "own": torch.ones(2)})
+    original = Everything(
+        model, parts, model, np.asfortranarray(np.eye(3)), {"tied": model[0].weight, "own": torch.ones(2)}
+    )
     loaded = zerocopy.publish(original).load()
     assert loaded.model is loaded.same
     assert loaded.model[0].weight is loaded.model[1].weight is loaded.head["tied"]
@@ -227,7 +229,9 @@ def test_fields_loads_a_part() -> None:
     part = publication.load(fields=["index", "top_k"])
     assert type(part) is pipelines.Search
     assert vars(part).keys() == {"index", "top_k"}
-    with pytest.raises(AttributeError, match=r"no attribute 'encoder': it was loaded with fields=\['index', 'top_k'\] only"):
+    with pytest.raises(
+        AttributeError, match=r"no attribute 'encoder': it was loaded with fields=\['index', 'top_k'\] only"
+    ):
         _ = part.encoder
     assert publication.load().encoder is not None
     with pytest.raises(AttributeError, match="no attribute 'encoder'$"):
@@ -349,7 +353,11 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
 
     publication = zerocopy.publish(Search(nn.Linear(4, 4), torch.ones(3), torch.ones(2)))
     loaded = publication.load(device="there")
-    assert (loaded.encoder.weight.device.type, loaded.index.device.type, loaded.own.device.type) == ("meta", "cpu", "meta")
+    assert (loaded.encoder.weight.device.type, loaded.index.device.type, loaded.own.device.type) == (
+        "meta",
+        "cpu",
+        "meta",
+    )
     assert isinstance(loaded.encoder.weight, nn.Parameter)
     monkeypatch.setattr(_devices._store, "assigned_gpu", lambda: True)
     if not torch.cuda.is_available():

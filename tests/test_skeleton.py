@@ -185,6 +185,8 @@ def test_skeleton_is_small() -> None:
     small, large = (introspect(nn.Linear(width, width)) for width in (4, 2048))
     assert len(large.shared.payload) - len(small.shared.payload) < 100
     tensors = rebuild(
-        large.table.specs, lambda index: Region(bytearray(large.table.storages[index].nbytes), 0, large.table.storages[index].nbytes), lambda _: CPU
+        large.table.specs,
+        lambda index: Region(bytearray(large.table.storages[index].nbytes), 0, large.table.storages[index].nbytes),
+        lambda _: CPU,
     )
     assert graft_skeleton(large.shared, tensors, ())[0].weight.shape == (2048, 2048)

@@ -3,7 +3,7 @@
 from zerocopy import _passing as _passing
 from zerocopy import errors
 from zerocopy._actor import Actor, Pool, actor
-from zerocopy._fields import Copied, Field, Shared, copied, shared
+from zerocopy._fields import Copied, Field, Policy, Shared, copied, shared
 from zerocopy._pipeline import fields, pipeline
 from zerocopy._plan import PlanEntry, SharePlan, plan
 from zerocopy._publication import Publication
@@ -16,6 +16,7 @@ __all__ = [
     "Copied",
     "Field",
     "PlanEntry",
+    "Policy",
     "Pool",
     "Publication",
     "SharePlan",

@@ -7,7 +7,7 @@ import inspect
 import itertools
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Generic, ParamSpec, Self, TypeVar, cast, overload
+from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar, cast, overload
 
 import attr
 import ray
@@ -71,8 +71,9 @@ class Pool(Generic[T]):
         turns = itertools.cycle(self.actors)
         limit = max_in_flight or 2 * len(self.actors)
 
-        def submit(item: Any) -> ray.ObjectRef:
-            return getattr(next(turns), method).remote(travelling(item))
+        def submit(item: Any) -> ray.ObjectRef[Any]:
+            ref: ray.ObjectRef[Any] = getattr(next(turns), method).remote(travelling(item))
+            return ref
 
         return in_order(submit, items, limit, f"{self._cls.__name__}.{method}")
 
@@ -112,7 +113,7 @@ class Launcher(Generic[P, T]):
         """Start one actor. Pipelines and modules among the arguments are published, and arrive loaded."""
         return self._start(1, args, kwargs)[0]
 
-    def pool(self, size: int, *args: P.args, **kwargs: P.kwargs) -> Pool[T]:
+    def pool(self, size: int, /, *args: P.args, **kwargs: P.kwargs) -> Pool[T]:
         """Start `size` actors with the same arguments."""
         if not isinstance(size, int) or size < 1:
             raise ArgumentError(
@@ -146,8 +147,9 @@ class _Remote:
 
 
 class _Options:
-    def __get__(self, instance: object, owner: Callable[P, T]) -> Callable[..., Launcher[P, T]]:
-        def options(**options: Any) -> Launcher[P, T]:
+    # mypy cannot take the parameters of a class from a descriptor's owner, so these are left open.
+    def __get__(self, instance: object, owner: Callable[..., T]) -> Callable[..., Launcher[..., T]]:
+        def options(**options: Any) -> Launcher[..., T]:
             """Other options of Ray's, by name, for the actors started from the result."""
             check_options(options, "actor", late=True)
             return Launcher(cast("type[T]", owner), options)
@@ -156,16 +158,8 @@ class _Options:
 
 
 class _Pool:
-    def __get__(self, instance: object, owner: Callable[P, T]) -> _PoolCall[P, T]:
-        return _PoolCall(Launcher(cast("type[T]", owner), {}))
-
-
-class _PoolCall(Generic[P, T]):
-    def __init__(self, launcher: Launcher[P, T]) -> None:
-        self._launcher = launcher
-
-    def __call__(self, size: int, *args: P.args, **kwargs: P.kwargs) -> Pool[T]:
-        return self._launcher.pool(size, *args, **kwargs)
+    def __get__(self, instance: object, owner: Callable[P, T]) -> Callable[Concatenate[int, P], Pool[T]]:
+        return Launcher[P, T](cast("type[T]", owner), {}).pool
 
 
 class Actor:
@@ -220,7 +214,11 @@ def _decorate(cls: Any, options: dict[str, Any], device: str | None) -> Any:
         for name, descriptor in zip(_GENERATED, (_Remote(), _Options(), _Pool()), strict=True):
             setattr(cls, name, descriptor)
     inherited = getattr(cls, _SPEC, None)
-    setattr(cls, _SPEC, _Spec({**(inherited.options if inherited else {}), **options}, device or getattr(inherited, "device", None)))
+    setattr(
+        cls,
+        _SPEC,
+        _Spec({**(inherited.options if inherited else {}), **options}, device or getattr(inherited, "device", None)),
+    )
     return cls
 
 
@@ -259,7 +257,7 @@ def _follow_subclasses(cls: Any) -> None:
     """Let the `__init__` of subclasses load too."""
     previous = vars(cls).get("__init_subclass__")
 
-    def __init_subclass__(owner: type, **options: Any) -> None:
+    def __init_subclass__(owner: type, /, **options: Any) -> None:
         if previous is not None:
             previous.__get__(None, owner)(**options)
         else:

@@ -62,9 +62,7 @@ def shared(
     kw_only: bool | None = ...,
 ) -> T: ...
 @overload
-def shared(
-    *, converter: Any, device: str | None = ..., validator: Any = ..., kw_only: bool | None = ...
-) -> Any: ...
+def shared(*, converter: Any, device: str | None = ..., validator: Any = ..., kw_only: bool | None = ...) -> Any: ...
 def shared(
     *,
     device: str | None = None,
@@ -127,7 +125,7 @@ class _Unknown:
 
     __ror__ = __or__
 
-    def __call__(self, *args: object, **kwargs: object) -> _Unknown:
+    def __call__(self, *_: object, **__: object) -> _Unknown:
         return self
 
 

@@ -89,7 +89,9 @@ def require_pipeline(obj: object, what: str) -> None:
         ArgumentError: `obj` is neither an instance of a pipeline class nor an `nn.Module`.
     """
     if isinstance(obj, type):
-        raise ArgumentError(f"{what} expects an instance, got the class {obj.__name__!r}.", hint="make an instance of it.")
+        raise ArgumentError(
+            f"{what} expects an instance, got the class {obj.__name__!r}.", hint="make an instance of it."
+        )
     if not (is_pipeline_class(type(obj)) or isinstance(obj, nn.Module)):
         raise ArgumentError(
             f"{what} expects a pipeline or an nn.Module, got {type(obj).__name__!r}.",
@@ -201,8 +203,8 @@ def _is_pipeline(obj: object) -> bool:
 
 def _lasting(stripped: Stripped) -> frozenset[int]:
     """Ids of the mutable objects that live on after the pickling: not of what reducers made on the way."""
-    baseline = _reference_counts({0: (temporary := []), 1: temporary})[0]  # as by `seen` and by the pickler's memo
-    del temporary
+    temporary: list[Any] = []  # referenced twice here, as others are by `seen` and by the pickler's memo
+    baseline = _reference_counts({0: temporary, 1: temporary})[0]
     return frozenset(key for key, count in _reference_counts(stripped.seen).items() if count > baseline)
 
 
@@ -226,7 +228,9 @@ def _declared_devices(pipeline: Any, table: TensorTable) -> dict[int, tuple[str 
     for storage_devices in devices.values():
         _require_one_device(storage_devices, _paths.name_of(pipeline))
     return {
-        storage: tuple(dict.fromkeys(by_field.values())) for storage, by_field in devices.items() if any(by_field.values())
+        storage: tuple(dict.fromkeys(by_field.values()))
+        for storage, by_field in devices.items()
+        if any(by_field.values())
     }
 
 
@@ -250,5 +254,3 @@ def reach(values: Sequence[Any], tensors: Sequence[Any]) -> set[int]:
     """Positions in `tensors` of those that can be reached from `values`."""
     index = {id(tensor): position for position, tensor in enumerate(tensors)}
     return _reach(list(values), index, "fields")
-
-

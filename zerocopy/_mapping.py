@@ -21,7 +21,9 @@ import numpy as np
 from zerocopy.errors import IsolationError, IsolationWarning
 
 REQUIRE_ISOLATION = "ZEROCOPY_REQUIRE_ISOLATION"
-MAP_NORESERVE = 0x4000  # not in Python's mmap module before 3.13; the same on every Linux architecture that Ray supports
+MAP_NORESERVE = (
+    0x4000  # not in Python's mmap module before 3.13; the same on every Linux architecture that Ray supports
+)
 
 MAP_FIXED = 0x10
 DETACH_BYTES = 16 << 20  # copied at a time when a mapping is detached; a multiple of every page size
@@ -72,14 +74,11 @@ def _map_anonymous(address: int, nbytes: int) -> None:
         raise OSError(ctypes.get_errno(), "mmap refused private memory")
 
 
-class _Alias:
-    """Ray's own mapping, seen through ctypes, for which no buffer is read-only."""
-
-    @staticmethod
-    def over(address: int, nbytes: int, keep: object) -> Any:
-        alias = (ctypes.c_char * nbytes).from_address(address)
-        alias.keep = keep  # type: ignore[attr-defined]
-        return alias
+def _alias(address: int, nbytes: int, keep: object) -> Any:
+    """Memory that `keep` owns, seen through ctypes, for which no memory is read-only: so torch has nothing to warn of."""
+    alias = (ctypes.c_char * nbytes).from_address(address)
+    alias.keep = keep  # type: ignore[attr-defined]
+    return alias
 
 
 _intervals: list[_Interval] = []
@@ -111,11 +110,16 @@ def map_private(buffers: Sequence[Any], *, writable: bool = True, required: bool
     except (MappingImpossible, OSError, ValueError) as error:
         _report(str(error), required)
         first = min(starts)
-        memory = _Alias.over(first, end - first, buffers)
+        memory = _alias(first, end - first, buffers)
     if not writable and isinstance(memory, mmap.mmap):
         readable = np.frombuffer(memory, np.uint8)
-        memory = _Alias.over(readable.__array_interface__["data"][0], readable.nbytes, memory)
+        memory = _alias(readable.__array_interface__["data"][0], readable.nbytes, memory)
     return Mapping(memory, [start - first for start in starts])
+
+
+def is_store_file(path: str) -> bool:
+    """Whether a path in a process' memory maps is a file of Ray's object store, be it a fallback allocation."""
+    return "/plasma" in path
 
 
 def _report(reason: str, required: bool) -> None:
@@ -204,7 +208,7 @@ def _raylet_descriptors() -> Iterator[str]:
             continue
         for entry in entries:
             try:
-                if os.readlink(entry.path).startswith("/"):
+                if str(Path(entry.path).readlink()).startswith("/"):
                     yield entry.path
             except OSError:
                 continue

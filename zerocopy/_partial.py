@@ -39,7 +39,9 @@ def values_of(pipeline: Any, fields: Sequence[str]) -> list[Any]:
     for name in fields:
         if name not in attributes:
             known = ", ".join(map(repr, attributes))
-            raise ArgumentError(f"{type(pipeline).__name__} has no attribute {name!r} to load.", hint=f"it has {known}.")
+            raise ArgumentError(
+                f"{type(pipeline).__name__} has no attribute {name!r} to load.", hint=f"it has {known}."
+            )
     return [attributes[name] for name in fields]
 
 

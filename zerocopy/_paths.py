@@ -71,7 +71,9 @@ def _children(obj: object) -> Iterable[tuple[str, object]]:
     if isinstance(obj, types.FunctionType):
         cells = zip(obj.__code__.co_freevars, obj.__closure__ or (), strict=True)
         closure = [(f".<closure {name!r}>", cell.cell_contents) for name, cell in cells if not _is_empty(cell)]
-        used = [(f".<global {name!r}>", obj.__globals__[name]) for name in obj.__code__.co_names if name in obj.__globals__]
+        used = [
+            (f".<global {name!r}>", obj.__globals__[name]) for name in obj.__code__.co_names if name in obj.__globals__
+        ]
         return [*closure, *used, (".__defaults__", obj.__defaults__)]
     return [(_step(name), value) for name, value in attributes_of(obj).items()]
 

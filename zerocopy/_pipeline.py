@@ -42,7 +42,7 @@ class Footprint:
 
     def _subclass_made(self, owner: type, **options: Any) -> None:
         if self.previous is None:
-            super(self.cls, owner).__init_subclass__(**options)
+            super(self.cls, owner).__init_subclass__(**options)  # type: ignore[arg-type]
         else:
             self.previous.__get__(None, owner)(**options)
         _announce(owner)

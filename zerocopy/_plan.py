@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import html
-import io
 from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
@@ -17,6 +15,7 @@ from zerocopy._fields import Policy
 from zerocopy._introspector import Introspection, introspect, require_pipeline
 from zerocopy._pipeline import fields, is_pipeline_class
 from zerocopy._skeleton import Zone, strip
+from zerocopy._tables import as_html, as_text, format_bytes
 from zerocopy._tensors import is_tensor_or_array
 
 
@@ -65,30 +64,13 @@ class SharePlan:
     entangled: str | None = None
 
     def __str__(self) -> str:
-        from rich.box import SIMPLE_HEAD
-        from rich.console import Console
-        from rich.table import Table
-
-        table = Table(box=SIMPLE_HEAD, title=self._title(), title_justify="left", caption=self._caption() or None)
-        table.caption_justify = "left"
-        for header in _HEADERS:
-            table.add_column(header, justify="right" if header in ("tensors", "bytes") else "left", overflow="fold")
-        for row in self._rows():
-            table.add_row(*row)
-        console = Console(file=io.StringIO(), width=120, highlight=False, markup=False, emoji=False)
-        console.print(table)
-        text = console.file.getvalue()  # type: ignore[attr-defined]
-        return "\n".join(line.rstrip() for line in text.splitlines()).strip("\n")
+        caption = self._caption()
+        return as_text(_HEADERS, self._rows(), right=("tensors", "bytes"), title=self._title(), caption=caption)
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        head = "".join(f"<th>{header}</th>" for header in _HEADERS)
-        rows = "".join(
-            "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in self._rows()
-        )
-        caption = html.escape(f"{self._title()} {self._caption()}".strip())
-        return f"<table><caption>{caption}</caption><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+        return as_html(_HEADERS, self._rows(), caption=f"{self._title()} {self._caption()}".strip())
 
     def _title(self) -> str:
         return f"{self.name}: {format_bytes(self.shared_bytes)} shared once a node, {format_bytes(self.copied_bytes)} copied"
@@ -113,16 +95,6 @@ class SharePlan:
 
 
 _HEADERS = ("path", "policy", "kind", "tensors", "bytes", "dtypes", "ties and notes")
-
-
-def format_bytes(count: int) -> str:
-    """`count` bytes in the largest decimal unit that leaves a number of at least one."""
-    size = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} TB"
 
 
 def plan(pipeline: Any) -> SharePlan:

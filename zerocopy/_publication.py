@@ -14,9 +14,9 @@ import ray
 import torch
 
 from zerocopy import _devices, _partial, _store
-from zerocopy._introspector import Outer, Root, Skeleton, reach
+from zerocopy._introspector import Outer, Skeleton, reach
 from zerocopy._shards import Manifest, StoredMemory
-from zerocopy._skeleton import add_passenger, graft
+from zerocopy._skeleton import Root, add_passenger, graft
 from zerocopy._tensors import Region, TensorSpec, rebuild, stand_in
 from zerocopy.errors import DeviceError, PublicationClosedError, VersionError
 
@@ -69,6 +69,7 @@ class Loaded:
     """What a load made: the pipeline, the shared tensors by index, and the memory that they are views of."""
 
     pipeline: Any
+    manifest: ray.ObjectRef[Any]
     tensors: Mapping[int, Any]
     mappings: Sequence[Any]
 
@@ -94,14 +95,14 @@ class Publication:
 
     def __init__(
         self,
-        manifest: ray.ObjectRef,
+        manifest: ray.ObjectRef[Any],
         outer: Outer,
         kind: str,
         shared_bytes: int,
         require_isolation: bool,
         versions: Versions,
     ) -> None:
-        self._manifest: ray.ObjectRef | None = manifest
+        self._manifest: ray.ObjectRef[Any] | None = manifest
         self._outer = outer
         self.kind = kind
         self.shared_bytes = shared_bytes
@@ -110,7 +111,7 @@ class Publication:
         # Set where it was published: what its weights are there, and what else to let go of when it is closed.
         self.cls: type | None = None
         self._weights: object = None
-        self._close: Callable[[ray.ObjectRef], None] | None = None
+        self._close: Callable[[ray.ObjectRef[Any]], None] | None = None
 
     @property
     def closed(self) -> bool:
@@ -135,7 +136,7 @@ class Publication:
             DeviceError: a device is not there, or fields that share memory would go to different ones.
             ArgumentError: `fields` names an attribute that the pipeline does not have.
         """
-        manifest = self._get_manifest()
+        reference, manifest = self._get_manifest()
         target = _devices.resolve(device)
         everything = range(len(manifest.specs) + len(self._outer.specs))
         needed: Sequence[int] = self._referenced(manifest)
@@ -151,20 +152,19 @@ class Publication:
         if fields is not None:
             _partial.keep_only(pipeline, fields)
         shared = {index: tensors[index] for index in needed if index < len(manifest.specs)}
-        loaded = Loaded(pipeline, shared, tuple(memory.mappings()))
+        loaded = Loaded(pipeline, reference, shared, tuple(memory.mappings()))
         for observer in _load_observers:
             observer(self, loaded)
         return pipeline
 
-    def _get_manifest(self) -> Manifest:
+    def _get_manifest(self) -> tuple[ray.ObjectRef[Any], Manifest]:
         if self._manifest is None:
             raise PublicationClosedError(
                 f"This publication of {self.kind} was closed.", hint="load before close(), or publish again."
             )
         _store.require()
         self._versions.require_agreement()
-        manifest: Manifest = _store.get(self._manifest)
-        return manifest
+        return self._manifest, _store.get(self._manifest)
 
     def _referenced(self, manifest: Manifest) -> list[int]:
         """Indices of the tensors that a whole load needs: an entangled pipeline, or one passed on, may use some only."""

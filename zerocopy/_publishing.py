@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import attrs
@@ -32,7 +32,7 @@ from zerocopy.errors import ArgumentError, IsolationError
 class Weights:
     """Published weights, and the state of the live pipeline that they are the weights of."""
 
-    manifest: ray.ObjectRef
+    manifest: ray.ObjectRef[Any]
     shared_bytes: int
     known: Known
     snapshot: Snapshot
@@ -88,7 +88,7 @@ class _Entry:
 class _Origin:
     """Where a loaded pipeline came from. The publication's reference keeps the weights in the store."""
 
-    manifest: ray.ObjectRef
+    manifest: ray.ObjectRef[Any]
     shared_bytes: int
     marks: TensorMarks
     indices: list[int]
@@ -230,8 +230,8 @@ def _handle(pipeline: Any, weights: Weights, outer: Outer) -> Publication:
     return publication
 
 
-def _closer(weights: Weights) -> Callable[[ray.ObjectRef], None]:
-    def close(manifest: ray.ObjectRef) -> None:
+def _closer(weights: Weights) -> Callable[[ray.ObjectRef[Any]], None]:
+    def close(manifest: ray.ObjectRef[Any]) -> None:
         """Give up automatic publishing's hold as well, and what closures have pinned."""
         with _lock:
             for entry in _entries.values():
@@ -243,10 +243,8 @@ def _closer(weights: Weights) -> Callable[[ray.ObjectRef], None]:
 
 
 def _remember(publication: Publication, loaded: Loaded) -> None:
-    manifest = publication._manifest
-    assert manifest is not None
     _entry_of(loaded.pipeline).origin = _Origin(
-        manifest,
+        loaded.manifest,
         publication.shared_bytes,
         TensorMarks(loaded.tensors.values()),
         list(loaded.tensors),

@@ -74,7 +74,9 @@ def send(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[list[Any], dic
 
 
 def receive(args: Sequence[Any], kwargs: Mapping[str, Any], device: str | None) -> tuple[list[Any], dict[str, Any]]:
-    return [arriving(value, device) for value in args], {name: arriving(value, device) for name, value in kwargs.items()}
+    return [arriving(value, device) for value in args], {
+        name: arriving(value, device) for name, value in kwargs.items()
+    }
 
 
 class Parameters:
@@ -140,11 +142,15 @@ class Parameters:
             members = (annotation,)
         if not all(isinstance(member, type) for member in members):
             return ()
-        return tuple(members) if any(issubclass(member, nn.Module) or is_pipeline_class(member) for member in members) else ()
+        return (
+            tuple(members)
+            if any(issubclass(member, nn.Module) or is_pipeline_class(member) for member in members)
+            else ()
+        )
 
 
 def _evaluate(annotation: str, target: Callable[..., Any]) -> Any:
-    function = inspect.unwrap(target.__init__ if isinstance(target, type) else target)
+    function = inspect.unwrap(vars(target).get("__init__", target) if isinstance(target, type) else target)
     names = dict(vars(sys.modules[target.__module__])) if target.__module__ in sys.modules else {}
     if inspect.isfunction(function):
         names |= {**function.__globals__, **inspect.getclosurevars(function).nonlocals}
@@ -178,22 +184,25 @@ def _class_name(cls: type) -> str:
 
 def default_in_flight() -> int:
     """Twice the CPUs of the cluster: enough that none waits for the driver."""
-    return max(4, 2 * math.ceil(ray.cluster_resources().get("CPU", 1)))
+    cpus: float = ray.cluster_resources().get("CPU", 1)
+    return max(4, 2 * math.ceil(cpus))
 
 
 def check_in_flight(max_in_flight: int | None) -> None:
     if max_in_flight is not None and (not isinstance(max_in_flight, int) or max_in_flight < 1):
-        raise ArgumentError(f"max_in_flight={max_in_flight!r} is not a positive number.", hint="leave it out, or give 1 or more.")
+        raise ArgumentError(
+            f"max_in_flight={max_in_flight!r} is not a positive number.", hint="leave it out, or give 1 or more."
+        )
 
 
 def in_order(
-    submit: Callable[[T], ray.ObjectRef], items: Iterable[T], max_in_flight: int, description: str
+    submit: Callable[[T], ray.ObjectRef[Any]], items: Iterable[T], max_in_flight: int, description: str
 ) -> Iterator[Any]:
     """Results in the order of `items`, with at most `max_in_flight` calls under way.
 
     The first error cancels what is under way and is raised; so does abandoning the iterator, but for the raising.
     """
-    pending: deque[ray.ObjectRef] = deque()
+    pending: deque[ray.ObjectRef[Any]] = deque()
     advance, finish = _progress(items, description)
     try:
         for item in items:

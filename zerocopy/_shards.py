@@ -44,13 +44,13 @@ class Manifest:
     locations: tuple[Location, ...]
     devices: Mapping[int, tuple[str | None, ...]]
     skeleton: Skeleton
-    shards: tuple[ray.ObjectRef, ...]
+    shards: tuple[ray.ObjectRef[Any], ...]
 
 
 class Placement(NamedTuple):
     """A storage's place in the store, good as long as `shard` is referenced."""
 
-    shard: ray.ObjectRef
+    shard: ray.ObjectRef[Any]
     buffer: int
     offset: int
 
@@ -104,13 +104,13 @@ def _lay_out(storages: Sequence[Storage]) -> tuple[list[pickle.PickleBuffer], li
     for storage in storages:
         if storage.nbytes >= PACKED:
             places.append((len(buffers), 0))
-            buffers.append(pickle.PickleBuffer(storage.to_bytes()))
+            buffers.append(pickle.PickleBuffer(storage.to_bytes().data))
         else:
             packed += -packed % ALIGNMENT
             places.append((1 + large, packed))
             packed += storage.nbytes
     if packed:
-        buffers.append(pickle.PickleBuffer(_pack(storages, places, packed)))
+        buffers.append(pickle.PickleBuffer(_pack(storages, places, packed).data))
     return buffers, places
 
 
@@ -124,9 +124,9 @@ def _pack(storages: Sequence[Storage], places: Sequence[tuple[int, int]], nbytes
 
 def locate(
     storages: Sequence[Storage], placements: Sequence[Placement | None]
-) -> tuple[tuple[Location, ...], tuple[ray.ObjectRef, ...]]:
+) -> tuple[tuple[Location, ...], tuple[ray.ObjectRef[Any], ...]]:
     """Placements in the form that a manifest keeps: shards once each, and locations that number them."""
-    shards: dict[ray.ObjectRef, int] = {}
+    shards: dict[ray.ObjectRef[Any], int] = {}
     locations = []
     for storage, placement in zip(storages, placements, strict=True):
         if placement is None:

@@ -60,6 +60,8 @@ _ATOMS = (
     fractions.Fraction,
 )  # fmt: skip
 
+CloudPickler: Any = ray.cloudpickle.CloudPickler  # not typed
+
 _SCALARS = frozenset({str, int, float, bool, type(None), bytes, complex})
 
 _passengers: list[type] = [ray.ObjectRef, ray.actor.ActorHandle]
@@ -167,7 +169,7 @@ def strip(
 def graft(payload: bytes, externals: Sequence[Any], count: int = 1) -> list[Any]:
     """Rebuild the `count` objects of a stripped payload around `externals`. The inverse of `strip`."""
     unpickler = pickle.Unpickler(io.BytesIO(payload))
-    unpickler.persistent_load = externals.__getitem__  # type: ignore[assignment]
+    unpickler.persistent_load = externals.__getitem__  # type: ignore[method-assign]
     return [unpickler.load() for _ in range(count)]
 
 
@@ -196,7 +198,7 @@ def _article(word: str) -> str:
     return "an" if word[:1].lower() in "aeiou" else "a"
 
 
-class _Stripper(ray.cloudpickle.CloudPickler):  # type: ignore[misc]
+class _Stripper(CloudPickler):  # type: ignore[misc]
     def __init__(self, file: io.BytesIO, zone: Zone, split: bool, allow_meta: bool) -> None:
         super().__init__(file, protocol=5)
         self.zone = zone
@@ -308,13 +310,15 @@ class _Stripper(ray.cloudpickle.CloudPickler):  # type: ignore[misc]
 
     def _roots_among(self, obj: Any, values: dict[str, Any], declared: Any) -> list[Any]:
         roots = [value for name, value in values.items() if name in declared and declared[name].policy == "shared"]
-        if isinstance(obj, nn.Module):  # its own parameters and buffers belong to a module, as those of any module below it
+        if isinstance(
+            obj, nn.Module
+        ):  # its own parameters and buffers belong to a module, as those of any module below it
             own = {**obj._parameters, **obj._buffers}
             roots += [value for name, value in own.items() if value is not None and name not in declared]
         return [value for value in roots if _role_of(type(value)) is not _Role.PIPELINE]
 
 
-def _after_prelude(prelude: object, function: Any, arguments: tuple[Any, ...]) -> Any:
+def _after_prelude(_: object, function: Any, arguments: tuple[Any, ...]) -> Any:
     return function(*arguments)
 
 

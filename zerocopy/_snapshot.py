@@ -63,7 +63,9 @@ class TensorMarks:
 
     def index(self) -> dict[int, int]:
         """Positions of the tensors that are alive, by id."""
-        return {id(tensor): position for position, (ref, _, _) in enumerate(self._marks) if (tensor := ref()) is not None}
+        return {
+            id(tensor): position for position, (ref, _, _) in enumerate(self._marks) if (tensor := ref()) is not None
+        }
 
 
 class Snapshot:

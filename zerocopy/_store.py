@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import ray
 import ray.exceptions
 from ray._private import serialization as ray_serialization
-from ray._private.worker import global_worker
+from ray._private import worker as ray_worker
 
 from zerocopy.errors import (
     OutOfBandError,
@@ -21,6 +21,8 @@ from zerocopy.errors import (
 )
 
 R = TypeVar("R")
+
+global_worker: Any = ray_worker.global_worker  # has more than its class declares
 
 
 def is_running() -> bool:
@@ -50,7 +52,7 @@ def is_worker() -> bool:
     return bool(global_worker.mode == ray.WORKER_MODE)
 
 
-def put(value: object) -> ray.ObjectRef:
+def put(value: object) -> ray.ObjectRef[Any]:
     """Put `value` into the object store of this node.
 
     A put while this thread serializes would count the references inside `value`, and its own, as captured out of band and
@@ -59,7 +61,7 @@ def put(value: object) -> ray.ObjectRef:
     return _on_another_thread(lambda: ray.put(value)) if is_serializing() else ray.put(value)
 
 
-def get(ref: ray.ObjectRef) -> Any:
+def get(ref: ray.ObjectRef[Any]) -> Any:
     """The object behind `ref`.
 
     Raises:
@@ -75,7 +77,7 @@ def get(ref: ray.ObjectRef) -> Any:
         ) from error
 
 
-def get_all(refs: Sequence[ray.ObjectRef]) -> list[Any]:
+def get_all(refs: Sequence[ray.ObjectRef[Any]]) -> list[Any]:
     """The objects behind `refs`, in order; see `get`."""
     return get(list(refs)) if refs else []  # type: ignore[arg-type]
 
@@ -153,18 +155,16 @@ def session() -> object:
     return global_worker.core_worker if is_running() else None
 
 
+_pins: dict[ray.ObjectRef[Any], int] = {}
 
 
-_pins: dict[ray.ObjectRef, int] = {}
-
-
-def count_pin(ref: ray.ObjectRef) -> None:
+def count_pin(ref: ray.ObjectRef[Any]) -> None:
     """Note that `ref` is about to be pickled: out of band, Ray pins it for the life of this process."""
     if not is_serializing():
         _pins[ref] = _pins.get(ref, 0) + 1
 
 
-def unpin(ref: ray.ObjectRef) -> None:
+def unpin(ref: ray.ObjectRef[Any]) -> None:
     """Take back what picklings of `ref` out of band have pinned in this process."""
     for _ in range(_pins.pop(ref, 0)):
         global_worker.core_worker.remove_object_ref_reference(ref)

@@ -66,8 +66,8 @@ class BoundTask(_BoundFunctionWrapper[P, R]):
     """A task that is a method, bound to its instance, which travels as the first argument."""
 
     # cloudpickle asks for the class of an object to recognize functions, and wrapt would answer with the wrapped one's.
-    @property
-    def __class__(self) -> type:  # type: ignore[override]
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
         return type(self)
 
     def _arguments(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -78,7 +78,8 @@ class BoundTask(_BoundFunctionWrapper[P, R]):
         return result
 
     def remote(self, *args: P.args, **kwargs: P.kwargs) -> ray.ObjectRef[R]:
-        return self._self_parent.remote(*self._arguments(args), **kwargs)
+        ref: ray.ObjectRef[R] = self._self_parent.remote(*self._arguments(args), **kwargs)
+        return ref
 
     def local(self, *args: P.args, **kwargs: P.kwargs) -> R:
         result: R = self._self_parent.local(*self._arguments(args), **kwargs)
@@ -112,8 +113,8 @@ class Task(_FunctionWrapper[P, R]):
         self._self_parameters = Parameters(wrapped)
         self._self_remote: Any = None
 
-    @property
-    def __class__(self) -> type:  # type: ignore[override]
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
         return type(self)
 
     if TYPE_CHECKING:
@@ -143,7 +144,8 @@ class Task(_FunctionWrapper[P, R]):
             A reference to the result (a list of them with `num_returns`, a generator for a generator function).
         """
         self._self_parameters.check(args, kwargs)
-        return self._submit(*send(args, kwargs))
+        ref: ray.ObjectRef[R] = self._submit(*send(args, kwargs))
+        return ref
 
     def options(self, **options: Any) -> Task[P, R]:
         """The same task with other options of Ray's."""
@@ -155,7 +157,7 @@ class Task(_FunctionWrapper[P, R]):
         self._self_parameters.check(args, kwargs)
         values = [_as_if_remote(value, self._self_device) for value in args]
         named = {name: _as_if_remote(value, self._self_device) for name, value in kwargs.items()}
-        return self.__wrapped__(*values, **named)  # type: ignore[arg-type]
+        return self.__wrapped__(*values, **named)
 
     def map(self, *args: Any, max_in_flight: int | None = None, **kwargs: Any) -> Iterator[R]:
         """Call for each item of the last positional argument, which is iterated lazily; the others are held constant.
@@ -199,7 +201,7 @@ class Task(_FunctionWrapper[P, R]):
         return Task, (self.__wrapped__, self._self_options, self._self_device)
 
 
-def _call_as_it_is(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+def _call_as_it_is(wrapped: Any, _: Any, args: Any, kwargs: Any) -> Any:
     return wrapped(*args, **kwargs)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeGuard
 
 import numpy as np
 import torch
@@ -48,7 +48,7 @@ class Storage:
         return torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
 
 
-def is_tensor_or_array(obj: object) -> bool:
+def is_tensor_or_array(obj: object) -> TypeGuard[torch.Tensor | np.ndarray[Any, Any]]:
     return isinstance(obj, (torch.Tensor, np.ndarray))
 
 
@@ -119,7 +119,7 @@ def describe(obj: torch.Tensor | np.ndarray[Any, Any], storage: int, source: Sto
         obj.dtype,
         tuple(obj.shape),
         obj.stride(),
-        obj.storage_offset(),
+        int(obj.storage_offset()),
         obj.requires_grad,
         obj.is_conj(),
         obj.is_neg(),

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import html
-import io
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import attrs
 
-from zerocopy._plan import format_bytes
-
-_STORE_FILES = ("/dev/shm/plasma", "/tmp/ray", "/tmp/plasma")
+from zerocopy._mapping import is_store_file
+from zerocopy._tables import as_html, as_text, format_bytes
 
 
 @attrs.frozen
@@ -54,6 +51,7 @@ class MemoryReport:
 
     @property
     def private(self) -> int:
+        """Anonymous memory of all processes."""
         return sum(process.private for process in self.processes)
 
     @property
@@ -62,25 +60,12 @@ class MemoryReport:
         return sum(process.total for process in self.processes)
 
     def __str__(self) -> str:
-        from rich.box import SIMPLE_HEAD
-        from rich.console import Console
-        from rich.table import Table
-
-        table = Table(box=SIMPLE_HEAD)
-        for header in _HEADERS:
-            table.add_column(header, justify="left" if header == "process" else "right")
-        for row in self._rows():
-            table.add_row(*row)
-        console = Console(file=io.StringIO(), width=110, highlight=False, markup=False, emoji=False)
-        console.print(table)
-        return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines()).strip("\n")  # type: ignore[attr-defined]
+        return as_text(_HEADERS, self._rows(), right=_HEADERS[1:])
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        head = "".join(f"<th>{header}</th>" for header in _HEADERS)
-        rows = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in self._rows())
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+        return as_html(_HEADERS, self._rows())
 
     def _rows(self) -> Iterator[tuple[str, ...]]:
         for process in self.processes:
@@ -136,7 +121,7 @@ def _measure(pid: int) -> ProcessMemory | None:
     for line in smaps.splitlines():
         key, _, rest = line.partition(" ")
         if not key.endswith(":"):
-            in_store = any(file in rest for file in _STORE_FILES)
+            in_store = is_store_file(rest)
             continue
         if key == "Anonymous:":
             anonymous = int(rest.split()[0]) * 1024

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from zerocopy import _paths
+from zerocopy._mapping import is_store_file
 from zerocopy._pipeline import is_pipeline_class
 from zerocopy._skeleton import Zone, strip
 from zerocopy._tensors import is_tensor_or_array, storage_of
@@ -17,14 +18,14 @@ from zerocopy._tensors import is_tensor_or_array, storage_of
 _PAGE = 4096
 _IS_FILE_PAGE = 1 << 61  # of an entry of /proc/self/pagemap, as the kernel's pagemap.rst describes it
 _IS_PRESENT = 1 << 63
-_STORE_FILES = ("/dev/shm/plasma", "/tmp/ray", "/tmp/plasma")
 
 
 def shares_memory(first: Any, second: Any) -> bool:
     """Whether two tensors, arrays, modules or pipelines of this process are views of the same physical memory.
 
-    Of a pipeline only the shared parts count, of anything else all tensors and arrays below it. Each tensor of the one is compared with the tensor of the other at the same place of the walk. They share memory when
-    they start at the same byte of the same file of the object store, in pages that nobody has written, or overlap outright.
+    Of a pipeline only the shared parts count, of anything else all tensors and arrays below it. Each tensor of the one is
+    compared with that of the other at the same place of the walk. They share memory when they start at the same byte of
+    the same file of the object store, in pages that nobody has written, or at the same address.
     """
     ours, theirs = _tensors(first), _tensors(second)
     if len(ours) != len(theirs) or not ours:
@@ -59,7 +60,7 @@ def _origin(tensor: torch.Tensor | np.ndarray[Any, Any]) -> tuple[object, ...]:
     for line in Path("/proc/self/maps").read_text().splitlines():
         addresses, _, offset, device, inode, *path = line.split(maxsplit=5)
         low, high = (int(address, 16) for address in addresses.split("-"))
-        if low <= start < high and path and path[0].startswith(_STORE_FILES) and not _is_written(start, nbytes):
+        if low <= start < high and path and is_store_file(path[0]) and not _is_written(start, nbytes):
             return "store", device, inode, int(offset, 16) + start - low
     return "private", start
 

@@ -1,0 +1,128 @@
+"""The whole public face with types: checked by mypy and pyright, not run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Any, assert_type
+
+import ray
+import torch
+from ray.actor import ActorHandle
+from torch import nn
+
+import zerocopy
+from zerocopy import Copied, Shared, copied, shared
+from zerocopy.testing import assert_zero_copy, shares_memory
+
+
+@zerocopy.pipeline
+class Search:
+    encoder: nn.Module = shared()
+    index: torch.Tensor = shared(device="auto")
+    head: Shared[nn.Linear] = shared(kw_only=True)
+    config: Copied[dict[str, int]] = copied(factory=dict)
+    label: Annotated[str, copied()] = copied(default="a")
+    top_k: int = copied(default=5)
+
+    def __call__(self, query: str) -> list[str]:
+        return [query] * self.top_k
+
+    @zerocopy.task
+    def rank(self, query: str, *, limit: int = 3) -> list[str]:
+        return self(query)[:limit]
+
+
+@zerocopy.pipeline(kw_only=True)
+class Other:
+    encoder: nn.Module = shared()
+
+
+@zerocopy.task
+def answer(search: Search, query: str) -> list[str]:
+    return search(query)
+
+
+@zerocopy.task(num_cpus=2, device="auto")
+def answer_with_options(search: Search, query: str) -> list[str]:
+    return search(query)
+
+
+@zerocopy.actor(num_cpus=1, max_restarts=2, device="cuda")
+class Worker:
+    def __init__(self, search: Search, limit: int = 10) -> None:
+        self.search = search
+        self.limit = limit
+
+    def ask(self, query: str) -> list[str]:
+        return self.search(query)
+
+
+@zerocopy.actor
+class Bare:
+    search: Search
+
+
+class Typed(zerocopy.Actor):
+    def __init__(self, search: Search, limit: int = 10) -> None:
+        self.search = search
+
+    def ask(self, query: str) -> list[str]:
+        return self.search(query)
+
+
+def declaring(encoder: nn.Module, linear: nn.Linear) -> Search:
+    search = Search(encoder=encoder, index=torch.ones(1), head=linear)
+    assert_type(search.top_k, int)
+    assert_type(search.encoder, nn.Module)
+    assert_type(zerocopy.fields(Search)["encoder"].policy, zerocopy.Policy)
+    Other(encoder=encoder)
+    return search
+
+
+def looking(search: Search) -> int:
+    plan = zerocopy.plan(search)
+    assert_type(plan, zerocopy.SharePlan)
+    assert_type(plan.entries, tuple[zerocopy.PlanEntry, ...])
+    print(plan, plan.copied_bytes, zerocopy.memory_report().total)
+    return plan.shared_bytes
+
+
+def publishing(search: Search) -> Any:
+    with zerocopy.publish(search) as publication:
+        assert_type(publication, zerocopy.Publication)
+        loaded = publication.load(device="cpu", fields=["encoder"])
+    publication.close()
+    zerocopy.unshare(loaded)
+    assert_zero_copy(loaded)
+    assert_type(shares_memory(loaded, search), bool)
+    return loaded
+
+
+def tasks(search: Search) -> None:
+    assert_type(answer(search, "q"), list[str])
+    assert_type(answer.remote(search, "q"), ray.ObjectRef[list[str]])
+    assert_type(answer.options(num_cpus=2)(search, query="q"), list[str])
+    assert_type(answer.map(search, ["q"], max_in_flight=3), Iterator[list[str]])
+    assert_type(answer.local(search, "q"), list[str])
+    assert_type(answer_with_options(search, "q"), list[str])
+    assert_type(search.rank("q", limit=2), list[str])
+    assert_type(search.rank.local("q"), list[str])
+    assert_type(search.rank.options(num_cpus=1)("q"), list[str])
+    search.rank.remote("q")
+    answer(search, 3)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    search.rank()  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+
+
+def actors(search: Search) -> None:
+    Worker(search).ask("q")
+    assert_type(Typed.remote(search, limit=3), ActorHandle[Typed])
+    assert_type(Typed.options(num_cpus=2).remote(search), ActorHandle[Typed])
+    assert_type(Typed.pool(4, search), zerocopy.Pool[Typed])
+    with Typed.pool(4, search) as pool:
+        for result in pool.map("ask", ["q"]):
+            print(result)
+    Typed.remote("search")  # pyright: ignore[reportArgumentType]
+
+
+def errors() -> tuple[type[Exception], ...]:
+    return zerocopy.errors.ZeroCopyError, zerocopy.errors.CannotTravelError

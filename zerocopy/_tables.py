@@ -1,0 +1,46 @@
+"""How do records print: as a table on a terminal, as HTML in a notebook, bytes in units."""
+
+from __future__ import annotations
+
+import html
+import io
+from collections.abc import Iterable, Sequence
+
+
+def format_bytes(count: int) -> str:
+    """`count` bytes in the largest decimal unit that leaves a number of at least one."""
+    size = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
+
+
+def as_text(
+    headers: Sequence[str], rows: Iterable[Sequence[str]], *, right: Iterable[str], title: str = "", caption: str = ""
+) -> str:
+    """A table for a terminal; the columns named in `right` hold numbers."""
+    # Imported here: rich would double the time that importing zerocopy takes.
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=SIMPLE_HEAD, title=title or None, caption=caption or None)
+    table.title_justify = table.caption_justify = "left"
+    numbers = set(right)
+    for header in headers:
+        table.add_column(header, justify="right" if header in numbers else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    target = io.StringIO()
+    Console(file=target, width=120, highlight=False, markup=False, emoji=False).print(table)
+    return "\n".join(line.rstrip() for line in target.getvalue().splitlines()).strip("\n")
+
+
+def as_html(headers: Sequence[str], rows: Iterable[Sequence[str]], *, caption: str = "") -> str:
+    """The same table for a notebook."""
+    head = "".join(f"<th>{html.escape(header)}</th>" for header in headers)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    top = f"<caption>{html.escape(caption)}</caption>" if caption else ""
+    return f"<table>{top}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
