@@ -1,0 +1,38 @@
+"""The code in the README and the guide runs as it stands there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from conftest import run_python
+
+ROOT = Path(__file__).parent.parent
+PAGES = ["README.md", "docs/guide.md"]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_code_runs(page: str, tmp_path: Path) -> None:
+    """Every Python block of a page, one after the other, is a program."""
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE)
+    program = tmp_path / "page.py"
+    program.write_text("\n".join(blocks))
+    done = run_python("", str(program))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "shared once a node" in done.stdout
+
+
+def test_links_lead_somewhere() -> None:
+    """Every relative link of a page names a file that exists."""
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_map_of_files_is_complete() -> None:
+    """The table of modules in the docs names every module once."""
+    page = (ROOT / "docs/how-it-works.md").read_text()
+    named = re.findall(r"`(\w+)\.py`", page)
+    modules = {path.stem for path in (ROOT / "zerocopy").glob("*.py")} - {"__init__"}
+    assert set(named) == modules

