@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import os
 
 import pipelines
@@ -24,6 +25,23 @@ def test_still_a_plain_class() -> None:
     assert type(worker) is pipelines.Worker
     assert (worker.limit, worker.ask(1.0)) == (3, worker.pipeline(1.0))
     assert str(inspect.signature(pipelines.Worker.__init__)).startswith("(self, pipeline: 'Search', limit: 'int' = 10")
+
+
+def test_starting_an_actor_says_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    """Ray finds nothing to warn of in the class."""
+    logger = logging.getLogger("ray")
+    logger.addHandler(caplog.handler)
+    try:
+
+        @zerocopy.actor(num_cpus=0.1)
+        class Quiet:
+            def ask(self) -> int:
+                return 1
+
+        assert ray.get(Quiet.remote().ask.remote()) == 1
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert [record.getMessage() for record in caplog.records if "overwrites" in record.getMessage()] == []
 
 
 def test_remote_options_and_arguments() -> None:

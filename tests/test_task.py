@@ -140,6 +140,19 @@ def test_map_is_lazy_ordered_and_bounded() -> None:
     assert list(results) == [10.0 * number for number in range(1, 12)]
 
 
+def test_map_shows_progress_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A bar counts results where the output is a terminal, and nothing is printed elsewhere."""
+    search = pipelines.search(width=8)
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    list(pipelines.answer.map(search, [1.0, 2.0, 3.0]))
+    assert capsys.readouterr().err == ""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    list(pipelines.answer.map(search, [1.0, 2.0, 3.0]))
+    shown = capsys.readouterr().err
+    assert "answer" in shown
+    assert "3/3" in shown
+
+
 def test_map_stops_at_the_first_error() -> None:
     """The first error is raised, and the calls under way are cancelled."""
 

@@ -143,6 +143,9 @@ def _let_go(*arguments: object) -> None:
 
 class _Remote:
     def __get__(self, instance: object, owner: Callable[P, T]) -> Callable[P, ActorHandle[T]]:
+        if hasattr(owner, "__ray_actor_class__"):
+            # Ray derives a class of its own from each actor class, and warns if that has a `remote` already.
+            raise AttributeError("remote")
         return Launcher[P, T](cast("type[T]", owner), {}).remote
 
 
