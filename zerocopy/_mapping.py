@@ -103,9 +103,7 @@ def map_private(buffers: Sequence[Any], *, writable: bool = True, required: bool
     starts = [view.__array_interface__["data"][0] for view in views]
     end = max(start + view.nbytes for start, view in zip(starts, views, strict=True))
     try:
-        memory, first = _map(min(starts), end, writable)
-        if bytes(memoryview(memory)[starts[0] - first : starts[0] - first + views[0].nbytes]) != views[0].tobytes():
-            raise MappingImpossible("the store's file does not hold the expected bytes")
+        memory, first = _map_checked(min(starts), end, writable, starts[0], views[0].tobytes())
         memory.pinned = buffers
     except (MappingImpossible, OSError, ValueError) as error:
         _report(str(error), required)
@@ -138,10 +136,24 @@ def _report(reason: str, required: bool) -> None:
         )
 
 
-def _map(start: int, end: int, writable: bool) -> tuple[PrivateMap, int]:
+def _map_checked(start: int, end: int, writable: bool, proof_start: int, proof: bytes) -> tuple[PrivateMap, int]:
     """Map [start, end) of this process' address space anew; also the address that the new memory's first byte stands for."""
     if sys.platform != "linux":
         raise MappingImpossible(f"{sys.platform} has no /proc")
+    while True:
+        was_known = bool(_intervals)
+        try:
+            memory, first = _map(start, end, writable)
+            if memory[proof_start - first : proof_start - first + len(proof)] == proof:
+                return memory, first
+            raise MappingImpossible("the store's file does not hold the expected bytes")
+        except MappingImpossible:
+            _intervals.clear()  # they were those of a store that is gone: of an earlier connection, say
+            if not was_known:
+                raise
+
+
+def _map(start: int, end: int, writable: bool) -> tuple[PrivateMap, int]:
     interval = _interval_of(start, end)
     descriptor = _open(interval)
     try:
@@ -160,12 +172,11 @@ def _map(start: int, end: int, writable: bool) -> tuple[PrivateMap, int]:
 
 
 def _interval_of(start: int, end: int) -> _Interval:
-    for attempt in range(2):
-        if attempt:
-            _intervals[:] = _read_intervals()
-        for interval in _intervals:
-            if interval.start <= start and end <= interval.end:
-                return interval
+    if not _intervals:
+        _intervals[:] = _read_intervals()
+    for interval in _intervals:
+        if interval.start <= start and end <= interval.end:
+            return interval
     raise MappingImpossible("the object does not lie in a mapped file")
 
 
@@ -191,7 +202,6 @@ def _open(interval: _Interval) -> int:
             _descriptors[key] = path
             return descriptor
         os.close(descriptor)
-    _intervals.clear()
     raise MappingImpossible("no raylet of this user has the store's file open")
 
 

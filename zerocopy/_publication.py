@@ -18,7 +18,7 @@ from zerocopy._introspector import Outer, Skeleton, reach
 from zerocopy._shards import Manifest, StoredMemory
 from zerocopy._skeleton import Root, add_passenger, graft
 from zerocopy._tensors import Region, TensorSpec, rebuild, stand_in
-from zerocopy.errors import DeviceError, PublicationClosedError, VersionError
+from zerocopy.errors import DeviceError, PublicationClosedError, PublicationLostError, VersionError
 
 FORMAT = 1  # of manifests and handles; raised when either changes
 
@@ -108,6 +108,7 @@ class Publication:
         self.shared_bytes = shared_bytes
         self._require_isolation = require_isolation
         self._versions = versions
+        self._session = _store.session()
         # Set where it was published: what its weights are there, and what else to let go of when it is closed.
         self.cls: type | None = None
         self._weights: object = None
@@ -158,13 +159,27 @@ class Publication:
         return pipeline
 
     def _get_manifest(self) -> tuple[ray.ObjectRef[Any], Manifest]:
+        reference = self._usable()
+        self._versions.require_agreement()
+        return reference, _store.get(reference)
+
+    def _usable(self) -> ray.ObjectRef[Any]:
+        """The reference to the manifest, if it still means something.
+
+        Raises:
+            PublicationClosedError: the publication was closed.
+            PublicationLostError: the connection to the cluster that it belongs to has ended.
+        """
         if self._manifest is None:
             raise PublicationClosedError(
                 f"This publication of {self.kind} was closed.", hint="load before close(), or publish again."
             )
-        _store.require()
-        self._versions.require_agreement()
-        return self._manifest, _store.get(self._manifest)
+        if self._session is None or self._session is not _store.session():
+            raise PublicationLostError(
+                f"This publication of {self.kind} belongs to a connection to Ray that has ended.",
+                hint="publish the pipeline again.",
+            )
+        return self._manifest
 
     def _referenced(self, manifest: Manifest) -> list[int]:
         """Indices of the tensors that a whole load needs: an entangled pipeline, or one passed on, may use some only."""
@@ -228,13 +243,11 @@ class Publication:
         return f"<zerocopy.Publication of {self.kind}: {state}>"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        if self._manifest is None:
-            raise PublicationClosedError(f"This publication of {self.kind} was closed.", hint="publish again.")
-        if _store.is_running():
-            _store.refuse_out_of_band(f"A publication of {self.kind}")
-            _store.count_pin(self._manifest)
+        reference = self._usable()
+        _store.refuse_out_of_band(f"A publication of {self.kind}")
+        _store.count_pin(reference)
         return Publication, (
-            self._manifest, self._outer, self.kind, self.shared_bytes, self._require_isolation, self._versions,
+            reference, self._outer, self.kind, self.shared_bytes, self._require_isolation, self._versions,
         )  # fmt: skip
 
 

@@ -140,10 +140,13 @@ def publish(pipeline: Any) -> Publication:
         if weights is None or len(same) < len(found.table.storages) or not weights.describe(found):
             stored = weights.placements if weights is not None else {}
             weights = _put(found, {key: place for key, place in stored.items() if key in same})
+            outer = found.outer
+        else:
+            outer = make_outer(pipeline, weights.known)
         entry.weak = weakref.ref(weights)
         if entry.held is not None:
             entry.held = weights
-        publication = _handle(pipeline, weights, make_outer(pipeline, weights.known))
+        publication = _handle(pipeline, weights, outer)
         publication._close = _closer(weights)
         return publication
 

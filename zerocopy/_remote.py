@@ -16,7 +16,7 @@ import ray
 from ray._common import ray_option_utils
 from torch import nn
 
-from zerocopy import _store
+from zerocopy import _devices, _store
 from zerocopy._pipeline import is_pipeline_class
 from zerocopy._publication import Publication
 from zerocopy._publishing import publish_automatically
@@ -65,8 +65,13 @@ def travelling(value: Any) -> Any:
 
 
 def arriving(value: Any, device: str | None) -> Any:
-    """An argument as the user's code gets it: a publication loaded."""
-    return value.load(device) if isinstance(value, Publication) else value
+    """An argument as the user's code gets it: a publication loaded, where the code's device is."""
+    if isinstance(value, Publication):
+        return value.load(device)
+    if is_pipeline_class(type(value)) and device is not None and _store.is_running() and _store.is_worker():
+        # Ray Data and Serve bring a pipeline loaded, on the CPU.
+        return value if _devices.resolve(device) == _devices.CPU else publish_automatically(value).load(device)
+    return value
 
 
 def send(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:

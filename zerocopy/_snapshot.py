@@ -40,7 +40,7 @@ def _slots(module: nn.Module) -> list[object]:
     """What a module holds by name: identities of its parameters, buffers, children and of plain tensor attributes."""
     own = vars(module)
     slots: list[object] = [module.training]
-    for members in (own["_parameters"], own["_buffers"], own["_modules"]):
+    for members in (own.get("_parameters", {}), own.get("_buffers", {}), own.get("_modules", {})):
         slots.extend(members)
         slots.extend(map(id, members.values()))
     slots.extend(id(value) for value in own.values() if isinstance(value, torch.Tensor))

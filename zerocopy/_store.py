@@ -166,5 +166,5 @@ def count_pin(ref: ray.ObjectRef[Any]) -> None:
 
 def unpin(ref: ray.ObjectRef[Any]) -> None:
     """Take back what picklings of `ref` out of band have pinned in this process."""
-    for _ in range(_pins.pop(ref, 0)):
+    for _ in range(_pins.pop(ref, 0) if is_running() else 0):
         global_worker.core_worker.remove_object_ref_reference(ref)

@@ -106,11 +106,18 @@ class Task(_FunctionWrapper[P, R]):
 
     __bound_function_wrapper__ = BoundTask
 
-    def __init__(self, wrapped: Callable[P, R], options: dict[str, Any], device: str | None) -> None:
+    def __init__(
+        self,
+        wrapped: Callable[P, R],
+        options: dict[str, Any],
+        device: str | None,
+        base: Task[P, R] | None = None,
+    ) -> None:
         super().__init__(wrapped, _call_as_it_is)
         self._self_options = options
         self._self_device = device
-        self._self_parameters = Parameters(wrapped)
+        self._self_base = base  # the task that these options were given to: Ray knows one function for both
+        self._self_parameters: Parameters = Parameters(wrapped) if base is None else base._self_parameters
         self._self_remote: Any = None
 
     @property  # type: ignore[misc]
@@ -150,7 +157,8 @@ class Task(_FunctionWrapper[P, R]):
     def options(self, **options: Any) -> Task[P, R]:
         """The same task with other options of Ray's."""
         check_options(options, "task", late=True)
-        return Task(self.__wrapped__, {**self._self_options, **options}, self._self_device)
+        late = options if self._self_base is None else {**self._self_options, **options}
+        return Task(self.__wrapped__, late, self._self_device, self._self_base or self)
 
     def local(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Run in this process, on arguments that are copies or loaded as those of a remote call would be."""
@@ -181,11 +189,16 @@ class Task(_FunctionWrapper[P, R]):
 
     def _submit(self, args: list[Any], kwargs: dict[str, Any]) -> Any:
         _store.require()
+        return self._ray_function().remote(*args, **kwargs)
+
+    def _ray_function(self) -> Any:
         if self._self_remote is None:
             self._self_remote = self._make_remote()
-        return self._self_remote.remote(*args, **kwargs)
+        return self._self_remote
 
     def _make_remote(self) -> Any:
+        if self._self_base is not None:
+            return self._self_base._ray_function().options(**self._self_options)
         function = self.__wrapped__
         address = address_of(self, function.__module__, function.__qualname__)
         run = functools.partial(_run, address or function, self._self_device)
@@ -198,7 +211,7 @@ class Task(_FunctionWrapper[P, R]):
         address = address_of(self, self.__wrapped__.__module__, self.__wrapped__.__qualname__)
         if address is not None:
             return find, address
-        return Task, (self.__wrapped__, self._self_options, self._self_device)
+        return Task, (self.__wrapped__, self._self_options, self._self_device, self._self_base)
 
 
 def _call_as_it_is(wrapped: Any, _: Any, args: Any, kwargs: Any) -> Any:

@@ -90,8 +90,7 @@ def storage_of(obj: torch.Tensor | np.ndarray[Any, Any]) -> Storage:
     if isinstance(root.base, torch.Tensor):
         return storage_of(root.base)
     low, high = np.lib.array_utils.byte_bounds(root)
-    flat = np.lib.stride_tricks.as_strided(root.view(np.ndarray), (0,), (1,))  # keeps `root` alive, as base
-    return Storage(("array", low), high - low, _bytes_at(low, high - low, flat))
+    return Storage(("array", low, high), high - low, _bytes_at(low, high - low, root))
 
 
 class _Memory:

@@ -1,0 +1,57 @@
+"""Crowded stores, and connections to Ray that end."""
+
+from __future__ import annotations
+
+from conftest import run_python
+
+PROGRAM = """
+import gc, warnings
+import numpy as np, ray, torch
+import pipelines, zerocopy
+from zerocopy.testing import assert_zero_copy
+
+def start():
+    warnings.simplefilter("default")
+    ray.init(num_cpus=1, object_store_memory=100_000_000, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+    warnings.simplefilter("error")
+
+start()
+search = pipelines.search(width=256)
+publication = zerocopy.publish(search)
+loaded = publication.load()
+
+pinned = [ray.get(ray.put(np.ones(8_000_000, dtype=np.uint8))) for _ in range(11)]
+big = pipelines.encoder(2048)
+crowded = zerocopy.publish(big).load()
+assert_zero_copy(crowded)
+with torch.no_grad():
+    crowded[0].bias.add_(1)
+print("crowded", torch.equal(crowded[0].weight, big[0].weight))
+del pinned, crowded
+
+ray.shutdown()
+print("after shutdown", loaded(1.0) == search(1.0))
+for connected in (False, True):
+    if connected:
+        start()
+    try:
+        publication.load()
+    except zerocopy.errors.PublicationLostError as error:
+        print(error, ray.is_initialized())
+print("again", pipelines.answer(search, 1.0) == pipelines.answer(loaded, 1.0) == search(1.0))
+assert_zero_copy(zerocopy.publish(search).load())
+"""
+
+
+def test_crowded_stores_and_ended_sessions() -> None:
+    """A model beyond the free memory of the store lies in a file, mapped the same way; after `ray.shutdown()` a publication is
+    lost, in words, what was loaded goes on, and a new session publishes anew."""
+    done = run_python(PROGRAM)
+    lost = "This publication of Search belongs to a connection to Ray that has ended. Hint: publish the pipeline again."
+    assert done.stdout.splitlines() == [
+        "crowded True",
+        "after shutdown True",
+        f"{lost} False",
+        f"{lost} True",
+        "again True",
+    ], done.stderr
