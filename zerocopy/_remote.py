@@ -212,16 +212,20 @@ def in_order(
     try:
         for item in items:
             if len(pending) >= max_in_flight:
-                yield ray.get(pending.popleft())
-                advance()
+                yield _next_result(pending, advance)
             pending.append(submit(item))
         while pending:
-            yield ray.get(pending.popleft())
-            advance()
+            yield _next_result(pending, advance)
     finally:
         finish()
         for ref in pending:
             ray.cancel(ref)
+
+
+def _next_result(pending: deque[ray.ObjectRef[Any]], advance: Callable[[], None]) -> Any:
+    result = ray.get(pending.popleft())
+    advance()
+    return result
 
 
 def _progress(items: Iterable[Any], description: str) -> tuple[Callable[[], None], Callable[[], None]]:

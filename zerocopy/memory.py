@@ -46,7 +46,7 @@ class MemoryReport:
 
     @property
     def shared(self) -> int:
-        """Resident bytes of the object store, each counted once."""
+        """Resident bytes of the object store, each page counted by the shares of these processes: once, if all are here."""
         return sum(process.share for process in self.processes)
 
     @property
@@ -117,6 +117,8 @@ def _measure(pid: int) -> ProcessMemory | None:
         name = _name(pid)
         smaps = Path(f"/proc/{pid}/smaps").read_text()
     except OSError:  # ended, or another user's
+        return None
+    if not smaps:  # ended, but not yet waited for
         return None
     for line in smaps.splitlines():
         key, _, rest = line.partition(" ")
