@@ -20,6 +20,7 @@ LAYERS = [
     "_pipeline",
     "_paths",
     "_tensors",
+    "_reducers",
     "_skeleton",
     "_introspector",
     "_tables",

@@ -63,6 +63,8 @@ class Introspection:
     devices: dict[int, tuple[str | None, ...]]  # declared devices of a storage's fields, where any is declared
     known: Known
     mutable: list[Any]  # modules, containers and other mutable objects of the shared skeleton
+    wholes: list[Any]  # shared tensors that had to be taken apart
+    pieces: list[Any]  # what they were taken apart into; to be kept as long as it may be recognized
 
 
 @attrs.frozen
@@ -132,6 +134,8 @@ def introspect(pipeline: Any) -> Introspection:
         _declared_devices(pipeline, table),
         known,
         list(shared.seen.values()),
+        shared.wholes,
+        shared.pieces,
     )
 
 

@@ -41,6 +41,7 @@ class Weights:
     payload: bytes | None  # of the shared skeleton; None where another process published
     specs: tuple[TensorSpec, ...]
     session: object
+    pieces: list[Any]  # of tensors taken apart: alive, so that their ids and storages mean them
 
     def are_in_store(self) -> bool:
         return self.session is not None and self.session is _store.session()
@@ -202,15 +203,15 @@ def _weights_of_origin(pipeline: Any, origin: _Origin) -> Weights | None:
         index, storages, found.known.roots, frozenset(), len(manifest.specs), len(manifest.locations), whole=True
     )
     return Weights(
-        origin.manifest, origin.shared_bytes, known, Snapshot(found.table, found.mutable),
-        [reference(root) for root in found.roots], {}, None, (), origin.session,
+        origin.manifest, origin.shared_bytes, known, Snapshot(found.table, found.wholes, found.mutable),
+        [reference(root) for root in found.roots], {}, None, (), origin.session, found.pieces,
     )  # fmt: skip
 
 
 def _put(found: Introspection, stored: Mapping[object, Placement]) -> Weights:
     """Write what `found` shares into the store, but for what is `stored`. Every refusal comes before the first byte."""
     storages = found.table.storages
-    snapshot = Snapshot(found.table, found.mutable)
+    snapshot = Snapshot(found.table, found.wholes, found.mutable)
     shared_bytes = sum(storage.nbytes for storage in storages)
     _store.require_room(shared_bytes, type(found.pipeline).__name__)
     placements = put_storages(storages, found.root_ends, stored)
@@ -219,7 +220,7 @@ def _put(found: Introspection, stored: Mapping[object, Placement]) -> Weights:
     return Weights(
         _store.put(manifest), shared_bytes, found.known, snapshot, [reference(root) for root in found.roots],
         {s.key: place for s, place in zip(storages, placements, strict=True) if place is not None},
-        found.shared.payload, tuple(found.table.specs), _store.session(),
+        found.shared.payload, tuple(found.table.specs), _store.session(), found.pieces,
     )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ import io
 import pathlib
 import pickle
 import types
+import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -26,9 +27,9 @@ import ray.cloudpickle
 import torch
 from torch import nn
 
-from zerocopy import _paths
+from zerocopy import _paths, _reducers
 from zerocopy._pipeline import fields, is_pipeline_class
-from zerocopy._tensors import is_meta, why_not_shareable
+from zerocopy._tensors import is_meta, is_plain
 from zerocopy.errors import CannotTravelError, ZeroCopyError
 
 
@@ -48,6 +49,10 @@ class _Role(enum.Enum):
     PASSENGER = enum.auto()  # travels beside the skeleton, so that Ray counts its references
     SWITCH = enum.auto()
     SLOT = enum.auto()
+    BUFFER = enum.auto()
+    PARAMETRIZED = enum.auto()
+    WEAK_REFERENCE = enum.auto()
+    FILE = enum.auto()
     OTHER = enum.auto()
 
 
@@ -86,10 +91,15 @@ def _classify(cls: type) -> _Role:
         return _Role.TENSOR
     if issubclass(cls, tuple(_passengers)):
         return _Role.PASSENGER
-    if issubclass(cls, _Switch):
-        return _Role.SWITCH
-    if issubclass(cls, _Slot):
-        return _Role.SLOT
+    for base, role in ((_Switch, _Role.SWITCH), (_Slot, _Role.SLOT), (pickle.PickleBuffer, _Role.BUFFER)):
+        if issubclass(cls, base):
+            return role
+    if cls is weakref.ref:
+        return _Role.WEAK_REFERENCE
+    if issubclass(cls, _reducers.FILES):
+        return _Role.FILE
+    if _reducers.is_parametrized_class(cls):
+        return _Role.PARAMETRIZED
     if is_pipeline_class(cls):
         return _Role.PIPELINE
     if issubclass(cls, nn.Module):
@@ -104,9 +114,14 @@ class Root(NamedTuple):
 
 
 class _Switch(NamedTuple):
-    """Written between objects, so that the pickler changes its zone on the way; unpickled as None."""
+    """Written between objects, so that the pickler changes its state on the way; unpickled as None.
 
-    zone: Zone
+    `zone` is the zone of what follows, None for no change. `whole` is the tensor that what follows is taken from, until a
+    switch without one.
+    """
+
+    zone: Zone | None
+    whole: Any = None
 
 
 class _Slot(NamedTuple):
@@ -128,7 +143,9 @@ class Stripped:
     ends: list[int]
     shared: set[int]  # ids of tensors met in the zone SHARED
     roots: list[Any]  # where the strip stopped for them, in order of their first appearance
-    private_reasons: dict[int, tuple[Any, str]]  # tensors of the zone SHARED that cannot be shared, by id
+    private_reasons: dict[int, tuple[Any, str]]  # what is in the zone SHARED but cannot be shared, by id
+    wholes: list[Any]  # tensors of the zone SHARED that were taken apart
+    pieces: list[Any]  # what they were taken apart into, where the pickler met it first: nobody else may hold it
     has_pipeline: bool
     seen: dict[int, Any]  # mutable objects inside the payload, by id
     memo_holder: Any  # keeps temporary objects alive: no id in `seen` is used twice
@@ -162,7 +179,7 @@ def strip(
         raise _cannot_travel(stripper.refused, objects, names, None)
     return Stripped(
         file.getvalue(), stripper.externals, ends, stripper.shared, stripper.roots, stripper.private_reasons,
-        stripper.has_pipeline, stripper.seen, stripper,
+        stripper.wholes, stripper.pieces, stripper.has_pipeline, stripper.seen, stripper,
     )  # fmt: skip
 
 
@@ -208,6 +225,8 @@ class _Stripper(CloudPickler):  # type: ignore[misc]
         self.shared: set[int] = set()
         self.roots: list[Any] = []
         self.private_reasons: dict[int, tuple[Any, str]] = {}
+        self.wholes: list[Any] = []
+        self.pieces: list[Any] = []
         self.has_pipeline = False
         self.seen: dict[int, Any] = {}
         self.last: object = None
@@ -215,6 +234,7 @@ class _Stripper(CloudPickler):  # type: ignore[misc]
         self._numbers: dict[int, int] = {}
         self._declared_roots: set[int] = set()
         self._visits: dict[int, int] = {}
+        self._whole: Any = None
 
     def persistent_id(self, obj: Any) -> int | None:
         cls = type(obj)
@@ -222,7 +242,8 @@ class _Stripper(CloudPickler):  # type: ignore[misc]
             return None
         role = _roles.get(cls) or _role_of(cls)
         if role is _Role.SWITCH:
-            self.zone = obj.zone
+            self.zone = obj.zone or self.zone
+            self._whole = obj.whole
             return 0
         if role is _Role.SLOT:
             return self._numbers[id(obj.tensor)]
@@ -235,13 +256,17 @@ class _Stripper(CloudPickler):  # type: ignore[misc]
             return self._tensor_id(obj)
         if role is _Role.PASSENGER:
             return self._number(obj)
+        if role is _Role.BUFFER:
+            return self._buffer_id(obj)
+        if role in (_Role.MODULE, _Role.PARAMETRIZED) and self.zone is Zone.SHARED:
+            self._note_reason(obj)
         self.seen[id(obj)] = obj
         return None
 
     def _is_root(self, obj: Any, role: _Role) -> bool:
         if id(obj) in self._declared_roots or id(obj) in self._numbers:
             return True
-        return role is _Role.MODULE and self.zone is Zone.AUTO
+        return role in (_Role.MODULE, _Role.PARAMETRIZED) and self.zone is Zone.AUTO
 
     def _number(self, obj: Any, register: list[Any] | None = None) -> int:
         number = self._numbers.get(id(obj))
@@ -253,16 +278,17 @@ class _Stripper(CloudPickler):  # type: ignore[misc]
         return number
 
     def _tensor_id(self, obj: Any) -> int | None:
-        reason = why_not_shareable(obj)
         if is_meta(obj) and not self.allow_meta:
             self.refused = self.refused if self.refused is not None else obj
             return 0
-        if reason is not None:
-            if self.zone is Zone.SHARED:
-                self.private_reasons[id(obj)] = obj, reason
-            return None
+        if self.zone is Zone.SHARED:
+            self._note_reason(obj)
+        if not is_plain(obj):
+            return None  # on to `reducer_override`, which takes it apart
         if self.zone is Zone.SHARED:
             self.shared.add(id(obj))
+            if self._whole is not None and id(obj) not in self._numbers:
+                self.pieces.append(obj)
         if id(obj) not in self._numbers and getattr(obj, "__dict__", None):
             self._number(obj)
             return None  # on to `reducer_override`, for its attributes
@@ -270,14 +296,44 @@ class _Stripper(CloudPickler):  # type: ignore[misc]
             return None  # the pickler's memo knows it
         return self._number(obj)
 
+    def _note_reason(self, obj: Any) -> None:
+        reason = _reducers.why_copied(obj)
+        if reason is not None:
+            self.private_reasons[id(obj)] = obj, reason
+
+    def _buffer_id(self, buffer: pickle.PickleBuffer) -> int | None:
+        """Bytes that an object hands out as they lie, as Arrow does: an array over them, in the zone SHARED."""
+        content = np.frombuffer(buffer.raw(), np.uint8)
+        if self.zone is not Zone.SHARED or not content.nbytes:
+            return None
+        self.shared.add(id(content))
+        self.pieces.append(content)
+        return self._number(content)
+
     def reducer_override(self, obj: Any) -> Any:
         role = _role_of(type(obj))
+        if role is _Role.PARAMETRIZED:
+            return _reducers.reduce_parametrized(obj)
+        if role is _Role.WEAK_REFERENCE:
+            return _reducers.reduce_weak_reference(obj)
+        if role is _Role.FILE:
+            return _reducers.reduce_file(obj)
         if role is _Role.PIPELINE:
             self.has_pipeline = True
             return self._reduce_pipeline(obj)
         if role is _Role.TENSOR and id(obj) in self._numbers:
             return _identity, (_Slot(obj),), vars(obj), None, None, _set_attributes
+        if role is _Role.TENSOR:
+            return self._take_apart(obj)
         return super().reducer_override(obj)
+
+    def _take_apart(self, whole: Any) -> Any:
+        reduced = _reducers.reduce_array(whole) if isinstance(whole, np.ndarray) else _reducers.reduce_tensor(whole)
+        if self.zone is Zone.SHARED:
+            self.wholes.append(whole)
+        function, arguments, *rest = reduced
+        before, after = _Switch(None, whole), _Switch(None, self._whole)
+        return (_between, (before, function, arguments, after), *rest)
 
     def _reduce_pipeline(self, obj: Any) -> Any:
         # Not through the registered reducer, which would publish the pipeline while it is being published.
@@ -319,6 +375,10 @@ class _Stripper(CloudPickler):  # type: ignore[misc]
 
 
 def _after_prelude(_: object, function: Any, arguments: tuple[Any, ...]) -> Any:
+    return function(*arguments)
+
+
+def _between(_: object, function: Any, arguments: tuple[Any, ...], __: object) -> Any:
     return function(*arguments)
 
 

@@ -25,7 +25,7 @@ def reference(obj: Any) -> Callable[[], Any]:
 
 
 def _version(tensor: Any) -> int:
-    if isinstance(tensor, np.ndarray) or tensor.is_inference():
+    if isinstance(tensor, np.ndarray) or tensor.is_inference() or tensor.is_nested:
         return 0
     return int(tensor._version)
 
@@ -33,7 +33,7 @@ def _version(tensor: Any) -> int:
 def _address(tensor: Any) -> int:
     if isinstance(tensor, np.ndarray):
         return int(tensor.__array_interface__["data"][0])
-    return int(tensor.data_ptr()) if tensor.layout is torch.strided else 0
+    return int(tensor.data_ptr()) if tensor.layout is torch.strided and not tensor.is_nested else 0
 
 
 def _slots(module: nn.Module) -> list[object]:
@@ -71,8 +71,8 @@ class TensorMarks:
 class Snapshot:
     """The state of shared tensors, of the modules that hold them, and of dicts and lists of them."""
 
-    def __init__(self, table: TensorTable, objects: Iterable[Any]) -> None:
-        self.weights = TensorMarks(table.objects)
+    def __init__(self, table: TensorTable, wholes: Iterable[Any], objects: Iterable[Any]) -> None:
+        self.weights = TensorMarks([*table.objects, *wholes])
         self._requires_grad = [(weakref.ref(t), t.requires_grad) for t in table.objects if isinstance(t, torch.Tensor)]
         self._modules: list[tuple[weakref.ref[nn.Module], list[object]]] = []
         self._containers: list[tuple[Any, list[int]]] = []

@@ -52,19 +52,13 @@ def is_tensor_or_array(obj: object) -> TypeGuard[torch.Tensor | np.ndarray[Any, 
     return isinstance(obj, (torch.Tensor, np.ndarray))
 
 
-def why_not_shareable(obj: torch.Tensor | np.ndarray[Any, Any]) -> str | None:
-    """Why `obj` cannot be described against a storage, or None where it can."""
+def is_plain(obj: torch.Tensor | np.ndarray[Any, Any]) -> bool:
+    """Whether `obj` can be described against a storage as it is."""
     if isinstance(obj, np.ndarray):
-        if type(obj) is not np.ndarray:
-            return f"a subclass of numpy.ndarray ({type(obj).__name__})"
-        return "an array of Python objects" if obj.dtype.hasobject else None
-    if type(obj) not in (torch.Tensor, nn.Parameter):
-        return f"a subclass of torch.Tensor ({type(obj).__name__})"
-    if obj.layout is not torch.strided:
-        return f"its layout is {obj.layout}"
-    if obj.is_quantized:
-        return "it is quantized"
-    return None
+        return type(obj) is np.ndarray and not obj.dtype.hasobject
+    if type(obj) not in (torch.Tensor, nn.Parameter) or obj.is_nested:
+        return False
+    return obj.layout is torch.strided and not obj.is_quantized
 
 
 def is_meta(obj: object) -> bool:

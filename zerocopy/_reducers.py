@@ -1,0 +1,130 @@
+"""How do things travel that pickle badly, or that pickle only by copying their bytes.
+
+Each reduction takes an object apart into plain tensors or arrays, over the same memory, and a function that puts them together
+again; the plain ones are then shared like any others.
+"""
+
+from __future__ import annotations
+
+import io
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+FILES = (io.FileIO, io.TextIOWrapper, io.BufferedReader, io.BufferedWriter, io.BufferedRandom)
+
+
+def is_parametrized_class(cls: type) -> bool:
+    """Whether `cls` was made on the fly by `torch.nn.utils.parametrize`, for one module."""
+    return (
+        issubclass(cls, nn.Module)
+        and cls.__module__ == parametrize.__name__
+        and cls.__name__.startswith("Parametrized")
+    )
+
+
+def reduce_parametrized(module: nn.Module) -> tuple[Any, ...]:
+    """A module with parametrizations: its own class refuses to pickle, and is made again where the module is rebuilt."""
+    original = type(module).__bases__[0]
+    return _blank, (original,), dict(vars(module)), None, None, _set_parametrized
+
+
+def _blank(cls: Any) -> Any:
+    return cls.__new__(cls)
+
+
+def _set_parametrized(module: nn.Module, state: dict[str, Any]) -> None:
+    vars(module).update(state)
+    parametrize._inject_new_class(module)
+    for name in state["_modules"]["parametrizations"]:
+        parametrize._inject_property(module, name)
+
+
+def reduce_weak_reference(reference: weakref.ref[Any]) -> tuple[Any, ...]:
+    """A weak reference: to the same object, if something else brings that along."""
+    return _weak_reference, (reference(),)
+
+
+class _Gone:
+    """What a dead weak reference was to."""
+
+
+def _weak_reference(target: Any) -> weakref.ref[Any]:
+    return weakref.ref(_Gone() if target is None else target)
+
+
+def reduce_file(_: object) -> Any:
+    raise TypeError("an open file belongs to its process")
+
+
+def reduce_array(array: np.ndarray[Any, Any]) -> Any:
+    """An array of a subclass that pickles as arrays do (`numpy.memmap`, `numpy.matrix`, `numpy.recarray`)."""
+    if array.dtype.hasobject or type(array).__reduce__ is not np.ndarray.__reduce__:
+        return array.__reduce_ex__(5)
+    return np.ndarray.view, (array.view(np.ndarray), type(array))
+
+
+def reduce_tensor(tensor: torch.Tensor) -> Any:
+    """A tensor that is not a plain view of a storage."""
+    if tensor.layout is torch._mkldnn:  # type: ignore[attr-defined]
+        return torch.Tensor.to_mkldnn, (tensor.to_dense(),)
+    if tensor.is_quantized and type(tensor) is torch.Tensor:
+        return _reduce_quantized(tensor)
+    if _is_view_of_storage(tensor) and type(tensor).__reduce_ex__ in (
+        torch.Tensor.__reduce_ex__,
+        nn.Parameter.__reduce_ex__,
+    ):
+        plain = tensor.detach().as_subclass(torch.Tensor)
+        return _as_class, (plain, type(tensor), tensor.requires_grad), vars(tensor), None, None, _set_attributes
+    return tensor.__reduce_ex__(5)
+
+
+def _is_view_of_storage(tensor: torch.Tensor) -> bool:
+    wrapper = (
+        hasattr(tensor, "__tensor_flatten__") or type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
+    )
+    uninitialized = nn.parameter.is_lazy(tensor)
+    return tensor.layout is torch.strided and not (wrapper or uninitialized or tensor.is_quantized or tensor.is_nested)
+
+
+def _as_class(plain: torch.Tensor, cls: type[torch.Tensor], requires_grad: bool) -> torch.Tensor:
+    return torch.Tensor._make_subclass(cls, plain, requires_grad)
+
+
+def _set_attributes(tensor: torch.Tensor, attributes: dict[str, Any]) -> None:
+    vars(tensor).update(attributes)
+
+
+def _reduce_quantized(tensor: torch.Tensor) -> tuple[Any, ...]:
+    content = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
+    place = (tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
+    return _rebuild_quantized, (content, tensor.dtype, *place, _quantizer(tensor), tensor.requires_grad)
+
+
+def _quantizer(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """As `torch.Tensor.__reduce_ex__` describes it."""
+    scheme = tensor.qscheme()
+    if scheme is torch.per_tensor_affine:
+        return scheme, tensor.q_scale(), tensor.q_zero_point()
+    return scheme, tensor.q_per_channel_scales(), tensor.q_per_channel_zero_points(), tensor.q_per_channel_axis()
+
+
+def _rebuild_quantized(content: torch.Tensor, dtype: torch.dtype, *description: Any) -> torch.Tensor:
+    storage = torch.storage.TypedStorage(wrap_storage=content.untyped_storage(), dtype=dtype, _internal=True)
+    rebuild: Callable[..., torch.Tensor] = torch._utils._rebuild_qtensor
+    return rebuild(storage, *description, OrderedDict())
+
+
+def why_copied(obj: Any) -> str | None:
+    """Why a tensor or an array, or a module that packs its own, has private memory wherever it is loaded."""
+    if isinstance(obj, np.ndarray):
+        return "an array of Python objects" if obj.dtype.hasobject else None
+    if isinstance(obj, torch.Tensor):
+        return "MKLDNN has a memory format of its own" if obj.layout is torch._mkldnn else None  # type: ignore[attr-defined]
+    return "packed parameters of a quantized module" if type(obj).__name__ == "LinearPackedParams" else None
