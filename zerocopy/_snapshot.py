@@ -25,15 +25,20 @@ def reference(obj: Any) -> Callable[[], Any]:
 
 
 def _version(tensor: Any) -> int:
-    if isinstance(tensor, np.ndarray) or tensor.is_inference() or tensor.is_nested:
-        return 0
-    return int(tensor._version)
+    return int(tensor._version) if _counts_versions(tensor) else 0
+
+
+def _counts_versions(tensor: Any) -> bool:
+    if isinstance(tensor, np.ndarray) or nn.parameter.is_lazy(tensor):
+        return False
+    return not (tensor.is_inference() or tensor.is_nested)
 
 
 def _address(tensor: Any) -> int:
     if isinstance(tensor, np.ndarray):
         return int(tensor.__array_interface__["data"][0])
-    return int(tensor.data_ptr()) if tensor.layout is torch.strided and not tensor.is_nested else 0
+    has_address = not nn.parameter.is_lazy(tensor) and tensor.layout is torch.strided and not tensor.is_nested
+    return int(tensor.data_ptr()) if has_address else 0
 
 
 def _slots(module: nn.Module) -> list[object]:

@@ -30,6 +30,7 @@ class TensorSpec(NamedTuple):
     flag: bool
     is_conj: bool = False
     is_neg: bool = False
+    is_inference: bool = False
 
 
 class Storage:
@@ -116,6 +117,7 @@ def describe(obj: torch.Tensor | np.ndarray[Any, Any], storage: int, source: Sto
         obj.requires_grad,
         obj.is_conj(),
         obj.is_neg(),
+        obj.is_inference(),
     )
 
 
@@ -203,7 +205,7 @@ def rebuild(
     """
     bases: dict[int, _Base] = {}
     rebuilt = []
-    # Inference tensors could never be trained nor counted: what a loaded model is must not depend on where it was loaded.
+    # What a loaded model is must not depend on where it is loaded: only what was an inference tensor becomes one.
     with torch.inference_mode(False), torch.no_grad():
         for spec in specs:
             base = bases.get(spec.storage)
@@ -215,6 +217,14 @@ def rebuild(
 
 
 def _finish(view: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
+    if not spec.is_inference:
+        return _as_published(view, spec)
+    with torch.inference_mode():
+        place = view.untyped_storage(), spec.offset, spec.shape, spec.stride
+        return _as_published(torch.empty(0, dtype=spec.dtype, device=view.device).set_(*place), spec)
+
+
+def _as_published(view: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
     if spec.is_conj:
         view = view.conj()
     if spec.is_neg:

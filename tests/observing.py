@@ -1,0 +1,121 @@
+"""All that can be observed of an object, as plain data that compares equal across processes."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import types
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from zerocopy._paths import attributes_of
+
+ATOMS = (str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.device, torch.Size, np.dtype)
+
+
+def observe(root: Any) -> Any:
+    """Types, structure, identity, flags, strides and bytes of `root` and everything below it, in nested tuples.
+
+    The first time an object is met it gets a number, after that only the number is given; so do storages.
+    """
+    return _Observer().observe(root)
+
+
+class _Observer:
+    def __init__(self) -> None:
+        self.numbers: dict[object, int] = {}
+        self.kept: list[Any] = []
+
+    def number(self, key: object, obj: Any) -> tuple[int, bool]:
+        known = key in self.numbers
+        if not known:
+            self.numbers[key] = len(self.numbers)
+            self.kept.append(obj)
+        return self.numbers[key], known
+
+    def observe(self, obj: Any) -> Any:
+        if isinstance(obj, ATOMS):
+            return type(obj).__name__, repr(obj)
+        if isinstance(obj, type):
+            return "class", obj.__name__
+        number, known = self.number(id(obj), obj)
+        if known:
+            return "again", number
+        return number, type(obj).__name__, self.content(obj)
+
+    def content(self, obj: Any) -> Any:  # noqa: C901 (a case for each kind of thing)
+        if isinstance(obj, torch.Tensor):
+            return self.tensor(obj), self.members(getattr(obj, "__dict__", {}))
+        if isinstance(obj, np.ndarray):
+            bits = obj.tolist() if obj.dtype.hasobject else digest(np.ascontiguousarray(obj).tobytes())
+            return str(obj.dtype.descr), obj.shape, obj.strides, obj.flags.writeable, obj.flags.f_contiguous, bits
+        if isinstance(obj, Mapping):
+            return [(self.observe(key), self.observe(value)) for key, value in obj.items()]
+        if isinstance(obj, (list, tuple)):
+            return [self.observe(item) for item in obj], self.members(attributes_of(obj))
+        if isinstance(obj, (set, frozenset)):
+            return sorted((self.observe(item) for item in obj), key=repr) if len(obj) < 2 else len(obj)
+        if isinstance(obj, functools.partial):
+            return self.observe(obj.func), self.observe(obj.args), self.observe(obj.keywords)
+        if isinstance(obj, types.MethodType):
+            return obj.__name__, self.observe(obj.__self__)
+        if isinstance(obj, types.FunctionType):
+            cells = [cell.cell_contents for cell in obj.__closure__ or ()]
+            return obj.__name__, digest(obj.__code__.co_code), self.observe(cells)
+        if isinstance(obj, weakref.ref):
+            return self.observe(obj())
+        if type(obj).__name__ == "_WrappedHook":  # torch's own state of it leaves out all but the hook
+            return self.observe(obj.hook)
+        if isinstance(obj, nn.Module):
+            return obj.training, self.members(vars(obj))
+        return self.members(attributes_of(obj))
+
+    def members(self, members: Mapping[str, Any]) -> Any:
+        return [(name, self.observe(value)) for name, value in members.items()]
+
+    def tensor(self, tensor: torch.Tensor) -> Any:
+        if nn.parameter.is_lazy(tensor):
+            return "lazy", str(tensor.dtype), tensor.requires_grad
+        flags = tensor.dtype, tensor.requires_grad, tensor.is_inference(), tensor.layout, tensor.device.type
+        flags = tuple(map(str, flags))
+        if tensor.layout is torch._mkldnn:
+            return flags, digest(tensor.to_dense().numpy().tobytes())
+        if tensor.is_nested:
+            return flags, [self.observe(part.detach().clone().contiguous()) for part in tensor.unbind()]
+        if tensor.layout is torch.sparse_coo:
+            return flags, tensor.is_coalesced(), self.observe(tensor._indices()), self.observe(tensor._values())
+        if tensor.layout is not torch.strided:
+            return flags, digest(tensor.to_dense().contiguous().numpy().tobytes())
+        if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+            return flags, tuple(tensor.shape)
+        storage = tensor.untyped_storage()
+        place, known = self.number(("storage", storage._cdata), storage)
+        bits = None if known else digest(bytes(storage))
+        extra = str(tensor.qscheme()) if tensor.is_quantized else (tensor.is_conj(), tensor.is_neg())
+        return (
+            flags,
+            tuple(tensor.shape),
+            tensor.stride(),
+            tensor.storage_offset(),
+            extra,
+            (place, storage.nbytes(), bits),
+        )
+
+
+def digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def difference(first: Any, second: Any, path: str = "") -> str:
+    """Where two observations differ, in words; empty where they do not."""
+    if type(first) is not type(second) or not isinstance(first, (list, tuple)):
+        return "" if first == second else f"{path}: {first!r} != {second!r}"
+    if len(first) != len(second):
+        return f"{path}: {len(first)} != {len(second)} items: {first!r} {second!r}"
+    found = (difference(a, b, f"{path}.{index}") for index, (a, b) in enumerate(zip(first, second, strict=True)))
+    return next(filter(None, found), "")

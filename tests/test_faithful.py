@@ -1,0 +1,371 @@
+"""Whatever PyTorch object goes in comes out the same, in another process, over shared memory."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import types
+import warnings
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import attrs
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+import ray
+import torch
+from observing import difference, observe
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize
+
+import zerocopy
+from zerocopy import shared
+
+pytestmark = [
+    pytest.mark.usefixtures("cluster"),
+    pytest.mark.filterwarnings("ignore"),  # torch's and NumPy's, of prototypes, and of what is to be removed some day
+]
+SIZE = 128
+BYTES = SIZE * SIZE * 4
+
+
+@zerocopy.pipeline
+class Holder:
+    """Holds one value of any kind in a shared field."""
+
+    value: Any = shared()
+
+
+class Box(nn.Module):
+    """Holds one value of any kind as a plain attribute of a module."""
+
+    def __init__(self, value: Any) -> None:
+        super().__init__()
+        self.value = value
+
+
+class Labelled(torch.Tensor):
+    """A subclass that torch functions keep."""
+
+
+class Tagged(nn.Parameter):
+    """A subclass of parameters."""
+
+
+class Doubled(nn.Module):
+    """A parametrization of a user's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.full((1,), 2.0))
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight * self.factor
+
+
+class Slotted:
+    """An object with slots, and a property that must not be evaluated."""
+
+    __slots__ = ("tensor", "unset")
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+    @property
+    def dangerous(self) -> None:
+        raise AssertionError("a property was evaluated")
+
+
+class Stateful(nn.Module):
+    """A module with a state of its own making."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(noise())
+        self.cache = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "cache": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    tensor: torch.Tensor
+    name: str = "frozen"
+
+
+@attrs.define
+class Defined:
+    tensor: torch.Tensor
+
+
+class Named(NamedTuple):
+    tensor: torch.Tensor
+    number: int
+
+
+def noise(*shape: int) -> torch.Tensor:
+    torch.manual_seed(0)
+    return torch.randn(*(shape or (SIZE, SIZE)))
+
+
+def hook(module: nn.Module, args: Any, *rest: Any) -> None:
+    return None
+
+
+def state_dict_hook(module: nn.Module, state: dict[str, Any], prefix: str, local: Any) -> None:
+    state[prefix + "extra"] = torch.ones(1)
+
+
+def linear() -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(SIZE, SIZE)
+
+
+def tied_in_many_ways() -> nn.Module:
+    module = nn.Sequential(linear(), linear(), linear())
+    module[1].weight = module[0].weight
+    module.add_module("again", module[2])
+    module.register_buffer("view", module[0].weight.detach()[2:5].t())
+    module.register_buffer("hidden", torch.ones(3), persistent=False)
+    module.register_buffer("nothing", None)
+    module.register_parameter("empty", None)
+    module.alias = module[2].bias
+    module.overlapping = torch.as_strided(noise(), (60, 60), (2, 1), 5)
+    module.expanded = torch.ones(1).expand(5, 5)
+    return module
+
+
+def hooked() -> nn.Module:
+    module = nn.Sequential(linear())
+    module.register_forward_hook(hook)
+    module[0].register_forward_hook(hook, with_kwargs=True)
+    module.register_forward_pre_hook(hook, with_kwargs=True)
+    module.register_full_backward_hook(hook)
+    module.register_state_dict_post_hook(state_dict_hook)
+    module.register_load_state_dict_post_hook(hook)
+    return module
+
+
+def modes() -> nn.Module:
+    module = nn.Sequential(linear(), nn.Sequential(nn.BatchNorm1d(4), nn.Dropout()).eval(), linear())
+    module[0].weight.requires_grad_(False)
+    return module
+
+
+def parametrized(*ways: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    module = linear()
+    for way in ways:
+        way(module)
+    return nn.Sequential(module).eval()
+
+
+def doubled(module: nn.Module) -> nn.Module:
+    return parametrize.register_parametrization(module, "weight", Doubled())
+
+
+def with_attributes() -> nn.Module:
+    module = linear()
+    module.weight.optimizer_group = ["slow", {"decay": 0.1}]
+    module.bias.partner = module.weight
+    return module
+
+
+def cyclic() -> Holder:
+    module = linear()
+    holder = Holder(module)
+    module.owner = [holder]
+    return holder
+
+
+def with_weak_references() -> nn.Module:
+    module = nn.Sequential(linear())
+    module[0].parent = weakref.ref(module)
+    return module
+
+
+def quantized_dynamically() -> nn.Module:
+    return torch.ao.quantization.quantize_dynamic(nn.Sequential(linear()), {nn.Linear}, torch.qint8)
+
+
+def locally_defined() -> nn.Module:
+    class Local(nn.Linear):
+        def forward(self, value: torch.Tensor) -> torch.Tensor:
+            return super().forward(value) + 1
+
+    return Local(SIZE, SIZE)
+
+
+def bound_method() -> nn.Module:
+    module = linear()
+    module.run = module.forward
+    return module
+
+
+def memory_mapped(folder: Any) -> np.ndarray:
+    array = np.memmap(folder.mktemp("arrays") / "data", "f4", "w+", shape=(SIZE, SIZE))
+    array[:] = 3
+    return array
+
+
+KINDS: dict[str, Callable[[], Any]] = {
+    "a module": linear,
+    "ties, views and overlaps": tied_in_many_ways,
+    "train and eval, requires_grad": modes,
+    "hooks": hooked,
+    "attributes of parameters": with_attributes,
+    "lazy modules": lambda: nn.Sequential(nn.LazyLinear(4), linear()),
+    "weight_norm": lambda: parametrized(parametrizations.weight_norm),
+    "spectral_norm": lambda: parametrized(parametrizations.spectral_norm),
+    "orthogonal": lambda: parametrized(parametrizations.orthogonal),
+    "a parametrization of one's own": lambda: parametrized(doubled),
+    "several parametrizations": lambda: parametrized(doubled, parametrizations.weight_norm),
+    "the older weight norm": lambda: torch.nn.utils.weight_norm(linear()),
+    "a state of its own": Stateful,
+    "a local class": locally_defined,
+    "a bound method": bound_method,
+    "a lambda": lambda: Box([lambda value: value + 1, noise()]),
+    "a partial": lambda: Box(functools.partial(torch.add, noise(), other=noise())),
+    "a tensor that is no leaf": lambda: Box(torch.ones(SIZE, SIZE, requires_grad=True).detach().requires_grad_()),
+    "weak references": with_weak_references,
+    "a cycle": cyclic,
+    "a buffer": lambda: Box(nn.Buffer(noise())),
+    "channels_last": lambda: Box(noise(4, 8, 16, 16).to(memory_format=torch.channels_last)),
+    "transposed and sliced": lambda: Box([noise().t(), noise()[3:7, ::2]]),
+    "conjugate and negative views": lambda: Box([(c := torch.randn(SIZE, SIZE, dtype=torch.cfloat).conj()), c.imag]),
+    "empty and 0-d": lambda: Box([torch.empty(0, 3), torch.tensor(5), torch.empty(2, 0).t(), noise()]),
+    "sparse COO": lambda: Box(noise().relu().to_sparse()),
+    "sparse CSR": lambda: Box(noise().relu().to_sparse_csr()),
+    "sparse BSR": lambda: Box(noise().relu().to_sparse_bsr((4, 4))),
+    "jagged": lambda: Box(torch.nested.nested_tensor([noise(9, SIZE), noise(70, SIZE)], layout=torch.jagged)),
+    "nested": lambda: Box(torch.nested.nested_tensor([noise(9, SIZE), noise(70, SIZE)])),
+    "MKLDNN": lambda: Box(noise().to_mkldnn()),
+    "quantized": lambda: Box(torch.quantize_per_tensor(noise(), 0.1, 3, torch.quint8)),
+    "quantized by channel": lambda: Box(
+        torch.quantize_per_channel(noise(), torch.ones(SIZE), torch.zeros(SIZE), 0, torch.qint8)
+    ),
+    "dynamically quantized": quantized_dynamically,
+    "a subclass of tensors": lambda: Box(noise().as_subclass(Labelled)),
+    "a subclass of parameters": lambda: Box(Tagged(noise())),
+    "a masked tensor": lambda: Box(torch.masked.masked_tensor(noise(), noise() > 0)),
+    "an inference tensor": lambda: torch.inference_mode()(lambda: Box(noise()))(),
+    "dicts, lists, tuples, sets": lambda: Holder({"a": [noise(), (noise(), {1})], 2: {linear()}}),
+    "ordered and default dicts": lambda: Holder(
+        [collections.OrderedDict(a=noise()), collections.defaultdict(list, b=[noise()]), collections.deque([noise()])]
+    ),
+    "dataclasses, attrs, named tuples": lambda: Holder([Frozen(noise()), Defined(noise()), Named(noise(), 1)]),
+    "namespaces and slots": lambda: Holder([types.SimpleNamespace(tensor=noise()), Slotted(noise())]),
+    "structured and Fortran arrays": lambda: Holder(
+        [np.ones(4000, [("a", "i4"), ("b", ">f8")]), np.asfortranarray(noise().numpy()), np.arange(9)[::-2]]
+    ),
+    "a matrix": lambda: Holder(np.matrix(noise().numpy())),
+}  # fmt: skip
+COPIED = {"MKLDNN", "dynamically quantized"}
+DTYPES = sorted(
+    {value for value in vars(torch).values() if isinstance(value, torch.dtype)}
+    - {torch.quint8, torch.qint8, torch.qint32, torch.quint4x2, torch.quint2x4},
+    key=str,
+)
+
+
+@ray.remote
+def observed(publication: zerocopy.Publication) -> tuple[Any, int]:
+    """What another process sees of a publication, and how its private memory grew."""
+    from zerocopy.memory import private_bytes
+
+    warnings.simplefilter("ignore")
+    publication.load()
+    before = private_bytes()
+    kept = [publication.load() for _ in range(4)]
+    grown = private_bytes() - before
+    return observe(kept[0]), grown
+
+
+def assert_same(original: Any) -> None:
+    expected = observe(original)
+    found, _ = ray.get(observed.remote(zerocopy.publish(original)))
+    assert not difference(expected, found)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_comes_out_the_same(kind: str) -> None:
+    """Everything that can be observed is equal in another process; the plan tells what is copied."""
+    original = KINDS[kind]()
+    plan = zerocopy.plan(original)
+    assert plan.shared_bytes >= 0.9 * BYTES / 4
+    assert any(entry.note for entry in plan.entries) == (kind in COPIED)
+    assert_same(original)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dtypes(dtype: torch.dtype) -> None:
+    """Every dtype of torch, as a parameter or a buffer, with all its bits."""
+    tensor = torch.arange(SIZE * SIZE * 16, dtype=torch.int64).view(torch.uint8)[: SIZE * SIZE * dtype.itemsize]
+    assert_same(Box([tensor.clone().view(torch.uint8).view(dtype), torch.empty(0, dtype=dtype)]))
+
+
+def test_arrow_tables() -> None:
+    """Arrow tables and pandas strings are views of the store, too."""
+    table = pa.table({"a": np.arange(9000.0), "b": ["text"] * 9000})
+    frame = pd.DataFrame({"s": ["text", None] * 4500, "a": np.arange(9000.0), "b": np.arange(9000)})
+    publication = zerocopy.publish(Holder([table, frame]))
+    assert publication.shared_bytes > 100_000
+    loaded = publication.load()
+    assert loaded.value[0].equals(table)
+    pd.testing.assert_frame_equal(loaded.value[1], frame)
+
+
+def test_memory_mapped_arrays(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """A memory-mapped array goes to the store as the bytes it has, and is the same type again."""
+    loaded = zerocopy.publish(Holder(memory_mapped(tmp_path_factory))).load()
+    assert type(loaded.value) is np.memmap
+    assert (loaded.value == 3).all()
+
+
+def test_gradients_are_dropped() -> None:
+    """As with pickle, gradients do not travel."""
+    module = linear()
+    module(noise()).sum().backward()
+    assert zerocopy.publish(module).load().weight.grad is None
+
+
+def test_graph_modules() -> None:
+    """A traced graph is rebuilt from its code, over shared weights."""
+    traced = torch.fx.symbolic_trace(nn.Sequential(linear()))
+    publication = zerocopy.publish(traced)
+    loaded = publication.load()
+    assert publication.shared_bytes == BYTES + 4 * SIZE
+    assert torch.equal(loaded(noise()), traced(noise()))
+    assert loaded.code == traced.code
+
+
+def test_compiled_modules() -> None:
+    """A compiled module arrives, to be compiled again where it runs."""
+    compiled = torch.compile(linear(), backend="eager")
+    publication = zerocopy.publish(compiled)
+    loaded = publication.load()
+    assert publication.shared_bytes == BYTES + 4 * SIZE
+    torch.testing.assert_close(loaded(noise()), compiled(noise()))
+
+
+def test_taken_apart_tensors_are_published_once() -> None:
+    """Passing a pipeline of sparse, quantized and subclassed tensors again writes nothing, until one of them changes."""
+    value = {
+        "sparse": noise().relu().to_sparse(),
+        "quantized": torch.quantize_per_tensor(noise(), 0.1, 3, torch.quint8),
+        "labelled": noise().as_subclass(Labelled),
+    }
+    holder = Holder(value)
+    sent = [zerocopy._publishing.publish_automatically(holder)._manifest for _ in range(3)]
+    assert len(set(sent)) == 1
+    value["labelled"].add_(1)
+    changed = zerocopy._publishing.publish_automatically(holder)
+    assert changed._manifest != sent[0]
+    assert torch.equal(changed.load().value["labelled"], value["labelled"])
