@@ -17,7 +17,7 @@ from zerocopy import _store
 from zerocopy._devices import check_device_name
 from zerocopy._fields import Marker
 from zerocopy._pipeline import class_with_own_init, describe, is_pipeline_class
-from zerocopy._remote import Parameters, check_in_flight, check_options, in_order, receive, send, travelling
+from zerocopy._remote import Parameters, check_in_flight, check_options, in_order, receive, send
 from zerocopy.errors import ArgumentError, DeclarationError
 
 P = ParamSpec("P")
@@ -72,7 +72,7 @@ class Pool(Generic[T]):
         limit = max_in_flight or 2 * len(self.actors)
 
         def submit(item: Any) -> ray.ObjectRef[Any]:
-            ref: ray.ObjectRef[Any] = getattr(next(turns), method).remote(travelling(item))
+            ref: ray.ObjectRef[Any] = getattr(next(turns), method).remote(item)
             return ref
 
         return in_order(submit, items, limit, f"{self._cls.__name__}.{method}")
@@ -227,22 +227,29 @@ def _decorate(cls: Any, options: dict[str, Any], device: str | None) -> Any:
 
 def _prepare(cls: type) -> None:
     """Check a class that is to be an actor, give it an `__init__` if it has none, and make its own one load."""
+    if hasattr(cls, "__ray_actor_class__"):  # Ray's own, derived from one that was prepared
+        return
     for name in _GENERATED:
-        if name in vars(cls):
+        if not isinstance(inspect.getattr_static(cls, name, _Remote()), (_Remote, _Options, _Pool)):
             raise DeclarationError(
                 f"{cls.__name__} has a method {name!r}, the name of one that @zerocopy.actor generates.",
                 hint="rename it.",
             )
+    if is_pipeline_class(cls):
+        raise DeclarationError(
+            f"{cls.__name__} is a pipeline, which cannot be an actor as well.",
+            hint="write an actor class that takes the pipeline as an argument.",
+        )
     for name, value in vars(cls).items():
-        if isinstance(value, Marker) and not is_pipeline_class(cls):
+        if isinstance(value, Marker):
             raise DeclarationError(
                 f"{cls.__name__} is an actor, but {name!r} is a {value.policy}() field.",
                 hint="fields belong to a class marked with @zerocopy.pipeline, which an actor takes as an argument.",
             )
     if class_with_own_init(cls) is None and inspect.get_annotations(cls):
         attr.s(auto_attribs=True, slots=False, eq=False, repr=False)(cls)
-    init = vars(cls).get("__init__")
-    if init is not None and not hasattr(init, _SPEC):
+    init = cls.__init__  # type: ignore[misc]
+    if init is not object.__init__ and not hasattr(init, _SPEC):
         cls.__init__ = _loading(init)  # type: ignore[misc]
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import builtins
 import inspect
 import sys
+import types
 from collections.abc import Callable, Iterator, Mapping
-from typing import Annotated, Any, Literal, TypeAlias, TypeVar, get_args, get_origin, overload
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar, Union, get_args, get_origin, overload
 
 import attrs
 
@@ -112,10 +113,10 @@ Copied: TypeAlias = Annotated[T, Marker("copied")]
 class _Unknown:
     """Stands for a name that exists for type checkers only; any use of it in an annotation is fine."""
 
-    def __getattr__(self, name: str) -> _Unknown:
+    def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return self
+        return _ours(name) or self
 
     def __getitem__(self, item: object) -> _Unknown:
         return self
@@ -136,8 +137,13 @@ class _LenientNames(dict[str, Any]):
         module = sys.modules.get(cls.__module__)
         super().__init__({**vars(builtins), **(vars(module) if module else {}), **vars(cls)})
 
-    def __missing__(self, name: str) -> _Unknown:
-        return _Unknown()
+    def __missing__(self, name: str) -> Any:
+        return _ours(name) or _Unknown()
+
+
+def _ours(name: str) -> Any:
+    """The policies by name: where they were imported inside a function, an annotation's text cannot reach them."""
+    return {"Shared": Shared, "Copied": Copied, "shared": shared, "copied": copied, "Annotated": Annotated}.get(name)
 
 
 def _annotations(cls: type) -> Mapping[str, Any]:
@@ -159,6 +165,8 @@ def resolve_annotation(annotation: object, cls: type) -> Any:
 
 
 def _annotated_marker(annotation: object) -> Marker | None:
+    if get_origin(annotation) in (Union, types.UnionType):
+        return next(filter(None, map(_annotated_marker, get_args(annotation))), None)
     if get_origin(annotation) is not Annotated:
         return None
     return next((item for item in get_args(annotation)[1:] if isinstance(item, Marker)), None)

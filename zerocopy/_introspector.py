@@ -18,8 +18,8 @@ from torch import nn
 from zerocopy import _paths
 from zerocopy._pipeline import fields, is_pipeline_class
 from zerocopy._skeleton import Root, Stripped, Zone, strip
-from zerocopy._tensors import TensorSpec, TensorTable, is_tensor_or_array
-from zerocopy.errors import ArgumentError, DeviceError
+from zerocopy._tensors import TensorSpec, TensorTable, is_tensor_or_array, storage_of
+from zerocopy.errors import ArgumentError, CannotTravelError, DeviceError
 
 
 @attrs.frozen
@@ -75,13 +75,14 @@ class Known:
     storages: dict[object, int]
     roots: dict[int, int]
     mutable: frozenset[int]
+    loose: tuple[object, ...]  # fingerprint of the roots that no version counter tells of
     tensor_count: int
     storage_count: int
     whole: bool  # always make one skeleton of everything
 
 
 class UnknownRoot(Exception):
-    """The pipeline has a shared root that its publication does not hold."""
+    """The pipeline has a shared root that its publication does not hold, or holds in another form."""
 
 
 def require_pipeline(obj: object, what: str) -> None:
@@ -120,7 +121,14 @@ def introspect(pipeline: Any) -> Introspection:
     mutable = _lasting(shared) if entangled is None else frozenset[int]()
     roots = {id(root): position for position, root in enumerate(first.roots)}
     known = Known(
-        table.index, table.storage_index, roots, mutable, len(table.specs), len(table.storages), entangled is not None
+        table.index,
+        table.storage_index,
+        roots,
+        mutable,
+        fingerprint(first.roots),
+        len(table.specs),
+        len(table.storages),
+        entangled is not None,
     )
     return Introspection(
         pipeline,
@@ -148,7 +156,7 @@ def make_outer(pipeline: Any, known: Known, stripped: Stripped | None = None) ->
     """
     name = _paths.name_of(pipeline)
     stripped = stripped or strip([pipeline], zone=Zone.AUTO, split=True, names=[name])
-    if not all(id(root) in known.roots for root in stripped.roots):
+    if not all(id(root) in known.roots for root in stripped.roots) or fingerprint(stripped.roots) != known.loose:
         raise UnknownRoot
     whole = known.whole or not known.mutable.isdisjoint(stripped.seen)
     if whole:
@@ -157,6 +165,24 @@ def make_outer(pipeline: Any, known: Known, stripped: Stripped | None = None) ->
     externals = _encode(stripped.externals, private, known, whole=whole)
     storages = tuple(storage.to_bytes().tobytes() for storage in private.storages)
     return Outer(Skeleton(stripped.payload, externals), tuple(private.specs), storages)
+
+
+def fingerprint(roots: Sequence[Any]) -> tuple[object, ...]:
+    """What tells a change of the shared roots that are neither modules nor tensors: dicts, lists, objects of any class.
+
+    No counter tells of theirs, so they are pickled anew, down to the modules and tensors in them.
+    """
+    loose = [root for root in roots if not isinstance(root, nn.Module) and not is_tensor_or_array(root)]
+    if not loose:
+        return ()
+    stripped = strip(loose, zone=Zone.SHARED, split=True, names=["shared"] * len(loose))
+    pieces = set(map(id, stripped.pieces))
+    parts = (_extent(obj) if id(obj) in pieces else id(obj) for obj in stripped.externals)
+    return (stripped.payload, tuple(map(id, loose)), *parts)
+
+
+def _extent(piece: Any) -> object:
+    return storage_of(piece).key
 
 
 def _encode(externals: Sequence[Any], table: TensorTable, known: Known, *, whole: bool) -> tuple[Any, ...]:
@@ -193,7 +219,7 @@ def _entanglement(
     """The path of something that is to be one object, but would be in both skeletons."""
     if shared.has_pipeline:
         below = (found for root, name in zip(outer.roots, names, strict=True) for found in _paths.walk(root, name))
-        return next(path for path, obj in below if _is_pipeline(obj))
+        return next((path for path, obj in below if _is_pipeline(obj)), names[0])
     if not common:
         return None
     name = _paths.name_of(pipeline)
@@ -226,7 +252,11 @@ def _declared_devices(pipeline: Any, table: TensorTable) -> dict[int, tuple[str 
     devices: dict[int, dict[str, str | None]] = {}
     for field_name, value in _paths.attributes_of(pipeline).items():
         field = declared.get(field_name)
-        for index in _reach(value, table.index, field_name):
+        try:
+            reached = _reach(value, table.index, field_name)
+        except CannotTravelError:  # left out by the class' own way to pickle itself
+            continue
+        for index in reached:
             device = field.device if field is not None and field.policy == "shared" else None
             devices.setdefault(table.specs[index].storage, {})[field_name] = device
     for storage_devices in devices.values():

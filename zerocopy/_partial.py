@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
 from zerocopy import _paths
@@ -27,14 +27,23 @@ class NotLoaded:
         raise AttributeError(text, name=self.name, obj=instance)
 
 
+def names_of(fields: Iterable[str]) -> tuple[str, ...]:
+    """The names in `fields`, each once.
+
+    Raises:
+        ArgumentError: it is a string.
+    """
+    if isinstance(fields, str):
+        raise ArgumentError(f"fields={fields!r} is a string.", hint=f"write fields=[{fields!r}].")
+    return tuple(dict.fromkeys(fields))
+
+
 def values_of(pipeline: Any, fields: Sequence[str]) -> list[Any]:
     """The values of these attributes.
 
     Raises:
         ArgumentError: the pipeline has no such attribute, or is a bare module.
     """
-    if isinstance(fields, str):
-        raise ArgumentError(f"fields={fields!r} is a string.", hint=f"write fields=[{fields!r}].")
     attributes = _paths.attributes_of(pipeline)
     for name in fields:
         if name not in attributes:

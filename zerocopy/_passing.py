@@ -23,9 +23,18 @@ def _load(publication: Publication) -> Any:
     return publication.load()
 
 
+def _reduce_publication(publication: Publication) -> Any:
+    reduced = publication.__reduce__()
+    if _store.is_running():
+        _store.refuse_out_of_band(f"A publication of {publication.kind}")
+        _store.count_pin(reduced[1][0])  # the reference to the manifest, which Ray pickles next
+    return reduced
+
+
 def _register(cls: type) -> None:
     # What ray.util.register_serializer does, for a process that is not connected yet; receivers need no registration.
     ray.cloudpickle.CloudPickler.dispatch[cls] = _reduce
 
 
+ray.cloudpickle.CloudPickler.dispatch[Publication] = _reduce_publication
 observe_pipeline_classes(_register)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import types
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 _LEAVES = (
-    str, bytes, bytearray, int, float, complex, type(None), type, types.ModuleType, torch.Tensor, np.ndarray, np.generic,
+    str, bytes, bytearray, int, float, complex, type(None), type, types.ModuleType, np.ndarray, np.generic,
     torch.dtype, torch.device, types.BuiltinFunctionType, types.CodeType,
 )  # fmt: skip
 
@@ -56,7 +56,9 @@ def _step(name: str) -> str:
 
 
 def _children(obj: object) -> Iterable[tuple[str, object]]:
-    if isinstance(obj, Mapping):
+    if isinstance(obj, torch.Tensor):
+        return [(_step(name), value) for name, value in getattr(obj, "__dict__", {}).items()]
+    if isinstance(obj, dict):
         items = [(f"[{key!r}]", value) for key, value in obj.items()]
         return items + [(f"[{key!r}]", key) for key in obj if not isinstance(key, _LEAVES)]
     if isinstance(obj, (list, tuple, deque)):
@@ -75,7 +77,11 @@ def _children(obj: object) -> Iterable[tuple[str, object]]:
             (f".<global {name!r}>", obj.__globals__[name]) for name in obj.__code__.co_names if name in obj.__globals__
         ]
         return [*closure, *used, (".__defaults__", obj.__defaults__)]
-    return [(_step(name), value) for name, value in attributes_of(obj).items()]
+    attributes = [(_step(name), value) for name, value in attributes_of(obj).items()]
+    if isinstance(obj, nn.Module):
+        hooks = ((name, value) for name, value in vars(obj).items() if name.endswith("hooks") and value)
+        attributes += [(_step(name), value) for name, value in hooks]
+    return attributes
 
 
 def _is_empty(cell: types.CellType) -> bool:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
+import types
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, dataclass_transform, overload
 
@@ -74,12 +77,22 @@ def fields(cls: type) -> Mapping[str, Field]:
     """
     if not isinstance(cls, type) or not is_pipeline_class(cls):
         raise DeclarationError(f"{cls!r} is not a pipeline class.", hint="mark it with @zerocopy.pipeline.")
+    known = _fields_of.get(cls)
+    if known is None:
+        known = _fields_of[cls] = _collect(cls)
+    return known
+
+
+_fields_of: weakref.WeakKeyDictionary[type, Mapping[str, Field]] = weakref.WeakKeyDictionary()
+
+
+def _collect(cls: type) -> Mapping[str, Field]:
     found: dict[str, Field] = {}
     for base in reversed(cls.__mro__):
         footprint = vars(base).get(FOOTPRINT)
         if isinstance(footprint, Footprint):
             found.update({field.name: field for field in footprint.fields})
-        elif stray := [name for name, value in vars(base).items() if isinstance(value, Marker)]:
+        elif stray := list(declared_markers(base)):
             raise DeclarationError(
                 f"{base.__name__} declares field {stray[0]!r} but is not decorated itself.",
                 hint=f"mark {base.__name__} with @zerocopy.pipeline too.",
@@ -119,6 +132,14 @@ def _decorate(cls: Any, *, kw_only: bool) -> Any:
             f"{cls.__name__} has __slots__ without '__weakref__', so its instances cannot be followed.",
             hint="add '__weakref__' to __slots__, or leave __slots__ out.",
         )
+    if isinstance(vars(cls).get(FOOTPRINT), Footprint):
+        raise DeclarationError(f"{cls.__name__} is a pipeline already.", hint="decorate it once.")
+    if dataclasses.is_dataclass(cls) and (taken := [n for n, value in vars(cls).items() if isinstance(value, Marker)]):
+        raise DeclarationError(
+            f"Field {taken[0]!r} of {cls.__name__} was taken by @dataclass as a default value.",
+            hint="use the annotations Shared[...] and Copied[...], or leave @dataclass out.",
+            field=taken[0],
+        )
     markers = declared_markers(cls)
     for name, marker in markers.items():
         check_device_name(marker.device, f"Field {name!r} of {cls.__name__}")
@@ -133,17 +154,28 @@ def _decorate(cls: Any, *, kw_only: bool) -> Any:
         _generate_init(cls, markers, defaults, kw_only)
     previous = vars(cls).get(FOOTPRINT)
     setattr(cls, FOOTPRINT, Footprint(cls, tuple(iter_fields(markers)), previous))
-    _announce(cls)
+    _announce_below(cls)
     return cls
 
 
+def _announce_below(cls: type) -> None:
+    """Announce `cls` and the classes that were derived from it before it was decorated."""
+    _announce(cls)
+    derived: type
+    for derived in cls.__subclasses__():
+        _announce_below(derived)
+
+
 def _has_class_value(cls: type, name: str) -> bool:
-    return name in vars(cls) and not isinstance(vars(cls)[name], Marker)
+    return name in vars(cls) and not isinstance(vars(cls)[name], (Marker, types.MemberDescriptorType))
 
 
 def class_with_own_init(cls: type) -> type | None:
     """The class whose hand-written `__init__` makes instances of `cls`, or None where attrs may write one."""
-    owner = next(base for base in cls.__mro__ if "__init__" in vars(base))
+    inits = (base for base in cls.__mro__ if "__init__" in vars(base))
+    owner = next(
+        base for base in inits if vars(base)["__init__"].__name__ != "_no_init_or_replace_init"
+    )  # a Protocol's
     if owner in (object, nn.Module):
         return None
     props = vars(owner).get("__attrs_props__")

@@ -17,6 +17,7 @@ from zerocopy._pipeline import fields, is_pipeline_class
 from zerocopy._skeleton import Zone, strip
 from zerocopy._tables import as_html, as_text, format_bytes
 from zerocopy._tensors import is_tensor_or_array
+from zerocopy.errors import CannotTravelError
 
 
 @attrs.frozen
@@ -176,14 +177,12 @@ def _copied_entries(found: Introspection) -> Iterator[PlanEntry]:
         zone = Zone.COPIED if attribute in declared and declared[attribute].policy == "copied" else Zone.AUTO
         below = [obj for _, obj in _paths.walk(value, attribute) if is_tensor_or_array(obj)]
         private = {id(obj): obj for obj in below if id(obj) not in found.table.index}.values()
-        yield PlanEntry(
-            f"{name}.{attribute}",
-            "copied",
-            type(value).__name__,
-            len(private),
-            _copied_bytes(found, value, attribute, zone),
-            tuple(sorted({_dtype_name(obj.dtype) for obj in private})),
-        )
+        dtypes = tuple(sorted({_dtype_name(obj.dtype) for obj in private}))
+        try:
+            nbytes, note = _copied_bytes(found, value, attribute, zone), ""
+        except CannotTravelError:  # the pipeline as a whole could be pickled
+            nbytes, note = 0, "left out by its class"
+        yield PlanEntry(f"{name}.{attribute}", "copied", type(value).__name__, len(private), nbytes, dtypes, note=note)
 
 
 def _copied_bytes(found: Introspection, value: Any, name: str, zone: Zone) -> int:

@@ -111,7 +111,7 @@ class Publication:
         self._session = _store.session()
         # Set where it was published: what its weights are there, and what else to let go of when it is closed.
         self.cls: type | None = None
-        self._weights: object = None
+        self._lease: object = None  # as long as it lives, publishing the same pipeline again shares these weights
         self._close: Callable[[ray.ObjectRef[Any]], None] | None = None
 
     @property
@@ -137,6 +137,8 @@ class Publication:
             DeviceError: a device is not there, or fields that share memory would go to different ones.
             ArgumentError: `fields` names an attribute that the pipeline does not have.
         """
+        if fields is not None:
+            fields = _partial.names_of(fields)
         reference, manifest = self._get_manifest()
         target = _devices.resolve(device)
         everything = range(len(manifest.specs) + len(self._outer.specs))
@@ -226,7 +228,7 @@ class Publication:
         """Let go of the weights. Loaded pipelines keep what they use; closing twice is fine."""
         manifest, self._manifest = self._manifest, None
         close, self._close = self._close, None
-        self._weights = None
+        self._lease = None
         if manifest is not None and close is not None:
             close(manifest)
 
@@ -238,16 +240,23 @@ class Publication:
     ) -> None:
         self.close()
 
+    def __copy__(self) -> Publication:
+        """Another handle to the same weights, to be closed by itself."""
+        make, arguments = self.__reduce__()
+        twin: Publication = make(*arguments)
+        twin.cls, twin._lease, twin._close = self.cls, self._lease, self._close
+        return twin
+
+    def __deepcopy__(self, memo: object) -> Publication:
+        return self.__copy__()
+
     def __repr__(self) -> str:
         state = "closed" if self.closed else f"{self.shared_bytes:,} bytes"
         return f"<zerocopy.Publication of {self.kind}: {state}>"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        reference = self._usable()
-        _store.refuse_out_of_band(f"A publication of {self.kind}")
-        _store.count_pin(reference)
         return Publication, (
-            reference, self._outer, self.kind, self.shared_bytes, self._require_isolation, self._versions,
+            self._usable(), self._outer, self.kind, self.shared_bytes, self._require_isolation, self._versions,
         )  # fmt: skip
 
 

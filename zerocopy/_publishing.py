@@ -16,6 +16,7 @@ from zerocopy._introspector import (
     Introspection,
     Known,
     Outer,
+    Skeleton,
     UnknownRoot,
     introspect,
     make_outer,
@@ -23,22 +24,21 @@ from zerocopy._introspector import (
 )
 from zerocopy._publication import Loaded, Publication, Versions, observe_loads
 from zerocopy._shards import Manifest, Placement, StoredMemory, locate, put_storages
-from zerocopy._snapshot import Snapshot, TensorMarks, reference
+from zerocopy._snapshot import Snapshot, TensorMarks
 from zerocopy._tensors import TensorSpec
 from zerocopy.errors import ArgumentError, IsolationError
 
 
-@attrs.define(eq=False, weakref_slot=True)
+@attrs.frozen(eq=False)
 class Weights:
-    """Published weights, and the state of the live pipeline that they are the weights of."""
+    """Published weights, and the state of the live pipeline that they are the weights of. Keeps no part of it alive."""
 
     manifest: ray.ObjectRef[Any]
     shared_bytes: int
     known: Known
     snapshot: Snapshot
-    roots: list[Callable[[], Any]]
     placements: Mapping[object, Placement]  # by storage key; empty where another process published
-    payload: bytes | None  # of the shared skeleton; None where another process published
+    skeleton: Skeleton | None  # the shared one; None where another process published
     specs: tuple[TensorSpec, ...]
     session: object
     pieces: list[Any]  # of tensors taken apart: alive, so that their ids and storages mean them
@@ -48,9 +48,7 @@ class Weights:
 
     def are_current(self) -> bool:
         """Whether the live pipeline still has these weights, as far as versions, slots and modes tell."""
-        if not (self.are_in_store() and self.snapshot.weights.are_same() and self.snapshot.has_same_structure()):
-            return False
-        return all(root() is not None for root in self.roots)
+        return self.are_in_store() and self.snapshot.weights.are_same() and self.snapshot.has_same_structure()
 
     def unchanged(self) -> Mapping[object, Placement]:
         """Places of storages that need not be written again, though the structure around them changed."""
@@ -66,10 +64,15 @@ class Weights:
         return {s.key for s in storages if memory.holds(self.known.storages[s.key], s.to_bytes())}
 
     def describe(self, found: Introspection) -> bool:
-        """Whether the published skeleton is that of `found`."""
-        if self.payload is None:  # passed on: the outer skeleton holds all but the tensors
+        """Whether the published skeleton is that of `found`: the same objects in the same places."""
+        if self.skeleton is None:  # passed on: the outer skeleton holds all but the tensors
             return self.are_current()
-        return (self.payload, self.specs) == (found.shared.payload, tuple(found.table.specs))
+        same_objects = (self.known.tensors, self.known.storages) == (found.known.tensors, found.known.storages)
+        return same_objects and (self.skeleton, self.specs) == (found.shared, tuple(found.table.specs))
+
+
+class Lease:
+    """Held by the publications that were made by hand of one pipeline: while one lives, its weights are remembered."""
 
 
 @attrs.define(eq=False)
@@ -77,12 +80,25 @@ class _Entry:
     """What is known of one live pipeline."""
 
     pipeline: weakref.ref[Any]
-    held: Weights | None = None  # while automatic publishing needs them
-    weak: Callable[[], Weights | None] = lambda: None  # while a publication holds them
+    weights: Weights | None = None
+    automatic: bool = False  # remembered as long as the pipeline lives, whoever has a lease
+    lease: Callable[[], Lease | None] = lambda: None
     origin: _Origin | None = None
 
-    def weights(self) -> Weights | None:
-        return self.held or self.weak()
+    def remember(self, weights: Weights, *, automatic: bool) -> None:
+        self.weights = weights
+        self.automatic = self.automatic or automatic
+
+    def lease_weights(self) -> Lease:
+        lease = self.lease()
+        if lease is None:
+            lease = Lease()
+            self.lease = weakref.ref(lease, lambda _: self.forget_unless_needed())
+        return lease
+
+    def forget_unless_needed(self) -> None:
+        if not self.automatic and self.lease() is None:
+            self.weights = None
 
 
 @attrs.define(eq=False)
@@ -135,7 +151,7 @@ def publish(pipeline: Any) -> Publication:
     with _lock:
         entry = _entry_of(pipeline)
         _current_weights(pipeline, entry)
-        weights = entry.weights()
+        weights = entry.weights
         found = introspect(pipeline)
         same = weights.verified(found) if weights is not None else set[object]()
         if weights is None or len(same) < len(found.table.storages) or not weights.describe(found):
@@ -144,11 +160,10 @@ def publish(pipeline: Any) -> Publication:
             outer = found.outer
         else:
             outer = make_outer(pipeline, weights.known)
-        entry.weak = weakref.ref(weights)
-        if entry.held is not None:
-            entry.held = weights
+        lease = entry.lease_weights()
+        entry.remember(weights, automatic=False)
         publication = _handle(pipeline, weights, outer)
-        publication._close = _closer(weights)
+        publication._lease, publication._close = lease, _let_go
         return publication
 
 
@@ -167,20 +182,19 @@ def publish_automatically(pipeline: Any) -> Publication:
             except UnknownRoot:
                 pass
             else:
-                entry.held = weights
+                entry.remember(weights, automatic=True)
                 return _handle(pipeline, weights, outer)
         found = introspect(pipeline)
-        previous = entry.weights()
-        entry.held = weights = _put(found, previous.unchanged() if previous is not None else {})
+        weights = _put(found, entry.weights.unchanged() if entry.weights is not None else {})
+        entry.remember(weights, automatic=True)
         return _handle(pipeline, weights, found.outer)
 
 
 def _current_weights(pipeline: Any, entry: _Entry) -> Weights | None:
-    weights = entry.weights()
-    if weights is not None and weights.are_current():
-        return weights
+    if entry.weights is not None and entry.weights.are_current():
+        return entry.weights
     passed_on = _weights_of_origin(pipeline, entry.origin) if entry.origin is not None else None
-    entry.held = passed_on or entry.held
+    entry.weights = passed_on or entry.weights
     return passed_on
 
 
@@ -200,11 +214,12 @@ def _weights_of_origin(pipeline: Any, origin: _Origin) -> Weights | None:
             return None
         storages[found.table.storages[spec.storage].key] = published.storage
     known = Known(
-        index, storages, found.known.roots, frozenset(), len(manifest.specs), len(manifest.locations), whole=True
-    )
+        index, storages, found.known.roots, frozenset(), found.known.loose, len(manifest.specs), len(manifest.locations),
+        whole=True,
+    )  # fmt: skip
     return Weights(
         origin.manifest, origin.shared_bytes, known, Snapshot(found.table, found.wholes, found.mutable),
-        [reference(root) for root in found.roots], {}, None, (), origin.session, found.pieces,
+        {}, None, (), origin.session, found.pieces,
     )  # fmt: skip
 
 
@@ -218,9 +233,9 @@ def _put(found: Introspection, stored: Mapping[object, Placement]) -> Weights:
     locations, shards = locate(storages, placements)
     manifest = Manifest(tuple(found.table.specs), locations, found.devices, found.shared, shards)
     return Weights(
-        _store.put(manifest), shared_bytes, found.known, snapshot, [reference(root) for root in found.roots],
+        _store.put(manifest), shared_bytes, found.known, snapshot,
         {s.key: place for s, place in zip(storages, placements, strict=True) if place is not None},
-        found.shared.payload, tuple(found.table.specs), _store.session(), found.pieces,
+        found.shared, tuple(found.table.specs), _store.session(), found.pieces,
     )  # fmt: skip
 
 
@@ -230,20 +245,17 @@ def _handle(pipeline: Any, weights: Weights, outer: Outer) -> Publication:
         weights.manifest, outer, type(pipeline).__name__, weights.shared_bytes, required, Versions.here()
     )
     publication.cls = type(pipeline)
-    publication._weights = weights
     return publication
 
 
-def _closer(weights: Weights) -> Callable[[ray.ObjectRef[Any]], None]:
-    def close(manifest: ray.ObjectRef[Any]) -> None:
-        """Give up automatic publishing's hold as well, and what closures have pinned."""
-        with _lock:
-            for entry in _entries.values():
-                if entry.held is weights:
-                    entry.held = None
-        _store.unpin(manifest)
-
-    return close
+def _let_go(manifest: ray.ObjectRef[Any]) -> None:
+    """Give up automatic publishing's hold on closed weights as well, and what closures have pinned."""
+    with _lock:
+        for entry in _entries.values():
+            if entry.weights is not None and entry.weights.manifest == manifest:
+                entry.automatic = False
+                entry.forget_unless_needed()
+    _store.unpin(manifest)
 
 
 def _remember(publication: Publication, loaded: Loaded) -> None:
@@ -286,4 +298,4 @@ def unshare(pipeline: Any) -> None:
     for mapping in mappings:
         mapping.detach()
     entry.origin = None
-    entry.held = None
+    entry.weights = None

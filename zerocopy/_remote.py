@@ -84,6 +84,9 @@ def receive(args: Sequence[Any], kwargs: Mapping[str, Any], device: str | None) 
     }
 
 
+UNKNOWN: Any = object()  # stands for an argument that is not known yet
+
+
 class Parameters:
     """The parameters of a function or an `__init__`, checked where it is called instead of where it runs."""
 
@@ -106,7 +109,8 @@ class Parameters:
             raise self._cannot_bind(args, kwargs, error) from None
         for name, classes in self._expected_classes().items():
             value = bound.arguments.get(name)
-            if name in bound.arguments and not _fits(value, classes):
+            is_default = value is self._signature.parameters[name].default or value is UNKNOWN
+            if name in bound.arguments and not is_default and not _fits(value, classes):
                 wanted = _class_names(classes)
                 raise ArgumentError(
                     f"{self._name}() expects {wanted} for {name!r}, got {_what(value)}.",
@@ -218,8 +222,9 @@ def in_order(
             yield _next_result(pending, advance)
     finally:
         finish()
-        for ref in pending:
-            ray.cancel(ref)
+        for refs in pending:
+            for ref in refs if isinstance(refs, list) else [refs]:  # a list with num_returns
+                ray.cancel(ref)
 
 
 def _next_result(pending: deque[ray.ObjectRef[Any]], advance: Callable[[], None]) -> Any:

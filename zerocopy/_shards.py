@@ -152,7 +152,7 @@ class StoredMemory:
         """The bytes of a storage, private to this load; not `writable` is the source for a copy to another device."""
         shard, buffer, offset, nbytes = self._locations[storage]
         if shard < 0:
-            return Region(b"", 0, 0)
+            return Region(bytearray(), 0, 0)
         mapped = self._mapped.get((shard, writable))
         if mapped is None:
             mapped = map_private(self._buffers[shard], writable=writable, required=self._require_isolation)

@@ -266,7 +266,9 @@ class _Stripper(CloudPickler):  # type: ignore[misc]
     def _is_root(self, obj: Any, role: _Role) -> bool:
         if id(obj) in self._declared_roots or id(obj) in self._numbers:
             return True
-        return role in (_Role.MODULE, _Role.PARAMETRIZED) and self.zone is Zone.AUTO
+        if id(obj) in self.seen:  # written already, in the zone COPIED
+            return False
+        return role in (_Role.MODULE, _Role.PARAMETRIZED) and self.zone is not Zone.COPIED
 
     def _number(self, obj: Any, register: list[Any] | None = None) -> int:
         number = self._numbers.get(id(obj))
@@ -338,24 +340,28 @@ class _Stripper(CloudPickler):  # type: ignore[misc]
     def _reduce_pipeline(self, obj: Any) -> Any:
         # Not through the registered reducer, which would publish the pipeline while it is being published.
         reduced = obj.__reduce_ex__(5)
-        prelude = self._prelude(obj)
-        if not prelude or isinstance(reduced, str):
+        if isinstance(reduced, str):
+            return reduced
+        prelude = self._prelude(obj, reduced[2] if len(reduced) > 2 else None)
+        if not prelude:
             return reduced
         function, arguments, *rest = reduced
         return (_after_prelude, (prelude, function, arguments), *rest)
 
-    def _prelude(self, obj: Any) -> list[Any]:
-        """The values of the pipeline's attributes, each written in the zone that rules it, ahead of the pipeline itself.
+    def _prelude(self, obj: Any, state: Any) -> list[Any]:
+        """The values of the pipeline's state, each written in the zone that rules it, ahead of the pipeline itself.
 
         When its state follows, the pickler's memo knows them all; so whatever way the class has to pickle itself, its
         policies hold. A pipeline that one of its attributes refers back to is met again before that.
         """
         visit = self._visits[id(obj)] = self._visits.get(id(obj), 0) + 1
         declared = fields(type(obj))
-        values = {name: value for name, value in _paths.attributes_of(obj).items() if type(value) not in _SCALARS}
-        copied = [value for name, value in values.items() if name in declared and declared[name].policy == "copied"]
-        others = [value for name, value in values.items() if name not in declared or declared[name].policy == "shared"]
-        self._declared_roots.update(id(value) for value in self._roots_among(obj, values, declared))
+        held = _paths.attributes_of(obj)
+        self._declared_roots.update(id(value) for value in self._roots_among(obj, held, declared))
+        copied_ids = {id(held[name]) for name, field in declared.items() if field.policy == "copied" and name in held}
+        values = [value for value in _values_of(state) if type(value) not in _SCALARS]
+        copied = [value for value in values if id(value) in copied_ids]
+        others = [value for value in values if id(value) not in copied_ids]
         inner = Zone.SHARED if self.zone is Zone.SHARED else Zone.AUTO
         prelude: list[Any] = []
         if visit == 1 and (copied or self.zone is Zone.COPIED):
@@ -366,12 +372,23 @@ class _Stripper(CloudPickler):  # type: ignore[misc]
 
     def _roots_among(self, obj: Any, values: dict[str, Any], declared: Any) -> list[Any]:
         roots = [value for name, value in values.items() if name in declared and declared[name].policy == "shared"]
+        roots = [value for value in roots if type(value) not in _SCALARS]
         if isinstance(
             obj, nn.Module
         ):  # its own parameters and buffers belong to a module, as those of any module below it
             own = {**obj._parameters, **obj._buffers}
             roots += [value for name, value in own.items() if value is not None and name not in declared]
         return [value for value in roots if _role_of(type(value)) is not _Role.PIPELINE]
+
+
+def _values_of(state: Any) -> list[Any]:
+    """The values of a pickled state: of its dict, of its slots, and of the members of a module."""
+    parts = state if isinstance(state, tuple) else (state,)
+    values = [value for part in parts if isinstance(part, dict) for value in part.values()]
+    members = [
+        part.get(name) for part in parts if isinstance(part, dict) for name in ("_modules", "_parameters", "_buffers")
+    ]
+    return values + [value for group in members if isinstance(group, dict) for value in group.values()]
 
 
 def _after_prelude(_: object, function: Any, arguments: tuple[Any, ...]) -> Any:

@@ -6,22 +6,15 @@ Writes through `.data`, to inference tensors and to NumPy arrays do not count ve
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from zerocopy._tensors import TensorTable
-
-
-def reference(obj: Any) -> Callable[[], Any]:
-    """A weak reference to `obj`, or a strong one where its type allows no other."""
-    try:
-        return weakref.ref(obj)
-    except TypeError:
-        return lambda: obj
 
 
 def _version(tensor: Any) -> int:
@@ -34,20 +27,38 @@ def _counts_versions(tensor: Any) -> bool:
     return not (tensor.is_inference() or tensor.is_nested)
 
 
-def _address(tensor: Any) -> int:
+def _place(tensor: Any) -> tuple[object, ...]:
+    """Where a tensor or an array lies, and how; empty for one that has no memory of its own."""
     if isinstance(tensor, np.ndarray):
-        return int(tensor.__array_interface__["data"][0])
-    has_address = not nn.parameter.is_lazy(tensor) and tensor.layout is torch.strided and not tensor.is_nested
-    return int(tensor.data_ptr()) if has_address else 0
+        return tensor.__array_interface__["data"][0], tensor.shape, tensor.strides
+    if not _has_storage(tensor):
+        return ()
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+
+
+def _has_storage(tensor: Any) -> bool:
+    if isinstance(tensor, np.ndarray) or nn.parameter.is_lazy(tensor):
+        return False
+    return tensor.layout is torch.strided and not tensor.is_nested and type(tensor) in (torch.Tensor, nn.Parameter)
+
+
+def _storage_reference(tensor: Any) -> StorageWeakRef | None:
+    """Keeps the identity of a storage from being used again, but not its memory."""
+    return StorageWeakRef(tensor.untyped_storage()) if _has_storage(tensor) else None
+
+
+# The dicts of an `nn.Module` that it manages itself: members and hooks.
+_MEMBERS = tuple(name for name, value in vars(nn.Module()).items() if isinstance(value, dict))
 
 
 def _slots(module: nn.Module) -> list[object]:
-    """What a module holds by name: identities of its parameters, buffers, children and of plain tensor attributes."""
+    """What a module holds by name: identities of its parameters, buffers, children, hooks and of plain tensor attributes."""
     own = vars(module)
     slots: list[object] = [module.training]
-    for members in (own.get("_parameters", {}), own.get("_buffers", {}), own.get("_modules", {})):
-        slots.extend(members)
-        slots.extend(map(id, members.values()))
+    for members in map(own.get, _MEMBERS):
+        if members:
+            slots.extend(members)
+            slots.extend(map(id, members.values()))
     slots.extend(id(value) for value in own.values() if isinstance(value, torch.Tensor))
     return slots
 
@@ -56,39 +67,33 @@ class TensorMarks:
     """Identity, version and memory of tensors at one moment. Refers to them weakly: it keeps no weights alive."""
 
     def __init__(self, tensors: Iterable[Any]) -> None:
-        self._marks = [(weakref.ref(tensor), _version(tensor), _address(tensor)) for tensor in tensors]
+        self._marks = [(weakref.ref(t), _version(t), _place(t), _storage_reference(t)) for t in tensors]
 
     def are_same(self) -> bool:
         """Whether every tensor is there still and has the bytes it had, as far as version counters tell."""
-        for ref, version, address in self._marks:
+        for ref, version, place, storage in self._marks:
             tensor = ref()
-            if tensor is None or _version(tensor) != version or _address(tensor) != address:
+            if tensor is None or _version(tensor) != version or _place(tensor) != place:
+                return False
+            if storage is not None and tensor.untyped_storage()._cdata != storage.cdata:
                 return False
         return True
 
     def index(self) -> dict[int, int]:
         """Positions of the tensors that are alive, by id."""
-        return {
-            id(tensor): position for position, (ref, _, _) in enumerate(self._marks) if (tensor := ref()) is not None
-        }
+        return {id(tensor): position for position, (ref, *_) in enumerate(self._marks) if (tensor := ref()) is not None}
 
 
 class Snapshot:
-    """The state of shared tensors, of the modules that hold them, and of dicts and lists of them."""
+    """The state of shared tensors and of the modules that hold them."""
 
     def __init__(self, table: TensorTable, wholes: Iterable[Any], objects: Iterable[Any]) -> None:
         self.weights = TensorMarks([*table.objects, *wholes])
         self._requires_grad = [(weakref.ref(t), t.requires_grad) for t in table.objects if isinstance(t, torch.Tensor)]
-        self._modules: list[tuple[weakref.ref[nn.Module], list[object]]] = []
-        self._containers: list[tuple[Any, list[int]]] = []
-        for obj in objects:
-            if isinstance(obj, nn.Module):
-                self._modules.append((weakref.ref(obj), _slots(obj)))
-            elif type(obj) in (dict, list) and any(id(value) in table.index for value in _values(obj)):
-                self._containers.append((obj, _members(obj)))
+        self._modules = [(weakref.ref(obj), _slots(obj)) for obj in objects if isinstance(obj, nn.Module)]
 
     def has_same_structure(self) -> bool:
-        """Whether modules and containers hold the same things under the same names, in the same modes."""
+        """Whether modules hold the same things under the same names, in the same modes, with the same hooks."""
         for ref, requires_grad in self._requires_grad:
             tensor = ref()
             if tensor is None or tensor.requires_grad != requires_grad:
@@ -97,12 +102,4 @@ class Snapshot:
             module = module_ref()
             if module is None or _slots(module) != slots:
                 return False
-        return all(_members(container) == members for container, members in self._containers)
-
-
-def _values(container: Any) -> Iterable[Any]:
-    return container.values() if type(container) is dict else container
-
-
-def _members(container: Any) -> list[int]:
-    return [id(value) for value in _values(container)]
+        return True

@@ -69,7 +69,9 @@ def get(ref: ray.ObjectRef[Any]) -> Any:
     """
     try:
         return ray.get(ref)
-    except (ray.exceptions.ObjectLostError, ray.exceptions.ObjectFetchTimedOutError) as error:
+    except (ray.exceptions.ObjectLostError, ray.exceptions.ObjectFetchTimedOutError, ValueError) as error:
+        if isinstance(error, ValueError) and "owner is unknown" not in str(error):
+            raise
         raise PublicationLostError(
             "The weights of this publication are gone from the cluster: the process that published them ended, or the "
             "last node that held them did.",

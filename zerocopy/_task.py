@@ -17,6 +17,7 @@ from zerocopy import _store
 from zerocopy._devices import check_device_name
 from zerocopy._pipeline import describe
 from zerocopy._remote import (
+    UNKNOWN,
     Parameters,
     arriving,
     check_in_flight,
@@ -95,7 +96,13 @@ class BoundTask(_BoundFunctionWrapper[P, R]):
         return bound
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return getattr, (self._self_instance, self._self_parent.__name__)
+        return getattr, (self._self_instance, self._attribute())
+
+    def _attribute(self) -> str:
+        """The name under which the class holds the task: mangled, if it is a private one."""
+        held = (vars(base).items() for base in type(self._self_instance).__mro__)
+        names = (name for members in held for name, value in members if value is self._self_parent)
+        return next(names, self._self_parent.__name__)
 
 
 class Task(_FunctionWrapper[P, R]):
@@ -138,8 +145,8 @@ class Task(_FunctionWrapper[P, R]):
         A generator function gives Ray's `ObjectRefGenerator`.
         """
         if _store.is_running() and _store.is_worker():
-            args, kwargs = receive(args, kwargs, self._self_device)  # type: ignore[assignment]
-            return self.__wrapped__(*args, **kwargs)
+            values, named = receive(*_resolved(args, kwargs), self._self_device)
+            return self.__wrapped__(*values, **named)
         ref = self.remote(*args, **kwargs)
         result: R = ref if isinstance(ref, ray.ObjectRefGenerator) else ray.get(ref)
         return result
@@ -181,8 +188,14 @@ class Task(_FunctionWrapper[P, R]):
                 f"{self.__name__}.map() iterates its last positional argument, which is {type(items).__name__!r}.",
                 hint="pass a list, or any other iterable, last; name the arguments after it.",
             )
+        if inspect.isgeneratorfunction(self.__wrapped__):
+            raise ArgumentError(
+                f"{self.__name__} is a generator function, whose results map() cannot put in one order.",
+                hint=f"call {self.__name__}.remote() for each item.",
+            )
         check_in_flight(max_in_flight)
-        self._self_parameters.check((*constant, None), kwargs)
+        self._self_parameters.check((*constant, UNKNOWN), kwargs)
+        _store.require()
         sent, named = send(constant, kwargs)
         limit = max_in_flight or default_in_flight()
         return in_order(lambda item: self._submit([*sent, travelling(item)], named), items, limit, self.__name__)
@@ -267,11 +280,18 @@ def find(module: str, qualname: str) -> Any:
     return found
 
 
+def _resolved(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+    """Arguments with the objects behind references, as Ray hands them to a task."""
+    values = [ray.get(value) if isinstance(value, ray.ObjectRef) else value for value in args]
+    named = {name: ray.get(value) if isinstance(value, ray.ObjectRef) else value for name, value in kwargs.items()}
+    return values, named
+
+
 def _as_if_remote(value: Any, device: str | None) -> Any:
     if not _store.is_running():
         return ray.cloudpickle.loads(ray.cloudpickle.dumps(value))
     if isinstance(value, ray.ObjectRef):
-        return ray.get(value)
+        return arriving(ray.get(value), device)
     if is_shareable(value):
         value = travelling(value)
     return arriving(ray.get(ray.put(value)), device)

@@ -46,7 +46,7 @@ class Storage:
         if isinstance(self._source, np.ndarray):
             return self._source
         storage = self._source if self._source.device.type == "cpu" else self._source.cpu()
-        return torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
+        return torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage).numpy()
 
 
 def is_tensor_or_array(obj: object) -> TypeGuard[torch.Tensor | np.ndarray[Any, Any]]:
@@ -80,12 +80,21 @@ def storage_of(obj: torch.Tensor | np.ndarray[Any, Any]) -> Storage:
     """The storage below `obj`. Two objects over the same memory get equal keys, as long as both are alive."""
     if isinstance(obj, torch.Tensor):
         storage = obj.untyped_storage()
-        return Storage(storage._cdata, storage.nbytes(), storage)
+        return Storage(_memory_key(storage), storage.nbytes(), storage)
     root = _root_array(obj)
     if isinstance(root.base, torch.Tensor):
         return storage_of(root.base)
     low, high = np.lib.array_utils.byte_bounds(root)
-    return Storage(("array", low, high), high - low, _bytes_at(low, high - low, root))
+    return Storage(
+        (low, high - low) if high > low else ("empty", id(root)), high - low, _bytes_at(low, high - low, root)
+    )
+
+
+def _memory_key(storage: torch.UntypedStorage) -> object:
+    """Main memory is known by its place, so that a tensor and an array over it are known to share it."""
+    if storage.device.type == "cpu" and storage.nbytes():
+        return storage.data_ptr(), storage.nbytes()
+    return "storage", storage._cdata
 
 
 class _Memory:
@@ -187,7 +196,7 @@ class _Base:
 
 def _typed_base(region: Region, dtype: torch.dtype) -> torch.Tensor:
     if region.nbytes == 0:
-        return torch.empty(0, dtype=dtype)
+        return torch.empty(0, dtype=dtype, device="cpu")
     if region.nbytes % dtype.itemsize:  # a storage with a ragged end: only bytes cover it whole
         dtype = torch.uint8
     count = region.nbytes // dtype.itemsize
@@ -234,8 +243,9 @@ def _as_published(view: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
 
 
 def stand_in(spec: TensorSpec) -> Any:
-    """An object like the one that `spec` describes, without memory: a meta tensor, or an array of one repeated zero."""
+    """An object like the one that `spec` describes, over a single zero: it takes no memory."""
     if spec.kind == ARRAY:
         return np.broadcast_to(np.zeros((), spec.dtype), spec.shape)
-    blank = torch.empty_strided(spec.shape, spec.stride, dtype=spec.dtype, device="meta")
-    return _finish(blank, spec)
+    with torch.inference_mode(False), torch.no_grad():
+        zero = torch.zeros((), dtype=spec.dtype, device="cpu").expand(spec.shape)
+        return torch.Tensor._make_subclass(nn.Parameter if spec.kind == PARAMETER else torch.Tensor, zero, spec.flag)
