@@ -57,12 +57,11 @@ def wait_until(condition: Callable[[], bool], seconds: float = 15) -> bool:
 def store_use(cluster: None) -> Callable[[], int]:
     """Bytes in the store now, above those at the start of the test."""
     gc.collect()
-    settled = bytes_in_store()
-    for _ in range(20):
+    settled, calm = bytes_in_store(), 0
+    while calm < 10:  # what earlier tests have dropped goes some moments later
         time.sleep(0.1)
         before, settled = settled, bytes_in_store()
-        if before == settled:
-            break
+        calm = calm + 1 if before == settled else 0
     return lambda: bytes_in_store() - settled
 
 

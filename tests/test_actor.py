@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import os
+from typing import Any
 
 import pipelines
 import pytest
@@ -70,6 +71,30 @@ def test_generated_init_and_typed_spelling() -> None:
     assert ray.get(annotated.ask.remote(1.0)) == search(1.0) + 5
     assert ray.get(typed.ask.remote(1.0)) == search(1.0)
     assert ray.get(louder.told.remote()) == ("Search", 99)
+
+
+def test_inherited_inits_load_too() -> None:
+    """An `__init__` that a base class brings, decorated or not, gets its arguments loaded."""
+
+    class Base:
+        def __init__(self, pipeline: Any) -> None:
+            self.kind = type(pipeline).__name__
+
+        def told(self) -> str:
+            return self.kind
+
+    @zerocopy.actor(num_cpus=0.1)
+    class Derived(Base):
+        pass
+
+    class Mixed(Base, zerocopy.Actor):
+        pass
+
+    search = pipelines.search(width=8)
+    actors = [Derived.remote(search), Mixed.options(num_cpus=0.1).remote(search)]
+    assert ray.get([actor.told.remote() for actor in actors]) == ["Search", "Search"]
+    with Derived.pool(1, search) as pool:
+        assert list(pool.map("told", [])) == []
 
 
 def test_pool() -> None:

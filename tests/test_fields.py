@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import pickle
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Optional, Protocol
 
 import attrs
 import pipelines
 import pytest
+import ray
 import torch
 from torch import nn
 
@@ -189,6 +190,48 @@ def test_init_subclass_of_the_user_still_runs() -> None:
     assert policies(Derived) == {}
 
 
+def test_policies_inside_unions_and_functions() -> None:
+    """`Shared[...]` counts inside `Optional` and unions, and under names that only a function knows."""
+    from zerocopy import Shared as Ours
+
+    @zerocopy.pipeline
+    class Search:
+        encoder: Shared[nn.Module] | None = None
+        index: Optional[Shared[torch.Tensor]] = None  # noqa: UP045
+        head: zerocopy.Shared[nn.Module] = None
+
+    assert policies(Search) == {"encoder": "shared", "index": "shared", "head": "shared"}
+    assert Ours is Shared
+    assert vars(Search()) == {"encoder": None, "index": None, "head": None}
+
+
+def test_bases_of_many_kinds() -> None:
+    """Protocols leave the `__init__` to attrs, slots hold fields, subclasses made earlier are pipelines too."""
+
+    class Ranker(Protocol):
+        def rank(self) -> None: ...
+
+    @zerocopy.pipeline
+    class Search(Ranker):
+        top_k: int = copied(default=5)
+
+    @zerocopy.pipeline
+    class Slots:
+        __slots__ = ("__weakref__", "encoder")
+        encoder: Shared[nn.Module]
+
+    class Base:
+        pass
+
+    class Early(Base):
+        pass
+
+    zerocopy.pipeline(Base)
+    assert Search().top_k == 5
+    assert Slots(1).encoder == 1
+    assert ray.cloudpickle.CloudPickler.dispatch[Early] is ray.cloudpickle.CloudPickler.dispatch[Base]
+
+
 def test_a_stray_declaration_is_refused() -> None:
     """A subclass that declares fields without the decorator is told so, before anything is published."""
 
@@ -199,5 +242,9 @@ def test_a_stray_declaration_is_refused() -> None:
     class Forgot(Base):
         head: nn.Module = shared()
 
-    with pytest.raises(DeclarationError, match="Forgot declares field 'head' but is not decorated"):
-        zerocopy.plan(Forgot(nn.Linear(1, 1)))
+    class Annotated2(Base):
+        head: Shared[nn.Module]
+
+    for cls in (Forgot, Annotated2):
+        with pytest.raises(DeclarationError, match=f"{cls.__name__} declares field 'head' but is not decorated"):
+            zerocopy.plan(cls(nn.Linear(1, 1)))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import os
+import pickle
+import weakref
 from collections.abc import Callable
 
 import pipelines
@@ -69,6 +72,41 @@ def test_a_handle_dropped_while_the_pipeline_lives(store_use: Callable[[], int])
     del publication
     assert is_free(store_use)
     assert search.top_k == 5
+
+
+def test_a_handle_keeps_nothing_of_the_publisher() -> None:
+    """Who drops the model after publishing has its memory back; a pipeline in a cycle with a shared dict goes, too."""
+    module = pipelines.encoder(64)
+    gone = weakref.ref(module[0].weight)
+    publication = zerocopy.publish(module)
+    del module
+    gc.collect()
+    assert gone() is None
+    assert publication.load() is not None
+
+    @zerocopy.pipeline
+    class Cyclic:
+        index: dict = zerocopy.shared()
+
+    cyclic = Cyclic({"tensor": torch.ones(1000)})
+    cyclic.index["owner"] = cyclic
+    gone = weakref.ref(cyclic)
+    ray.put(cyclic)
+    del cyclic
+    gc.collect()
+    assert gone() is None
+
+
+def test_copies_of_a_handle_are_handles() -> None:
+    """Copying or plainly pickling a handle pins nothing: closing one leaves the others."""
+    search = pipelines.search(width=64)
+    first, second = zerocopy.publish(search), zerocopy.publish(search)
+    twin = copy.copy(first)
+    pickle.dumps(first)
+    first.close()
+    assert second.load()(1.0) == twin.load()(1.0) == search(1.0)
+    twin.close()
+    assert second.load()(1.0) == search(1.0)
 
 
 def test_close_releases_automatic_publishing_too(store_use: Callable[[], int]) -> None:

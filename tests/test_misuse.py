@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Annotated, Any
 
@@ -120,6 +121,25 @@ def mandatory_after_default() -> None:
     class Search:
         top_k: int = copied(default=5)
         encoder: nn.Module = shared()
+
+
+def decorated_twice() -> None:
+    @zerocopy.pipeline
+    @zerocopy.pipeline
+    class Search: ...
+
+
+def marker_taken_by_a_dataclass() -> None:
+    @zerocopy.pipeline
+    @dataclass
+    class Search:
+        encoder: nn.Module = shared()
+
+
+def actor_of_a_pipeline() -> None:
+    @zerocopy.actor
+    @zerocopy.pipeline
+    class Search: ...
 
 
 def slots_without_weakref() -> None:
@@ -281,6 +301,19 @@ MISUSES: list[tuple[Callable[[], object], type[Exception], str]] = [
         TypeError,
         "Field 'encoder' of Search is mandatory, but a field before it has a default. Hint: declare 'encoder' with "
         "kw_only=True, or all of them with @zerocopy.pipeline(kw_only=True).",
+    ),
+    (decorated_twice, TypeError, "Search is a pipeline already. Hint: decorate it once."),
+    (
+        marker_taken_by_a_dataclass,
+        TypeError,
+        "Field 'encoder' of Search was taken by @dataclass as a default value. Hint: use the annotations Shared[...] and "
+        "Copied[...], or leave @dataclass out.",
+    ),
+    (
+        actor_of_a_pipeline,
+        TypeError,
+        "Search is a pipeline, which cannot be an actor as well. Hint: write an actor class that takes the pipeline as an "
+        "argument.",
     ),
     (
         slots_without_weakref,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import attrs
 import numpy as np
 import pipelines
@@ -10,7 +12,7 @@ import torch
 from torch import nn
 
 import zerocopy
-from zerocopy import copied, shared
+from zerocopy import Copied, copied, shared
 
 
 def by_path(plan: zerocopy.SharePlan) -> dict[str, zerocopy.PlanEntry]:
@@ -57,6 +59,66 @@ def test_a_copied_field_keeps_its_modules() -> None:
     assert plan.shared_bytes == (32 * 32 + 32) * 4
     assert by_path(plan)["search.own"].bytes >= (16 * 16 + 16) * 4
     assert plan.entangled is None
+
+
+def test_a_module_in_a_copied_field_is_copied() -> None:
+    """A module that is itself the value of a `copied()` field is copied, in every spelling."""
+
+    @zerocopy.pipeline
+    class Search:
+        encoder: nn.Module = shared()
+        head: nn.Module = copied()
+
+    @zerocopy.pipeline
+    class Own:
+        head: Copied[nn.Module]
+
+        def __init__(self) -> None:
+            self.encoder = nn.Linear(32, 32)
+            self.head = nn.Linear(16, 16)
+
+    for search in (Search(nn.Linear(32, 32), nn.Linear(16, 16)), Own()):
+        plan = zerocopy.plan(search)
+        assert {path.split(".")[1]: entry.policy for path, entry in by_path(plan).items()} == {
+            "encoder": "shared",
+            "head": "copied",
+        }
+        assert plan.shared_bytes == (32 * 32 + 32) * 4
+        assert plan.entangled is None
+
+
+def test_what_a_class_leaves_out_is_not_looked_at() -> None:
+    """An attribute that `__getstate__` drops may be anything, and travels no more than with pickle."""
+
+    @zerocopy.pipeline
+    class Search:
+        encoder: nn.Module = shared()
+        settings: dict = copied(factory=dict)
+
+        def __getstate__(self) -> dict:
+            return {**vars(self), "_lock": None, "_cache": None}
+
+    search = Search(nn.Linear(4, 4))
+    search._lock, search._cache = threading.Lock(), bytearray(5_000_000)
+    plan = zerocopy.plan(search)
+    assert plan.copied_bytes < 10_000
+    assert by_path(plan)["search._lock"].note == "left out by its class"
+
+
+def test_hooks_that_reach_the_pipeline() -> None:
+    """A hook that is a method of the pipeline makes it whole, and the plan says so."""
+
+    @zerocopy.pipeline
+    class Search:
+        def __init__(self) -> None:
+            self.encoder = nn.Linear(2, 2)
+            self.seen: list = []
+            self.encoder.register_forward_hook(self.hook)
+
+        def hook(self, module: nn.Module, args: object, output: object) -> None:
+            self.seen.append(output)
+
+    assert "hooks" in str(zerocopy.plan(Search()).entangled)
 
 
 def test_ties_are_named_and_counted_once() -> None:

@@ -154,6 +154,47 @@ def test_nested_pipelines() -> None:
     assert one.inner(1.0) == outer.inner(1.0)
 
 
+def test_arrays_and_tensors_over_one_memory() -> None:
+    """A tensor made of an array stays tied to it, and their bytes are stored once; so through a second hop."""
+
+    @zerocopy.pipeline
+    class Both:
+        array: np.ndarray = shared()
+        tensors: list = shared()
+
+    array = np.arange(6.0)
+    both = Both(array, [torch.from_numpy(array), torch.from_numpy(array)[2:]])
+    publication = zerocopy.publish(both)
+    assert publication.shared_bytes == 48
+    loaded = publication.load()
+    loaded.array[3] = 77
+    again = zerocopy.publish(loaded).load()
+    for one in (loaded, again):
+        assert one.tensors[0][3] == one.tensors[1][1] == 77
+    again.array[3] = 5
+    assert (again.tensors[1][1], loaded.array[3], array[3]) == (5, 77, 3)
+
+
+def test_edges() -> None:
+    """Empty arrays, default devices and states that look at their tensors are no obstacle."""
+
+    @zerocopy.pipeline
+    class Edges:
+        empty: np.ndarray = shared()
+        scale: torch.Tensor = shared()
+
+        def __setstate__(self, state: dict[str, Any]) -> None:
+            vars(self).update(state)
+            self.number = self.scale.item()
+
+    edges = Edges(np.empty((0, 4)), torch.tensor(3.0))
+    with torch.device("meta"):
+        publication = zerocopy.publish(edges)
+        loaded = publication.load()
+    assert (loaded.empty.shape, loaded.number) == ((0, 4), 3.0)
+    assert publication.load(fields=(name for name in ["scale"])).scale == 3
+
+
 def test_a_pipeline_that_is_a_module() -> None:
     """Its own parameters are shared as those of the modules below it; its modes and plain attributes arrive."""
 

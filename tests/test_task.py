@@ -6,6 +6,7 @@ import inspect
 import os
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pipelines
@@ -94,6 +95,31 @@ def schedule() -> tuple[int, int]:
     return os.getpid(), ray.get(where.remote())
 
 
+def test_references_inside_a_worker() -> None:
+    """A direct call inside a worker resolves references, as a remote one does."""
+
+    @zerocopy.task
+    def outer(value: int) -> int:
+        return add_one(ray.put(value))
+
+    @zerocopy.task
+    def add_one(value: int) -> int:
+        return value + 1
+
+    assert outer(1) == 2
+
+
+def test_defaults_of_pipeline_arguments() -> None:
+    """An argument's default is always fine, whatever its annotation says."""
+
+    @zerocopy.task
+    def optional(query: float, pipeline: pipelines.Search = None) -> bool:  # type: ignore[assignment]
+        return pipeline is None
+
+    assert optional(1.0)
+    assert optional(1.0, pipeline=None)
+
+
 def test_remote_always_schedules() -> None:
     """`.remote()` inside a worker runs in another process."""
     outer, inner = schedule()
@@ -153,23 +179,45 @@ def test_map_shows_progress_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsy
     assert "3/3" in shown
 
 
-def test_map_stops_at_the_first_error() -> None:
+def test_map_stops_at_the_first_error(tmp_path: Path) -> None:
     """The first error is raised, and the calls under way are cancelled."""
 
-    @zerocopy.task(num_cpus=4, max_retries=0)
+    @zerocopy.task(num_cpus=4, max_retries=0)  # one after the other
     def fail_at_two(number: int) -> int:
         if number == 2:
             raise KeyError("two")
-        time.sleep(30 if number > 2 else 0)
+        time.sleep(4 if number > 2 else 0)
+        (tmp_path / str(number)).touch()
         return number
 
-    results = fail_at_two.map(range(6), max_in_flight=4)
+    results = fail_at_two.map(range(8), max_in_flight=6)
     assert [next(results), next(results)] == [0, 1]
-    start = time.monotonic()
     with pytest.raises(KeyError, match="two"):
         next(results)
-    assert ray.get(where.remote(), timeout=20)
-    assert time.monotonic() - start < 20
+    assert ray.get(where.options(num_cpus=4).remote())
+    assert len(list(tmp_path.iterdir())) <= 2 + 1, "one more may have been running"
+
+
+def test_map_over_pipelines_and_several_results() -> None:
+    """Items may be pipelines; a task of several results is mapped too; a generator function is refused."""
+    searches = [pipelines.search(width=8, top_k=number) for number in range(3)]
+
+    @zerocopy.task
+    def top_k(pipeline: pipelines.Search) -> int:
+        return pipeline.top_k
+
+    assert list(top_k.map(searches)) == [0, 1, 2]
+
+    @zerocopy.task(num_returns=2, max_retries=0)
+    def split(text: str) -> list[str]:
+        left, right = text.split()
+        return [left, right]
+
+    assert list(split.map(["a b", "c d"])) == [["a", "b"], ["c", "d"]]
+    with pytest.raises(ValueError, match="not enough values"):
+        list(split.map(["a b", "broken", "c d", "e f"]))
+    with pytest.raises(ArgumentError, match="stream is a generator function"):
+        pipelines.stream.map(searches[0], [1, 2])
 
 
 def test_copied_fields_are_fresh_in_every_call() -> None:
