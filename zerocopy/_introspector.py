@@ -21,6 +21,8 @@ from zerocopy._skeleton import Root, Stripped, Zone, strip
 from zerocopy._tensors import TensorSpec, TensorTable, is_tensor_or_array, storage_of
 from zerocopy.errors import ArgumentError, CannotTravelError, DeviceError
 
+SMALL_PIECE = 4096
+
 
 @attrs.frozen
 class Skeleton:
@@ -132,7 +134,7 @@ def introspect(pipeline: Any) -> Introspection:
     )
     return Introspection(
         pipeline,
-        make_outer(pipeline, known, first),
+        _outer_of(pipeline, known, first),
         Skeleton(shared.payload, _encode(shared.externals, table, known, whole=True), len(first.roots)),
         table,
         first.roots,
@@ -147,20 +149,23 @@ def introspect(pipeline: Any) -> Introspection:
     )
 
 
-def make_outer(pipeline: Any, known: Known, stripped: Stripped | None = None) -> Outer:
-    """The outer skeleton of `pipeline` as it is now, over published weights. `stripped` is its split, where already made.
+def make_outer(pipeline: Any, known: Known) -> Outer:
+    """The outer skeleton of `pipeline` as it is now, over published weights.
 
     Raises:
         UnknownRoot: the weights do not hold a module or a shared value that the pipeline has now.
         CannotTravelError: something copied cannot leave the process.
     """
-    name = _paths.name_of(pipeline)
-    stripped = stripped or strip([pipeline], zone=Zone.AUTO, split=True, names=[name])
+    stripped = strip([pipeline], zone=Zone.AUTO, split=True, names=[_paths.name_of(pipeline)])
     if not all(id(root) in known.roots for root in stripped.roots) or fingerprint(stripped.roots) != known.loose:
         raise UnknownRoot
+    return _outer_of(pipeline, known, stripped)
+
+
+def _outer_of(pipeline: Any, known: Known, stripped: Stripped) -> Outer:
     whole = known.whole or not known.mutable.isdisjoint(stripped.seen)
     if whole:
-        stripped = strip([pipeline], zone=Zone.AUTO, split=False, names=[name])
+        stripped = strip([pipeline], zone=Zone.AUTO, split=False, names=[_paths.name_of(pipeline)])
     private = TensorTable(known.storages, known.storage_count)
     externals = _encode(stripped.externals, private, known, whole=whole)
     storages = tuple(storage.to_bytes().tobytes() for storage in private.storages)
@@ -182,7 +187,9 @@ def fingerprint(roots: Sequence[Any]) -> tuple[object, ...]:
 
 
 def _extent(piece: Any) -> object:
-    return storage_of(piece).key
+    """What tells a piece from another: small ones may be made anew by each pickling, so their bytes do."""
+    source = storage_of(piece)
+    return source.to_bytes().tobytes() if source.nbytes <= SMALL_PIECE else source.key
 
 
 def _encode(externals: Sequence[Any], table: TensorTable, known: Known, *, whole: bool) -> tuple[Any, ...]:

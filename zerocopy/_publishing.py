@@ -154,12 +154,13 @@ def publish(pipeline: Any) -> Publication:
         weights = entry.weights
         found = introspect(pipeline)
         same = weights.verified(found) if weights is not None else set[object]()
-        if weights is None or len(same) < len(found.table.storages) or not weights.describe(found):
+        outer = None
+        if weights is not None and len(same) == len(found.table.storages) and weights.describe(found):
+            outer = _outer_over(weights, pipeline)
+        if weights is None or outer is None:
             stored = weights.placements if weights is not None else {}
             weights = _put(found, {key: place for key, place in stored.items() if key in same})
             outer = found.outer
-        else:
-            outer = make_outer(pipeline, weights.known)
         lease = entry.lease_weights()
         entry.remember(weights, automatic=False)
         publication = _handle(pipeline, weights, outer)
@@ -176,18 +177,22 @@ def publish_automatically(pipeline: Any) -> Publication:
     with _lock:
         entry = _entry_of(pipeline)
         weights = _current_weights(pipeline, entry)
-        if weights is not None:
-            try:
-                outer = make_outer(pipeline, weights.known)
-            except UnknownRoot:
-                pass
-            else:
-                entry.remember(weights, automatic=True)
-                return _handle(pipeline, weights, outer)
+        outer = _outer_over(weights, pipeline) if weights is not None else None
+        if weights is not None and outer is not None:
+            entry.remember(weights, automatic=True)
+            return _handle(pipeline, weights, outer)
         found = introspect(pipeline)
         weights = _put(found, entry.weights.unchanged() if entry.weights is not None else {})
         entry.remember(weights, automatic=True)
         return _handle(pipeline, weights, found.outer)
+
+
+def _outer_over(weights: Weights, pipeline: Any) -> Outer | None:
+    """The outer skeleton of `pipeline` over these weights, if they hold all that it shares now."""
+    try:
+        return make_outer(pipeline, weights.known)
+    except UnknownRoot:
+        return None
 
 
 def _current_weights(pipeline: Any, entry: _Entry) -> Weights | None:
