@@ -21,6 +21,8 @@ LAYERS = [
     "_paths",
     "_tensors",
     "_reducers",
+    "_torchscript",
+    "_export",
     "_skeleton",
     "_introspector",
     "_tables",

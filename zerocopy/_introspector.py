@@ -14,6 +14,7 @@ from typing import Any
 
 import attrs
 from torch import nn
+from torch.export import ExportedProgram
 
 from zerocopy import _paths
 from zerocopy._pipeline import fields, is_pipeline_class
@@ -97,7 +98,7 @@ def require_pipeline(obj: object, what: str) -> None:
         raise ArgumentError(
             f"{what} expects an instance, got the class {obj.__name__!r}.", hint="make an instance of it."
         )
-    if not (is_pipeline_class(type(obj)) or isinstance(obj, nn.Module)):
+    if not (is_pipeline_class(type(obj)) or isinstance(obj, (nn.Module, ExportedProgram))):
         raise ArgumentError(
             f"{what} expects a pipeline or an nn.Module, got {type(obj).__name__!r}.",
             hint=f"mark class {type(obj).__name__!r} with @zerocopy.pipeline.",
@@ -294,4 +295,10 @@ def _reach(value: Any, index: dict[int, int], name: str) -> set[int]:
 def reach(values: Sequence[Any], tensors: Sequence[Any]) -> set[int]:
     """Positions in `tensors` of those that can be reached from `values`."""
     index = {id(tensor): position for position, tensor in enumerate(tensors)}
-    return _reach(list(values), index, "fields")
+    memory = {
+        storage_of(tensor).key: position for position, tensor in enumerate(tensors)
+    }  # programs hold them by alias
+    stripped = strip(list(values), zone=Zone.SHARED, split=False, names=["fields"] * len(values))
+    found = [obj for obj in stripped.externals if is_tensor_or_array(obj)]
+    by_memory = {memory.get(storage_of(obj).key) for obj in found} | {index.get(id(obj)) for obj in found}
+    return {position for position in by_memory if position is not None}

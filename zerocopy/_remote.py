@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeVar
 import ray
 from ray._common import ray_option_utils
 from torch import nn
+from torch.export import ExportedProgram
 
 from zerocopy import _devices, _store
 from zerocopy._pipeline import is_pipeline_class
@@ -52,7 +53,7 @@ def check_options(options: Mapping[str, Any], kind: Kind, *, late: bool = False)
 
 
 def is_shareable(value: object) -> bool:
-    return isinstance(value, nn.Module) or is_pipeline_class(type(value))
+    return isinstance(value, (nn.Module, ExportedProgram)) or is_pipeline_class(type(value))
 
 
 def travelling(value: Any) -> Any:

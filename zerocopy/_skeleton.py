@@ -16,7 +16,7 @@ import pathlib
 import pickle
 import types
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import attrs
@@ -26,8 +26,9 @@ import ray.actor
 import ray.cloudpickle
 import torch
 from torch import nn
+from torch.export import ExportedProgram
 
-from zerocopy import _paths, _reducers
+from zerocopy import _export, _paths, _reducers, _torchscript
 from zerocopy._pipeline import fields, is_pipeline_class
 from zerocopy._tensors import is_meta, is_plain
 from zerocopy.errors import CannotTravelError, ZeroCopyError
@@ -51,6 +52,7 @@ class _Role(enum.Enum):
     SLOT = enum.auto()
     BUFFER = enum.auto()
     PARAMETRIZED = enum.auto()
+    PROGRAM = enum.auto()
     WEAK_REFERENCE = enum.auto()
     FILE = enum.auto()
     OTHER = enum.auto()
@@ -66,6 +68,8 @@ _ATOMS = (
 )  # fmt: skip
 
 CloudPickler: Any = ray.cloudpickle.CloudPickler  # not typed
+
+_MODULES = frozenset({_Role.MODULE, _Role.PARAMETRIZED, _Role.PROGRAM})
 
 _SCALARS = frozenset({str, int, float, bool, type(None), bytes, complex})
 
@@ -91,13 +95,11 @@ def _classify(cls: type) -> _Role:
         return _Role.TENSOR
     if issubclass(cls, tuple(_passengers)):
         return _Role.PASSENGER
-    for base, role in ((_Switch, _Role.SWITCH), (_Slot, _Role.SLOT), (pickle.PickleBuffer, _Role.BUFFER)):
-        if issubclass(cls, base):
+    for bases, role in _roles_by_base():
+        if issubclass(cls, bases):
             return role
     if cls is weakref.ref:
         return _Role.WEAK_REFERENCE
-    if issubclass(cls, _reducers.FILES):
-        return _Role.FILE
     if _reducers.is_parametrized_class(cls):
         return _Role.PARAMETRIZED
     if is_pipeline_class(cls):
@@ -105,6 +107,15 @@ def _classify(cls: type) -> _Role:
     if issubclass(cls, nn.Module):
         return _Role.MODULE
     return _Role.ATOM if issubclass(cls, _ATOMS) else _Role.OTHER
+
+
+def _roles_by_base() -> Iterator[tuple[Any, _Role]]:
+    yield _Switch, _Role.SWITCH
+    yield _Slot, _Role.SLOT
+    yield pickle.PickleBuffer, _Role.BUFFER
+    yield _reducers.FILES, _Role.FILE
+    yield _torchscript.PROGRAMS, _Role.PROGRAM
+    yield ExportedProgram, _Role.PROGRAM
 
 
 class Root(NamedTuple):
@@ -268,7 +279,7 @@ class _Stripper(CloudPickler):  # type: ignore[misc]
             return True
         if id(obj) in self.seen:  # written already, in the zone COPIED
             return False
-        return role in (_Role.MODULE, _Role.PARAMETRIZED) and self.zone is not Zone.COPIED
+        return role in _MODULES and self.zone is not Zone.COPIED
 
     def _number(self, obj: Any, register: list[Any] | None = None) -> int:
         number = self._numbers.get(id(obj))
@@ -316,6 +327,10 @@ class _Stripper(CloudPickler):  # type: ignore[misc]
         role = _role_of(type(obj))
         if role is _Role.PARAMETRIZED:
             return _reducers.reduce_parametrized(obj)
+        if role is _Role.PROGRAM:
+            is_exported = isinstance(obj, ExportedProgram)
+            reduced = _export.reduce_exported(obj) if is_exported else _torchscript.reduce_program(obj)
+            return self._between(reduced, obj)
         if role is _Role.WEAK_REFERENCE:
             return _reducers.reduce_weak_reference(obj)
         if role is _Role.FILE:
@@ -333,6 +348,10 @@ class _Stripper(CloudPickler):  # type: ignore[misc]
         reduced = _reducers.reduce_array(whole) if isinstance(whole, np.ndarray) else _reducers.reduce_tensor(whole)
         if self.zone is Zone.SHARED:
             self.wholes.append(whole)
+        return self._between(reduced, whole)
+
+    def _between(self, reduced: Any, whole: Any) -> Any:
+        """A reduction during which whatever is met for the first time is a piece of `whole`."""
         function, arguments, *rest = reduced
         before, after = _Switch(None, whole), _Switch(None, self._whole)
         return (_between, (before, function, arguments, after), *rest)

@@ -84,13 +84,17 @@ class TensorMarks:
         return {id(tensor): position for position, (ref, *_) in enumerate(self._marks) if (tensor := ref()) is not None}
 
 
+def _has_slots(obj: object) -> bool:
+    return isinstance(obj, nn.Module) and not isinstance(obj, torch.jit.ScriptModule)
+
+
 class Snapshot:
     """The state of shared tensors and of the modules that hold them."""
 
     def __init__(self, table: TensorTable, wholes: Iterable[Any], objects: Iterable[Any]) -> None:
         self.weights = TensorMarks([*table.objects, *wholes])
         self._requires_grad = [(weakref.ref(t), t.requires_grad) for t in table.objects if isinstance(t, torch.Tensor)]
-        self._modules = [(weakref.ref(obj), _slots(obj)) for obj in objects if isinstance(obj, nn.Module)]
+        self._modules = [(weakref.ref(obj), _slots(obj)) for obj in objects if _has_slots(obj)]
 
     def has_same_structure(self) -> bool:
         """Whether modules hold the same things under the same names, in the same modes, with the same hooks."""
