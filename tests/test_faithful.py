@@ -5,10 +5,14 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import re
+import socket
+import threading
 import types
 import warnings
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import attrs
@@ -54,6 +58,30 @@ class Labelled(torch.Tensor):
 
 class Tagged(nn.Parameter):
     """A subclass of parameters."""
+
+
+class Scaled(torch.Tensor):
+    """A wrapper without memory of its own, around integers and their scale."""
+
+    @staticmethod
+    def __new__(cls, content: torch.Tensor, scale: torch.Tensor) -> Scaled:
+        return torch.Tensor._make_wrapper_subclass(cls, content.shape, dtype=scale.dtype)
+
+    def __init__(self, content: torch.Tensor, scale: torch.Tensor) -> None:
+        self.content = content
+        self.scale = scale
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["content", "scale"], None
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, torch.Tensor], context: Any, size: Any, stride: Any) -> Scaled:
+        return Scaled(inner["content"], inner["scale"])
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        plain = [a.content * a.scale if isinstance(a, Scaled) else a for a in args]
+        return function(*plain, **(kwargs or {}))
 
 
 class Doubled(nn.Module):
@@ -254,6 +282,7 @@ KINDS: dict[str, Callable[[], Any]] = {
     "dynamically quantized": quantized_dynamically,
     "a subclass of tensors": lambda: Box(noise().as_subclass(Labelled)),
     "a subclass of parameters": lambda: Box(Tagged(noise())),
+    "a wrapper subclass": lambda: Box(Scaled(torch.ones(SIZE, SIZE, dtype=torch.int8), torch.ones(SIZE, 1))),
     "a masked tensor": lambda: Box(torch.masked.masked_tensor(noise(), noise() > 0)),
     "an inference tensor": lambda: torch.inference_mode()(lambda: Box(noise()))(),
     "dicts, lists, tuples, sets": lambda: Holder({"a": [noise(), (noise(), {1})], 2: {linear()}}),
@@ -299,9 +328,42 @@ def test_comes_out_the_same(kind: str) -> None:
     """Everything that can be observed is equal in another process; the plan tells what is copied."""
     original = KINDS[kind]()
     plan = zerocopy.plan(original)
-    assert plan.shared_bytes >= 0.9 * BYTES / 4
+    assert plan.shared_bytes >= 0.9 * BYTES / 4, "the weights are not shared"
     assert any(entry.note for entry in plan.entries) == (kind in COPIED)
     assert_same(original)
+
+
+def test_the_docs_list_every_kind() -> None:
+    """The table in the docs names each kind that is tested here, and says what becomes of it."""
+    page = (Path(__file__).parent.parent / "docs/kinds.md").read_text()
+    listed = dict(re.findall(r"^\| (.+?) \| (shared|copied) \|", page, re.MULTILINE))
+    assert {kind: listed.get(kind) for kind in KINDS} == {
+        kind: "copied" if kind in COPIED else "shared" for kind in KINDS
+    }
+    assert all(str(dtype).removeprefix("torch.") in page for dtype in DTYPES)
+
+
+REFUSED: dict[str, Callable[[], Any]] = {
+    "a lock": threading.Lock,
+    "a generator": lambda: (number for number in range(3)),
+    "an open file": lambda: Path(__file__).open(),  # noqa: SIM115
+    "a meta tensor": lambda: torch.empty(3, device="meta"),
+    "a socket": socket.socket,
+    "a thread": threading.Thread,
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_refused_by_path(kind: str) -> None:
+    """What cannot travel is named by its path, four levels down, before anything is written; the docs list it."""
+    culprit = REFUSED[kind]()
+    module = nn.Sequential(linear(), nn.Sequential(linear()))
+    module[1][0].settings = {"deep": [1, types.SimpleNamespace(culprit=culprit)]}
+    with pytest.raises(zerocopy.errors.CannotTravelError) as caught:
+        zerocopy.publish(Holder({"net": module}))
+    assert caught.value.path.startswith("holder.value['net'][1][0].settings['deep'][1].culprit")
+    assert f"| {kind} | refused |" in (Path(__file__).parent.parent / "docs/kinds.md").read_text()
+    getattr(culprit, "close", lambda: None)()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

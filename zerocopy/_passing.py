@@ -7,15 +7,21 @@ from typing import Any
 import ray.cloudpickle
 
 from zerocopy import _store
+from zerocopy._introspector import introspect
 from zerocopy._pipeline import observe_pipeline_classes
 from zerocopy._publication import Publication
 from zerocopy._publishing import publish_automatically
+from zerocopy.errors import OutOfBandError
 
 
 def _reduce(pipeline: Any) -> Any:
     if not _store.is_running():
         return pipeline.__reduce_ex__(5)
-    _store.refuse_out_of_band(f"A pipeline of class {type(pipeline).__name__}")
+    try:
+        _store.refuse_out_of_band(f"A pipeline of class {type(pipeline).__name__}")
+    except OutOfBandError:
+        introspect(pipeline)  # what cannot travel at all says so first: Ray asks again this way to explain an error
+        raise
     return _load, (publish_automatically(pipeline),)
 
 

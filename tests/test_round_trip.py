@@ -1,0 +1,154 @@
+"""Random pipelines through the store: what comes out is what went in, and writes stay where they are made."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import pickle
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+import ray
+import torch
+from hypothesis import HealthCheck, given, settings
+from observing import difference, observe
+from torch import nn
+
+import zerocopy
+from zerocopy import copied, shared
+
+pytestmark = [pytest.mark.usefixtures("cluster"), pytest.mark.filterwarnings("ignore")]
+
+EXAMPLES = int(os.environ.get("ZEROCOPY_EXAMPLES", "300"))  # a longer run: ZEROCOPY_EXAMPLES=5000
+ELSEWHERE = 20  # every so many examples are loaded in another process too
+CHECKS = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
+DTYPES = [
+    torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.complex64, torch.int64,
+    torch.int8, torch.uint8, torch.uint16, torch.bool,
+]  # fmt: skip
+_count = itertools.count()
+
+
+@zerocopy.pipeline
+class Random:
+    """Shared and copied parts that may refer to each other."""
+
+    model: nn.Module = shared()
+    parts: Any = shared()
+    own: Any = copied()
+    label: str = copied(default="random")
+
+
+class Block(nn.Module):
+    """A module with members of every sort."""
+
+
+@st.composite
+def tensors(draw: st.DrawFn) -> torch.Tensor:
+    shape = draw(st.lists(st.integers(0, 5), max_size=3))
+    count = torch.Size(shape).numel()
+    tensor = torch.arange(count, dtype=torch.float64).reshape(shape).to(draw(st.sampled_from(DTYPES)))
+    return draw(st.sampled_from(views(tensor)))
+
+
+def views(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The tensor itself, and views of it with other offsets, strides and dtypes."""
+    found = [tensor, tensor.detach(), tensor.unsqueeze(0).expand(2, *tensor.shape)]
+    if tensor.dim() >= 2:
+        found.append(tensor.transpose(0, -1))
+    if tensor.dim() and tensor.shape[0] > 1:
+        found += [tensor[1:], tensor[::2]]
+    if tensor.dtype is torch.complex64:
+        found += [tensor.conj(), tensor.conj().imag]
+    return found
+
+
+@st.composite
+def pools(draw: st.DrawFn) -> list[torch.Tensor]:
+    """Tensors to be used more than once, and views of them."""
+    own = draw(st.lists(tensors(), min_size=1, max_size=4))
+    return own + [draw(st.sampled_from(views(tensor.detach()))) for tensor in own]
+
+
+@st.composite
+def blocks(draw: st.DrawFn, pool: list[torch.Tensor], depth: int = 2) -> nn.Module:
+    block = Block()
+    floating = [tensor for tensor in pool if tensor.dtype.is_floating_point or tensor.dtype.is_complex]
+    parameters = [nn.Parameter(tensor, requires_grad=draw(st.booleans())) for tensor in floating[:3]]
+    for name in draw(st.lists(st.sampled_from("abc"), unique=True)):
+        kind = draw(st.integers(0, 5))
+        if kind == 0 and parameters:
+            block.register_parameter(name, draw(st.sampled_from(parameters)))
+        elif kind == 1:
+            block.register_buffer(name, draw(st.sampled_from([*pool, None])), persistent=draw(st.booleans()))
+        elif kind == 2:
+            setattr(block, name, draw(containers(pool)))
+        elif kind == 3 and depth:
+            setattr(block, name, draw(blocks(pool, depth - 1)))
+        elif kind == 4:
+            setattr(block, name, nn.Linear(2, 3, dtype=draw(st.sampled_from([torch.float32, torch.bfloat16]))))
+        elif depth:
+            inner = draw(blocks(pool, depth - 1))
+            setattr(block, name, nn.ModuleList([inner, nn.BatchNorm1d(2), inner]))
+    return block.train(draw(st.booleans()))
+
+
+def containers(pool: list[Any]) -> st.SearchStrategy[Any]:
+    leaves = st.one_of(st.sampled_from(pool), st.integers(), st.text(max_size=3), st.none(), st.booleans())
+    return st.recursive(
+        leaves,
+        lambda inner: st.one_of(
+            st.lists(inner, max_size=3),
+            st.tuples(inner, inner),
+            st.dictionaries(st.text(max_size=2), inner, max_size=3),
+        ),
+        max_leaves=6,
+    )
+
+
+@st.composite
+def pipelines(draw: st.DrawFn) -> Random:
+    pool = draw(pools())
+    model = draw(blocks(pool))
+    mentioned = [*pool, *model.modules()]
+    return Random(model, draw(containers(mentioned)), draw(containers(mentioned)), label=draw(st.text(max_size=3)))
+
+
+@ray.remote
+def observed(publication: zerocopy.Publication) -> Any:
+    return observe(publication.load())
+
+
+@CHECKS
+@given(pipelines())
+def test_what_comes_out_is_what_went_in(pipeline: Random) -> None:
+    """Types, identities, storages, bytes, strides, flags and modes are those of the original, here and elsewhere."""
+    expected = observe(pipeline)
+    with zerocopy.publish(pipeline) as publication:
+        loaded = publication.load()
+        assert not difference(expected, observe(loaded))
+        assert list(loaded.model.state_dict()) == list(pipeline.model.state_dict())
+        if next(_count) % ELSEWHERE == 0:
+            assert not difference(expected, ray.get(observed.remote(publication)))
+    with contextlib.suppress(AttributeError, NotImplementedError, RuntimeError):  # where pickle has an answer
+        pickled = pickle.loads(pickle.dumps(pipeline))
+        assert list(pickled.model.state_dict()) == list(loaded.model.state_dict())
+
+
+@CHECKS
+@given(pipelines(), st.data())
+def test_writes_change_nothing_elsewhere(pipeline: Random, data: st.DataObject) -> None:
+    """Whatever is written into one load, neither another load nor the original sees it."""
+    expected = observe(pipeline)
+    with zerocopy.publish(pipeline) as publication:
+        written, other = publication.load(), publication.load()
+        for tensor in [*written.model.parameters(), *written.model.buffers()]:
+            if tensor.numel() and data.draw(st.booleans()):
+                tensor.data.view(-1)[:1].zero_() if tensor.is_contiguous() else None
+                with torch.no_grad(), contextlib.suppress(RuntimeError):  # overlapping memory refuses to be filled
+                    tensor.copy_(torch.ones_like(tensor))
+        assert not difference(expected, observe(other))
+        assert not difference(expected, observe(publication.load()))
+    assert not difference(expected, observe(pipeline))
