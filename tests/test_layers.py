@@ -23,6 +23,7 @@ LAYERS = [
     "_reducers",
     "_torchscript",
     "_export",
+    "_roles",
     "_skeleton",
     "_introspector",
     "_tables",

@@ -15,7 +15,8 @@ from torch import nn
 
 from zerocopy._introspector import introspect
 from zerocopy._publication import graft_skeleton
-from zerocopy._skeleton import Zone, graft, strip
+from zerocopy._roles import Zone
+from zerocopy._skeleton import graft, strip
 from zerocopy._tensors import Region, TensorTable, rebuild
 from zerocopy.errors import CannotTravelError
 

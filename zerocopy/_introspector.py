@@ -18,7 +18,8 @@ from torch.export import ExportedProgram
 
 from zerocopy import _paths
 from zerocopy._pipeline import fields, is_pipeline_class
-from zerocopy._skeleton import Root, Stripped, Zone, strip
+from zerocopy._roles import Zone
+from zerocopy._skeleton import Root, Stripped, strip
 from zerocopy._tensors import TensorSpec, TensorTable, is_tensor_or_array, storage_of
 from zerocopy.errors import ArgumentError, CannotTravelError, DeviceError
 
@@ -288,7 +289,7 @@ def _require_one_device(by_field: dict[str, str | None], name: str) -> None:
 
 def _reach(value: Any, index: dict[int, int], name: str) -> set[int]:
     """Indices of the tensors that can be reached from `value`."""
-    stripped = strip([value], zone=Zone.SHARED, split=False, names=[name], allow_meta=True)
+    stripped = strip([value], zone=Zone.SHARED, split=False, names=[name])
     return {index[id(obj)] for obj in stripped.externals if id(obj) in index}
 
 

@@ -14,7 +14,8 @@ from zerocopy import _paths
 from zerocopy._fields import Policy
 from zerocopy._introspector import Introspection, introspect, require_pipeline
 from zerocopy._pipeline import fields, is_pipeline_class
-from zerocopy._skeleton import Zone, strip
+from zerocopy._roles import Zone
+from zerocopy._skeleton import strip
 from zerocopy._tables import as_html, as_text, format_bytes
 from zerocopy._tensors import is_tensor_or_array
 from zerocopy.errors import CannotTravelError

@@ -15,8 +15,9 @@ import torch
 
 from zerocopy import _devices, _partial, _store
 from zerocopy._introspector import Outer, Skeleton, reach
+from zerocopy._roles import add_passenger
 from zerocopy._shards import Manifest, StoredMemory
-from zerocopy._skeleton import Root, add_passenger, graft
+from zerocopy._skeleton import Root, graft
 from zerocopy._tensors import Region, TensorSpec, rebuild, stand_in
 from zerocopy.errors import DeviceError, PublicationClosedError, PublicationLostError, VersionError
 

@@ -7,16 +7,9 @@ meet is met, at any depth, identity is kept and no property is evaluated.
 
 from __future__ import annotations
 
-import datetime
-import decimal
-import enum
-import fractions
 import io
-import pathlib
 import pickle
-import types
-import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import attrs
@@ -24,121 +17,22 @@ import numpy as np
 import ray
 import ray.actor
 import ray.cloudpickle
-import torch
 from torch import nn
 from torch.export import ExportedProgram
 
 from zerocopy import _export, _paths, _reducers, _torchscript
-from zerocopy._pipeline import fields, is_pipeline_class
+from zerocopy._pipeline import fields
+from zerocopy._roles import MODULES, SCALARS, Role, Slot, Switch, Zone, role_of
 from zerocopy._tensors import is_meta, is_plain
 from zerocopy.errors import CannotTravelError, ZeroCopyError
 
-
-class Zone(enum.Enum):
-    """Which policy rules the place that the pickler has reached."""
-
-    AUTO = "modules are shared, all else is copied"
-    SHARED = "tensors and arrays are shared"
-    COPIED = "all is copied"
-
-
-class _Role(enum.Enum):
-    ATOM = enum.auto()  # immutable: copies of it cannot be told apart
-    TENSOR = enum.auto()
-    PIPELINE = enum.auto()
-    MODULE = enum.auto()
-    PASSENGER = enum.auto()  # travels beside the skeleton, so that Ray counts its references
-    SWITCH = enum.auto()
-    SLOT = enum.auto()
-    BUFFER = enum.auto()
-    PARAMETRIZED = enum.auto()
-    PROGRAM = enum.auto()
-    WEAK_REFERENCE = enum.auto()
-    FILE = enum.auto()
-    OTHER = enum.auto()
-
-
-_ATOMS = (
-    str, bytes, int, float, complex, bool, type(None), type(...), type(NotImplemented), tuple, frozenset, range, slice, type,
-    types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType, types.CodeType, types.CellType,
-    types.MethodWrapperType, types.WrapperDescriptorType, types.MethodDescriptorType, types.GetSetDescriptorType, property,
-    torch.dtype, torch.layout, torch.memory_format, torch.device, torch.Size, np.dtype, np.generic, enum.Enum,
-    pathlib.PurePath, datetime.date, datetime.time, datetime.timedelta, datetime.tzinfo, decimal.Decimal,
-    fractions.Fraction,
-)  # fmt: skip
-
 CloudPickler: Any = ray.cloudpickle.CloudPickler  # not typed
-
-_MODULES = frozenset({_Role.MODULE, _Role.PARAMETRIZED, _Role.PROGRAM})
-
-_SCALARS = frozenset({str, int, float, bool, type(None), bytes, complex})
-
-_passengers: list[type] = [ray.ObjectRef, ray.actor.ActorHandle]
-_roles: dict[type, _Role] = {}
-
-
-def add_passenger(cls: type) -> None:
-    """Let instances of `cls` travel beside a skeleton instead of inside it."""
-    _passengers.append(cls)
-
-
-def _role_of(cls: type) -> _Role:
-    role = _roles.get(cls)
-    if role is None:
-        role = _classify(cls)
-        _roles[cls] = role
-    return role
-
-
-def _classify(cls: type) -> _Role:
-    if issubclass(cls, (torch.Tensor, np.ndarray)):
-        return _Role.TENSOR
-    if issubclass(cls, tuple(_passengers)):
-        return _Role.PASSENGER
-    for bases, role in _roles_by_base():
-        if issubclass(cls, bases):
-            return role
-    if cls is weakref.ref:
-        return _Role.WEAK_REFERENCE
-    if _reducers.is_parametrized_class(cls):
-        return _Role.PARAMETRIZED
-    if is_pipeline_class(cls):
-        return _Role.PIPELINE
-    if issubclass(cls, nn.Module):
-        return _Role.MODULE
-    return _Role.ATOM if issubclass(cls, _ATOMS) else _Role.OTHER
-
-
-def _roles_by_base() -> Iterator[tuple[Any, _Role]]:
-    yield _Switch, _Role.SWITCH
-    yield _Slot, _Role.SLOT
-    yield pickle.PickleBuffer, _Role.BUFFER
-    yield _reducers.FILES, _Role.FILE
-    yield _torchscript.PROGRAMS, _Role.PROGRAM
-    yield ExportedProgram, _Role.PROGRAM
 
 
 class Root(NamedTuple):
     """An external that is the object number `position` of the shared skeleton."""
 
     position: int
-
-
-class _Switch(NamedTuple):
-    """Written between objects, so that the pickler changes its state on the way; unpickled as None.
-
-    `zone` is the zone of what follows, None for no change. `whole` is the tensor that what follows is taken from, until a
-    switch without one.
-    """
-
-    zone: Zone | None
-    whole: Any = None
-
-
-class _Slot(NamedTuple):
-    """Stands for a tensor that carries Python attributes, while its reducer writes those."""
-
-    tensor: Any
 
 
 @attrs.frozen
@@ -162,21 +56,18 @@ class Stripped:
     memo_holder: Any  # keeps temporary objects alive: no id in `seen` is used twice
 
 
-def strip(
-    objects: Sequence[Any], *, zone: Zone, split: bool, names: Sequence[str], allow_meta: bool = False
-) -> Stripped:
+def strip(objects: Sequence[Any], *, zone: Zone, split: bool, names: Sequence[str]) -> Stripped:
     """Pickle `objects` one after the other, with one memo, without what must travel beside them.
 
     Args:
         split: stop at shared roots too: at values of `shared()` fields, and at modules in the zone AUTO.
         names: what paths into each object start with, for errors.
-        allow_meta: accept tensors without data.
 
     Raises:
         CannotTravelError: something inside cannot be pickled; the error names its path.
     """
     file = io.BytesIO()
-    stripper = _Stripper(file, zone, split, allow_meta)
+    stripper = _Stripper(file, zone, split)
     ends = []
     try:
         for obj in objects:
@@ -227,11 +118,10 @@ def _article(word: str) -> str:
 
 
 class _Stripper(CloudPickler):  # type: ignore[misc]
-    def __init__(self, file: io.BytesIO, zone: Zone, split: bool, allow_meta: bool) -> None:
+    def __init__(self, file: io.BytesIO, zone: Zone, split: bool) -> None:
         super().__init__(file, protocol=5)
         self.zone = zone
         self.split = split
-        self.allow_meta = allow_meta
         self.externals: list[Any] = [None]
         self.shared: set[int] = set()
         self.roots: list[Any] = []
@@ -249,37 +139,37 @@ class _Stripper(CloudPickler):  # type: ignore[misc]
 
     def persistent_id(self, obj: Any) -> int | None:
         cls = type(obj)
-        if cls in _SCALARS:
+        if cls in SCALARS:
             return None
-        role = _roles.get(cls) or _role_of(cls)
-        if role is _Role.SWITCH:
+        role = role_of(cls)
+        if role is Role.SWITCH:
             self.zone = obj.zone or self.zone
             self._whole = obj.whole
             return 0
-        if role is _Role.SLOT:
+        if role is Role.SLOT:
             return self._numbers[id(obj.tensor)]
         self.last = obj
         if self.split and self._is_root(obj, role):
             return self._number(obj, self.roots)
-        if role is _Role.ATOM:
+        if role is Role.ATOM:
             return None
-        if role is _Role.TENSOR:
+        if role is Role.TENSOR:
             return self._tensor_id(obj)
-        if role is _Role.PASSENGER:
+        if role is Role.PASSENGER:
             return self._number(obj)
-        if role is _Role.BUFFER:
+        if role is Role.BUFFER:
             return self._buffer_id(obj)
-        if role in (_Role.MODULE, _Role.PARAMETRIZED) and self.zone is Zone.SHARED:
+        if role in (Role.MODULE, Role.PARAMETRIZED) and self.zone is Zone.SHARED:
             self._note_reason(obj)
         self.seen[id(obj)] = obj
         return None
 
-    def _is_root(self, obj: Any, role: _Role) -> bool:
+    def _is_root(self, obj: Any, role: Role) -> bool:
         if id(obj) in self._declared_roots or id(obj) in self._numbers:
             return True
         if id(obj) in self.seen:  # written already, in the zone COPIED
             return False
-        return role in _MODULES and self.zone is not Zone.COPIED
+        return role in MODULES and self.zone is not Zone.COPIED
 
     def _number(self, obj: Any, register: list[Any] | None = None) -> int:
         number = self._numbers.get(id(obj))
@@ -291,7 +181,7 @@ class _Stripper(CloudPickler):  # type: ignore[misc]
         return number
 
     def _tensor_id(self, obj: Any) -> int | None:
-        if is_meta(obj) and not self.allow_meta:
+        if is_meta(obj):
             self.refused = self.refused if self.refused is not None else obj
             return 0
         if self.zone is Zone.SHARED:
@@ -324,23 +214,23 @@ class _Stripper(CloudPickler):  # type: ignore[misc]
         return self._number(content)
 
     def reducer_override(self, obj: Any) -> Any:
-        role = _role_of(type(obj))
-        if role is _Role.PARAMETRIZED:
+        role = role_of(type(obj))
+        if role is Role.PARAMETRIZED:
             return _reducers.reduce_parametrized(obj)
-        if role is _Role.PROGRAM:
+        if role is Role.PROGRAM:
             is_exported = isinstance(obj, ExportedProgram)
             reduced = _export.reduce_exported(obj) if is_exported else _torchscript.reduce_program(obj)
             return self._between(reduced, obj)
-        if role is _Role.WEAK_REFERENCE:
+        if role is Role.WEAK_REFERENCE:
             return _reducers.reduce_weak_reference(obj)
-        if role is _Role.FILE:
+        if role is Role.FILE:
             return _reducers.reduce_file(obj)
-        if role is _Role.PIPELINE:
+        if role is Role.PIPELINE:
             self.has_pipeline = True
             return self._reduce_pipeline(obj)
-        if role is _Role.TENSOR and id(obj) in self._numbers:
-            return _identity, (_Slot(obj),), vars(obj), None, None, _set_attributes
-        if role is _Role.TENSOR:
+        if role is Role.TENSOR and id(obj) in self._numbers:
+            return _identity, (Slot(obj),), vars(obj), None, None, _set_attributes
+        if role is Role.TENSOR:
             return self._take_apart(obj)
         return super().reducer_override(obj)
 
@@ -353,7 +243,7 @@ class _Stripper(CloudPickler):  # type: ignore[misc]
     def _between(self, reduced: Any, whole: Any) -> Any:
         """A reduction during which whatever is met for the first time is a piece of `whole`."""
         function, arguments, *rest = reduced
-        before, after = _Switch(None, whole), _Switch(None, self._whole)
+        before, after = Switch(None, whole), Switch(None, self._whole)
         return (_between, (before, function, arguments, after), *rest)
 
     def _reduce_pipeline(self, obj: Any) -> Any:
@@ -378,26 +268,26 @@ class _Stripper(CloudPickler):  # type: ignore[misc]
         held = _paths.attributes_of(obj)
         self._declared_roots.update(id(value) for value in self._roots_among(obj, held, declared))
         copied_ids = {id(held[name]) for name, field in declared.items() if field.policy == "copied" and name in held}
-        values = [value for value in _values_of(state) if type(value) not in _SCALARS]
+        values = [value for value in _values_of(state) if type(value) not in SCALARS]
         copied = [value for value in values if id(value) in copied_ids]
         others = [value for value in values if id(value) not in copied_ids]
         inner = Zone.SHARED if self.zone is Zone.SHARED else Zone.AUTO
         prelude: list[Any] = []
         if visit == 1 and (copied or self.zone is Zone.COPIED):
-            prelude += [_Switch(inner), *others]
+            prelude += [Switch(inner), *others]
         if visit <= 2 and copied:
-            prelude += [_Switch(Zone.COPIED), *copied]
-        return [*prelude, _Switch(self.zone)] if prelude else []
+            prelude += [Switch(Zone.COPIED), *copied]
+        return [*prelude, Switch(self.zone)] if prelude else []
 
     def _roots_among(self, obj: Any, values: dict[str, Any], declared: Any) -> list[Any]:
         roots = [value for name, value in values.items() if name in declared and declared[name].policy == "shared"]
-        roots = [value for value in roots if type(value) not in _SCALARS]
+        roots = [value for value in roots if type(value) not in SCALARS]
         if isinstance(
             obj, nn.Module
         ):  # its own parameters and buffers belong to a module, as those of any module below it
             own = {**obj._parameters, **obj._buffers}
             roots += [value for name, value in own.items() if value is not None and name not in declared]
-        return [value for value in roots if _role_of(type(value)) is not _Role.PIPELINE]
+        return [value for value in roots if role_of(type(value)) is not Role.PIPELINE]
 
 
 def _values_of(state: Any) -> list[Any]:

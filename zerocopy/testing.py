@@ -12,7 +12,8 @@ import torch
 from zerocopy import _paths
 from zerocopy._mapping import is_store_file
 from zerocopy._pipeline import is_pipeline_class
-from zerocopy._skeleton import Zone, strip
+from zerocopy._roles import Zone
+from zerocopy._skeleton import strip
 from zerocopy._tensors import is_tensor_or_array, storage_of
 
 _PAGE = 4096
