@@ -50,7 +50,8 @@ class _Observer:
 
     def content(self, obj: Any) -> Any:  # noqa: C901 (a case for each kind of thing)
         if isinstance(obj, torch.Tensor):
-            return self.tensor(obj), self.members(getattr(obj, "__dict__", {}))
+            # A nested tensor's attributes are caches, and symbols that each process counts anew.
+            return self.tensor(obj), self.members({} if obj.is_nested else getattr(obj, "__dict__", {}))
         if isinstance(obj, np.ndarray):
             bits = obj.tolist() if obj.dtype.hasobject else digest(np.ascontiguousarray(obj).tobytes())
             return str(obj.dtype.descr), obj.shape, obj.strides, obj.flags.writeable, obj.flags.f_contiguous, bits

@@ -28,6 +28,8 @@ from torch.nn.utils import parametrizations, parametrize
 
 import zerocopy
 from zerocopy import shared
+from zerocopy.memory import private_bytes
+from zerocopy.testing import assert_zero_copy
 
 pytestmark = [
     pytest.mark.usefixtures("cluster"),
@@ -121,6 +123,17 @@ class Stateful(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
+
+
+class Reduced(nn.Module):
+    """A module that says itself how it is made."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Reduced, (self.weight.detach(),)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -257,11 +270,12 @@ KINDS: dict[str, Callable[[], Any]] = {
     "several parametrizations": lambda: parametrized(doubled, parametrizations.weight_norm),
     "the older weight norm": lambda: torch.nn.utils.weight_norm(linear()),
     "a state of its own": Stateful,
+    "a reduction of its own": lambda: nn.Sequential(Reduced(noise())),
     "a local class": locally_defined,
     "a bound method": bound_method,
     "a lambda": lambda: Box([lambda value: value + 1, noise()]),
     "a partial": lambda: Box(functools.partial(torch.add, noise(), other=noise())),
-    "a tensor that is no leaf": lambda: Box(torch.ones(SIZE, SIZE, requires_grad=True).detach().requires_grad_()),
+    "a tensor that is no leaf": lambda: Box(torch.ones(SIZE, SIZE, requires_grad=True) * 2),
     "weak references": with_weak_references,
     "a cycle": cyclic,
     "a buffer": lambda: Box(nn.Buffer(noise())),
@@ -305,22 +319,22 @@ DTYPES = sorted(
 
 
 @ray.remote
-def observed(publication: zerocopy.Publication) -> tuple[Any, int]:
-    """What another process sees of a publication, and how its private memory grew."""
-    from zerocopy.memory import private_bytes
-
+def observed(publication: zerocopy.Publication) -> tuple[Any, str]:
+    """What another process sees of a publication, and which of its tensors is not a view of the store."""
     warnings.simplefilter("ignore")
-    publication.load()
-    before = private_bytes()
-    kept = [publication.load() for _ in range(4)]
-    grown = private_bytes() - before
-    return observe(kept[0]), grown
+    loaded = publication.load()
+    try:
+        assert_zero_copy(loaded)
+    except AssertionError as error:
+        return observe(loaded), str(error)
+    return observe(loaded), ""
 
 
-def assert_same(original: Any) -> None:
+def assert_same(original: Any, *, is_shared: bool = True) -> None:
     expected = observe(original)
-    found, _ = ray.get(observed.remote(zerocopy.publish(original)))
+    found, private = ray.get(observed.remote(zerocopy.publish(original)))
     assert not difference(expected, found)
+    assert not is_shared or not private
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -330,7 +344,7 @@ def test_comes_out_the_same(kind: str) -> None:
     plan = zerocopy.plan(original)
     assert plan.shared_bytes >= 0.9 * BYTES / 4, "the weights are not shared"
     assert any(entry.note for entry in plan.entries) == (kind in COPIED)
-    assert_same(original)
+    assert_same(original, is_shared=kind not in COPIED)
 
 
 def test_the_docs_list_every_kind() -> None:
@@ -350,7 +364,14 @@ REFUSED: dict[str, Callable[[], Any]] = {
     "a meta tensor": lambda: torch.empty(3, device="meta"),
     "a socket": socket.socket,
     "a thread": threading.Thread,
+    "a process group": lambda: one_process_group(),
 }
+
+
+def one_process_group() -> Any:
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    return torch.distributed.group.WORLD
 
 
 @pytest.mark.parametrize("kind", REFUSED)
@@ -415,6 +436,40 @@ def test_compiled_modules() -> None:
     loaded = publication.load()
     assert publication.shared_bytes == BYTES + 4 * SIZE
     torch.testing.assert_close(loaded(noise()), compiled(noise()))
+
+
+@zerocopy.actor(num_cpus=0.1)
+class Prober:
+    """Loads once to have everything imported, then again to be measured."""
+
+    def measure(self, publication: zerocopy.Publication) -> tuple[int, float]:
+        warnings.simplefilter("ignore")
+        publication.load()
+        before = private_bytes()
+        self.kept = publication.load()
+        return private_bytes() - before, float(self.kept.value["linear"](torch.ones(1, 2048)).sum().detach())
+
+
+def test_all_at_once_takes_no_memory() -> None:
+    """Of a pipeline of a hundred megabytes, in all the ways to hold them, a load takes less than 2 %."""
+    big = noise(2048, 2048)
+    value = {
+        "linear": parametrizations.weight_norm(nn.Linear(2048, 2048)),
+        "sparse": big.relu().to_sparse_csr(),
+        "quantized": torch.quantize_per_tensor(big, 0.1, 3, torch.quint8),
+        "labelled": big.clone().as_subclass(Labelled),
+        "scaled": Scaled(torch.ones(2048, 2048, dtype=torch.int8), torch.ones(2048, 1)),
+        "bfloat16": big.to(torch.bfloat16).t(),
+        "scripted": torch.jit.trace(nn.Linear(2048, 2048), torch.ones(1, 2048)),
+        "exported": torch.export.export(nn.Linear(2048, 2048), (torch.ones(1, 2048),)),
+        "frame": pd.DataFrame({"a": np.arange(1_000_000.0)}),
+    }
+    publication = zerocopy.publish(Holder(value))
+    assert publication.shared_bytes > 100_000_000
+    with Prober.pool(1) as pool:
+        grown, total = ray.get(pool[0].measure.remote(publication))
+    assert grown < 0.02 * publication.shared_bytes
+    assert total == pytest.approx(float(value["linear"](torch.ones(1, 2048)).sum().detach()), abs=1e-2)
 
 
 def test_taken_apart_tensors_are_published_once() -> None:
