@@ -44,6 +44,17 @@ class Random:
 class Block(nn.Module):
     """A module with members of every sort."""
 
+    def forward(self) -> list[str]:
+        """What its parameters, buffers and linear layers amount to, here and below."""
+        members = [*self.parameters(recurse=False), *self.buffers(recurse=False)]
+        found = [str(member.detach().to(torch.complex64).sum().item()) for member in members]
+        for child in self.children():
+            if isinstance(child, nn.Linear):
+                found.append(str(child(torch.ones(1, 2, dtype=child.weight.dtype)).detach().tolist()))
+            for block in child if isinstance(child, nn.ModuleList) else [child]:
+                found += block() if isinstance(block, Block) else []
+        return found
+
 
 @st.composite
 def tensors(draw: st.DrawFn) -> torch.Tensor:
@@ -130,11 +141,14 @@ def test_what_comes_out_is_what_went_in(pipeline: Random) -> None:
         loaded = publication.load()
         assert not difference(expected, observe(loaded))
         assert list(loaded.model.state_dict()) == list(pipeline.model.state_dict())
+        assert loaded.model() == pipeline.model()
         if next(_count) % ELSEWHERE == 0:
             assert not difference(expected, ray.get(observed.remote(publication)))
     with contextlib.suppress(AttributeError, NotImplementedError, RuntimeError):  # where pickle has an answer
         pickled = pickle.loads(pickle.dumps(pipeline))
         assert list(pickled.model.state_dict()) == list(loaded.model.state_dict())
+        assert pickled.model() == loaded.model()
+        assert (pickled.label, repr(pickled.parts)) == (loaded.label, repr(loaded.parts))
 
 
 @CHECKS
