@@ -102,7 +102,7 @@ def require_pipeline(obj: object, what: str) -> None:
     if not (is_pipeline_class(type(obj)) or isinstance(obj, (nn.Module, ExportedProgram))):
         raise ArgumentError(
             f"{what} expects a pipeline or an nn.Module, got {type(obj).__name__!r}.",
-            hint=f"mark class {type(obj).__name__!r} with @zerocopy.pipeline.",
+            hint="mark its class with @zerocopy.pipeline, or hold it in a field of a class that is.",
         )
 
 
