@@ -25,19 +25,24 @@ LAYERS = [
     "_export",
     "_roles",
     "_skeleton",
+    "_twins",
     "_introspector",
     "_tables",
     "_plan",
     "_mapping",
+    "_extraction",
     "_shards",
     "_snapshot",
     "_partial",
+    "_loading",
     "_publication",
     "_publishing",
     "_passing",
     "_remote",
     "_task",
     "_actor",
+    "_remote_models",
+    "wrappers",
     "memory",
     "testing",
     "__init__",
@@ -73,7 +78,7 @@ def test_the_face_is_complete() -> None:
     """`__all__` is sorted, every name is there, and nothing else is public."""
     assert zerocopy.__all__ == sorted(zerocopy.__all__)
     public = {name for name in vars(zerocopy) if not name.startswith("_")}
-    assert public - {"memory", "testing"} == set(zerocopy.__all__)
+    assert public - {"memory", "testing", "wrappers"} == set(zerocopy.__all__)
 
 
 def test_importing_starts_nothing() -> None:

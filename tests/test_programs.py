@@ -96,7 +96,7 @@ def test_programs_share_their_weights(kind: str) -> None:
         torch.testing.assert_close(second, program.other(INPUT).detach())
     weights = WIDTH * WIDTH * 4
     assert publication.shared_bytes > (2 if kind != "frozen" else 1) * weights
-    assert len(publication._outer.skeleton.payload) < 5000
+    assert len(publication._content[1].skeleton.payload) < 5000
     assert grown < weights
 
 
@@ -124,11 +124,11 @@ def test_found_by_the_automatic_rule_and_published_once() -> None:
     search = Search()
     plan = zerocopy.plan(search)
     assert [entry.path for entry in plan.entries if entry.policy == "shared"] == ["search.programs['only']"]
-    sent = [zerocopy._publishing.publish_automatically(search)._manifest for _ in range(3)]
+    sent = [zerocopy._publishing.publish_automatically(search).reference for _ in range(3)]
     assert len(set(sent)) == 1
     with torch.no_grad():
         search.programs["only"].first.bias.add_(1)
-    assert zerocopy._publishing.publish_automatically(search)._manifest != sent[0]
+    assert zerocopy._publishing.publish_automatically(search).reference != sent[0]
 
 
 def test_parts_and_functions() -> None:

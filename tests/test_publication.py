@@ -336,10 +336,10 @@ def test_publishing_again_shares_one_set() -> None:
     search = pipelines.search(width=512)
     first = zerocopy.publish(search)
     again = zerocopy.publish(search)
-    assert first._manifest == again._manifest
+    assert first.reference == again.reference
     search.encoder[0].weight.data[0, 0] += 1  # no version counter tells
     changed = zerocopy.publish(search)
-    assert changed._manifest != first._manifest
+    assert changed.reference != first.reference
     assert changed.load().encoder[0].weight[0, 0] == search.encoder[0].weight[0, 0]
     assert first.load().encoder[0].weight[0, 0] != search.encoder[0].weight[0, 0]
 

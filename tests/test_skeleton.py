@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from torch import nn
 
 from zerocopy._introspector import introspect
-from zerocopy._publication import graft_skeleton
+from zerocopy._loading import graft_skeleton
 from zerocopy._roles import Zone
-from zerocopy._skeleton import graft, strip
+from zerocopy._skeleton import Split, graft, strip
 from zerocopy._tensors import Region, TensorTable, rebuild
 from zerocopy.errors import CannotTravelError
 
@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 def through_bytes(obj: Any, zone: Zone = Zone.SHARED) -> Any:
     """Strip, describe, rebuild over copies of the storages' bytes, and graft."""
-    stripped = strip([obj], zone=zone, split=False, names=["obj"])
+    stripped = strip([obj], zone=zone, split=Split.NOWHERE, names=["obj"])
     table = TensorTable()
     for external in stripped.externals[1:]:
         table.add(external)

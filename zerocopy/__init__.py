@@ -3,6 +3,7 @@
 from zerocopy import _passing as _passing
 from zerocopy import errors
 from zerocopy._actor import Actor, Pool, actor
+from zerocopy._extraction import extract_tensors, replace_tensors
 from zerocopy._fields import Copied, Field, Policy, Shared, copied, shared
 from zerocopy._pipeline import fields, pipeline
 from zerocopy._plan import PlanEntry, SharePlan, plan
@@ -10,11 +11,29 @@ from zerocopy._publication import Publication
 from zerocopy._publishing import publish, unshare
 from zerocopy._task import Task, task
 from zerocopy.memory import memory_report
+from zerocopy.wrappers import (
+    ActorWrapper,
+    JITActorWrapper,
+    JITModelWrapper,
+    JITTaskWrapper,
+    ModelWrapper,
+    TaskWrapper,
+    load_model_in_actor,
+    load_pipeline_in_actor,
+    prepare_model_for_actors,
+    rewrite_pipeline,
+    rewrite_pipeline_for_actors,
+)
 
 __all__ = [
     "Actor",
+    "ActorWrapper",
     "Copied",
     "Field",
+    "JITActorWrapper",
+    "JITModelWrapper",
+    "JITTaskWrapper",
+    "ModelWrapper",
     "PlanEntry",
     "Policy",
     "Pool",
@@ -22,14 +41,22 @@ __all__ = [
     "SharePlan",
     "Shared",
     "Task",
+    "TaskWrapper",
     "actor",
     "copied",
     "errors",
+    "extract_tensors",
     "fields",
+    "load_model_in_actor",
+    "load_pipeline_in_actor",
     "memory_report",
     "pipeline",
     "plan",
+    "prepare_model_for_actors",
     "publish",
+    "replace_tensors",
+    "rewrite_pipeline",
+    "rewrite_pipeline_for_actors",
     "shared",
     "task",
     "unshare",

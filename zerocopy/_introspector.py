@@ -9,7 +9,7 @@ then the outer skeleton holds everything but the tensors, and the pipeline is *e
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import attrs
@@ -19,7 +19,7 @@ from torch.export import ExportedProgram
 from zerocopy import _paths
 from zerocopy._pipeline import fields, is_pipeline_class
 from zerocopy._roles import Zone
-from zerocopy._skeleton import Root, Stripped, strip
+from zerocopy._skeleton import Root, Split, Stripped, strip
 from zerocopy._tensors import TensorSpec, TensorTable, is_tensor_or_array, storage_of
 from zerocopy.errors import ArgumentError, CannotTravelError, DeviceError
 
@@ -106,8 +106,11 @@ def require_pipeline(obj: object, what: str) -> None:
         )
 
 
-def introspect(pipeline: Any) -> Introspection:
+def introspect(pipeline: Any, copied: Collection[str] = ()) -> Introspection:
     """Split `pipeline` into its skeletons and its tensors. Nothing is written anywhere.
+
+    Args:
+        copied: attributes to treat as `copied()` fields, beside those that its class declares.
 
     Raises:
         CannotTravelError: something inside cannot leave the process; the error names its path.
@@ -116,9 +119,10 @@ def introspect(pipeline: Any) -> Introspection:
     if is_pipeline_class(type(pipeline)):
         fields(type(pipeline))  # refuses stray declarations before anything is pickled
     name = _paths.name_of(pipeline)
-    first = strip([pipeline], zone=Zone.AUTO, split=True, names=[name])
+    by_hand = {id(pipeline): copied} if copied else None
+    first = strip([pipeline], zone=Zone.AUTO, split=Split.ROOTS, names=[name], copied=by_hand)
     names = [_paths.find(pipeline, root, name) or name for root in first.roots]
-    shared = strip(first.roots, zone=Zone.SHARED, split=False, names=names)
+    shared = strip(first.roots, zone=Zone.SHARED, split=Split.NOWHERE, names=names)
     table, root_ends = _tabulate(shared)
     common = set(first.seen) & set(shared.seen)
     entangled = _entanglement(pipeline, first, shared, common, names)
@@ -158,7 +162,7 @@ def make_outer(pipeline: Any, known: Known) -> Outer:
         UnknownRoot: the weights do not hold a module or a shared value that the pipeline has now.
         CannotTravelError: something copied cannot leave the process.
     """
-    stripped = strip([pipeline], zone=Zone.AUTO, split=True, names=[_paths.name_of(pipeline)])
+    stripped = strip([pipeline], zone=Zone.AUTO, split=Split.ROOTS, names=[_paths.name_of(pipeline)])
     if not all(id(root) in known.roots for root in stripped.roots) or fingerprint(stripped.roots) != known.loose:
         raise UnknownRoot
     return _outer_of(pipeline, known, stripped)
@@ -167,7 +171,7 @@ def make_outer(pipeline: Any, known: Known) -> Outer:
 def _outer_of(pipeline: Any, known: Known, stripped: Stripped) -> Outer:
     whole = known.whole or not known.mutable.isdisjoint(stripped.seen)
     if whole:
-        stripped = strip([pipeline], zone=Zone.AUTO, split=False, names=[_paths.name_of(pipeline)])
+        stripped = strip([pipeline], zone=Zone.AUTO, split=Split.NOWHERE, names=[_paths.name_of(pipeline)])
     private = TensorTable(known.storages, known.storage_count)
     externals = _encode(stripped.externals, private, known, whole=whole)
     storages = tuple(storage.to_bytes().tobytes() for storage in private.storages)
@@ -182,7 +186,7 @@ def fingerprint(roots: Sequence[Any]) -> tuple[object, ...]:
     loose = [root for root in roots if not isinstance(root, nn.Module) and not is_tensor_or_array(root)]
     if not loose:
         return ()
-    stripped = strip(loose, zone=Zone.SHARED, split=True, names=["shared"] * len(loose))
+    stripped = strip(loose, zone=Zone.SHARED, split=Split.ROOTS, names=["shared"] * len(loose))
     pieces = set(map(id, stripped.pieces))
     parts = (_extent(obj) if id(obj) in pieces else id(obj) for obj in stripped.externals)
     return (stripped.payload, tuple(map(id, loose)), *parts)
@@ -289,7 +293,7 @@ def _require_one_device(by_field: dict[str, str | None], name: str) -> None:
 
 def _reach(value: Any, index: dict[int, int], name: str) -> set[int]:
     """Indices of the tensors that can be reached from `value`."""
-    stripped = strip([value], zone=Zone.SHARED, split=False, names=[name])
+    stripped = strip([value], zone=Zone.SHARED, split=Split.NOWHERE, names=[name])
     return {index[id(obj)] for obj in stripped.externals if id(obj) in index}
 
 
@@ -299,7 +303,7 @@ def reach(values: Sequence[Any], tensors: Sequence[Any]) -> set[int]:
     memory = {
         storage_of(tensor).key: position for position, tensor in enumerate(tensors)
     }  # programs hold them by alias
-    stripped = strip(list(values), zone=Zone.SHARED, split=False, names=["fields"] * len(values))
+    stripped = strip(list(values), zone=Zone.SHARED, split=Split.NOWHERE, names=["fields"] * len(values))
     found = [obj for obj in stripped.externals if is_tensor_or_array(obj)]
     by_memory = {memory.get(storage_of(obj).key) for obj in found} | {index.get(id(obj)) for obj in found}
     return {position for position in by_memory if position is not None}

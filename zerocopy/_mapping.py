@@ -115,6 +115,46 @@ def map_private(buffers: Sequence[Any], *, writable: bool = True, required: bool
     return Mapping(memory, [start - first for start in starts])
 
 
+def map_if_in_store(arrays: Sequence[np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
+    """Writable twins of `arrays`, private to this process: mapped where these lie in the object store, else copied.
+
+    Raises:
+        IsolationError: as `map_private`.
+    """
+    stored: dict[_Interval, list[int]] = {}
+    for position, array in sorted(
+        enumerate(arrays), key=lambda item: item[1].nbytes
+    ):  # the first one is read as a proof
+        interval = _interval_around(array)
+        if interval is not None:
+            stored.setdefault(interval, []).append(position)
+    private: dict[int, np.ndarray[Any, Any]] = {}
+    for positions in stored.values():
+        bounds = [np.lib.array_utils.byte_bounds(arrays[position]) for position in positions]
+        mapped = map_private(
+            [_alias(low, high - low, arrays[i]) for i, (low, high) in zip(positions, bounds, strict=True)]
+        )
+        for position, (low, _), offset in zip(positions, bounds, mapped.offsets, strict=True):
+            array = arrays[position]
+            start = offset + array.__array_interface__["data"][0] - low
+            private[position] = np.ndarray(array.shape, array.dtype, mapped.memory, start, array.strides)
+    return [private[i] if i in private else array.copy(order="K") for i, array in enumerate(arrays)]
+
+
+def _interval_around(array: np.ndarray[Any, Any]) -> _Interval | None:
+    """The shared file that an array lies in, if any."""
+    if sys.platform != "linux" or not array.nbytes:
+        return None
+    try:
+        return _interval_of(*np.lib.array_utils.byte_bounds(array))
+    except MappingImpossible:
+        _intervals.clear()  # a file may have been mapped since they were read
+    try:
+        return _interval_of(*np.lib.array_utils.byte_bounds(array))
+    except MappingImpossible:
+        return None
+
+
 def is_store_file(path: str) -> bool:
     """Whether a path in a process' memory maps is a file of Ray's object store, be it a fallback allocation."""
     return "/plasma" in path

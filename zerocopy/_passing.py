@@ -30,11 +30,11 @@ def _load(publication: Publication) -> Any:
 
 
 def _reduce_publication(publication: Publication) -> Any:
-    reduced = publication.__reduce__()
+    content, *description = publication.parts()
     if _store.is_running():
         _store.refuse_out_of_band(f"A publication of {publication.kind}")
-        _store.count_pin(reduced[1][0])  # the reference to the manifest, which Ray pickles next
-    return reduced
+        _store.count_pin(content[0])  # the reference to the manifest, which Ray pickles next
+    return Publication, (content, *description)
 
 
 def _register(cls: type) -> None:

@@ -15,7 +15,7 @@ from zerocopy._fields import Policy
 from zerocopy._introspector import Introspection, introspect, require_pipeline
 from zerocopy._pipeline import fields, is_pipeline_class
 from zerocopy._roles import Zone
-from zerocopy._skeleton import strip
+from zerocopy._skeleton import Split, strip
 from zerocopy._tables import as_html, as_text, format_bytes
 from zerocopy._tensors import is_tensor_or_array
 from zerocopy.errors import CannotTravelError
@@ -187,7 +187,7 @@ def _copied_entries(found: Introspection) -> Iterator[PlanEntry]:
 
 
 def _copied_bytes(found: Introspection, value: Any, name: str, zone: Zone) -> int:
-    stripped = strip([value], zone=zone, split=True, names=[name])
+    stripped = strip([value], zone=zone, split=Split.ROOTS, names=[name])
     tensors = {id(obj): obj for obj in stripped.externals if is_tensor_or_array(obj)}
     inside = sum(_nbytes(obj) for key, obj in tensors.items() if key not in found.table.index)
     return len(stripped.payload) + inside

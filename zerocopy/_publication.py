@@ -1,25 +1,25 @@
-"""What is a publication: a small handle to weights in the object store, and how it is loaded."""
+"""What is a publication: a small handle to weights in the object store."""
 
 from __future__ import annotations
 
 import functools
+import pickle
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeAlias
 
 import attrs
 import ray
 import torch
 
 from zerocopy import _devices, _partial, _store
-from zerocopy._introspector import Outer, Skeleton, reach
+from zerocopy._introspector import Outer
+from zerocopy._loading import load
 from zerocopy._roles import add_passenger
-from zerocopy._shards import Manifest, StoredMemory
-from zerocopy._skeleton import Root, graft
-from zerocopy._tensors import Region, TensorSpec, rebuild, stand_in
-from zerocopy.errors import DeviceError, PublicationClosedError, PublicationLostError, VersionError
+from zerocopy._shards import Manifest
+from zerocopy.errors import PublicationClosedError, PublicationLostError, VersionError
 
 FORMAT = 1  # of manifests and handles; raised when either changes
 
@@ -75,6 +75,8 @@ class Loaded:
     mappings: Sequence[Any]
 
 
+Content: TypeAlias = tuple[ray.ObjectRef[Any], Outer]  # the reference to the manifest, and the outer skeleton
+
 _load_observers: list[Callable[[Publication, Loaded], None]] = []
 
 
@@ -96,15 +98,15 @@ class Publication:
 
     def __init__(
         self,
-        manifest: ray.ObjectRef[Any],
-        outer: Outer,
+        content: Content | bytes,
         kind: str,
         shared_bytes: int,
         require_isolation: bool,
         versions: Versions,
     ) -> None:
-        self._manifest: ray.ObjectRef[Any] | None = manifest
-        self._outer = outer
+        self._content: Content | bytes | None = (
+            content  # bytes: sealed for plain pickle, until it is used; None: closed
+        )
         self.kind = kind
         self.shared_bytes = shared_bytes
         self._require_isolation = require_isolation
@@ -118,7 +120,16 @@ class Publication:
     @property
     def closed(self) -> bool:
         """Whether `close` was called on this handle."""
-        return self._manifest is None
+        return self._content is None
+
+    @property
+    def reference(self) -> ray.ObjectRef[Any]:
+        """What keeps the weights in the store.
+
+        Raises:
+            As `load`, where the publication means nothing any more.
+        """
+        return self._usable()[0]
 
     def load(self, device: str | torch.device | None = None, fields: Sequence[str] | None = None) -> Any:
         """Make a live pipeline whose tensors are views of the store, private to this process when written.
@@ -138,42 +149,30 @@ class Publication:
             DeviceError: a device is not there, or fields that share memory would go to different ones.
             ArgumentError: `fields` names an attribute that the pipeline does not have.
         """
-        if fields is not None:
-            fields = _partial.names_of(fields)
-        reference, manifest = self._get_manifest()
+        names = None if fields is None else _partial.names_of(fields)
+        reference, outer = self._usable()
+        self._versions.require_agreement()
+        manifest: Manifest = _store.get(reference)
         target = _devices.resolve(device)
-        everything = range(len(manifest.specs) + len(self._outer.specs))
-        needed: Sequence[int] = self._referenced(manifest)
-        if fields is not None:
-            needed = self._needed_by(fields, manifest, needed)
-        is_needed = set(needed)
-        storages = sorted({manifest.specs[index].storage for index in needed if index < len(manifest.specs)})
-        memory = StoredMemory(manifest, storages, require_isolation=self._require_isolation)
-        live = iter(self._rebuild(manifest, needed, memory, target))
-        specs = (*manifest.specs, *self._outer.specs)
-        tensors = [next(live) if index in is_needed else _placeholder(specs[index], fields) for index in everything]
-        pipeline = self._join(manifest, tensors)
-        if fields is not None:
-            _partial.keep_only(pipeline, fields)
-        shared = {index: tensors[index] for index in needed if index < len(manifest.specs)}
-        loaded = Loaded(pipeline, reference, shared, tuple(memory.mappings()))
+        pipeline, tensors, mappings = load(manifest, outer, target, names, require_isolation=self._require_isolation)
+        loaded = Loaded(pipeline, reference, tensors, mappings)
         for observer in _load_observers:
             observer(self, loaded)
         return pipeline
 
-    def _get_manifest(self) -> tuple[ray.ObjectRef[Any], Manifest]:
-        reference = self._usable()
-        self._versions.require_agreement()
-        return reference, _store.get(reference)
-
-    def _usable(self) -> ray.ObjectRef[Any]:
-        """The reference to the manifest, if it still means something.
+    def _usable(self) -> Content:
+        """The content, if it still means something.
 
         Raises:
             PublicationClosedError: the publication was closed.
             PublicationLostError: the connection to the cluster that it belongs to has ended.
+            ZeroCopyError: plain pickle brought it here, where Ray is not running.
         """
-        if self._manifest is None:
+        if isinstance(self._content, bytes):
+            _store.require_running(f"This publication of {self.kind}")
+            opened: Content = pickle.loads(self._content)
+            self._content, self._session = opened, _store.session()
+        if self._content is None:
             raise PublicationClosedError(
                 f"This publication of {self.kind} was closed.", hint="load before close(), or publish again."
             )
@@ -182,56 +181,15 @@ class Publication:
                 f"This publication of {self.kind} belongs to a connection to Ray that has ended.",
                 hint="publish the pipeline again.",
             )
-        return self._manifest
-
-    def _referenced(self, manifest: Manifest) -> list[int]:
-        """Indices of the tensors that a whole load needs: an entangled pipeline, or one passed on, may use some only."""
-        skeletons = [self._outer.skeleton]
-        if any(isinstance(external, Root) for external in self._outer.skeleton.externals):
-            skeletons.append(manifest.skeleton)
-        return sorted({external for skeleton in skeletons for external in skeleton.externals if type(external) is int})
-
-    def _needed_by(self, fields: Sequence[str], manifest: Manifest, referenced: Sequence[int]) -> list[int]:
-        """Indices of the tensors below `fields`, found on a pipeline of stand-ins that takes no memory."""
-        stand_ins = [stand_in(spec) for spec in (*manifest.specs, *self._outer.specs)]
-        blank = self._join(manifest, stand_ins)
-        return sorted(reach(_partial.values_of(blank, fields), stand_ins) & set(referenced))
-
-    def _rebuild(
-        self, manifest: Manifest, needed: Sequence[int], memory: StoredMemory, target: torch.device
-    ) -> list[Any]:
-        shared = len(manifest.locations)
-        private = [bytearray(content) for content in self._outer.storages]
-        devices: dict[int, torch.device] = {}
-
-        def device_of(storage: int) -> torch.device:
-            if storage not in devices:
-                devices[storage] = _one_device(manifest.devices.get(storage, ()), target)
-            return devices[storage]
-
-        def region_of(storage: int) -> Region:
-            if storage >= shared:
-                content = private[storage - shared]
-                return Region(content, 0, len(content))
-            return memory.region(storage, writable=device_of(storage).type == "cpu")
-
-        specs = (*manifest.specs, *self._outer.specs)
-        return rebuild([specs[index] for index in needed], region_of, device_of)
-
-    def _join(self, manifest: Manifest, tensors: Sequence[Any]) -> Any:
-        outer = self._outer.skeleton
-        roots: Sequence[Any] = ()
-        if any(isinstance(external, Root) for external in outer.externals):
-            roots = graft_skeleton(manifest.skeleton, tensors, ())
-        return graft_skeleton(outer, tensors, roots)[0]
+        return self._content
 
     def close(self) -> None:
         """Let go of the weights. Loaded pipelines keep what they use; closing twice is fine."""
-        manifest, self._manifest = self._manifest, None
+        content, self._content = self._content, None
         close, self._close = self._close, None
         self._lease = None
-        if manifest is not None and close is not None:
-            close(manifest)
+        if isinstance(content, tuple) and close is not None:
+            close(content[0])
 
     def __enter__(self) -> Self:
         return self
@@ -243,8 +201,7 @@ class Publication:
 
     def __copy__(self) -> Publication:
         """Another handle to the same weights, to be closed by itself."""
-        make, arguments = self.__reduce__()
-        twin: Publication = make(*arguments)
+        twin = Publication(*self.parts())
         twin.cls, twin._lease, twin._close = self.cls, self._lease, self._close
         return twin
 
@@ -255,37 +212,28 @@ class Publication:
         state = "closed" if self.closed else f"{self.shared_bytes:,} bytes"
         return f"<zerocopy.Publication of {self.kind}: {state}>"
 
+    def parts(self) -> tuple[Any, ...]:
+        """What another handle is made of.
+
+        Raises:
+            As `load`, where the publication means nothing any more.
+        """
+        return self._usable(), *self._description()
+
+    def _description(self) -> tuple[Any, ...]:
+        return self.kind, self.shared_bytes, self._require_isolation, self._versions
+
     def __reduce__(self) -> tuple[Any, ...]:
-        return Publication, (
-            self._usable(), self._outer, self.kind, self.shared_bytes, self._require_isolation, self._versions,
-        )  # fmt: skip
+        """For plain pickle, which knows nothing of references and their owners: Ray's pickle seals them."""
+        content = self._content if isinstance(self._content, bytes) else self._sealed()
+        return Publication, (content, *self._description())
+
+    def _sealed(self) -> bytes:
+        content = self._usable()
+        _store.refuse_out_of_band(f"A publication of {self.kind}")
+        _store.count_pin(content[0])
+        sealed: bytes = ray.cloudpickle.dumps(content)
+        return sealed
 
 
 add_passenger(Publication)
-
-
-def graft_skeleton(skeleton: Skeleton, tensors: Sequence[Any], roots: Sequence[Any]) -> list[Any]:
-    """Rebuild the objects of a skeleton around live tensors and roots."""
-    externals = [_external(external, tensors, roots) for external in skeleton.externals]
-    return graft(skeleton.payload, externals, skeleton.count)
-
-
-def _external(external: Any, tensors: Sequence[Any], roots: Sequence[Any]) -> Any:
-    if type(external) is int:
-        return tensors[external]
-    return roots[external.position] if isinstance(external, Root) else external
-
-
-def _placeholder(spec: TensorSpec, fields: Sequence[str] | None) -> Any:
-    return None if fields is None else stand_in(spec)
-
-
-def _one_device(declared: Sequence[str | None], target: torch.device) -> torch.device:
-    """The device of a storage whose fields declare `declared`, None for those that follow the load."""
-    devices = {target if name is None else _devices.resolve(name) for name in declared} or {target}
-    if len(devices) > 1:
-        names = " and ".join(sorted(map(str, devices)))
-        raise DeviceError(
-            f"Fields that share memory would be loaded on {names}.", hint="give tied fields one device, or load on it."
-        )
-    return devices.pop()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, TypeAlias
 
 import attrs
 import ray
@@ -56,11 +56,11 @@ class Weights:
 
     def verified(self, found: Introspection) -> set[object]:
         """Keys of the storages of `found` of which the store has exactly the bytes. Reads all of them."""
-        if not self.are_in_store() or not self.snapshot.weights.are_same():
+        storages = [storage for storage in found.table.storages if storage.key in self.known.storages]
+        if not storages or not self.are_in_store() or not self.snapshot.weights.are_same():
             return set()
         manifest: Manifest = _store.get(self.manifest)
         memory = StoredMemory(manifest, range(len(manifest.locations)), require_isolation=False)
-        storages = [storage for storage in found.table.storages if storage.key in self.known.storages]
         return {s.key for s in storages if memory.holds(self.known.storages[s.key], s.to_bytes())}
 
     def describe(self, found: Introspection) -> bool:
@@ -79,7 +79,7 @@ class Lease:
 class _Entry:
     """What is known of one live pipeline."""
 
-    pipeline: weakref.ref[Any]
+    pipeline: Callable[[], Any]
     weights: Weights | None = None
     automatic: bool = False  # remembered as long as the pipeline lives, whoever has a lease
     lease: Callable[[], Lease | None] = lambda: None
@@ -113,19 +113,23 @@ class _Origin:
     session: object
 
 
-_entries: dict[int, _Entry] = {}
+_Key: TypeAlias = tuple[int, tuple[str, ...]]
+_entries: dict[_Key, _Entry] = {}
 _lock = threading.RLock()
 
 
-def _entry_of(pipeline: Any) -> _Entry:
-    entry = _entries.get(id(pipeline))
+def _entry_of(pipeline: Any, copied: Collection[str] = ()) -> _Entry:
+    """What is known of `pipeline`, published with these attributes copied. Of a dict, say, nothing can be remembered."""
+    key = id(pipeline), tuple(copied)
+    entry = _entries.get(key)
     if entry is None or entry.pipeline() is not pipeline:
-        key = id(pipeline)
+        if not type(pipeline).__weakrefoffset__:
+            return _Entry(lambda: pipeline)
         entry = _entries[key] = _Entry(weakref.ref(pipeline, lambda ref: _forget(key, ref)))
     return entry
 
 
-def _forget(key: int, ref: weakref.ref[Any]) -> None:
+def _forget(key: _Key, ref: weakref.ref[Any]) -> None:
     entry = _entries.get(key)
     if entry is not None and entry.pipeline is ref:
         del _entries[key]
@@ -147,19 +151,31 @@ def publish(pipeline: Any) -> Publication:
         RayClientError: this process is connected through Ray Client.
     """
     require_pipeline(pipeline, "zerocopy.publish")
+    return publish_object(pipeline, pipeline)
+
+
+def publish_object(pipeline: Any, original: Any, copied: Collection[str] = ()) -> Publication:
+    """Publish any object that holds models: `original`, or a twin of it over the same tensors.
+
+    Args:
+        original: what publishing again will be asked for.
+        copied: attributes of `pipeline` to treat as `copied()` fields, beside those that its class declares.
+
+    Raises:
+        As `publish`, but for ArgumentError.
+    """
     _store.require()
     with _lock:
-        entry = _entry_of(pipeline)
+        entry = _entry_of(original, copied)
         _current_weights(pipeline, entry)
         weights = entry.weights
-        found = introspect(pipeline)
+        found = introspect(pipeline, copied)
         same = weights.verified(found) if weights is not None else set[object]()
         outer = None
         if weights is not None and len(same) == len(found.table.storages) and weights.describe(found):
-            outer = _outer_over(weights, pipeline)
+            outer = _outer_over(weights, pipeline) if not copied else None
         if weights is None or outer is None:
-            stored = weights.placements if weights is not None else {}
-            weights = _put(found, {key: place for key, place in stored.items() if key in same})
+            weights = _put(found, _verified_places(found))
             outer = found.outer
         lease = entry.lease_weights()
         entry.remember(weights, automatic=False)
@@ -182,9 +198,27 @@ def publish_automatically(pipeline: Any) -> Publication:
             entry.remember(weights, automatic=True)
             return _handle(pipeline, weights, outer)
         found = introspect(pipeline)
-        weights = _put(found, entry.weights.unchanged() if entry.weights is not None else {})
+        weights = _put(found, _unchanged_places())
         entry.remember(weights, automatic=True)
         return _handle(pipeline, weights, found.outer)
+
+
+def _published() -> list[Weights]:
+    """The weights of every pipeline of this process that the store has still."""
+    return [entry.weights for entry in _entries.values() if entry.weights is not None]
+
+
+def _unchanged_places() -> dict[object, Placement]:
+    """Where storages are that need not be written again, as far as version counters tell; whatever pipeline they are of."""
+    return {key: place for weights in _published() for key, place in weights.unchanged().items()}
+
+
+def _verified_places(found: Introspection) -> dict[object, Placement]:
+    """The same for the storages of `found`, byte by byte."""
+    places: dict[object, Placement] = {}
+    for weights in _published():
+        places.update({key: weights.placements[key] for key in weights.verified(found) if key in weights.placements})
+    return places
 
 
 def _outer_over(weights: Weights, pipeline: Any) -> Outer | None:
@@ -247,7 +281,7 @@ def _put(found: Introspection, stored: Mapping[object, Placement]) -> Weights:
 def _handle(pipeline: Any, weights: Weights, outer: Outer) -> Publication:
     required = os.environ.get(_mapping.REQUIRE_ISOLATION, "0") not in ("", "0")
     publication = Publication(
-        weights.manifest, outer, type(pipeline).__name__, weights.shared_bytes, required, Versions.here()
+        (weights.manifest, outer), type(pipeline).__name__, weights.shared_bytes, required, Versions.here()
     )
     publication.cls = type(pipeline)
     return publication
@@ -264,7 +298,8 @@ def _let_go(manifest: ray.ObjectRef[Any]) -> None:
 
 
 def _remember(publication: Publication, loaded: Loaded) -> None:
-    _entry_of(loaded.pipeline).origin = _Origin(
+    entry = _entry_of(loaded.pipeline)
+    entry.origin = _Origin(
         loaded.manifest,
         publication.shared_bytes,
         TensorMarks(loaded.tensors.values()),
@@ -287,7 +322,7 @@ def unshare(pipeline: Any) -> None:
         ArgumentError: `pipeline` was not loaded from a publication in this process.
         IsolationError: it was loaded where private mappings are not possible; `copy.deepcopy` it instead.
     """
-    entry = _entries.get(id(pipeline))
+    entry = _entries.get((id(pipeline), ()))
     if entry is None or entry.pipeline() is not pipeline or entry.origin is None:
         raise ArgumentError(
             f"This {type(pipeline).__name__} was not loaded from a publication in this process.",

@@ -61,7 +61,7 @@ def travelling(value: Any) -> Any:
     if is_shareable(value):
         return publish_automatically(value)
     if isinstance(value, Publication) and value.closed:
-        value.__reduce__()  # raises what pickling it would
+        value.parts()  # raises what pickling it would
     return value
 
 

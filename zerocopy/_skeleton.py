@@ -7,9 +7,10 @@ meet is met, at any depth, identity is kept and no property is evaluated.
 
 from __future__ import annotations
 
+import enum
 import io
 import pickle
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import attrs
@@ -21,12 +22,21 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from zerocopy import _export, _paths, _reducers, _torchscript
-from zerocopy._pipeline import fields
+from zerocopy._fields import Field
+from zerocopy._pipeline import fields, is_pipeline_class
 from zerocopy._roles import MODULES, SCALARS, Role, Slot, Switch, Zone, role_of
 from zerocopy._tensors import is_meta, is_plain
 from zerocopy.errors import CannotTravelError, ZeroCopyError
 
 CloudPickler: Any = ray.cloudpickle.CloudPickler  # not typed
+
+
+class Split(enum.Enum):
+    """Where a strip stops, beside at tensors."""
+
+    NOWHERE = "everything is in the payload"
+    ROOTS = "at shared roots: at values of `shared()` fields, and at modules in the zone AUTO"
+    MODULES = "at modules in the zone AUTO, also inside the values of `shared()` fields"
 
 
 class Root(NamedTuple):
@@ -56,18 +66,26 @@ class Stripped:
     memo_holder: Any  # keeps temporary objects alive: no id in `seen` is used twice
 
 
-def strip(objects: Sequence[Any], *, zone: Zone, split: bool, names: Sequence[str]) -> Stripped:
+def strip(
+    objects: Sequence[Any],
+    *,
+    zone: Zone,
+    split: Split,
+    names: Sequence[str],
+    copied: Mapping[int, Collection[str]] | None = None,
+) -> Stripped:
     """Pickle `objects` one after the other, with one memo, without what must travel beside them.
 
     Args:
-        split: stop at shared roots too: at values of `shared()` fields, and at modules in the zone AUTO.
+        split: where to stop, beside at tensors.
         names: what paths into each object start with, for errors.
+        copied: attributes to treat as `copied()` fields, by the id of the object that has them.
 
     Raises:
         CannotTravelError: something inside cannot be pickled; the error names its path.
     """
     file = io.BytesIO()
-    stripper = _Stripper(file, zone, split)
+    stripper = _Stripper(file, zone, split, copied or {})
     ends = []
     try:
         for obj in objects:
@@ -118,10 +136,11 @@ def _article(word: str) -> str:
 
 
 class _Stripper(CloudPickler):  # type: ignore[misc]
-    def __init__(self, file: io.BytesIO, zone: Zone, split: bool) -> None:
+    def __init__(self, file: io.BytesIO, zone: Zone, split: Split, copied: Mapping[int, Collection[str]]) -> None:
         super().__init__(file, protocol=5)
         self.zone = zone
         self.split = split
+        self.copied = copied
         self.externals: list[Any] = [None]
         self.shared: set[int] = set()
         self.roots: list[Any] = []
@@ -149,7 +168,7 @@ class _Stripper(CloudPickler):  # type: ignore[misc]
         if role is Role.SLOT:
             return self._numbers[id(obj.tensor)]
         self.last = obj
-        if self.split and self._is_root(obj, role):
+        if self.split is not Split.NOWHERE and self._is_root(obj, role):
             return self._number(obj, self.roots)
         if role is Role.ATOM:
             return None
@@ -167,7 +186,7 @@ class _Stripper(CloudPickler):  # type: ignore[misc]
     def _is_root(self, obj: Any, role: Role) -> bool:
         if id(obj) in self._declared_roots or id(obj) in self._numbers:
             return True
-        if id(obj) in self.seen:  # written already, in the zone COPIED
+        if id(obj) in self.seen or id(obj) in self.copied:  # written already in the zone COPIED; to be taken apart
             return False
         return role in MODULES and self.zone is not Zone.COPIED
 
@@ -215,6 +234,8 @@ class _Stripper(CloudPickler):  # type: ignore[misc]
 
     def reducer_override(self, obj: Any) -> Any:
         role = role_of(type(obj))
+        if id(obj) in self.copied:
+            return self._reduce_pipeline(obj)
         if role is Role.PARAMETRIZED:
             return _reducers.reduce_parametrized(obj)
         if role is Role.PROGRAM:
@@ -264,9 +285,10 @@ class _Stripper(CloudPickler):  # type: ignore[misc]
         policies hold. A pipeline that one of its attributes refers back to is met again before that.
         """
         visit = self._visits[id(obj)] = self._visits.get(id(obj), 0) + 1
-        declared = fields(type(obj))
+        declared = self._fields_of(obj)
         held = _paths.attributes_of(obj)
-        self._declared_roots.update(id(value) for value in self._roots_among(obj, held, declared))
+        if self.split is not Split.MODULES:
+            self._declared_roots.update(id(value) for value in self._roots_among(obj, held, declared))
         copied_ids = {id(held[name]) for name, field in declared.items() if field.policy == "copied" and name in held}
         values = [value for value in _values_of(state) if type(value) not in SCALARS]
         copied = [value for value in values if id(value) in copied_ids]
@@ -278,6 +300,10 @@ class _Stripper(CloudPickler):  # type: ignore[misc]
         if visit <= 2 and copied:
             prelude += [Switch(Zone.COPIED), *copied]
         return [*prelude, Switch(self.zone)] if prelude else []
+
+    def _fields_of(self, obj: Any) -> Mapping[str, Field]:
+        declared = fields(type(obj)) if is_pipeline_class(type(obj)) else {}
+        return {**declared, **{name: Field(name, "copied") for name in self.copied.get(id(obj), ())}}
 
     def _roots_among(self, obj: Any, values: dict[str, Any], declared: Any) -> list[Any]:
         roots = [value for name, value in values.items() if name in declared and declared[name].policy == "shared"]

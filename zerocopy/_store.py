@@ -47,6 +47,19 @@ def require() -> None:
         )
 
 
+def require_running(what: str) -> None:
+    """Refuse what only the cluster that this process belongs to can give.
+
+    Raises:
+        ZeroCopyError: Ray is not running in this process.
+    """
+    if not ray.is_initialized():
+        raise ZeroCopyError(
+            f"{what} needs Ray, which is not running in this process.",
+            hint="connect to the cluster that holds the weights: ray.init(address='auto').",
+        )
+
+
 def is_worker() -> bool:
     """Whether this process runs Ray tasks or an actor."""
     return bool(global_worker.mode == ray.WORKER_MODE)

@@ -25,6 +25,18 @@ class ArgumentError(ZeroCopyError, TypeError):
     """A call was given arguments that it cannot use."""
 
 
+class ModeError(ZeroCopyError, ValueError):
+    """A wrapper was asked for a mode that does not exist. Attribute: `mode`."""
+
+    mode: object
+
+
+class NotExposedError(ZeroCopyError, AttributeError):
+    """A model whose calls are tasks was asked for something else. Attribute: `attribute`."""
+
+    attribute: str
+
+
 class CannotTravelError(ZeroCopyError, TypeError):
     """An object inside a pipeline cannot leave its process.
 

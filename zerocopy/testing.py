@@ -13,7 +13,7 @@ from zerocopy import _paths
 from zerocopy._mapping import is_store_file
 from zerocopy._pipeline import is_pipeline_class
 from zerocopy._roles import Zone
-from zerocopy._skeleton import strip
+from zerocopy._skeleton import Split, strip
 from zerocopy._tensors import is_tensor_or_array, storage_of
 
 _PAGE = 4096
@@ -50,8 +50,10 @@ def _tensors(obj: Any) -> list[Any]:
     if is_tensor_or_array(obj):
         return [obj]
     name = _paths.name_of(obj)
-    parts = strip([obj], zone=Zone.AUTO, split=True, names=[name]).roots if is_pipeline_class(type(obj)) else [obj]
-    stripped = strip(parts, zone=Zone.SHARED, split=False, names=[name] * len(parts))
+    parts = [obj]
+    if is_pipeline_class(type(obj)):
+        parts = strip([obj], zone=Zone.AUTO, split=Split.ROOTS, names=[name]).roots
+    stripped = strip(parts, zone=Zone.SHARED, split=Split.NOWHERE, names=[name] * len(parts))
     return [external for external in stripped.externals if is_tensor_or_array(external)]
 
 

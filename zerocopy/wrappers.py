@@ -1,0 +1,421 @@
+"""The imperative face: plain classes and functions around models of code that cannot be decorated."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any, Generic, Literal, TypeVar
+
+import attrs
+import ray
+from torch import nn
+from torch.export import ExportedProgram
+
+from zerocopy import _devices, _paths, _store
+from zerocopy._publication import Publication
+from zerocopy._publishing import publish_object
+from zerocopy._remote_models import RemoteModel, class_of, on_device, publication_of
+from zerocopy._torchscript import PROGRAMS
+from zerocopy._twins import in_eval_mode, models_of, with_models_replaced
+from zerocopy.errors import ArgumentError, ModeError
+
+T = TypeVar("T")
+Mode = Literal["actor", "task"]
+
+
+@attrs.frozen
+class ModelInfo:
+    """One model of a wrapper: the name of its class, where its weights are, and the methods that run as tasks."""
+
+    kind: str
+    publication: Publication
+    methods: tuple[str, ...] = ()
+
+
+class ModelWrapper(Generic[T]):
+    """A model, or an object that holds models, published once. Picklable, small, and loaded where it is needed.
+
+    In actor mode `load()` gives the live object, its models in eval mode, ready for inference. In task mode it gives an
+    object used like the original, in which every call of a model runs as a Ray task. Made by `from_model`.
+    """
+
+    def __init__(
+        self,
+        skeleton: Publication | RemoteModel,
+        model_info: Mapping[str, ModelInfo],
+        is_standalone_module: bool = False,
+        mode: Mode = "actor",
+        doc: str | None = None,
+    ) -> None:
+        self._skeleton = skeleton
+        self._model_info = dict(model_info)
+        self._is_standalone_module = is_standalone_module
+        self._mode = mode
+        self.__doc__ = doc
+
+    @classmethod
+    def from_model(
+        cls,
+        model_or_pipeline: T,
+        mode: Mode = "actor",
+        model_attr_names: Sequence[str] | None = None,
+        method_names: Sequence[str] | None = None,
+    ) -> ModelWrapper[T]:
+        """Publish a model, or the models anywhere in an object. What is given stays as it is.
+
+        Args:
+            model_or_pipeline: an `nn.Module`, a TorchScript or an exported program, or an object that holds some.
+            mode: `"actor"` or `"task"`.
+            model_attr_names: attributes whose models are shared; all else is copied. By default every model is shared, or
+                what the fields of a `@zerocopy.pipeline` class say.
+            method_names: methods of the models that run as tasks, beside `__call__` (by default `forward` for TorchScript).
+
+        Raises:
+            ModeError: an unknown mode (a `ValueError`).
+            ArgumentError: no model was found, or there is no attribute or method of these names.
+            CannotTravelError: something inside cannot leave the process; the error names its path.
+            StoreTooSmallError: the weights are larger than this node's object store.
+        """
+        if mode not in ("actor", "task"):
+            raise ModeError(f"mode={mode!r} is neither 'actor' nor 'task'.", mode=mode)
+        pipeline: Any = model_or_pipeline
+        copied = _attributes_to_copy(pipeline, model_attr_names)
+        models = {"model": pipeline} if _is_model(pipeline) else models_of(pipeline, copied)
+        cls._require_models(pipeline, models)
+        _store.require()
+        twin = in_eval_mode(pipeline)
+        if mode == "actor":
+            publication = publish_object(twin, pipeline, copied)
+            info = {path: ModelInfo(class_of(model).__name__, publication) for path, model in models.items()}
+            return cls(publication, info, _is_model(pipeline), mode, type(pipeline).__doc__)
+        skeleton, info = _prepare_tasks(pipeline, twin, models, copied, method_names)
+        return cls(skeleton, info, _is_model(pipeline), mode, type(pipeline).__doc__)
+
+    @classmethod
+    def _require_models(cls, pipeline: Any, models: Mapping[str, Any]) -> None:
+        if not models:
+            raise ArgumentError(
+                f"{cls.__name__} found no model in this {type(pipeline).__name__}.",
+                hint="give it an nn.Module, or an object that holds some.",
+            )
+
+    @classmethod
+    def for_tasks(cls, model_or_pipeline: T, method_names: Sequence[str] | None = None) -> T:
+        """`from_model(..., mode="task").load()`: used like the original, with every call of a model a Ray task."""
+        return cls.from_model(model_or_pipeline, mode="task", method_names=method_names).load()
+
+    def load(self, device: Any = None, _use_fast_load: bool = False) -> T:
+        """In actor mode the live object, in task mode one whose models run in Ray tasks.
+
+        Args:
+            device: where the models are loaded, None for the CPU; in task mode in the tasks.
+            _use_fast_load: accepted, as `ray_zerocopy` has it; there is one way to load, the fast one.
+
+        Raises:
+            As `Publication.load`.
+        """
+        if self._mode == "actor":
+            pipeline: Any = self._published().load(device)
+        elif isinstance(self._skeleton, RemoteModel):
+            pipeline = on_device(self._skeleton, device)
+        else:
+            pipeline = _on_device(self._published().load(), device)
+        return pipeline  # type: ignore[no-any-return]
+
+    def _published(self) -> Publication:
+        if isinstance(self._skeleton, RemoteModel):
+            return publication_of(self._skeleton)
+        return self._skeleton
+
+    @property
+    def model_refs(self) -> dict[str, ray.ObjectRef[Any]]:
+        """References to the published weights, by the path of each model. Models published together share one."""
+        return {path: info.publication.reference for path, info in self._model_info.items()}
+
+    def serialize(self) -> dict[str, Any]:
+        """What `deserialize` takes."""
+        return {
+            "skeleton": self._skeleton,
+            "model_info": self._model_info,
+            "is_standalone_module": self._is_standalone_module,
+            "mode": self._mode,
+            "doc": self.__doc__,
+        }
+
+    @classmethod
+    def deserialize(
+        cls,
+        skeleton: Publication | RemoteModel,
+        model_info: Mapping[str, ModelInfo],
+        is_standalone_module: bool = False,
+        mode: Mode = "actor",
+        doc: str | None = None,
+    ) -> ModelWrapper[T]:
+        """The wrapper that `serialize` described."""
+        return cls(skeleton, model_info, is_standalone_module, mode, doc)
+
+    def __repr__(self) -> str:
+        published = self._published()
+        models = ", ".join(f"{path} ({info.kind})" for path, info in self._model_info.items())
+        return f"<zerocopy.{type(self).__name__} in {self._mode} mode: {models}; {published!r}>"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), tuple(self.serialize().values())
+
+
+class JITModelWrapper(ModelWrapper[T]):
+    """`ModelWrapper` for TorchScript: traced, scripted or frozen, alone or in an object that holds some."""
+
+    @classmethod
+    def _require_models(cls, pipeline: Any, models: Mapping[str, Any]) -> None:
+        if not any(isinstance(model, PROGRAMS) for model in models.values()):
+            raise ArgumentError(
+                f"{cls.__name__} found no TorchScript in this {type(pipeline).__name__}.",
+                hint="use ModelWrapper, or compile the model with torch.jit.trace or torch.jit.script.",
+            )
+
+
+class TaskWrapper(Generic[T]):
+    """An object used like the one it wraps, in which every call of a model runs as a Ray task.
+
+    It is called, and gives and takes attributes, as the original does. `method_names` are the methods of the models that
+    run as tasks, beside `__call__`.
+
+    Raises:
+        As `ModelWrapper.from_model`.
+    """
+
+    _wrapper: type[ModelWrapper[Any]] = ModelWrapper
+
+    def __init__(self, pipeline: T, method_names: Sequence[str] | None = ("__call__",)) -> None:
+        _fill(self, self._wrapper.for_tasks(pipeline, method_names), type(pipeline).__doc__)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(vars(self)["_pipeline"])
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As the original's, but that each call of a model is a Ray task."""
+        return vars(self)["_pipeline"](*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if "_pipeline" not in vars(self):  # being unpickled
+            raise AttributeError(name)
+        return getattr(vars(self)["_pipeline"], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(vars(self)["_pipeline"], name, value)
+
+    def __repr__(self) -> str:
+        return f"<zerocopy.{type(self).__name__} of {vars(self)['_pipeline']!r}>"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild_task_wrapper, (type(self), vars(self)["_pipeline"], self.__doc__)
+
+
+class JITTaskWrapper(TaskWrapper[T]):
+    """`TaskWrapper` for TorchScript. `__call__` and `forward` run as tasks, beside `method_names`."""
+
+    _wrapper = JITModelWrapper
+
+    def __init__(self, pipeline: T, method_names: Sequence[str] | None = None) -> None:
+        super().__init__(pipeline, method_names)
+
+
+class ActorWrapper(Generic[T]):
+    """A model or pipeline to be loaded in actors, on `device` there.
+
+    Raises:
+        As `ModelWrapper.from_model`; DeviceError where torch knows no such device.
+    """
+
+    _wrapper: type[ModelWrapper[Any]] = ModelWrapper
+
+    def __init__(self, pipeline: T, device: str | None = None, model_attr_names: Sequence[str] | None = None) -> None:
+        _devices.check_device_name(device, f"{type(self).__name__} of {type(pipeline).__name__}")
+        self._skeleton: ModelWrapper[T] = self._wrapper.from_model(pipeline, model_attr_names=model_attr_names)
+        self.device = device
+        self.__doc__ = self._skeleton.__doc__
+
+    def load(self, device: Any = None) -> T:
+        """The live pipeline, its models in eval mode, on the device given here, or else to the wrapper, or else the CPU.
+
+        Raises:
+            As `Publication.load`.
+        """
+        return self._skeleton.load(device if device is not None else self.device)
+
+    @property
+    def model_refs(self) -> dict[str, ray.ObjectRef[Any]]:
+        """As `ModelWrapper.model_refs`."""
+        return self._skeleton.model_refs
+
+    @property
+    def constructor_kwargs(self) -> dict[str, Any]:
+        """What `load_pipeline_in_actor` takes, for `fn_constructor_kwargs` of Ray Data."""
+        return {
+            "pipeline_skeleton": self._skeleton,
+            "model_refs": self.model_refs,
+            "device": self.device,
+            "use_fast_load": False,
+        }
+
+    def __repr__(self) -> str:
+        return f"<zerocopy.{type(self).__name__} on {self.device or 'cpu'} of {self._skeleton!r}>"
+
+
+class JITActorWrapper(ActorWrapper[T]):
+    """`ActorWrapper` for TorchScript."""
+
+    _wrapper = JITModelWrapper
+
+
+def prepare_model_for_actors(model: Any) -> ray.ObjectRef[Any]:
+    """Publish a bare model. The reference, passed anywhere, is for `load_model_in_actor`.
+
+    Raises:
+        ArgumentError: not a model.
+        As `ModelWrapper.from_model`.
+    """
+    if not _is_model(model):
+        raise ArgumentError(
+            f"prepare_model_for_actors expects a model, got {type(model).__name__!r}.",
+            hint="use rewrite_pipeline_for_actors for an object that holds some.",
+        )
+    return _store.put(ModelWrapper.from_model(model))
+
+
+def load_model_in_actor(model_ref: Any, device: Any = None, use_fast_load: bool = False) -> Any:
+    """The model behind a reference of `prepare_model_for_actors`, or behind what Ray made of it as an argument.
+
+    Raises:
+        ArgumentError: the reference is of something else.
+        As `Publication.load`.
+    """
+    wrapper = _store.get(model_ref) if isinstance(model_ref, ray.ObjectRef) else model_ref
+    return _wrapper_of(wrapper, "load_model_in_actor", "prepare_model_for_actors").load(device, use_fast_load)
+
+
+def rewrite_pipeline_for_actors(
+    pipeline: Any, model_attr_names: Sequence[str] | None = None
+) -> tuple[ModelWrapper[Any], dict[str, ray.ObjectRef[Any]]]:
+    """Publish the models of an object: a skeleton, and references to the weights by path, for `load_pipeline_in_actor`.
+
+    Raises:
+        As `ModelWrapper.from_model`.
+    """
+    wrapper: ModelWrapper[Any] = ModelWrapper.from_model(pipeline, model_attr_names=model_attr_names)
+    return wrapper, wrapper.model_refs
+
+
+def load_pipeline_in_actor(
+    skeleton: Any, model_refs: Mapping[str, ray.ObjectRef[Any]], device: Any = None, use_fast_load: bool = False
+) -> Any:
+    """The live object of `rewrite_pipeline_for_actors`, its models in eval mode.
+
+    Raises:
+        ArgumentError: skeleton and references are not of one pipeline.
+        As `Publication.load`.
+    """
+    wrapper = _wrapper_of(skeleton, "load_pipeline_in_actor", "rewrite_pipeline_for_actors")
+    if dict(model_refs) != wrapper.model_refs:
+        raise ArgumentError(
+            "load_pipeline_in_actor got references that are not those of this skeleton.",
+            hint="pass both results of one call of rewrite_pipeline_for_actors.",
+        )
+    return wrapper.load(device, use_fast_load)
+
+
+def rewrite_pipeline(pipeline: T, method_names: Sequence[str] | None = ("__call__",)) -> T:
+    """`ModelWrapper.for_tasks(pipeline, method_names)`."""
+    return ModelWrapper.for_tasks(pipeline, method_names)
+
+
+def _is_model(obj: object) -> bool:
+    return issubclass(type(obj), (nn.Module, ExportedProgram, *PROGRAMS))
+
+
+def _wrapper_of(found: Any, what: str, source: str) -> ModelWrapper[Any]:
+    if not isinstance(found, ModelWrapper):
+        raise ArgumentError(
+            f"{what} expects what {source} returned, got {type(found).__name__!r}.", hint=f"call {source} first."
+        )
+    return found
+
+
+def _attributes_to_copy(pipeline: Any, model_attr_names: Sequence[str] | None) -> list[str]:
+    """The attributes that hold none of the models to share.
+
+    Raises:
+        ArgumentError: `pipeline` is a class, or has no such attribute, or that holds no model.
+    """
+    if isinstance(pipeline, type):
+        raise ArgumentError(f"Got the class {pipeline.__name__!r}.", hint="make an instance of it.")
+    if model_attr_names is None:
+        return []
+    if isinstance(model_attr_names, str):
+        raise ArgumentError(
+            f"model_attr_names={model_attr_names!r} is a string.", hint=f"write [{model_attr_names!r}]."
+        )
+    held = _paths.attributes_of(pipeline)
+    holding = [name for name, value in held.items() if models_of(value)]
+    for name in model_attr_names:
+        if name not in holding:
+            problem = f"holds no model in {name!r}" if name in held else f"has no attribute {name!r}"
+            raise ArgumentError(
+                f"model_attr_names: this {type(pipeline).__name__} {problem}.",
+                hint=f"it holds models in {', '.join(map(repr, holding))}." if holding else None,
+            )
+    return [name for name in held if name not in model_attr_names]
+
+
+def _prepare_tasks(
+    pipeline: Any, twin: Any, models: Mapping[str, Any], copied: Sequence[str], method_names: Sequence[str] | None
+) -> tuple[Publication | RemoteModel, dict[str, ModelInfo]]:
+    """The published pipeline with its models replaced, and what each of them is replaced by."""
+    standalone = _is_model(pipeline)
+    twins = {"model": twin} if standalone else models_of(twin, copied)
+    remote = {}
+    info = {}
+    for (path, model), model_twin in zip(models.items(), twins.values(), strict=True):
+        methods = _exposed(model, method_names)
+        publication = publish_object(model_twin, model, copied if standalone else ())
+        remote[path] = RemoteModel(publication, class_of(model), methods)
+        info[path] = ModelInfo(class_of(model).__name__, publication, methods)
+    _require_methods(models, method_names)
+    if standalone:
+        return remote["model"], info
+    replaced = with_models_replaced(twin, list(remote.values()), copied)
+    return publish_object(replaced, replaced, copied), info
+
+
+def _exposed(model: Any, method_names: Sequence[str] | None) -> tuple[str, ...]:
+    if method_names is None:
+        method_names = ("forward",) if isinstance(model, PROGRAMS) else ()
+    wanted = ("__call__", *method_names)
+    return tuple(dict.fromkeys(name for name in wanted if callable(getattr(model, name, None))))
+
+
+def _require_methods(models: Mapping[str, Any], method_names: Sequence[str] | None) -> None:
+    for name in method_names or ():
+        if not any(callable(getattr(model, name, None)) for model in models.values()):
+            kinds = ", ".join(dict.fromkeys(class_of(model).__name__ for model in models.values()))
+            raise ArgumentError(f"No model has a method {name!r} ({kinds}).", hint="see method_names.")
+
+
+def _on_device(pipeline: Any, device: Any) -> Any:
+    """A task-mode pipeline, its models loaded on `device` in their tasks."""
+    for _, found in _paths.walk(pipeline, "") if device is not None else ():
+        if type(found) is RemoteModel:
+            found._device = device
+    return pipeline
+
+
+def _fill(wrapper: TaskWrapper[Any], pipeline: Any, doc: str | None) -> None:
+    vars(wrapper).update(_pipeline=pipeline, __doc__=doc)
+
+
+def _rebuild_task_wrapper(cls: type[TaskWrapper[Any]], pipeline: Any, doc: str | None) -> TaskWrapper[Any]:
+    wrapper = cls.__new__(cls)
+    _fill(wrapper, pipeline, doc)
+    return wrapper
