@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from zerocopy._mapping import map_if_in_store
+from zerocopy._paths import is_module
 from zerocopy._tensors import is_plain
-from zerocopy._twins import is_module, twin_of
+from zerocopy._twins import twin_of
 from zerocopy.errors import ArgumentError
 
 Tensors: TypeAlias = list[dict[str, dict[str, Any]]]

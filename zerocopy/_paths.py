@@ -24,6 +24,11 @@ def _module_internals() -> frozenset[str]:
     return frozenset(vars(nn.Module()))
 
 
+def is_module(obj: object) -> bool:
+    """Whether `obj` really is an `nn.Module`, and not something that says so of itself."""
+    return issubclass(type(obj), nn.Module)
+
+
 def _slot_names(cls: type) -> Iterator[str]:
     for base in cls.__mro__:
         for name, value in vars(base).items():
@@ -37,13 +42,13 @@ def member_dicts(obj: object) -> Iterator[dict[str, Any]]:
     if not isinstance(own, dict):
         return
     yield own
-    if isinstance(obj, nn.Module):
+    if is_module(obj):
         yield from (own[name] for name in ("_modules", "_parameters", "_buffers") if name in own)
 
 
 def attributes_of(obj: object) -> dict[str, Any]:
     """The data attributes of `obj` by name, from its dicts and slots. No property is evaluated."""
-    hidden = _module_internals() if isinstance(obj, nn.Module) else frozenset[str]()
+    hidden = _module_internals() if is_module(obj) else frozenset[str]()
     found = {name: value for members in member_dicts(obj) for name, value in members.items() if name not in hidden}
     for name in _slot_names(type(obj)):
         if name not in found and hasattr(obj, name):
@@ -78,7 +83,7 @@ def _children(obj: object) -> Iterable[tuple[str, object]]:
         ]
         return [*closure, *used, (".__defaults__", obj.__defaults__)]
     attributes = [(_step(name), value) for name, value in attributes_of(obj).items()]
-    if isinstance(obj, nn.Module):
+    if is_module(obj):
         hooks = ((name, value) for name, value in vars(obj).items() if name.endswith("hooks") and value)
         attributes += [(_step(name), value) for name, value in hooks]
     return attributes

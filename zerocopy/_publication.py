@@ -165,13 +165,12 @@ class Publication:
 
         Raises:
             PublicationClosedError: the publication was closed.
-            PublicationLostError: the connection to the cluster that it belongs to has ended.
+            PublicationLostError: the connection to the cluster that it belongs to has ended, or it is another one.
             ZeroCopyError: plain pickle brought it here, where Ray is not running.
         """
         if isinstance(self._content, bytes):
             _store.require_running(f"This publication of {self.kind}")
-            opened: Content = pickle.loads(self._content)
-            self._content, self._session = opened, _store.session()
+            self._content, self._session = self._opened(*pickle.loads(self._content)), _store.session()
         if self._content is None:
             raise PublicationClosedError(
                 f"This publication of {self.kind} was closed.", hint="load before close(), or publish again."
@@ -232,8 +231,17 @@ class Publication:
         content = self._usable()
         _store.refuse_out_of_band(f"A publication of {self.kind}")
         _store.count_pin(content[0])
-        sealed: bytes = ray.cloudpickle.dumps(content)
+        sealed: bytes = pickle.dumps((_store.cluster(), ray.cloudpickle.dumps(content)))
         return sealed
+
+    def _opened(self, cluster: str, sealed: bytes) -> Content:
+        if cluster != _store.cluster():
+            raise PublicationLostError(
+                f"This publication of {self.kind} belongs to another cluster than this process.",
+                hint="publish the pipeline again.",
+            )
+        content: Content = pickle.loads(sealed)
+        return content
 
 
 add_passenger(Publication)

@@ -18,6 +18,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from zerocopy import _devices, _store
+from zerocopy._paths import is_module
 from zerocopy._pipeline import is_pipeline_class
 from zerocopy._publication import Publication
 from zerocopy._publishing import publish_automatically
@@ -53,7 +54,7 @@ def check_options(options: Mapping[str, Any], kind: Kind, *, late: bool = False)
 
 
 def is_shareable(value: object) -> bool:
-    return isinstance(value, (nn.Module, ExportedProgram)) or is_pipeline_class(type(value))
+    return is_module(value) or isinstance(value, ExportedProgram) or is_pipeline_class(type(value))
 
 
 def travelling(value: Any) -> Any:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from zerocopy._paths import is_module
 from zerocopy._tensors import TensorTable
 
 
@@ -85,7 +86,7 @@ class TensorMarks:
 
 
 def _has_slots(obj: object) -> bool:
-    return isinstance(obj, nn.Module) and not isinstance(obj, torch.jit.ScriptModule)
+    return is_module(obj) and not isinstance(obj, torch.jit.ScriptModule)
 
 
 class Snapshot:

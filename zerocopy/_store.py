@@ -170,6 +170,12 @@ def session() -> object:
     return global_worker.core_worker if is_running() else None
 
 
+def cluster() -> str:
+    """Identifies the cluster: references of another one may have the same ids, and mean other objects."""
+    identity: str = global_worker.gcs_client.cluster_id.hex()
+    return identity
+
+
 _pins: dict[ray.ObjectRef[Any], int] = {}
 
 

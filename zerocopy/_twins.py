@@ -46,7 +46,7 @@ def in_eval_mode(obj: Any) -> Any:
         CannotTravelError: something inside cannot be pickled; the error names its path.
     """
     around = _models(obj, ())
-    others = [found for found in around.seen.values() if is_module(found)]  # in copied fields
+    others = [found for found in around.seen.values() if _paths.is_module(found)]  # in copied fields
     inner = {id(below) for module in others for below in module.modules() if below is not module}
     models = [*around.roots, *(module for module in others if id(module) not in inner)]
     twin, modules = _twins_of([obj, models], _paths.name_of(obj))
@@ -68,11 +68,6 @@ def with_models_replaced(obj: Any, replacements: Sequence[Any], copied: Collecti
 def _twins_of(objects: Sequence[Any], name: str) -> list[Any]:
     stripped = strip(objects, zone=Zone.AUTO, split=Split.NOWHERE, names=[name] * len(objects))
     return _graft_around(stripped, stripped.externals, len(objects))
-
-
-def is_module(obj: object) -> bool:
-    """Whether `obj` really is an `nn.Module`, and not something that says so of itself."""
-    return issubclass(type(obj), nn.Module)
 
 
 def _models(obj: Any, copied: Collection[str]) -> Stripped:

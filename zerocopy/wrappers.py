@@ -8,7 +8,6 @@ from typing import Any, Generic, Literal, TypeVar
 
 import attrs
 import ray
-from torch import nn
 from torch.export import ExportedProgram
 
 from zerocopy import _devices, _paths, _store
@@ -332,7 +331,7 @@ def rewrite_pipeline(pipeline: T, method_names: Sequence[str] | None = ("__call_
 
 
 def _is_model(obj: object) -> bool:
-    return issubclass(type(obj), (nn.Module, ExportedProgram, *PROGRAMS))
+    return _paths.is_module(obj) or isinstance(obj, (ExportedProgram, *PROGRAMS))
 
 
 def _wrapper_of(found: Any, what: str, source: str) -> ModelWrapper[Any]:
