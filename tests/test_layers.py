@@ -20,6 +20,7 @@ LAYERS = [
     "_pipeline",
     "_paths",
     "_tensors",
+    "_modules",
     "_reducers",
     "_torchscript",
     "_export",

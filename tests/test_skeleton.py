@@ -17,7 +17,7 @@ from zerocopy._introspector import introspect
 from zerocopy._loading import graft_skeleton
 from zerocopy._roles import Zone
 from zerocopy._skeleton import Split, graft, strip
-from zerocopy._tensors import Region, TensorTable, rebuild
+from zerocopy._tensors import TensorTable, rebuild
 from zerocopy.errors import CannotTravelError
 
 CPU = torch.device("cpu")
@@ -30,7 +30,7 @@ def through_bytes(obj: Any, zone: Zone = Zone.SHARED) -> Any:
     for external in stripped.externals[1:]:
         table.add(external)
     memory = [bytearray(storage.to_bytes().tobytes()) for storage in table.storages]
-    rebuilt = rebuild(table.specs, lambda index: Region(memory[index], 0, len(memory[index])), lambda _: CPU)
+    rebuilt = rebuild(table.specs, {index: (content, 0, len(content)) for index, content in enumerate(memory)}, {})
     return graft(stripped.payload, [None, *rebuilt])[0]
 
 
@@ -185,9 +185,6 @@ def test_skeleton_is_small() -> None:
     """What remains without tensors does not grow with them."""
     small, large = (introspect(nn.Linear(width, width)) for width in (4, 2048))
     assert len(large.shared.payload) - len(small.shared.payload) < 100
-    tensors = rebuild(
-        large.table.specs,
-        lambda index: Region(bytearray(large.table.storages[index].nbytes), 0, large.table.storages[index].nbytes),
-        lambda _: CPU,
-    )
+    sizes = [storage.nbytes for storage in large.table.storages]
+    tensors = rebuild(large.table.specs, {index: (bytearray(size), 0, size) for index, size in enumerate(sizes)}, {})
     assert graft_skeleton(large.shared, tensors, ())[0].weight.shape == (2048, 2048)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import gc
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,13 +13,13 @@ from zerocopy import _devices, _partial
 from zerocopy._introspector import Outer, Skeleton, reach
 from zerocopy._shards import Manifest, StoredMemory
 from zerocopy._skeleton import Root, graft
-from zerocopy._tensors import Region, TensorSpec, rebuild, stand_in
+from zerocopy._tensors import TensorSpec, rebuild, stand_in
 from zerocopy.errors import DeviceError
 
 
 def load(
     manifest: Manifest, outer: Outer, target: torch.device, fields: Sequence[str] | None, *, require_isolation: bool
-) -> tuple[Any, Mapping[int, Any], Sequence[Any]]:
+) -> tuple[Any, Mapping[int, Any], StoredMemory]:
     """A live pipeline, its shared tensors by index, and the memory that they are views of.
 
     Args:
@@ -30,22 +32,41 @@ def load(
     needed: Sequence[int] = _referenced(manifest, outer)
     if fields is not None:
         needed = _needed_by(fields, manifest, outer, needed)
-    shared = [index for index in needed if index < len(manifest.specs)]
-    storages = sorted({manifest.specs[index].storage for index in shared})
-    memory = StoredMemory(manifest, storages, require_isolation=require_isolation)
-    specs = (*manifest.specs, *outer.specs)
-    live = dict(zip(needed, _rebuild(manifest, outer, [specs[i] for i in needed], memory, target), strict=True))
-    tensors = [live[i] if i in live else _placeholder(spec, fields) for i, spec in enumerate(specs)]
-    pipeline = _join(manifest, outer, tensors)
+    rows = (*manifest.spec_rows, *outer.specs)
+    specs: Any = rows if len(needed) == len(rows) else [rows[index] for index in needed]
+    count = len(manifest.location_rows)
+    storages = dict.fromkeys(spec[1] for spec in specs)
+    memory = StoredMemory(manifest, [i for i in storages if i < count], require_isolation=require_isolation)
+    devices = _devices_of(storages, manifest.devices, target)
+    regions = memory.regions(devices)
+    regions.update((count + i, (bytearray(content), 0, len(content))) for i, content in enumerate(outer.storages))
+    with _collector_paused():
+        live = dict(zip(needed, rebuild(specs, regions, devices), strict=True))
+        tensors = live if len(live) == len(rows) else _with_placeholders(live, rows, fields)
+        pipeline = _join(manifest, outer, tensors)
     if fields is not None:
         _partial.keep_only(pipeline, fields)
-    return pipeline, {index: live[index] for index in shared}, tuple(memory.mappings())
+    shared = live if not outer.specs else {i: live[i] for i in needed if i < len(manifest.spec_rows)}
+    return pipeline, shared, memory
 
 
-def _referenced(manifest: Manifest, outer: Outer) -> list[int]:
+@contextlib.contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Thousands of new objects, all of them to stay, would have the garbage collector look at everything again and again."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _referenced(manifest: Manifest, outer: Outer) -> Sequence[int]:
     """Indices of the tensors that a whole load needs: an entangled pipeline, or one passed on, may use some only."""
-    skeletons = [outer.skeleton, manifest.skeleton] if _has_roots(outer) else [outer.skeleton]
-    return sorted({external for skeleton in skeletons for external in skeleton.externals if type(external) is int})
+    if _has_roots(outer):
+        return range(len(manifest.spec_rows) + len(outer.specs))
+    return sorted({external for external in outer.skeleton.externals if type(external) is int})
 
 
 def _has_roots(outer: Outer) -> bool:
@@ -59,25 +80,19 @@ def _needed_by(fields: Sequence[str], manifest: Manifest, outer: Outer, referenc
     return sorted(reach(_partial.values_of(blank, fields), stand_ins) & set(referenced))
 
 
-def _rebuild(
-    manifest: Manifest, outer: Outer, specs: Sequence[TensorSpec], memory: StoredMemory, target: torch.device
-) -> list[Any]:
-    shared = len(manifest.locations)
-    private = [bytearray(content) for content in outer.storages]
-    devices: dict[int, torch.device] = {}
+def _with_placeholders(live: Mapping[int, Any], rows: Sequence[Any], fields: Sequence[str] | None) -> list[Any]:
+    blank = [None] * len(rows) if fields is None else [stand_in(TensorSpec._make(row)) for row in rows]
+    return [live.get(index, blank[index]) for index in range(len(rows))]
 
-    def device_of(storage: int) -> torch.device:
-        if storage not in devices:
-            devices[storage] = _one_device(manifest.devices.get(storage, ()), target)
-        return devices[storage]
 
-    def region_of(storage: int) -> Region:
-        if storage >= shared:
-            content = private[storage - shared]
-            return Region(content, 0, len(content))
-        return memory.region(storage, writable=device_of(storage).type == "cpu")
-
-    return rebuild(specs, region_of, device_of)
+def _devices_of(
+    storages: Iterable[int], declared: Mapping[int, Sequence[str | None]], target: torch.device
+) -> dict[int, torch.device]:
+    """Where storages belong, of those that do not stay in main memory."""
+    if not declared:
+        return {} if target == _devices.CPU else dict.fromkeys(storages, target)
+    found = {storage: _one_device(declared.get(storage, ()), target) for storage in storages}
+    return {storage: device for storage, device in found.items() if device != _devices.CPU}
 
 
 def _one_device(declared: Sequence[str | None], target: torch.device) -> torch.device:
@@ -91,22 +106,15 @@ def _one_device(declared: Sequence[str | None], target: torch.device) -> torch.d
     return devices.pop()
 
 
-def _join(manifest: Manifest, outer: Outer, tensors: Sequence[Any]) -> Any:
+def _join(manifest: Manifest, outer: Outer, tensors: Mapping[int, Any] | Sequence[Any]) -> Any:
     roots = graft_skeleton(manifest.skeleton, tensors, ()) if _has_roots(outer) else ()
     return graft_skeleton(outer.skeleton, tensors, roots)[0]
 
 
-def graft_skeleton(skeleton: Skeleton, tensors: Sequence[Any], roots: Sequence[Any]) -> list[Any]:
+def graft_skeleton(skeleton: Skeleton, tensors: Mapping[int, Any] | Sequence[Any], roots: Sequence[Any]) -> list[Any]:
     """Rebuild the objects of a skeleton around live tensors and roots."""
-    externals = [_external(external, tensors, roots) for external in skeleton.externals]
+    externals = [
+        tensors[external] if type(external) is int else roots[external.position] if type(external) is Root else external
+        for external in skeleton.externals
+    ]
     return graft(skeleton.payload, externals, skeleton.count)
-
-
-def _external(external: Any, tensors: Sequence[Any], roots: Sequence[Any]) -> Any:
-    if type(external) is int:
-        return tensors[external]
-    return roots[external.position] if isinstance(external, Root) else external
-
-
-def _placeholder(spec: TensorSpec, fields: Sequence[str] | None) -> Any:
-    return None if fields is None else stand_in(spec)

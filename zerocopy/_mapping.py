@@ -33,11 +33,17 @@ class MappingImpossible(Exception):
     """Says why this process cannot map store memory privately."""
 
 
-class Mapping(NamedTuple):
+class Mapped(NamedTuple):
     """Mapped memory and where each of the given buffers starts in it."""
 
     memory: Any
     offsets: list[int]
+
+
+def address_of(memory: Any) -> int:
+    """Where mapped memory starts in this process."""
+    start: int = np.frombuffer(memory, np.uint8).__array_interface__["data"][0]
+    return start
 
 
 class _Interval(NamedTuple):
@@ -57,7 +63,7 @@ class PrivateMap(mmap.mmap):
 
     def detach(self) -> None:
         """Put anonymous memory with the same bytes in the place of the mapping: views of it stay as they are."""
-        start = np.frombuffer(self, np.uint8).__array_interface__["data"][0]
+        start = address_of(self)
         for offset in range(0, len(self), DETACH_BYTES):
             content = self[offset : offset + DETACH_BYTES]
             _map_anonymous(start + offset, len(content))
@@ -86,7 +92,7 @@ _descriptors: dict[tuple[int, int], str] = {}
 _warned: set[str] = set()
 
 
-def map_private(buffers: Sequence[Any], *, writable: bool = True, required: bool = False) -> Mapping:
+def map_private(buffers: Sequence[Any], *, writable: bool = True, required: bool = False) -> Mapped:
     """Map the store memory that `buffers` (all of one object of the store) lie in once more, private to this process.
 
     Args:
@@ -110,9 +116,8 @@ def map_private(buffers: Sequence[Any], *, writable: bool = True, required: bool
         first = min(starts)
         memory = _alias(first, end - first, buffers)
     if not writable and isinstance(memory, mmap.mmap):
-        readable = np.frombuffer(memory, np.uint8)
-        memory = _alias(readable.__array_interface__["data"][0], readable.nbytes, memory)
-    return Mapping(memory, [start - first for start in starts])
+        memory = _alias(address_of(memory), len(memory), memory)
+    return Mapped(memory, [start - first for start in starts])
 
 
 def map_if_in_store(arrays: Sequence[np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:

@@ -17,6 +17,7 @@ import torch
 from zerocopy import _devices, _partial, _store
 from zerocopy._introspector import Outer
 from zerocopy._loading import load
+from zerocopy._mapping import Mapped
 from zerocopy._roles import add_passenger
 from zerocopy._shards import Manifest
 from zerocopy.errors import PublicationClosedError, PublicationLostError, VersionError
@@ -67,12 +68,12 @@ def _minor(release: str) -> str:
 
 @attrs.frozen
 class Loaded:
-    """What a load made: the pipeline, the shared tensors by index, and the memory that they are views of."""
+    """What a load made: the pipeline, the shared tensors by index, and the memory that they are views of, by shard."""
 
     pipeline: Any
     manifest: ray.ObjectRef[Any]
     tensors: Mapping[int, Any]
-    mappings: Sequence[Any]
+    mapped: Mapping[int, Mapped]
 
 
 Content: TypeAlias = tuple[ray.ObjectRef[Any], Outer]  # the reference to the manifest, and the outer skeleton
@@ -154,8 +155,8 @@ class Publication:
         self._versions.require_agreement()
         manifest: Manifest = _store.get(reference)
         target = _devices.resolve(device)
-        pipeline, tensors, mappings = load(manifest, outer, target, names, require_isolation=self._require_isolation)
-        loaded = Loaded(pipeline, reference, tensors, mappings)
+        pipeline, tensors, memory = load(manifest, outer, target, names, require_isolation=self._require_isolation)
+        loaded = Loaded(pipeline, reference, tensors, memory.mapped)
         for observer in _load_observers:
             observer(self, loaded)
         return pipeline

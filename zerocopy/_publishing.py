@@ -24,7 +24,7 @@ from zerocopy._introspector import (
 )
 from zerocopy._publication import Loaded, Publication, Versions, observe_loads
 from zerocopy._shards import Manifest, Placement, StoredMemory, locate, put_storages
-from zerocopy._snapshot import Snapshot, TensorMarks
+from zerocopy._snapshot import LoadedMarks, Snapshot
 from zerocopy._tensors import TensorSpec
 from zerocopy.errors import ArgumentError, IsolationError
 
@@ -107,9 +107,7 @@ class _Origin:
 
     manifest: ray.ObjectRef[Any]
     shared_bytes: int
-    marks: TensorMarks
-    indices: list[int]
-    mappings: list[weakref.ref[Any]]
+    marks: LoadedMarks
     session: object
 
 
@@ -239,13 +237,15 @@ def _current_weights(pipeline: Any, entry: _Entry) -> Weights | None:
 
 def _weights_of_origin(pipeline: Any, origin: _Origin) -> Weights | None:
     """The weights that a loaded pipeline came from, if it still has all of them and no others."""
-    if origin.session is not _store.session() or not origin.marks.are_same():
-        return None
-    found = introspect(pipeline)
-    index = {key: origin.indices[position] for key, position in origin.marks.index().items()}
-    if not all(key in index for key in found.table.index):
+    if origin.session is not _store.session():
         return None
     manifest: Manifest = _store.get(origin.manifest)
+    if not origin.marks.are_same(manifest):
+        return None
+    found = introspect(pipeline)
+    index = origin.marks.index()
+    if not all(key in index for key in found.table.index):
+        return None
     storages = {}
     for obj, spec in zip(found.table.objects, found.table.specs, strict=True):
         published = manifest.specs[index[id(obj)]]
@@ -302,9 +302,7 @@ def _remember(publication: Publication, loaded: Loaded) -> None:
     entry.origin = _Origin(
         loaded.manifest,
         publication.shared_bytes,
-        TensorMarks(loaded.tensors.values()),
-        list(loaded.tensors),
-        [weakref.ref(mapping) for mapping in loaded.mappings],
+        LoadedMarks(loaded.tensors, loaded.mapped),
         _store.session(),
     )
 
@@ -328,7 +326,7 @@ def unshare(pipeline: Any) -> None:
             f"This {type(pipeline).__name__} was not loaded from a publication in this process.",
             hint="unshare() takes what publication.load() returned, or what arrived in a task or an actor.",
         )
-    mappings = [mapping for ref in entry.origin.mappings if (mapping := ref()) is not None]
+    mappings = entry.origin.marks.memories()
     for mapping in mappings:
         if not isinstance(mapping, _mapping.PrivateMap):
             raise IsolationError(

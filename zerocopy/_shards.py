@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import pickle
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import attrs
 import numpy as np
 import ray
 
 from zerocopy import _store
 from zerocopy._introspector import Skeleton
-from zerocopy._mapping import Mapping as MappedMemory
-from zerocopy._mapping import map_private
+from zerocopy._mapping import Mapped, map_private
 from zerocopy._tensors import Region, Storage, TensorSpec
 
 MB = 1 << 20
@@ -36,15 +35,37 @@ class Location(NamedTuple):
     nbytes: int
 
 
-@attrs.frozen
 class Manifest:
-    """What a publication keeps in the store: descriptions of all shared tensors, the shared skeleton, and where bytes are."""
+    """What a publication keeps in the store: descriptions of all shared tensors, the shared skeleton, and where bytes are.
 
-    specs: tuple[TensorSpec, ...]
-    locations: tuple[Location, ...]
-    devices: Mapping[int, tuple[str | None, ...]]
-    skeleton: Skeleton
-    shards: tuple[ray.ObjectRef[Any], ...]
+    Descriptions travel as plain tuples: thousands of named ones would take longer to unpickle than the skeleton.
+    """
+
+    def __init__(
+        self,
+        specs: Sequence[tuple[Any, ...]],
+        locations: Sequence[tuple[int, int, int, int]],
+        devices: Mapping[int, tuple[str | None, ...]],
+        skeleton: Skeleton,
+        shards: Sequence[ray.ObjectRef[Any]],
+    ) -> None:
+        self.spec_rows = specs
+        self.location_rows = locations
+        self.devices = devices
+        self.skeleton = skeleton
+        self.shards = shards
+
+    @functools.cached_property
+    def specs(self) -> tuple[TensorSpec, ...]:
+        return tuple(map(TensorSpec._make, self.spec_rows))
+
+    @functools.cached_property
+    def locations(self) -> tuple[Location, ...]:
+        return tuple(map(Location._make, self.location_rows))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        rows = tuple(map(tuple, self.spec_rows)), tuple(map(tuple, self.location_rows))
+        return Manifest, (*rows, self.devices, self.skeleton, self.shards)
 
 
 class Placement(NamedTuple):
@@ -141,27 +162,31 @@ class StoredMemory:
     """The memory of a manifest's storages in this process: mapped anew for each load."""
 
     def __init__(self, manifest: Manifest, needed: Iterable[int], *, require_isolation: bool) -> None:
-        self._locations = manifest.locations
+        self._locations = manifest.location_rows
         self._require_isolation = require_isolation
-        shards = sorted({manifest.locations[storage].shard for storage in needed} - {-1})
+        self._needed = list(needed)
+        shards = sorted({self._locations[storage][0] for storage in self._needed} - {-1})
         buffers = _store.get_all([manifest.shards[shard] for shard in shards])
         self._buffers: dict[int, list[Any]] = dict(zip(shards, buffers, strict=True))
-        self._mapped: dict[tuple[int, bool], MappedMemory] = {}
+        self.mapped: dict[int, Mapped] = {}  # writable memory, by shard
 
-    def region(self, storage: int, *, writable: bool) -> Region:
-        """The bytes of a storage, private to this load; not `writable` is the source for a copy to another device."""
-        shard, buffer, offset, nbytes = self._locations[storage]
-        if shard < 0:
-            return Region(bytearray(), 0, 0)
-        mapped = self._mapped.get((shard, writable))
-        if mapped is None:
-            mapped = map_private(self._buffers[shard], writable=writable, required=self._require_isolation)
-            self._mapped[shard, writable] = mapped
-        return Region(mapped.memory, mapped.offsets[buffer] + offset, nbytes)
-
-    def mappings(self) -> Iterator[Any]:
-        """The writable memory that was mapped so far."""
-        return (mapped.memory for (_, writable), mapped in self._mapped.items() if writable)
+    def regions(self, on_devices: Container[int]) -> dict[int, Region]:
+        """The bytes of each storage, private to this load; of those `on_devices` the source to copy from."""
+        read_only: dict[int, Mapped] = {}
+        regions = {}
+        for storage in self._needed:
+            shard, buffer, offset, nbytes = self._locations[storage]
+            if shard < 0:
+                regions[storage] = (bytearray(), 0, 0)
+                continue
+            maps = read_only if storage in on_devices else self.mapped
+            if shard not in maps:
+                maps[shard] = map_private(
+                    self._buffers[shard], writable=maps is self.mapped, required=self._require_isolation
+                )
+            memory, offsets = maps[shard]
+            regions[storage] = (memory, offsets[buffer] + offset, nbytes)
+        return regions
 
     def holds(self, storage: int, content: np.ndarray[Any, Any]) -> bool:
         """Whether a storage has exactly these bytes in the store."""

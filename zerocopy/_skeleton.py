@@ -21,7 +21,7 @@ import ray.cloudpickle
 from torch import nn
 from torch.export import ExportedProgram
 
-from zerocopy import _export, _paths, _reducers, _torchscript
+from zerocopy import _export, _modules, _paths, _reducers, _torchscript
 from zerocopy._fields import Field
 from zerocopy._pipeline import fields, is_pipeline_class
 from zerocopy._roles import MODULES, SCALARS, Role, Slot, Switch, Zone, role_of
@@ -253,7 +253,8 @@ class _Stripper(CloudPickler):  # type: ignore[misc]
             return _identity, (Slot(obj),), vars(obj), None, None, _set_attributes
         if role is Role.TENSOR:
             return self._take_apart(obj)
-        return super().reducer_override(obj)
+        lean = _modules.reduce_module(obj) if role is Role.MODULE else None
+        return super().reducer_override(obj) if lean is None else lean
 
     def _take_apart(self, whole: Any) -> Any:
         reduced = _reducers.reduce_array(whole) if isinstance(whole, np.ndarray) else _reducers.reduce_tensor(whole)

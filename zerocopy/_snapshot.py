@@ -6,7 +6,7 @@ Writes through `.data`, to inference tensors and to NumPy arrays do not count ve
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,8 +14,10 @@ import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from zerocopy._mapping import Mapped, address_of
 from zerocopy._paths import is_module
-from zerocopy._tensors import TensorTable
+from zerocopy._shards import Manifest
+from zerocopy._tensors import ARRAY, TensorTable
 
 
 def _version(tensor: Any) -> int:
@@ -80,9 +82,46 @@ class TensorMarks:
                 return False
         return True
 
+
+class LoadedMarks:
+    """Tensors as a load made them, by index: told from their descriptions, so that a load has nothing to look up."""
+
+    def __init__(self, tensors: Mapping[int, Any], mapped: Mapping[int, Mapped]) -> None:
+        self._tensors = {index: weakref.ref(tensor) for index, tensor in tensors.items()}
+        self._mapped = {shard: (weakref.ref(memory), offsets) for shard, (memory, offsets) in mapped.items()}
+
+    def memories(self) -> list[Any]:
+        """The mapped memory that is still in use."""
+        return [memory for ref, _ in self._mapped.values() if (memory := ref()) is not None]
+
     def index(self) -> dict[int, int]:
-        """Positions of the tensors that are alive, by id."""
-        return {id(tensor): position for position, (ref, *_) in enumerate(self._marks) if (tensor := ref()) is not None}
+        """Indices of the tensors that are alive, by id."""
+        return {id(tensor): index for index, ref in self._tensors.items() if (tensor := ref()) is not None}
+
+    def are_same(self, manifest: Manifest) -> bool:
+        """Whether every tensor is there still, where it was made, and was not written to, as far as versions tell.
+
+        False for tensors that were made on another device.
+        """
+        addresses = {
+            shard: address_of(memory) for shard, (ref, _) in self._mapped.items() if (memory := ref()) is not None
+        }
+        for index, ref in self._tensors.items():
+            tensor = ref()
+            spec = manifest.specs[index]
+            shard, buffer, offset, nbytes = manifest.locations[spec.storage]
+            if tensor is None or _version(tensor):
+                return False
+            if nbytes == 0:
+                continue
+            if shard not in addresses:
+                return False
+            step = 1 if spec.kind == ARRAY else spec.dtype.itemsize
+            start = addresses[shard] + self._mapped[shard][1][buffer] + offset + spec.offset * step
+            dtype = () if spec.kind == ARRAY else (spec.dtype,)
+            if _place(tensor) != (start, spec.shape, spec.stride, *dtype):
+                return False
+        return True
 
 
 def _has_slots(obj: object) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+import operator
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias, TypeGuard
 
 import numpy as np
@@ -18,7 +20,7 @@ class TensorSpec(NamedTuple):
     """One tensor or array over one storage.
 
     `stride` and `offset` count elements for tensors and bytes for arrays. `flag` is `requires_grad` for a tensor and
-    `writeable` for an array.
+    `writeable` for an array. `is_whole`: a plain contiguous tensor over all bytes of its storage.
     """
 
     kind: int
@@ -28,6 +30,7 @@ class TensorSpec(NamedTuple):
     stride: tuple[int, ...]
     offset: int
     flag: bool
+    is_whole: bool = False
     is_conj: bool = False
     is_neg: bool = False
     is_inference: bool = False
@@ -116,6 +119,8 @@ def describe(obj: torch.Tensor | np.ndarray[Any, Any], storage: int, source: Sto
         return TensorSpec(
             ARRAY, storage, obj.dtype, obj.shape, obj.strides, _address(obj) - start, bool(obj.flags.writeable)
         )
+    is_special = obj.is_conj(), obj.is_neg(), obj.is_inference()
+    covers = 0 < obj.nbytes == source.nbytes and obj.stride() == _default_stride(obj.shape)  # so its offset is 0
     return TensorSpec(
         PARAMETER if isinstance(obj, nn.Parameter) else TENSOR,
         storage,
@@ -124,10 +129,15 @@ def describe(obj: torch.Tensor | np.ndarray[Any, Any], storage: int, source: Sto
         obj.stride(),
         int(obj.storage_offset()),
         obj.requires_grad,
-        obj.is_conj(),
-        obj.is_neg(),
-        obj.is_inference(),
+        covers and not any(is_special),
+        *is_special,
     )
+
+
+def _default_stride(shape: Sequence[int]) -> tuple[int, ...]:
+    """The stride of a new tensor: of a dimension of size 1 any would do, but only this one is made."""
+    steps = itertools.accumulate((max(size, 1) for size in reversed(shape[1:])), operator.mul, initial=1)
+    return tuple(steps)[::-1] if shape else ()
 
 
 class TensorTable:
@@ -163,66 +173,89 @@ class TensorTable:
 StorageIndex: TypeAlias = dict[object, int]
 
 
-class Region(NamedTuple):
-    """Memory of a storage in this process: `nbytes` bytes of `buffer` from `offset` on."""
-
-    buffer: Any
-    offset: int
-    nbytes: int
-
-
-class _Base:
-    """One storage, rebuilt: hands out the tensors and arrays over it. The memory moves to `device` once."""
-
-    def __init__(self, region: Region, dtype: torch.dtype | None, device: torch.device) -> None:
-        self.region = region
-        self.tensor = _typed_base(region, dtype or torch.uint8)
-        self.dtype = dtype
-        if device.type != "cpu":
-            self.tensor = self.tensor.to(device)
-
-    def strided(self, spec: TensorSpec) -> torch.Tensor:
-        if spec.dtype is self.tensor.dtype:
-            return self.tensor.as_strided(spec.shape, spec.stride, spec.offset)
-        empty = torch.empty(0, dtype=spec.dtype, device=self.tensor.device)
-        return empty.set_(self.tensor.untyped_storage(), spec.offset, spec.shape, spec.stride)
-
-    def array(self, spec: TensorSpec) -> np.ndarray[Any, Any]:
-        memory = np.frombuffer(self.region.buffer, np.uint8, self.region.nbytes, self.region.offset)
-        array: np.ndarray[Any, Any] = np.ndarray(spec.shape, spec.dtype, memory, spec.offset, spec.stride)
-        array.flags.writeable = spec.flag
-        return array
-
-
-def _typed_base(region: Region, dtype: torch.dtype) -> torch.Tensor:
-    if region.nbytes == 0:
-        return torch.empty(0, dtype=dtype, device="cpu")
-    if region.nbytes % dtype.itemsize:  # a storage with a ragged end: only bytes cover it whole
-        dtype = torch.uint8
-    count = region.nbytes // dtype.itemsize
-    return torch.frombuffer(region.buffer, dtype=dtype, count=count, offset=region.offset)
+Region: TypeAlias = tuple[Any, int, int]  # memory of a storage in this process: a buffer, the offset in it, bytes
 
 
 def rebuild(
-    specs: Sequence[TensorSpec], region_of: Callable[[int], Region], device_of: Callable[[int], torch.device]
+    rows: Iterable[tuple[Any, ...]], regions: Mapping[int, Region], devices: Mapping[int, torch.device]
 ) -> list[Any]:
-    """The tensors and arrays of `specs`, views of the regions (of their copies on the devices) of their storages.
+    """The tensors and arrays that `rows` describe, views of the regions of their storages.
 
     Args:
-        region_of: the memory of a storage, by index.
-        device_of: where the tensors of a storage belong, by index; arrays stay in main memory.
+        rows: each a `TensorSpec`, or a plain tuple like one.
+        regions: by index of the storage.
+        devices: where the tensors of a storage belong, if not in main memory; arrays stay there.
     """
-    bases: dict[int, _Base] = {}
-    rebuilt = []
+    first: dict[int, torch.Tensor] = {}  # over each storage that has one
+    rebuilt: list[Any] = []
     # What a loaded model is must not depend on where it is loaded: only what was an inference tensor becomes one.
     with torch.inference_mode(False), torch.no_grad():
-        for spec in specs:
-            base = bases.get(spec.storage)
-            if base is None:
-                dtype = None if spec.kind == ARRAY else spec.dtype
-                base = bases[spec.storage] = _Base(region_of(spec.storage), dtype, device_of(spec.storage))
-            rebuilt.append(base.array(spec) if spec.kind == ARRAY else _finish(base.strided(spec), spec))
+        for row in rows:
+            kind, storage, dtype, shape, _, _, flag, is_whole, *_ = row
+            if kind == ARRAY:
+                rebuilt.append(_array(TensorSpec._make(row), regions[storage]))
+            elif is_whole and storage not in first and storage not in devices:  # most are: the shortest way
+                memory, start, nbytes = regions[storage]
+                twin = NUMPY_TWINS.get(dtype)
+                if twin is not None:
+                    tensor = from_numpy(ndarray(shape, twin, memory, start))
+                else:
+                    tensor = frombuffer(memory, dtype=dtype, count=nbytes // dtype.itemsize, offset=start).resize_(
+                        shape
+                    )
+                first[storage] = tensor
+                rebuilt.append(make_subclass(CLASSES[kind], tensor, flag))
+            else:
+                base = first.get(storage)
+                if base is None:
+                    base = first[storage] = _base(regions[storage], dtype, devices.get(storage))
+                spec = TensorSpec._make(row)
+                rebuilt.append(_finish(_strided(base, spec), spec))
     return rebuilt
+
+
+# Bound once: they are called for every tensor of a model.
+ndarray, from_numpy, frombuffer, make_subclass = (
+    np.ndarray,
+    torch.from_numpy,
+    torch.frombuffer,
+    torch.Tensor._make_subclass,
+)
+CLASSES: dict[int, Any] = {TENSOR: torch.Tensor, PARAMETER: nn.Parameter}
+NUMPY_TWINS = {
+    dtype: np.dtype(str(dtype).removeprefix("torch."))
+    for dtype in (
+        torch.float16, torch.float32, torch.float64, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8,
+        torch.complex64, torch.complex128, torch.bool,
+    )
+}  # fmt: skip
+
+
+def _array(spec: TensorSpec, region: Region) -> np.ndarray[Any, Any]:
+    memory, start, nbytes = region
+    content = np.frombuffer(memory, np.uint8, nbytes, start)
+    array: np.ndarray[Any, Any] = np.ndarray(spec.shape, spec.dtype, content, spec.offset, spec.stride)
+    array.flags.writeable = spec.flag
+    return array
+
+
+def _base(region: Region, dtype: torch.dtype, device: torch.device | None) -> torch.Tensor:
+    """A tensor over all of a region."""
+    memory, start, nbytes = region
+    if nbytes % dtype.itemsize:  # a storage with a ragged end: only bytes cover it whole
+        dtype = torch.uint8
+    if nbytes == 0:
+        base = torch.empty(0, dtype=dtype, device="cpu")
+    else:
+        base = torch.frombuffer(memory, dtype=dtype, count=nbytes // dtype.itemsize, offset=start)
+    return base if device is None else base.to(device)
+
+
+def _strided(base: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
+    if spec.dtype is base.dtype:
+        return base.as_strided(spec.shape, spec.stride, spec.offset)
+    empty = torch.empty(0, dtype=spec.dtype, device=base.device)
+    return empty.set_(base.untyped_storage(), spec.offset, spec.shape, spec.stride)
 
 
 def _finish(view: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
@@ -239,7 +272,8 @@ def _as_published(view: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
     if spec.is_neg:
         view = torch._neg_view(view)
     # As a subclass of itself a view becomes a plain leaf: `_is_view()` is False, as it was for the original.
-    return torch.Tensor._make_subclass(nn.Parameter if spec.kind == PARAMETER else torch.Tensor, view, spec.flag)
+    finished: torch.Tensor = make_subclass(CLASSES[spec.kind], view, spec.flag)
+    return finished
 
 
 def stand_in(spec: TensorSpec) -> Any:
@@ -248,4 +282,4 @@ def stand_in(spec: TensorSpec) -> Any:
         return np.broadcast_to(np.zeros((), spec.dtype), spec.shape)
     with torch.inference_mode(False), torch.no_grad():
         zero = torch.zeros((), dtype=spec.dtype, device="cpu").expand(spec.shape)
-        return torch.Tensor._make_subclass(nn.Parameter if spec.kind == PARAMETER else torch.Tensor, zero, spec.flag)
+        return torch.Tensor._make_subclass(CLASSES[spec.kind], zero, spec.flag)

@@ -1,0 +1,79 @@
+"""How does an ordinary `nn.Module` travel: as its class, and what tells it from a blank one.
+
+A module keeps a dozen dicts, most of them empty, and pickle would write and make each of them. What a blank module has too
+is left out, and made again where the module is rebuilt.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+_blank = nn.Module()
+_BLANK = vars(_blank)
+_NAMES = tuple(_BLANK)
+_CONTAINERS = {name: type(value) for name, value in _BLANK.items() if isinstance(value, (dict, set))}
+_SCALARS = {name: value for name, value in _BLANK.items() if name not in _CONTAINERS}
+
+
+def _own(members: dict[str, Any]) -> dict[str, int]:
+    """How many references there are to the containers that a blank module has too."""
+    return {name: sys.getrefcount(members[name]) for name in _CONTAINERS}
+
+
+_OWN = _own(_blank.__getstate__())  # a container with more references is held by something else, too
+
+
+@functools.cache
+def _is_ordinary(cls: Any) -> bool:
+    """Whether instances of `cls` pickle as `object` does it: by their class and what `__getstate__` gives."""
+    own = ("__reduce_ex__", "__reduce__")
+    if any(getattr(cls, name) is not getattr(object, name) for name in own) or cls in copyreg.dispatch_table:
+        return False
+    if hasattr(cls, "__getnewargs_ex__") or hasattr(cls, "__getnewargs__"):
+        return False
+    slots: list[str] = copyreg._slotnames(cls)  # type: ignore[attr-defined]
+    return not slots
+
+
+def reduce_module(module: nn.Module) -> tuple[Any, ...] | None:
+    """A module by its difference from a blank one; None where its class has a way of its own, or that would not tell all."""
+    cls: Any = type(module)
+    if not _is_ordinary(cls):
+        return None
+    members = module.__getstate__()
+    if type(members) is not dict or tuple(members)[: len(_NAMES)] != _NAMES:
+        return None
+    references = _own(members)
+    blank = {name for name, cls in _CONTAINERS.items() if not members[name] and type(members[name]) is cls}
+    blank = {name for name in blank if references[name] <= _OWN[name]}
+    blank |= {name for name, value in _SCALARS.items() if members[name] is value}
+    state = {name: value for name, value in members.items() if name not in blank}
+    fill = _fill if cls.__setstate__ is nn.Module.__setstate__ else _set_state
+    return copyreg.__newobj__, (cls,), state, None, None, fill  # type: ignore[attr-defined]
+
+
+def _blank_maker() -> Callable[[], dict[str, Any]]:
+    """A function that makes the members of a blank module, in their order: as fast as a literal, for it is one."""
+    made = ", ".join(f"{name!r}: {f'c{i}()' if name in _CONTAINERS else f'c{i}'}" for i, name in enumerate(_NAMES))
+    names = {f"c{i}": _CONTAINERS.get(name, _BLANK[name]) for i, name in enumerate(_NAMES)}
+    maker: Callable[[], dict[str, Any]] = eval(f"lambda: {{{made}}}", names)
+    return maker
+
+
+_blank_members = _blank_maker()
+
+
+def _fill(module: nn.Module, state: dict[str, Any]) -> None:
+    members = vars(module)
+    members.update(_blank_members())
+    members.update(state)
+
+
+def _set_state(module: nn.Module, state: dict[str, Any]) -> None:
+    module.__setstate__({**_blank_members(), **state})
