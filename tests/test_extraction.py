@@ -115,6 +115,16 @@ def test_refusals() -> None:
     with pytest.raises(TypeError, match="1 modules, but there are tensors for 2"):
         replace_tensors(skeleton, [*tensors, *tensors])
     tensors[0]["params"]["weigth"] = tensors[0]["params"]["weight"]
-    with pytest.raises(TypeError, match=r"Linear has no params\['weigth'\]"):
+    with pytest.raises(TypeError, match=r"no params\['weigth'\]"):
         replace_tensors(skeleton, tensors)
     assert skeleton.weight.is_meta
+    for wrong, words in (
+        ([{"params": {"weight": np.ones((2, 2), np.float32)}}], r"params\['bias'\] is missing"),
+        (
+            [{"params": {"weight": np.ones((3, 2)), "bias": np.ones(2, np.float32)}}],
+            r"float64 of shape \(3, 2\), not float32",
+        ),
+        ([{"weights": {}}], "'weights' is neither 'params' nor 'buffers'"),
+    ):
+        with pytest.raises(TypeError, match=words):
+            replace_tensors(skeleton, wrong)

@@ -26,7 +26,7 @@ LAYERS = [
     "_export",
     "_roles",
     "_skeleton",
-    "_twins",
+    "_models",
     "_introspector",
     "_tables",
     "_plan",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import os
 import pickle
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import ray
 import torch
-from conftest import run_python
+from conftest import run_python, wait_until
 from torch import nn
 
 import zerocopy
@@ -296,6 +297,105 @@ def test_the_wrapper_keeps_no_model_alive() -> None:
     assert [ref() for ref, _ in weakly] == [None, None]
 
 
+class Merging(nn.Linear):
+    """Merges its adapter into its weight when it is put into eval mode, as LoRA layers do."""
+
+    merged = False
+
+    def train(self, mode: bool = True) -> Merging:
+        super().train(mode)
+        if not mode and not self.merged:
+            self.weight.data += 1
+            self.requires_grad_(False)
+            self.merged = True
+        return self
+
+
+class Restoring(nn.Linear):
+    """Writes to its buffer when it is unpickled."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 4)
+        self.register_buffer("cache", torch.ones(4))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.cache.zero_()
+
+
+def test_the_original_is_never_touched() -> None:
+    """What models do when they change mode or are unpickled happens to what is loaded, in private, not to the original."""
+    merging, restoring = Merging(4, 4), Restoring()
+    holder = {"merging": merging, "restoring": restoring}
+    before = merging.weight.detach().clone()
+    for given in (merging, holder):
+        for wrap in (ModelWrapper.from_model, ModelWrapper.for_tasks):
+            wrapped = wrap(given)
+            loaded = wrapped.load() if isinstance(wrapped, ModelWrapper) else None
+            if isinstance(loaded, Merging):
+                assert torch.equal(loaded.weight, before + 1)
+    zerocopy.extract_tensors(merging)
+    zerocopy.extract_tensors(restoring)
+    assert torch.equal(merging.weight, before)
+    assert merging.weight.requires_grad
+    assert merging.training
+    assert not merging.merged
+    assert restoring.cache.all()
+
+
+def test_classes_of_a_script_stay_themselves() -> None:
+    """Wrapping changes no class, function or global of `__main__`: nothing is unpickled where it is wrapped."""
+    done = run_python(
+        "import ray, torch, zerocopy\n"
+        "from torch import nn\n"
+        "ray.init(num_cpus=2, object_store_memory=100_000_000, include_dashboard=False, log_to_driver=False)\n"
+        "COUNT = 0\n"
+        "class Model(nn.Linear):\n"
+        "    seen = []\n"
+        "class P:\n"
+        "    registry = []\n"
+        "    def __init__(self): self.encoder = Model(4, 4)\n"
+        "    def __call__(self, x):\n"
+        "        global COUNT\n"
+        "        COUNT += 1\n"
+        "        return self.encoder(x)\n"
+        "p, call, registry, seen = P(), P.__call__, P.registry, Model.seen\n"
+        "zerocopy.ModelWrapper.from_model(p)\n"
+        "zerocopy.ModelWrapper.from_model(p, mode='task')\n"
+        "zerocopy.extract_tensors(p.encoder)\n"
+        "p(torch.ones(1, 4))\n"
+        "assert (P.__call__ is call, P.registry is registry, Model.seen is seen, COUNT) == (True, True, True, 1)\n"
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_dict_is_written_once(store_use: Callable[[], int]) -> None:
+    """Also objects that cannot be referred to weakly share one set of weights."""
+    pipeline = {"model": Model()}
+    kept = [ModelWrapper.from_model(pipeline) for _ in range(3)]
+    assert store_use() < 1.5 * 4 * WIDTH * WIDTH
+    assert isinstance(kept[0].load()["model"], Model)
+
+
+def test_close_frees_what_plain_pickle_holds(store_use: Callable[[], int]) -> None:
+    """References in plain pickles cannot be counted: `close()` lets go of them too."""
+    wrapper = ModelWrapper.from_model(Pipeline())
+    pickle.dumps(wrapper)
+    assert store_use() > 4 * WIDTH * WIDTH
+    wrapper.close()
+    assert wait_until(lambda: store_use() < 100_000)
+
+
+def test_a_listed_model_may_have_another_name() -> None:
+    """`model_attr_names` shares a model whatever else refers to it."""
+    pipeline = Pipeline()
+    pipeline.alias = pipeline.encoder
+    wrapper = ModelWrapper.from_model(pipeline, model_attr_names=["encoder"])
+    one, other = wrapper.load(), wrapper.load()
+    assert one.alias is one.encoder
+    assert shares_memory(one.encoder, other.encoder)
+
+
 def test_devices() -> None:
     """The device given to `load` wins over the wrapper's own; one that is absent is refused when loading."""
     wrapper = ActorWrapper(Pipeline(), device="cpu")
@@ -370,6 +470,78 @@ def test_tasks_from_a_worker() -> None:
         caller, callee, found = ray.get(answer.remote(wrapped))
         assert caller != callee
         torch.testing.assert_close(found, expected(pipeline))
+
+
+class Layers:
+    """Its models sit in a `ModuleList`, one of them has a bound method held."""
+
+    def __init__(self) -> None:
+        self.layers = nn.ModuleList([Model(1), Model(2)])
+        self.run = self.layers[0].encode
+
+    def __call__(self, value: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            value = layer(value)
+        return value + len(self.layers)
+
+
+def test_containers_and_bound_methods() -> None:
+    """The modules in a `ModuleList` are the models; a bound method of one runs as a task."""
+    pipeline = Layers()
+    wrapped = ModelWrapper.for_tasks(pipeline, method_names=("encode",))
+    torch.testing.assert_close(wrapped(INPUT), ModelWrapper.from_model(pipeline).load()(INPUT).detach())
+    assert wrapped.run(INPUT)[0] != os.getpid()
+    assert [type(layer) is not Model for layer in wrapped.layers] == [True, True]
+    assert list(ModelWrapper.from_model(pipeline, mode="task").model_refs) == ["layers[0]", "layers[1]"]
+
+
+class Keywords(nn.Module):
+    def forward(self, value: torch.Tensor, model: str, method: str) -> tuple[str, str]:
+        return model, method
+
+    def numbers(self) -> np.ndarray:
+        return np.arange(100_000)
+
+
+def test_calls_are_like_the_original() -> None:
+    """Keywords of any name arrive, and arrays that come back can be written."""
+    wrapped = ModelWrapper.for_tasks(Keywords(), ("numbers",))
+    assert wrapped(INPUT, model="a", method="b") == ("a", "b")
+    numbers = wrapped.numbers()
+    numbers += 1
+
+
+def test_exported_programs() -> None:
+    """An exported program runs in tasks."""
+    program = torch.export.export(Model().eval(), (INPUT,))
+    torch.testing.assert_close(ModelWrapper.for_tasks(program)(INPUT), program.module()(INPUT).detach())
+
+
+def test_actors_that_hold_every_cpu() -> None:
+    """A call from an actor finds room: it takes the place of its caller, who waits."""
+
+    @ray.remote(num_cpus=1)
+    class Caller:
+        def __init__(self, wrapped: Any) -> None:
+            self.wrapped = wrapped
+
+        def go(self) -> torch.Tensor:
+            return self.wrapped(INPUT)
+
+    pipeline = Pipeline()
+    callers = [Caller.remote(TaskWrapper(pipeline)) for _ in range(4)]
+    for answer in ray.get([caller.go.remote() for caller in callers], timeout=60):
+        torch.testing.assert_close(answer, expected(pipeline))
+
+
+def test_a_task_wrapper_is_itself() -> None:
+    """Attributes are given, taken and deleted as the original's; a deep copy is a wrapper too."""
+    wrapped = TaskWrapper(Pipeline())
+    wrapped._pipeline = 3
+    assert wrapped._pipeline == 3
+    del wrapped._pipeline
+    assert not hasattr(wrapped, "_pipeline")
+    assert type(copy.deepcopy(wrapped)) is TaskWrapper
 
 
 def test_an_error_in_a_model_arrives() -> None:
@@ -511,6 +683,8 @@ MISUSES: list[tuple[Callable[[], Any], type[Exception], str]] = [
         "this Pipeline holds no model in 'config'",
     ),
     (lambda: ModelWrapper.from_model(Pipeline(), model_attr_names="encoder"), TypeError, "is a string"),
+    (lambda: TaskWrapper(Pipeline(), "forward"), TypeError, "is a string"),
+    (lambda: ModelWrapper.from_model(Model(), mode="task").load(device="nonsense"), ValueError, "does not know"),
     (lambda: TaskWrapper(Pipeline(), ("generate",)), TypeError, "No model has a method 'generate'"),
     (lambda: JITModelWrapper.from_model(Model()), TypeError, "no TorchScript in this Model.*use ModelWrapper"),
     (lambda: JITTaskWrapper(Pipeline()), TypeError, "no TorchScript in this Pipeline.*use ModelWrapper"),
@@ -564,6 +738,6 @@ def test_without_ray_and_after_it(tmp_path: Path) -> None:
 def test_a_closed_store() -> None:
     """A wrapper whose publication was closed says so."""
     wrapper = ModelWrapper.from_model(Model())
-    wrapper._skeleton.close()
+    wrapper.close()
     with pytest.raises(PublicationClosedError):
         wrapper.load()

@@ -9,7 +9,7 @@ then the outer skeleton holds everything but the tensors, and the pipeline is *e
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -38,6 +38,8 @@ class Skeleton:
 @attrs.frozen
 class Outer:
     """The outer skeleton, and the tensors that it does not share: each load copies their bytes anew.
+
+    The skeleton is of the pipeline, and of a list of its modules to be put into eval mode, if there are any.
 
     Indices from the number of shared tensors on are those of `specs`; storages from the number of shared storages on are
     those of `storages`.
@@ -99,34 +101,53 @@ def require_pipeline(obj: object, what: str) -> None:
         raise ArgumentError(
             f"{what} expects an instance, got the class {obj.__name__!r}.", hint="make an instance of it."
         )
-    if not (is_pipeline_class(type(obj)) or isinstance(obj, (nn.Module, ExportedProgram))):
+    if not (is_pipeline_class(type(obj)) or _paths.is_module(obj) or isinstance(obj, ExportedProgram)):
         raise ArgumentError(
             f"{what} expects a pipeline or an nn.Module, got {type(obj).__name__!r}.",
             hint="mark its class with @zerocopy.pipeline, or hold it in a field of a class that is.",
         )
 
 
-def introspect(pipeline: Any, copied: Collection[str] = ()) -> Introspection:
-    """Split `pipeline` into its skeletons and its tensors. Nothing is written anywhere.
+@attrs.frozen
+class Subject:
+    """A pipeline, and how it is to be published.
 
-    Args:
+    Attributes:
         copied: attributes to treat as `copied()` fields, beside those that its class declares.
+        replaced: what stands in it for other objects, by the id of these.
+        to_eval: modules of it to be put into eval mode wherever it is loaded.
+    """
+
+    pipeline: Any
+    copied: Collection[str] = ()
+    replaced: Mapping[int, Any] = attrs.field(factory=dict)
+    to_eval: Sequence[Any] = ()
+
+    def strip(self, split: Split) -> Stripped:
+        objects = [self.pipeline, *([list(self.to_eval)] if self.to_eval else [])]
+        names = [_paths.name_of(self.pipeline)] * len(objects)
+        copied = {id(self.pipeline): self.copied}
+        return strip(objects, zone=Zone.AUTO, split=split, names=names, copied=copied, replaced=self.replaced)
+
+
+def introspect(subject: Subject) -> Introspection:
+    """Split a pipeline into its skeletons and its tensors. Nothing is written anywhere.
 
     Raises:
         CannotTravelError: something inside cannot leave the process; the error names its path.
         DeviceError: two fields that share memory declare different devices.
     """
+    pipeline = subject.pipeline
     if is_pipeline_class(type(pipeline)):
         fields(type(pipeline))  # refuses stray declarations before anything is pickled
     name = _paths.name_of(pipeline)
-    by_hand = {id(pipeline): copied} if copied else None
-    first = strip([pipeline], zone=Zone.AUTO, split=Split.ROOTS, names=[name], copied=by_hand)
+    first = subject.strip(Split.ROOTS)
     names = [_paths.find(pipeline, root, name) or name for root in first.roots]
-    shared = strip(first.roots, zone=Zone.SHARED, split=Split.NOWHERE, names=names)
+    shared = strip(first.roots, zone=Zone.SHARED, split=Split.NOWHERE, names=names, replaced=subject.replaced)
     table, root_ends = _tabulate(shared)
     common = set(first.seen) & set(shared.seen)
-    entangled = _entanglement(pipeline, first, shared, common, names)
-    mutable = _lasting(shared) if entangled is None else frozenset[int]()
+    entangled = _entanglement(pipeline, first, shared, common - set(subject.replaced), names)
+    mutable = _lasting(shared) - set(subject.replaced) if entangled is None else frozenset[int]()
     roots = {id(root): position for position, root in enumerate(first.roots)}
     known = Known(
         table.index,
@@ -140,7 +161,7 @@ def introspect(pipeline: Any, copied: Collection[str] = ()) -> Introspection:
     )
     return Introspection(
         pipeline,
-        _outer_of(pipeline, known, first),
+        _outer_of(subject, known, first),
         Skeleton(shared.payload, _encode(shared.externals, table, known, whole=True), len(first.roots)),
         table,
         first.roots,
@@ -162,20 +183,22 @@ def make_outer(pipeline: Any, known: Known) -> Outer:
         UnknownRoot: the weights do not hold a module or a shared value that the pipeline has now.
         CannotTravelError: something copied cannot leave the process.
     """
-    stripped = strip([pipeline], zone=Zone.AUTO, split=Split.ROOTS, names=[_paths.name_of(pipeline)])
+    subject = Subject(pipeline)
+    stripped = subject.strip(Split.ROOTS)
     if not all(id(root) in known.roots for root in stripped.roots) or fingerprint(stripped.roots) != known.loose:
         raise UnknownRoot
-    return _outer_of(pipeline, known, stripped)
+    return _outer_of(subject, known, stripped)
 
 
-def _outer_of(pipeline: Any, known: Known, stripped: Stripped) -> Outer:
+def _outer_of(subject: Subject, known: Known, stripped: Stripped) -> Outer:
     whole = known.whole or not known.mutable.isdisjoint(stripped.seen)
     if whole:
-        stripped = strip([pipeline], zone=Zone.AUTO, split=Split.NOWHERE, names=[_paths.name_of(pipeline)])
+        stripped = subject.strip(Split.NOWHERE)
     private = TensorTable(known.storages, known.storage_count)
     externals = _encode(stripped.externals, private, known, whole=whole)
     storages = tuple(storage.to_bytes().tobytes() for storage in private.storages)
-    return Outer(Skeleton(stripped.payload, externals), tuple(private.specs), storages)
+    skeleton = Skeleton(stripped.payload, externals, len(stripped.ends))
+    return Outer(skeleton, tuple(private.specs), storages)
 
 
 def fingerprint(roots: Sequence[Any]) -> tuple[object, ...]:

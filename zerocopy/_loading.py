@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -108,7 +109,10 @@ def _one_device(declared: Sequence[str | None], target: torch.device) -> torch.d
 
 def _join(manifest: Manifest, outer: Outer, tensors: Mapping[int, Any] | Sequence[Any]) -> Any:
     roots = graft_skeleton(manifest.skeleton, tensors, ()) if _has_roots(outer) else ()
-    return graft_skeleton(outer.skeleton, tensors, roots)[0]
+    pipeline, *to_eval = graft_skeleton(outer.skeleton, tensors, roots)
+    for module in itertools.chain(*to_eval):
+        module.eval()
+    return pipeline
 
 
 def graft_skeleton(skeleton: Skeleton, tensors: Mapping[int, Any] | Sequence[Any], roots: Sequence[Any]) -> list[Any]:

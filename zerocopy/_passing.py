@@ -7,7 +7,7 @@ from typing import Any
 import ray.cloudpickle
 
 from zerocopy import _store
-from zerocopy._introspector import introspect
+from zerocopy._introspector import Subject, introspect
 from zerocopy._pipeline import observe_pipeline_classes
 from zerocopy._publication import Publication
 from zerocopy._publishing import publish_automatically
@@ -20,7 +20,9 @@ def _reduce(pipeline: Any) -> Any:
     try:
         _store.refuse_out_of_band(f"A pipeline of class {type(pipeline).__name__}")
     except OutOfBandError:
-        introspect(pipeline)  # what cannot travel at all says so first: Ray asks again this way to explain an error
+        introspect(
+            Subject(pipeline)
+        )  # what cannot travel at all says so first: Ray asks again this way to explain an error
         raise
     return _load, (publish_automatically(pipeline),)
 

@@ -12,7 +12,7 @@ import torch
 
 from zerocopy import _paths
 from zerocopy._fields import Policy
-from zerocopy._introspector import Introspection, introspect, require_pipeline
+from zerocopy._introspector import Introspection, Subject, introspect, require_pipeline
 from zerocopy._pipeline import fields, is_pipeline_class
 from zerocopy._roles import Zone
 from zerocopy._skeleton import Split, strip
@@ -107,7 +107,7 @@ def plan(pipeline: Any) -> SharePlan:
         CannotTravelError: something inside cannot leave the process; the error names its path.
     """
     require_pipeline(pipeline, "zerocopy.plan")
-    found = introspect(pipeline)
+    found = introspect(Subject(pipeline))
     entries = (*_shared_entries(found), *_copied_entries(found))
     shared_bytes = sum(storage.nbytes for storage in found.table.storages)
     return SharePlan(_paths.name_of(pipeline), entries, shared_bytes, found.outer.nbytes, found.entangled)

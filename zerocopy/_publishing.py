@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 import attrs
@@ -17,6 +17,7 @@ from zerocopy._introspector import (
     Known,
     Outer,
     Skeleton,
+    Subject,
     UnknownRoot,
     introspect,
     make_outer,
@@ -116,9 +117,9 @@ _entries: dict[_Key, _Entry] = {}
 _lock = threading.RLock()
 
 
-def _entry_of(pipeline: Any, copied: Collection[str] = ()) -> _Entry:
-    """What is known of `pipeline`, published with these attributes copied. Of a dict, say, nothing can be remembered."""
-    key = id(pipeline), tuple(copied)
+def _entry_of(pipeline: Any, variant: tuple[str, ...] = ()) -> _Entry:
+    """What is known of `pipeline`, published in some way. Of a dict, say, nothing can be remembered."""
+    key = id(pipeline), variant
     entry = _entries.get(key)
     if entry is None or entry.pipeline() is not pipeline:
         if not type(pipeline).__weakrefoffset__:
@@ -149,35 +150,35 @@ def publish(pipeline: Any) -> Publication:
         RayClientError: this process is connected through Ray Client.
     """
     require_pipeline(pipeline, "zerocopy.publish")
-    return publish_object(pipeline, pipeline)
+    return publish_subject(Subject(pipeline), pipeline)
 
 
-def publish_object(pipeline: Any, original: Any, copied: Collection[str] = ()) -> Publication:
-    """Publish any object that holds models: `original`, or a twin of it over the same tensors.
+def publish_subject(subject: Subject, anchor: Any, variant: tuple[str, ...] = ()) -> Publication:
+    """Publish any object that holds models.
 
     Args:
-        original: what publishing again will be asked for.
-        copied: attributes of `pipeline` to treat as `copied()` fields, beside those that its class declares.
+        anchor: as long as it lives, publishing the same `variant` with it again shares these weights.
+        variant: what tells this way to publish from others.
 
     Raises:
         As `publish`, but for ArgumentError.
     """
     _store.require()
     with _lock:
-        entry = _entry_of(original, copied)
-        _current_weights(pipeline, entry)
+        entry = _entry_of(anchor, variant)
+        _current_weights(subject.pipeline, entry)
         weights = entry.weights
-        found = introspect(pipeline, copied)
+        found = introspect(subject)
         same = weights.verified(found) if weights is not None else set[object]()
         outer = None
         if weights is not None and len(same) == len(found.table.storages) and weights.describe(found):
-            outer = _outer_over(weights, pipeline) if not copied else None
+            outer = found.outer if weights.skeleton is not None else _outer_over(weights, subject.pipeline)
         if weights is None or outer is None:
             weights = _put(found, _verified_places(found))
             outer = found.outer
         lease = entry.lease_weights()
         entry.remember(weights, automatic=False)
-        publication = _handle(pipeline, weights, outer)
+        publication = _handle(subject.pipeline, weights, outer)
         publication._lease, publication._close = lease, _let_go
         return publication
 
@@ -195,7 +196,7 @@ def publish_automatically(pipeline: Any) -> Publication:
         if weights is not None and outer is not None:
             entry.remember(weights, automatic=True)
             return _handle(pipeline, weights, outer)
-        found = introspect(pipeline)
+        found = introspect(Subject(pipeline))
         weights = _put(found, _unchanged_places())
         entry.remember(weights, automatic=True)
         return _handle(pipeline, weights, found.outer)
@@ -242,7 +243,7 @@ def _weights_of_origin(pipeline: Any, origin: _Origin) -> Weights | None:
     manifest: Manifest = _store.get(origin.manifest)
     if not origin.marks.are_same(manifest):
         return None
-    found = introspect(pipeline)
+    found = introspect(Subject(pipeline))
     index = origin.marks.index()
     if not all(key in index for key in found.table.index):
         return None

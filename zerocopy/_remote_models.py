@@ -7,8 +7,10 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import ray
 import torch
+from torch.export import ExportedProgram
 
 from zerocopy import _reducers
 from zerocopy._publication import Publication
@@ -53,8 +55,11 @@ class RemoteModel:
     def _run(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if method not in self._methods:
             self.__getattr__(method)
+        self._publication.reference  # noqa: B018 (raises what a task could tell only after it was scheduled)
         task = _task(None if self._device is None else str(self._device))
-        return ray.get(task.remote(self._publication, method, *args, **kwargs))
+        result = ray.get(task.remote(self._publication, method, *args, **kwargs))
+        # Ray's arrays are read-only views of its store; the model's would not be.
+        return result.copy() if isinstance(result, np.ndarray) and not result.flags.writeable else result
 
     def __repr__(self) -> str:
         return f"<zerocopy: {self._cls.__name__} in Ray tasks: {', '.join(self._methods)}>"
@@ -76,8 +81,9 @@ class _Method:
         return self._model._run(self.__name__, args, kwargs)
 
 
-def publication_of(model: RemoteModel) -> Publication:
-    return model._publication
+def described(model: RemoteModel) -> tuple[Publication, tuple[str, ...]]:
+    """The weights of a model, and the methods that run as tasks."""
+    return model._publication, model._methods
 
 
 def on_device(model: RemoteModel, device: Any) -> RemoteModel:
@@ -94,19 +100,24 @@ def class_of(model: Any) -> type:
 def _signature_of(cls: type, method: str) -> inspect.Signature:
     try:
         signature = inspect.signature(getattr(cls, method))
-        return signature.replace(parameters=list(signature.parameters.values())[1:])
     except (AttributeError, TypeError, ValueError):  # a method of compiled code
         return inspect.signature(_any_call)
+    if isinstance(inspect.getattr_static(cls, method), (staticmethod, classmethod)):
+        return signature
+    return signature.replace(parameters=list(signature.parameters.values())[1:])
 
 
 def _any_call(*args: Any, **kwargs: Any) -> Any: ...
 
 
-def _call(model: Any, method: str, *args: Any, **kwargs: Any) -> Any:
+def _call(model: Any, method: str, /, *args: Any, **kwargs: Any) -> Any:
+    if isinstance(model, ExportedProgram):
+        model = model.module()
     with torch.no_grad():
         return getattr(model, method)(*args, **kwargs)
 
 
 @functools.cache
 def _task(device: str | None) -> Task[..., Any]:
-    return Task(_call, {"name": "zerocopy.model"}, device)
+    # The caller waits for each call, and may hold the last CPU: its own is enough for both.
+    return Task(_call, {"name": "zerocopy.model", "num_cpus": 0}, device)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import enum
 import io
 import pickle
+import types
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -29,6 +30,10 @@ from zerocopy._tensors import is_meta, is_plain
 from zerocopy.errors import CannotTravelError, ZeroCopyError
 
 CloudPickler: Any = ray.cloudpickle.CloudPickler  # not typed
+
+
+_CODE = (type, types.FunctionType)
+_BESIDE = (Role.TENSOR, Role.PASSENGER, Role.BUFFER)
 
 
 class Split(enum.Enum):
@@ -73,6 +78,8 @@ def strip(
     split: Split,
     names: Sequence[str],
     copied: Mapping[int, Collection[str]] | None = None,
+    replaced: Mapping[int, Any] | None = None,
+    number_code: bool = False,
 ) -> Stripped:
     """Pickle `objects` one after the other, with one memo, without what must travel beside them.
 
@@ -80,12 +87,15 @@ def strip(
         split: where to stop, beside at tensors.
         names: what paths into each object start with, for errors.
         copied: attributes to treat as `copied()` fields, by the id of the object that has them.
+        replaced: objects to pickle in the place of others, by the id of these.
+        number_code: write numbers for classes and functions too: what is grafted in this process again must not make
+            new ones of them.
 
     Raises:
         CannotTravelError: something inside cannot be pickled; the error names its path.
     """
     file = io.BytesIO()
-    stripper = _Stripper(file, zone, split, copied or {})
+    stripper = _Stripper(file, zone, split, copied or {}, replaced or {}, number_code)
     ends = []
     try:
         for obj in objects:
@@ -136,11 +146,21 @@ def _article(word: str) -> str:
 
 
 class _Stripper(CloudPickler):  # type: ignore[misc]
-    def __init__(self, file: io.BytesIO, zone: Zone, split: Split, copied: Mapping[int, Collection[str]]) -> None:
+    def __init__(
+        self,
+        file: io.BytesIO,
+        zone: Zone,
+        split: Split,
+        copied: Mapping[int, Collection[str]],
+        replaced: Mapping[int, Any],
+        number_code: bool,
+    ) -> None:
         super().__init__(file, protocol=5)
         self.zone = zone
         self.split = split
-        self.copied = copied
+        self.copied = {key: names for key, names in copied.items() if names}
+        self.replaced = replaced
+        self.number_code = number_code
         self.externals: list[Any] = [None]
         self.shared: set[int] = set()
         self.roots: list[Any] = []
@@ -168,20 +188,23 @@ class _Stripper(CloudPickler):  # type: ignore[misc]
         if role is Role.SLOT:
             return self._numbers[id(obj.tensor)]
         self.last = obj
+        if id(obj) in self.replaced:
+            return None  # on to `reducer_override`
         if self.split is not Split.NOWHERE and self._is_root(obj, role):
             return self._number(obj, self.roots)
         if role is Role.ATOM:
-            return None
-        if role is Role.TENSOR:
-            return self._tensor_id(obj)
-        if role is Role.PASSENGER:
-            return self._number(obj)
-        if role is Role.BUFFER:
-            return self._buffer_id(obj)
+            return self._number(obj) if self.number_code and isinstance(obj, _CODE) else None
+        if role in _BESIDE:
+            return self._number_beside(obj, role)
         if role in (Role.MODULE, Role.PARAMETRIZED) and self.zone is Zone.SHARED:
             self._note_reason(obj)
         self.seen[id(obj)] = obj
         return None
+
+    def _number_beside(self, obj: Any, role: Role) -> int | None:
+        if role is Role.TENSOR:
+            return self._tensor_id(obj)
+        return self._number(obj) if role is Role.PASSENGER else self._buffer_id(obj)
 
     def _is_root(self, obj: Any, role: Role) -> bool:
         if id(obj) in self._declared_roots or id(obj) in self._numbers:
@@ -234,6 +257,8 @@ class _Stripper(CloudPickler):  # type: ignore[misc]
 
     def reducer_override(self, obj: Any) -> Any:
         role = role_of(type(obj))
+        if self.replaced and (reduced := self._replacement(obj)):
+            return reduced
         if id(obj) in self.copied:
             return self._reduce_pipeline(obj)
         if role is Role.PARAMETRIZED:
@@ -255,6 +280,13 @@ class _Stripper(CloudPickler):  # type: ignore[misc]
             return self._take_apart(obj)
         lean = _modules.reduce_module(obj) if role is Role.MODULE else None
         return super().reducer_override(obj) if lean is None else lean
+
+    def _replacement(self, obj: Any) -> Any:
+        if id(obj) in self.replaced:
+            return self.replaced[id(obj)].__reduce_ex__(5)
+        if isinstance(obj, types.MethodType) and id(obj.__self__) in self.replaced:
+            return getattr, (obj.__self__, obj.__func__.__name__)
+        return None
 
     def _take_apart(self, whole: Any) -> Any:
         reduced = _reducers.reduce_array(whole) if isinstance(whole, np.ndarray) else _reducers.reduce_tensor(whole)

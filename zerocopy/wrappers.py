@@ -11,11 +11,14 @@ import ray
 from torch.export import ExportedProgram
 
 from zerocopy import _devices, _paths, _store
+from zerocopy._introspector import Subject
+from zerocopy._models import callable_models, is_model, models_in_train_mode, models_of
 from zerocopy._publication import Publication
-from zerocopy._publishing import publish_object
-from zerocopy._remote_models import RemoteModel, class_of, on_device, publication_of
+from zerocopy._publishing import publish_subject
+from zerocopy._remote_models import RemoteModel, class_of, described, on_device
+from zerocopy._roles import Zone
+from zerocopy._skeleton import Split, strip
 from zerocopy._torchscript import PROGRAMS
-from zerocopy._twins import in_eval_mode, models_of, with_models_replaced
 from zerocopy.errors import ArgumentError, ModeError
 
 T = TypeVar("T")
@@ -79,16 +82,27 @@ class ModelWrapper(Generic[T]):
             raise ModeError(f"mode={mode!r} is neither 'actor' nor 'task'.", mode=mode)
         pipeline: Any = model_or_pipeline
         copied = _attributes_to_copy(pipeline, model_attr_names)
-        models = {"model": pipeline} if _is_model(pipeline) else models_of(pipeline, copied)
+        models = models_of(pipeline, copied)
         cls._require_models(pipeline, models)
         _store.require()
-        twin = in_eval_mode(pipeline)
+        to_eval = models_in_train_mode(pipeline)
+        anchor = pipeline if type(pipeline).__weakrefoffset__ else next(iter(models.values()))
         if mode == "actor":
-            publication = publish_object(twin, pipeline, copied)
+            subject = Subject(pipeline, copied, to_eval=to_eval)
+            publication = publish_subject(subject, anchor, (type(pipeline).__name__, mode, *copied))
             info = {path: ModelInfo(class_of(model).__name__, publication) for path, model in models.items()}
-            return cls(publication, info, _is_model(pipeline), mode, type(pipeline).__doc__)
-        skeleton, info = _prepare_tasks(pipeline, twin, models, copied, method_names)
-        return cls(skeleton, info, _is_model(pipeline), mode, type(pipeline).__doc__)
+            return cls(publication, info, is_model(pipeline), mode, type(pipeline).__doc__)
+        models = callable_models(models)
+        remote = {path: _remote_model(model, method_names) for path, model in models.items()}
+        _require_methods(models, method_names)
+        info = {path: ModelInfo(class_of(models[path]).__name__, *described(model)) for path, model in remote.items()}
+        if models.get("model") is pipeline:
+            return cls(remote["model"], info, True, mode, type(pipeline).__doc__)
+        replaced = {id(model): remote[path] for path, model in models.items()}
+        here = [module for module in to_eval if not any(id(part) in replaced for part in module.modules())]
+        subject = Subject(pipeline, copied, replaced, here)
+        publication = publish_subject(subject, anchor, (type(pipeline).__name__, mode, *copied))
+        return cls(publication, info, is_model(pipeline), mode, type(pipeline).__doc__)
 
     @classmethod
     def _require_models(cls, pipeline: Any, models: Mapping[str, Any]) -> None:
@@ -113,17 +127,24 @@ class ModelWrapper(Generic[T]):
         Raises:
             As `Publication.load`.
         """
-        if self._mode == "actor":
-            pipeline: Any = self._published().load(device)
-        elif isinstance(self._skeleton, RemoteModel):
-            pipeline = on_device(self._skeleton, device)
+        if self._mode == "task" and device is not None:
+            _devices.check_device_name(str(device), "load()")
+        if isinstance(self._skeleton, RemoteModel):
+            pipeline: Any = on_device(self._skeleton, device)
+        elif self._mode == "actor":
+            pipeline = self._skeleton.load(device)
         else:
-            pipeline = _on_device(self._published().load(), device)
+            pipeline = _on_device(self._skeleton.load(), device)
         return pipeline  # type: ignore[no-any-return]
+
+    def close(self) -> None:
+        """Let go of the weights, also where plain pickle or a closure holds them. What is loaded keeps what it uses."""
+        for publication in [self._published(), *(info.publication for info in self._model_info.values())]:
+            publication.close()
 
     def _published(self) -> Publication:
         if isinstance(self._skeleton, RemoteModel):
-            return publication_of(self._skeleton)
+            return described(self._skeleton)[0]
         return self._skeleton
 
     @property
@@ -184,38 +205,41 @@ class TaskWrapper(Generic[T]):
         As `ModelWrapper.from_model`.
     """
 
-    _wrapper: type[ModelWrapper[Any]] = ModelWrapper
+    _zerocopy_wrapper: type[ModelWrapper[Any]] = ModelWrapper
 
     def __init__(self, pipeline: T, method_names: Sequence[str] | None = ("__call__",)) -> None:
-        _fill(self, self._wrapper.for_tasks(pipeline, method_names), type(pipeline).__doc__)
+        _fill(self, self._zerocopy_wrapper.for_tasks(pipeline, method_names), type(pipeline).__doc__)
 
     @property
     def __signature__(self) -> inspect.Signature:
-        return inspect.signature(vars(self)["_pipeline"])
+        return inspect.signature(vars(self)["_zerocopy_pipeline"])
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the original's, but that each call of a model is a Ray task."""
-        return vars(self)["_pipeline"](*args, **kwargs)
+        return vars(self)["_zerocopy_pipeline"](*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        if "_pipeline" not in vars(self):  # being unpickled
-            raise AttributeError(name)
-        return getattr(vars(self)["_pipeline"], name)
+        if "_zerocopy_pipeline" not in vars(self) or (name.startswith("__") and name.endswith("__")):
+            raise AttributeError(name)  # being unpickled; or asked how it is copied, say, which is its own matter
+        return getattr(vars(self)["_zerocopy_pipeline"], name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        setattr(vars(self)["_pipeline"], name, value)
+        setattr(vars(self)["_zerocopy_pipeline"], name, value)
+
+    def __delattr__(self, name: str) -> None:
+        delattr(vars(self)["_zerocopy_pipeline"], name)
 
     def __repr__(self) -> str:
-        return f"<zerocopy.{type(self).__name__} of {vars(self)['_pipeline']!r}>"
+        return f"<zerocopy.{type(self).__name__} of {vars(self)['_zerocopy_pipeline']!r}>"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild_task_wrapper, (type(self), vars(self)["_pipeline"], self.__doc__)
+        return _rebuild_task_wrapper, (type(self), vars(self)["_zerocopy_pipeline"], self.__doc__)
 
 
 class JITTaskWrapper(TaskWrapper[T]):
     """`TaskWrapper` for TorchScript. `__call__` and `forward` run as tasks, beside `method_names`."""
 
-    _wrapper = JITModelWrapper
+    _zerocopy_wrapper = JITModelWrapper
 
     def __init__(self, pipeline: T, method_names: Sequence[str] | None = None) -> None:
         super().__init__(pipeline, method_names)
@@ -228,11 +252,11 @@ class ActorWrapper(Generic[T]):
         As `ModelWrapper.from_model`; DeviceError where torch knows no such device.
     """
 
-    _wrapper: type[ModelWrapper[Any]] = ModelWrapper
+    _zerocopy_wrapper: type[ModelWrapper[Any]] = ModelWrapper
 
     def __init__(self, pipeline: T, device: str | None = None, model_attr_names: Sequence[str] | None = None) -> None:
         _devices.check_device_name(device, f"{type(self).__name__} of {type(pipeline).__name__}")
-        self._skeleton: ModelWrapper[T] = self._wrapper.from_model(pipeline, model_attr_names=model_attr_names)
+        self._skeleton: ModelWrapper[T] = self._zerocopy_wrapper.from_model(pipeline, model_attr_names=model_attr_names)
         self.device = device
         self.__doc__ = self._skeleton.__doc__
 
@@ -251,7 +275,7 @@ class ActorWrapper(Generic[T]):
 
     @property
     def constructor_kwargs(self) -> dict[str, Any]:
-        """What `load_pipeline_in_actor` takes, for `fn_constructor_kwargs` of Ray Data."""
+        """The arguments of `load_pipeline_in_actor`, by the names that `ray_zerocopy` gave them: for Ray Data's workers."""
         return {
             "pipeline_skeleton": self._skeleton,
             "model_refs": self.model_refs,
@@ -266,7 +290,7 @@ class ActorWrapper(Generic[T]):
 class JITActorWrapper(ActorWrapper[T]):
     """`ActorWrapper` for TorchScript."""
 
-    _wrapper = JITModelWrapper
+    _zerocopy_wrapper = JITModelWrapper
 
 
 def prepare_model_for_actors(model: Any) -> ray.ObjectRef[Any]:
@@ -276,7 +300,7 @@ def prepare_model_for_actors(model: Any) -> ray.ObjectRef[Any]:
         ArgumentError: not a model.
         As `ModelWrapper.from_model`.
     """
-    if not _is_model(model):
+    if not is_model(model):
         raise ArgumentError(
             f"prepare_model_for_actors expects a model, got {type(model).__name__!r}.",
             hint="use rewrite_pipeline_for_actors for an object that holds some.",
@@ -330,10 +354,6 @@ def rewrite_pipeline(pipeline: T, method_names: Sequence[str] | None = ("__call_
     return ModelWrapper.for_tasks(pipeline, method_names)
 
 
-def _is_model(obj: object) -> bool:
-    return _paths.is_module(obj) or isinstance(obj, (ExportedProgram, *PROGRAMS))
-
-
 def _wrapper_of(found: Any, what: str, source: str) -> ModelWrapper[Any]:
     if not isinstance(found, ModelWrapper):
         raise ArgumentError(
@@ -365,30 +385,20 @@ def _attributes_to_copy(pipeline: Any, model_attr_names: Sequence[str] | None) -
                 f"model_attr_names: this {type(pipeline).__name__} {problem}.",
                 hint=f"it holds models in {', '.join(map(repr, holding))}." if holding else None,
             )
-    return [name for name in held if name not in model_attr_names]
+    listed = {id(held[name]) for name in model_attr_names}  # a listed model may be there under another name, too
+    return [name for name, value in held.items() if name not in model_attr_names and id(value) not in listed]
 
 
-def _prepare_tasks(
-    pipeline: Any, twin: Any, models: Mapping[str, Any], copied: Sequence[str], method_names: Sequence[str] | None
-) -> tuple[Publication | RemoteModel, dict[str, ModelInfo]]:
-    """The published pipeline with its models replaced, and what each of them is replaced by."""
-    standalone = _is_model(pipeline)
-    twins = {"model": twin} if standalone else models_of(twin, copied)
-    remote = {}
-    info = {}
-    for (path, model), model_twin in zip(models.items(), twins.values(), strict=True):
-        methods = _exposed(model, method_names)
-        publication = publish_object(model_twin, model, copied if standalone else ())
-        remote[path] = RemoteModel(publication, class_of(model), methods)
-        info[path] = ModelInfo(class_of(model).__name__, publication, methods)
-    _require_methods(models, method_names)
-    if standalone:
-        return remote["model"], info
-    replaced = with_models_replaced(twin, list(remote.values()), copied)
-    return publish_object(replaced, replaced, copied), info
+def _remote_model(model: Any, method_names: Sequence[str] | None) -> RemoteModel:
+    publication = publish_subject(Subject(model, to_eval=models_in_train_mode(model)), model, ("model",))
+    return RemoteModel(publication, class_of(model), _exposed(model, method_names))
 
 
 def _exposed(model: Any, method_names: Sequence[str] | None) -> tuple[str, ...]:
+    if isinstance(method_names, str):
+        raise ArgumentError(f"method_names={method_names!r} is a string.", hint=f"write [{method_names!r}].")
+    if isinstance(model, ExportedProgram):
+        return ("__call__",)
     if method_names is None:
         method_names = ("forward",) if isinstance(model, PROGRAMS) else ()
     wanted = ("__call__", *method_names)
@@ -404,14 +414,17 @@ def _require_methods(models: Mapping[str, Any], method_names: Sequence[str] | No
 
 def _on_device(pipeline: Any, device: Any) -> Any:
     """A task-mode pipeline, its models loaded on `device` in their tasks."""
-    for _, found in _paths.walk(pipeline, "") if device is not None else ():
-        if type(found) is RemoteModel:
-            found._device = device
+    if device is not None:
+        name = _paths.name_of(pipeline)
+        inside = strip([pipeline], zone=Zone.AUTO, split=Split.NOWHERE, names=[name]).seen.values()
+        for found in inside:
+            if type(found) is RemoteModel:
+                found._device = device
     return pipeline
 
 
 def _fill(wrapper: TaskWrapper[Any], pipeline: Any, doc: str | None) -> None:
-    vars(wrapper).update(_pipeline=pipeline, __doc__=doc)
+    vars(wrapper).update(_zerocopy_pipeline=pipeline, __doc__=doc)
 
 
 def _rebuild_task_wrapper(cls: type[TaskWrapper[Any]], pipeline: Any, doc: str | None) -> TaskWrapper[Any]:
