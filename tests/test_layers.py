@@ -38,6 +38,7 @@ LAYERS = [
     "_loading",
     "_publication",
     "_publishing",
+    "_reuse",
     "_passing",
     "_remote",
     "_task",

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from torch import nn
 
-from zerocopy._introspector import introspect
+from zerocopy._introspector import Subject, introspect
 from zerocopy._loading import graft_skeleton
 from zerocopy._roles import Zone
 from zerocopy._skeleton import Split, graft, strip
@@ -176,14 +176,14 @@ def test_the_culprit_is_named() -> None:
     module = nn.Sequential(nn.Linear(1, 1))
     module[0].extra = {"deep": [1, (2, culprit)]}
     with pytest.raises(CannotTravelError) as caught:
-        introspect(module)
+        introspect(Subject(module))
     assert caught.value.path == "sequential[0].extra['deep'][1][1]"
     assert caught.value.kind == "generator"
 
 
 def test_skeleton_is_small() -> None:
     """What remains without tensors does not grow with them."""
-    small, large = (introspect(nn.Linear(width, width)) for width in (4, 2048))
+    small, large = (introspect(Subject(nn.Linear(width, width))) for width in (4, 2048))
     assert len(large.shared.payload) - len(small.shared.payload) < 100
     sizes = [storage.nbytes for storage in large.table.storages]
     tensors = rebuild(large.table.specs, {index: (bytearray(size), 0, size) for index, size in enumerate(sizes)}, {})

@@ -13,6 +13,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import attrs
+import torch
 from torch import nn
 from torch.export import ExportedProgram
 
@@ -20,7 +21,7 @@ from zerocopy import _paths
 from zerocopy._pipeline import fields, is_pipeline_class
 from zerocopy._roles import Zone
 from zerocopy._skeleton import Root, Split, Stripped, strip
-from zerocopy._tensors import TensorSpec, TensorTable, is_tensor_or_array, storage_of
+from zerocopy._tensors import ARRAY, TensorSpec, TensorTable, is_tensor_or_array, storage_of
 from zerocopy.errors import ArgumentError, CannotTravelError, DeviceError
 
 SMALL_PIECE = 4096
@@ -174,6 +175,20 @@ def introspect(subject: Subject) -> Introspection:
         shared.wholes,
         shared.pieces,
     )
+
+
+def is_reusable(found: Introspection) -> bool:
+    """Whether one can tell, by versions, slots and modes, that what is shared was not changed since it was loaded.
+
+    One cannot where NumPy arrays or inference tensors are shared, or modules that no other module has registered.
+    """
+    modules = [root for root in found.roots if _paths.is_module(root)]
+    if not all(_paths.is_module(root) or type(root) is torch.Tensor for root in found.roots):
+        return False
+    if any(spec.kind == ARRAY or spec.is_inference for spec in found.table.specs):
+        return False
+    registered = {id(part) for module in modules for part in module.modules()}
+    return all(id(obj) in registered for obj in found.mutable if _paths.is_module(obj))
 
 
 def make_outer(pipeline: Any, known: Known) -> Outer:

@@ -8,14 +8,24 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import attrs
 import torch
 
 from zerocopy import _devices, _partial
 from zerocopy._introspector import Outer, Skeleton, reach
 from zerocopy._shards import Manifest, StoredMemory
 from zerocopy._skeleton import Root, graft
-from zerocopy._tensors import TensorSpec, rebuild, stand_in
+from zerocopy._tensors import Region, TensorSpec, rebuild, stand_in
 from zerocopy.errors import DeviceError
+
+
+@attrs.frozen(eq=False)
+class Shared:
+    """What loads of one publication could have in common: its shared tensors by index, its roots, and their memory."""
+
+    tensors: Mapping[int, Any]
+    roots: Sequence[Any]
+    memory: StoredMemory
 
 
 def load(
@@ -30,25 +40,73 @@ def load(
     Raises:
         DeviceError, ArgumentError, PublicationLostError: as `Publication.load`.
     """
+    if fields is None and is_separable(manifest, outer):
+        shared = load_shared(manifest, target, require_isolation=require_isolation)
+        return join(manifest, outer, shared, target), shared.tensors, shared.memory
     needed: Sequence[int] = _referenced(manifest, outer)
     if fields is not None:
         needed = _needed_by(fields, manifest, outer, needed)
-    rows = (*manifest.spec_rows, *outer.specs)
-    specs: Any = rows if len(needed) == len(rows) else [rows[index] for index in needed]
-    count = len(manifest.location_rows)
-    storages = dict.fromkeys(spec[1] for spec in specs)
-    memory = StoredMemory(manifest, [i for i in storages if i < count], require_isolation=require_isolation)
-    devices = _devices_of(storages, manifest.devices, target)
-    regions = memory.regions(devices)
-    regions.update((count + i, (bytearray(content), 0, len(content))) for i, content in enumerate(outer.storages))
-    with _collector_paused():
-        live = dict(zip(needed, rebuild(specs, regions, devices), strict=True))
-        tensors = live if len(live) == len(rows) else _with_placeholders(live, rows, fields)
-        pipeline = _join(manifest, outer, tensors)
+    specs = (*manifest.specs, *outer.specs)
+    memory = StoredMemory(
+        manifest, _stored(manifest, [specs[index] for index in needed]), require_isolation=require_isolation
+    )
+    live = _live(manifest, outer, {index: specs[index] for index in needed}, memory, target)
+    blank = {} if fields is None else {i: stand_in(spec) for i, spec in enumerate(specs) if i not in live}
+    pipeline = _join(manifest, outer, [live.get(index, blank.get(index)) for index in range(len(specs))])
     if fields is not None:
         _partial.keep_only(pipeline, fields)
-    shared = live if not outer.specs else {i: live[i] for i in needed if i < len(manifest.spec_rows)}
-    return pipeline, shared, memory
+    return pipeline, {i: tensor for i, tensor in live.items() if i < len(manifest.specs)}, memory
+
+
+def is_separable(manifest: Manifest, outer: Outer) -> bool:
+    """Whether what is shared can be loaded by itself: the copied part refers to it, but has no views of its memory."""
+    return _has_roots(outer) and all(spec.storage >= len(manifest.location_rows) for spec in outer.specs)
+
+
+def load_shared(manifest: Manifest, target: torch.device, *, require_isolation: bool) -> Shared:
+    """Load what is shared.
+
+    Raises:
+        As `load`.
+    """
+    rows: Any = manifest.spec_rows
+    memory = StoredMemory(manifest, range(len(manifest.location_rows)), require_isolation=require_isolation)
+    with _collector_paused():
+        devices = _devices_of(range(len(manifest.location_rows)), manifest.devices, target)
+        tensors = dict(enumerate(rebuild(rows, memory.regions(devices), devices)))
+        return Shared(tensors, graft_skeleton(manifest.skeleton, tensors, ()), memory)
+
+
+def join(manifest: Manifest, outer: Outer, shared: Shared, target: torch.device) -> Any:
+    """The pipeline around what is shared, with fresh copies of the rest."""
+    tensors: Any = shared.tensors
+    if outer.specs:
+        tensors = {**tensors, **_private(manifest, outer, target)}
+    return _evaluated(graft_skeleton(outer.skeleton, tensors, shared.roots))
+
+
+def _private(manifest: Manifest, outer: Outer, target: torch.device) -> dict[int, Any]:
+    regions = _private_regions(manifest, outer)
+    devices = {} if target == _devices.CPU else dict.fromkeys(regions, target)
+    return dict(enumerate(rebuild(outer.specs, regions, devices), start=len(manifest.spec_rows)))
+
+
+def _private_regions(manifest: Manifest, outer: Outer) -> dict[int, Region]:
+    count = len(manifest.location_rows)
+    return {count + i: (bytearray(content), 0, len(content)) for i, content in enumerate(outer.storages)}
+
+
+def _stored(manifest: Manifest, specs: Iterable[TensorSpec]) -> list[int]:
+    return [i for i in dict.fromkeys(spec.storage for spec in specs) if i < len(manifest.location_rows)]
+
+
+def _live(
+    manifest: Manifest, outer: Outer, specs: Mapping[int, TensorSpec], memory: StoredMemory, target: torch.device
+) -> dict[int, Any]:
+    storages = dict.fromkeys(spec.storage for spec in specs.values())
+    devices = _devices_of(storages, manifest.devices, target)
+    regions = {**memory.regions(devices), **_private_regions(manifest, outer)}
+    return dict(zip(specs, rebuild(specs.values(), regions, devices), strict=True))
 
 
 @contextlib.contextmanager
@@ -81,11 +139,6 @@ def _needed_by(fields: Sequence[str], manifest: Manifest, outer: Outer, referenc
     return sorted(reach(_partial.values_of(blank, fields), stand_ins) & set(referenced))
 
 
-def _with_placeholders(live: Mapping[int, Any], rows: Sequence[Any], fields: Sequence[str] | None) -> list[Any]:
-    blank = [None] * len(rows) if fields is None else [stand_in(TensorSpec._make(row)) for row in rows]
-    return [live.get(index, blank[index]) for index in range(len(rows))]
-
-
 def _devices_of(
     storages: Iterable[int], declared: Mapping[int, Sequence[str | None]], target: torch.device
 ) -> dict[int, torch.device]:
@@ -107,9 +160,14 @@ def _one_device(declared: Sequence[str | None], target: torch.device) -> torch.d
     return devices.pop()
 
 
-def _join(manifest: Manifest, outer: Outer, tensors: Mapping[int, Any] | Sequence[Any]) -> Any:
+def _join(manifest: Manifest, outer: Outer, tensors: Sequence[Any]) -> Any:
     roots = graft_skeleton(manifest.skeleton, tensors, ()) if _has_roots(outer) else ()
-    pipeline, *to_eval = graft_skeleton(outer.skeleton, tensors, roots)
+    return _evaluated(graft_skeleton(outer.skeleton, tensors, roots))
+
+
+def _evaluated(objects: Sequence[Any]) -> Any:
+    """The pipeline, with the modules that come beside it in eval mode."""
+    pipeline, *to_eval = objects
     for module in itertools.chain(*to_eval):
         module.eval()
     return pipeline

@@ -86,6 +86,12 @@ def observe_loads(observer: Callable[[Publication, Loaded], None]) -> None:
     _load_observers.append(observer)
 
 
+def announce_load(publication: Publication, loaded: Loaded) -> None:
+    """Tell those who observe loads of one."""
+    for observer in _load_observers:
+        observer(publication, loaded)
+
+
 class Publication:
     """A published pipeline: load it in any process of the cluster, pass it to tasks and actors, close it when done.
 
@@ -95,6 +101,7 @@ class Publication:
         kind: name of the pipeline's class.
         cls: the class itself in the process that published, None elsewhere.
         shared_bytes: bytes of the weights in the store.
+        requires_isolation: whether loads refuse where private mappings are not possible.
     """
 
     def __init__(
@@ -110,7 +117,7 @@ class Publication:
         )
         self.kind = kind
         self.shared_bytes = shared_bytes
-        self._require_isolation = require_isolation
+        self.requires_isolation = require_isolation
         self._versions = versions
         self._session = _store.session()
         # Set where it was published: what its weights are there, and what else to let go of when it is closed.
@@ -130,7 +137,7 @@ class Publication:
         Raises:
             As `load`, where the publication means nothing any more.
         """
-        return self._usable()[0]
+        return self.content()[0]
 
     def load(self, device: str | torch.device | None = None, fields: Sequence[str] | None = None) -> Any:
         """Make a live pipeline whose tensors are views of the store, private to this process when written.
@@ -151,17 +158,15 @@ class Publication:
             ArgumentError: `fields` names an attribute that the pipeline does not have.
         """
         names = None if fields is None else _partial.names_of(fields)
-        reference, outer = self._usable()
-        self._versions.require_agreement()
+        reference, outer = self.content()
+        self.require_agreement()
         manifest: Manifest = _store.get(reference)
         target = _devices.resolve(device)
-        pipeline, tensors, memory = load(manifest, outer, target, names, require_isolation=self._require_isolation)
-        loaded = Loaded(pipeline, reference, tensors, memory.mapped)
-        for observer in _load_observers:
-            observer(self, loaded)
+        pipeline, tensors, memory = load(manifest, outer, target, names, require_isolation=self.requires_isolation)
+        announce_load(self, Loaded(pipeline, reference, tensors, memory.mapped))
         return pipeline
 
-    def _usable(self) -> Content:
+    def content(self) -> Content:
         """The content, if it still means something.
 
         Raises:
@@ -212,16 +217,24 @@ class Publication:
         state = "closed" if self.closed else f"{self.shared_bytes:,} bytes"
         return f"<zerocopy.Publication of {self.kind}: {state}>"
 
+    def require_agreement(self) -> None:
+        """Refuse what this process would misread.
+
+        Raises:
+            VersionError: it was written by versions that cannot agree with these.
+        """
+        self._versions.require_agreement()
+
     def parts(self) -> tuple[Any, ...]:
         """What another handle is made of.
 
         Raises:
             As `load`, where the publication means nothing any more.
         """
-        return self._usable(), *self._description()
+        return self.content(), *self._description()
 
     def _description(self) -> tuple[Any, ...]:
-        return self.kind, self.shared_bytes, self._require_isolation, self._versions
+        return self.kind, self.shared_bytes, self.requires_isolation, self._versions
 
     def __reduce__(self) -> tuple[Any, ...]:
         """For plain pickle, which knows nothing of references and their owners: Ray's pickle seals them."""
@@ -229,7 +242,7 @@ class Publication:
         return Publication, (content, *self._description())
 
     def _sealed(self) -> bytes:
-        content = self._usable()
+        content = self.content()
         _store.refuse_out_of_band(f"A publication of {self.kind}")
         _store.count_pin(content[0])
         sealed: bytes = pickle.dumps((_store.cluster(), ray.cloudpickle.dumps(content)))

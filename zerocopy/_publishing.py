@@ -20,6 +20,7 @@ from zerocopy._introspector import (
     Subject,
     UnknownRoot,
     introspect,
+    is_reusable,
     make_outer,
     require_pipeline,
 )
@@ -271,7 +272,7 @@ def _put(found: Introspection, stored: Mapping[object, Placement]) -> Weights:
     _store.require_room(shared_bytes, type(found.pipeline).__name__)
     placements = put_storages(storages, found.root_ends, stored)
     locations, shards = locate(storages, placements)
-    manifest = Manifest(tuple(found.table.specs), locations, found.devices, found.shared, shards)
+    manifest = Manifest(tuple(found.table.specs), locations, found.devices, found.shared, shards, is_reusable(found))
     return Weights(
         _store.put(manifest), shared_bytes, found.known, snapshot,
         {s.key: place for s, place in zip(storages, placements, strict=True) if place is not None},
@@ -309,6 +310,11 @@ def _remember(publication: Publication, loaded: Loaded) -> None:
 
 
 observe_loads(_remember)
+
+
+def forget(pipeline: Any) -> None:
+    """Let go of what is known of a live pipeline, and so of the references to its weights."""
+    _entries.pop((id(pipeline), ()), None)
 
 
 def unshare(pipeline: Any) -> None:

@@ -10,7 +10,7 @@ import types
 import typing
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import ray
 from ray._common import ray_option_utils
@@ -66,10 +66,13 @@ def travelling(value: Any) -> Any:
     return value
 
 
-def arriving(value: Any, device: str | None) -> Any:
+Load: TypeAlias = Callable[[Publication, str | None], Any]
+
+
+def arriving(value: Any, device: str | None, load: Load = Publication.load) -> Any:
     """An argument as the user's code gets it: a publication loaded, where the code's device is."""
     if isinstance(value, Publication):
-        return value.load(device)
+        return load(value, device)
     if is_pipeline_class(type(value)) and device is not None and _store.is_running() and _store.is_worker():
         # Ray Data and Serve bring a pipeline loaded, on the CPU.
         return value if _devices.resolve(device) == _devices.CPU else publish_automatically(value).load(device)
@@ -80,10 +83,11 @@ def send(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[list[Any], dic
     return [travelling(value) for value in args], {name: travelling(value) for name, value in kwargs.items()}
 
 
-def receive(args: Sequence[Any], kwargs: Mapping[str, Any], device: str | None) -> tuple[list[Any], dict[str, Any]]:
-    return [arriving(value, device) for value in args], {
-        name: arriving(value, device) for name, value in kwargs.items()
-    }
+def receive(
+    args: Sequence[Any], kwargs: Mapping[str, Any], device: str | None, load: Load = Publication.load
+) -> tuple[list[Any], dict[str, Any]]:
+    values = [arriving(value, device, load) for value in args]
+    return values, {name: arriving(value, device, load) for name, value in kwargs.items()}
 
 
 UNKNOWN: Any = object()  # stands for an argument that is not known yet

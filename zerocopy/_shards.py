@@ -48,12 +48,14 @@ class Manifest:
         devices: Mapping[int, tuple[str | None, ...]],
         skeleton: Skeleton,
         shards: Sequence[ray.ObjectRef[Any]],
+        is_reusable: bool,
     ) -> None:
         self.spec_rows = specs
         self.location_rows = locations
         self.devices = devices
         self.skeleton = skeleton
         self.shards = shards
+        self.is_reusable = is_reusable
 
     @functools.cached_property
     def specs(self) -> tuple[TensorSpec, ...]:
@@ -65,7 +67,7 @@ class Manifest:
 
     def __reduce__(self) -> tuple[Any, ...]:
         rows = tuple(map(tuple, self.spec_rows)), tuple(map(tuple, self.location_rows))
-        return Manifest, (*rows, self.devices, self.skeleton, self.shards)
+        return Manifest, (*rows, self.devices, self.skeleton, self.shards, self.is_reusable)
 
 
 class Placement(NamedTuple):

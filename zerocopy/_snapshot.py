@@ -5,6 +5,7 @@ Writes through `.data`, to inference tensors and to NumPy arrays do not count ve
 
 from __future__ import annotations
 
+import operator
 import weakref
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -50,37 +51,73 @@ def _storage_reference(tensor: Any) -> StorageWeakRef | None:
     return StorageWeakRef(tensor.untyped_storage()) if _has_storage(tensor) else None
 
 
-# The dicts of an `nn.Module` that it manages itself: members and hooks.
-_MEMBERS = tuple(name for name, value in vars(nn.Module()).items() if isinstance(value, dict))
+# The members that every `nn.Module` keeps in dicts, and its hooks: taken out in one call, for they are asked at every pass.
+_MEMBERS = ("_parameters", "_buffers", "_modules")
+_HOOKS = tuple(name for name, value in vars(nn.Module()).items() if isinstance(value, dict) and name not in _MEMBERS)
+_taken_out = operator.itemgetter("training", *_MEMBERS, *_HOOKS)
+_storage_id = torch._C._storage_id  # type: ignore[attr-defined]
 
 
-def _slots(module: nn.Module) -> list[object]:
-    """What a module holds by name: identities of its parameters, buffers, children, hooks and of plain tensor attributes."""
-    own = vars(module)
-    slots: list[object] = [module.training]
-    for members in map(own.get, _MEMBERS):
-        if members:
-            slots.extend(members)
-            slots.extend(map(id, members.values()))
-    slots.extend(id(value) for value in own.values() if isinstance(value, torch.Tensor))
+def _tensor_names(module: nn.Module) -> tuple[str, ...]:
+    """Names of the plain attributes of a module that are tensors."""
+    return tuple(name for name, value in vars(module).items() if isinstance(value, torch.Tensor))
+
+
+def _slots(modules: Iterable[tuple[nn.Module | None, Iterable[str]]]) -> list[object]:
+    """What modules hold by name: identities of parameters, buffers, children, hooks, and of tensors in attributes."""
+    slots: list[object] = []
+    for module, tensor_names in modules:
+        if module is None:
+            return []
+        own = vars(module)
+        training, parameters, buffers, children, *hooks = _taken_out(own)
+        slots += (training, len(own))
+        for members in (parameters, buffers, children, *hooks) if any(hooks) else (parameters, buffers, children):
+            if members:
+                slots += members
+                slots += map(id, members.values())
+        for name in tensor_names:
+            slots.append(id(own.get(name)))
     return slots
+
+
+def _state(tensors: list[Any]) -> tuple[list[Any], ...]:
+    """Versions, storages and places of plain tensors: whole lists at a time."""
+    return (
+        [tensor._version for tensor in tensors],
+        list(map(_storage_id, tensors)),
+        [tensor.data_ptr() for tensor in tensors],
+        [tensor.stride() for tensor in tensors],
+        [tensor.numel() for tensor in tensors],
+    )
 
 
 class TensorMarks:
     """Identity, version and memory of tensors at one moment. Refers to them weakly: it keeps no weights alive."""
 
     def __init__(self, tensors: Iterable[Any]) -> None:
-        self._marks = [(weakref.ref(t), _version(t), _place(t), _storage_reference(t)) for t in tensors]
+        found = list(tensors)
+        plain = [tensor for tensor in found if _has_storage(tensor) and _counts_versions(tensor)]
+        known = set(map(id, plain))
+        self._plain = list(map(weakref.ref, plain))
+        self._state = _state(plain)
+        self._storages = list(map(_storage_reference, plain))
+        self._others = [
+            (weakref.ref(t), _version(t), _place(t), _storage_reference(t)) for t in found if id(t) not in known
+        ]
 
     def are_same(self) -> bool:
         """Whether every tensor is there still and has the bytes it had, as far as version counters tell."""
-        for ref, version, place, storage in self._marks:
-            tensor = ref()
-            if tensor is None or _version(tensor) != version or _place(tensor) != place:
-                return False
-            if storage is not None and tensor.untyped_storage()._cdata != storage.cdata:
-                return False
-        return True
+        tensors = [ref() for ref in self._plain]
+        if any(tensor is None for tensor in tensors) or _state(tensors) != self._state:
+            return False
+        return all(_is_same(ref(), version, place, storage) for ref, version, place, storage in self._others)
+
+
+def _is_same(tensor: Any, version: int, place: object, storage: StorageWeakRef | None) -> bool:
+    if tensor is None or _version(tensor) != version or _place(tensor) != place:
+        return False
+    return storage is None or tensor.untyped_storage()._cdata == storage.cdata
 
 
 class LoadedMarks:
@@ -133,17 +170,18 @@ class Snapshot:
 
     def __init__(self, table: TensorTable, wholes: Iterable[Any], objects: Iterable[Any]) -> None:
         self.weights = TensorMarks([*table.objects, *wholes])
-        self._requires_grad = [(weakref.ref(t), t.requires_grad) for t in table.objects if isinstance(t, torch.Tensor)]
-        self._modules = [(weakref.ref(obj), _slots(obj)) for obj in objects if _has_slots(obj)]
+        tensors = [tensor for tensor in table.objects if isinstance(tensor, torch.Tensor)]
+        self._tensors = list(map(weakref.ref, tensors))
+        self._requires_grad = [tensor.requires_grad for tensor in tensors]
+        modules = [(obj, _tensor_names(obj)) for obj in objects if _has_slots(obj)]
+        self._modules = [(weakref.ref(module), names) for module, names in modules]
+        self._slots = _slots(modules)
 
     def has_same_structure(self) -> bool:
         """Whether modules hold the same things under the same names, in the same modes, with the same hooks."""
-        for ref, requires_grad in self._requires_grad:
-            tensor = ref()
-            if tensor is None or tensor.requires_grad != requires_grad:
-                return False
-        for module_ref, slots in self._modules:
-            module = module_ref()
-            if module is None or _slots(module) != slots:
-                return False
-        return True
+        tensors = [ref() for ref in self._tensors]
+        if any(tensor is None for tensor in tensors):
+            return False
+        if [tensor.requires_grad for tensor in tensors if tensor is not None] != self._requires_grad:
+            return False
+        return _slots([(ref(), names) for ref, names in self._modules]) == self._slots

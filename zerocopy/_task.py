@@ -6,7 +6,7 @@ import functools
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, TypeVar, overload
 
 import ray
@@ -16,6 +16,7 @@ import wrapt
 from zerocopy import _store
 from zerocopy._devices import check_device_name
 from zerocopy._pipeline import describe
+from zerocopy._publication import Publication
 from zerocopy._remote import (
     UNKNOWN,
     Parameters,
@@ -29,6 +30,7 @@ from zerocopy._remote import (
     send,
     travelling,
 )
+from zerocopy._reuse import Loans
 from zerocopy.errors import ArgumentError, DeclarationError
 
 P = ParamSpec("P")
@@ -118,11 +120,13 @@ class Task(_FunctionWrapper[P, R]):
         wrapped: Callable[P, R],
         options: dict[str, Any],
         device: str | None,
+        reuse: bool = True,
         base: Task[P, R] | None = None,
     ) -> None:
         super().__init__(wrapped, _call_as_it_is)
         self._self_options = options
         self._self_device = device
+        self._self_reuse = reuse
         self._self_base = base  # the task that these options were given to: Ray knows one function for both
         self._self_parameters: Parameters = Parameters(wrapped) if base is None else base._self_parameters
         self._self_remote: Any = None
@@ -145,11 +149,11 @@ class Task(_FunctionWrapper[P, R]):
         A generator function gives Ray's `ObjectRefGenerator`.
         """
         if _store.is_running() and _store.is_worker():
-            values, named = receive(*_resolved(args, kwargs), self._self_device)
-            return self.__wrapped__(*values, **named)
+            given, named = _resolved(args, kwargs)
+            result: R = _call(self.__wrapped__, self._self_device, self._self_reuse, given, named)
+            return result
         ref = self.remote(*args, **kwargs)
-        result: R = ref if isinstance(ref, ray.ObjectRefGenerator) else ray.get(ref)
-        return result
+        return ref if isinstance(ref, ray.ObjectRefGenerator) else ray.get(ref)
 
     def remote(self, *args: P.args, **kwargs: P.kwargs) -> ray.ObjectRef[R]:
         """Schedule a Ray task.
@@ -165,7 +169,7 @@ class Task(_FunctionWrapper[P, R]):
         """The same task with other options of Ray's."""
         check_options(options, "task", late=True)
         late = options if self._self_base is None else {**self._self_options, **options}
-        return Task(self.__wrapped__, late, self._self_device, self._self_base or self)
+        return Task(self.__wrapped__, late, self._self_device, self._self_reuse, self._self_base or self)
 
     def local(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Run in this process, on arguments that are copies or loaded as those of a remote call would be."""
@@ -214,9 +218,9 @@ class Task(_FunctionWrapper[P, R]):
             return self._self_base._ray_function().options(**self._self_options)
         function = self.__wrapped__
         address = address_of(self, function.__module__, function.__qualname__)
-        run = functools.partial(_run, address or function, self._self_device)
+        run = functools.partial(_run, address or function, self._self_device, self._self_reuse)
         if inspect.isgeneratorfunction(function):
-            run = functools.partial(_run_generator, address or function, self._self_device)
+            run = functools.partial(_run_generator, address or function, self._self_device, self._self_reuse)
         runner = _named(run, function)
         return ray.remote(**{"name": self.__qualname__, **self._self_options})(runner)
 
@@ -224,7 +228,7 @@ class Task(_FunctionWrapper[P, R]):
         address = address_of(self, self.__wrapped__.__module__, self.__wrapped__.__qualname__)
         if address is not None:
             return find, address
-        return Task, (self.__wrapped__, self._self_options, self._self_device, self._self_base)
+        return Task, (self.__wrapped__, self._self_options, self._self_device, self._self_reuse, self._self_base)
 
 
 def _call_as_it_is(wrapped: Any, _: Any, args: Any, kwargs: Any) -> Any:
@@ -248,14 +252,29 @@ def _named(run: Callable[..., Any], function: Callable[..., Any]) -> Callable[..
     return runner
 
 
-def _run(target: Any, device: str | None, *args: Any, **kwargs: Any) -> Any:
-    values, named = receive(args, kwargs, device)
-    return _function_of(target)(*values, **named)
+def _run(target: Any, device: str | None, reuse: bool, *args: Any, **kwargs: Any) -> Any:
+    return _call(_function_of(target), device, reuse, args, kwargs)
 
 
-def _run_generator(target: Any, device: str | None, *args: Any, **kwargs: Any) -> Iterator[Any]:
-    values, named = receive(args, kwargs, device)
+def _call(function: Any, device: str | None, reuse: bool, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Call `function` with its arguments as they arrive; after an error nothing is kept for the next call."""
+    if not reuse or inspect.isgeneratorfunction(function):
+        values, named = receive(args, kwargs, device)
+        return function(*values, **named)
+    loans = Loans()
+    values, named = receive(args, kwargs, device, loans.load)
+    result = function(*values, **named)
+    del values, named
+    loans.give_back()
+    return result
+
+
+def _run_generator(target: Any, device: str | None, reuse: bool, *args: Any, **kwargs: Any) -> Iterator[Any]:
+    loans = Loans()
+    values, named = receive(args, kwargs, device, loans.load if reuse else Publication.load)
     yield from _function_of(target)(*values, **named)
+    del values, named
+    loans.give_back()
 
 
 def _function_of(target: Any) -> Any:
@@ -300,14 +319,16 @@ def _as_if_remote(value: Any, device: str | None) -> Any:
 @overload
 def task(function: Callable[P, R]) -> Task[P, R]: ...
 @overload
-def task(*, device: str | None = ..., **options: Any) -> Callable[[Callable[P, R]], Task[P, R]]: ...
-def task(function: Any = None, *, device: str | None = None, **options: Any) -> Any:
+def task(*, device: str | None = ..., reuse: bool = ..., **options: Any) -> Callable[[Callable[P, R]], Task[P, R]]: ...
+def task(function: Any = None, *, device: str | None = None, reuse: bool = True, **options: Any) -> Any:
     """Make a function run as a Ray task whose pipelines, modules and publications arrive loaded.
 
     Works on methods of a pipeline as well: they run remotely with `self` loaded.
 
     Args:
         device: where pipelines are loaded; a field's own device wins.
+        reuse: whether calls may share the modules that their worker process has loaded already, one call at a time, if
+            versions, slots and modes tell that nobody has changed them. Copied fields are fresh in every call.
         options: Ray's options for a task, such as `num_cpus`.
 
     Raises:
@@ -316,11 +337,11 @@ def task(function: Any = None, *, device: str | None = None, **options: Any) -> 
     check_device_name(device, "@zerocopy.task")
     check_options(options, "task")
     if function is None:
-        return functools.partial(_decorate, options=options, device=device)
-    return _decorate(function, options, device)
+        return functools.partial(_decorate, options=options, device=device, reuse=reuse)
+    return _decorate(function, options, device, reuse)
 
 
-def _decorate(function: Any, options: dict[str, Any], device: str | None) -> Task[Any, Any]:
+def _decorate(function: Any, options: dict[str, Any], device: str | None, reuse: bool) -> Task[Any, Any]:
     if isinstance(function, (staticmethod, classmethod)):
         kind = type(function).__name__
         raise DeclarationError(f"@zerocopy.task cannot wrap a {kind}.", hint=f"write @{kind} above @zerocopy.task.")
@@ -335,4 +356,4 @@ def _decorate(function: Any, options: dict[str, Any], device: str | None) -> Tas
             f"@zerocopy.task cannot run the async function {function.__name__!r}: Ray's tasks are not async.",
             hint="make it a plain function, or an async method of a @zerocopy.actor.",
         )
-    return Task(function, dict(options), device)
+    return Task(function, dict(options), device, reuse)

@@ -43,6 +43,11 @@ def reduce_program(program: Any) -> tuple[Any, ...]:
     return _load_module, (code, [tensor.detach() for tensor in _slots(module)], constants)
 
 
+def tensors_of(program: torch.jit.ScriptModule) -> Iterator[torch.Tensor]:
+    """Parameters, buffers and tensors in other attributes of a program, as its code sees them."""
+    yield from _slots(program._c)
+
+
 def _saved(function: Any) -> bytes:
     file = io.BytesIO()
     torch.jit.save(function, file)

@@ -1,0 +1,211 @@
+"""Calls of a task reuse what their worker process has loaded, unless somebody changed it or still has it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+import torch
+from conftest import wait_until
+from torch import nn
+
+import zerocopy
+from zerocopy import copied, shared
+
+pytestmark = pytest.mark.usefixtures("cluster")
+
+WIDTH = 600
+
+
+def modules() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH), nn.Linear(WIDTH, WIDTH)).eval()
+
+
+@zerocopy.pipeline
+class Search:
+    encoder: nn.Module = shared()
+    notes: list[str] = copied(factory=list)
+    index: Any = shared(default=None)
+
+
+@zerocopy.task
+def place(model: Any) -> int:
+    """Where a loaded weight lies: each load has a mapping of its own."""
+    return (model.encoder if isinstance(model, Search) else model)[0].weight.data_ptr()
+
+
+@zerocopy.task(reuse=False)
+def fresh_place(model: nn.Module) -> int:
+    return model[0].weight.data_ptr()
+
+
+@zerocopy.task
+def apply(model: nn.Module, change: Callable[[Any], Any]) -> None:
+    change(model)
+
+
+@zerocopy.task
+def look(model: nn.Module) -> Any:
+    first = model[0]
+    flags = [module.training for module in model.modules()], [p.requires_grad for p in model.parameters()]
+    extra = len(model), len(list(model.buffers())), len(first._forward_hooks), getattr(first, "scale", None)
+    weights = [float(tensor.detach().double().sum()) for tensor in model.state_dict().values()]
+    return flags, extra, weights, first.weight.grad is None
+
+
+@zerocopy.task
+def nested(model: nn.Module, publication: list[Any]) -> tuple[int, int]:
+    return model[0].weight.data_ptr(), place(publication[0])
+
+
+@zerocopy.task
+def note(search: Search) -> list[str]:
+    search.notes.append("seen")
+    return search.notes
+
+
+@zerocopy.task
+def fail(model: nn.Module) -> None:
+    raise ValueError("no")
+
+
+@zerocopy.task
+def write_index(search: Search) -> float:
+    search.index[0] += 1
+    return float(search.index[0])
+
+
+escaped: list[Any] = []
+
+
+@ray.remote(num_cpus=0.1)
+class Process:
+    """One process, in which calls of tasks run in place. Ray pickles actor classes by value, their globals too."""
+
+    def call(self, task: Any, *arguments: Any) -> Any:
+        return task(*arguments)
+
+    def kept(self) -> int:
+        from zerocopy import _reuse
+
+        return len(_reuse._kept)
+
+    def escaped_sum(self) -> float:
+        import test_reuse
+
+        return float(test_reuse.escaped[0].weight.detach().sum())
+
+
+@pytest.fixture(scope="module")
+def process(cluster: None) -> Any:
+    return Process.remote()
+
+
+def call(process: Any, task: Any, *arguments: Any) -> Any:
+    return ray.get(process.call.remote(task, *arguments))
+
+
+def test_calls_reuse_one_load(process: Any) -> None:
+    """Calls in one process use the same load, one after the other; with `reuse=False` each has its own."""
+    publication = zerocopy.publish(modules())
+    first = call(process, place, publication)
+    assert {call(process, place, publication) for _ in range(5)} == {first}
+    assert call(process, fresh_place, publication) != first
+
+
+def test_ray_tasks_reuse_too() -> None:
+    """So do calls that run as Ray tasks, given a publication, a module or a pipeline."""
+    module, search = modules(), Search(modules())
+    for given in (zerocopy.publish(module), module, search):
+        places = [place(given) for _ in range(12)]
+        assert len(set(places)) < 6
+
+
+def write(model: Any) -> None:
+    with torch.no_grad():
+        model[0].weight.add_(1)
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "a write": write,
+    "a write to a view": lambda model: model[0].weight.detach()[0].fill_(1),
+    "a batch norm that counts": lambda model: model.train()(torch.randn(4, WIDTH)),
+    "a mode": lambda model: model[2].train(),
+    "requires_grad": lambda model: model[0].weight.requires_grad_(False),
+    "a gradient": lambda model: model[0](torch.ones(1, WIDTH)).sum().backward(),
+    "a parameter": lambda model: setattr(model[0], "weight", nn.Parameter(torch.zeros(WIDTH, WIDTH))),
+    "a child": lambda model: model.append(nn.ReLU()),
+    "a buffer": lambda model: model.register_buffer("more", torch.ones(3)),
+    "a hook": lambda model: model[0].register_forward_hook(print),
+    "an attribute": lambda model: setattr(model[0], "scale", 3.0),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_stays_in_its_call(process: Any, change: str) -> None:
+    """What one call changes, the next one in the same process does not see."""
+    publication = zerocopy.publish(modules())
+    before = call(process, look, publication)
+    call(process, apply, publication, CHANGES[change])
+    assert call(process, look, publication) == before
+
+
+def test_what_escapes_is_not_used_again(process: Any) -> None:
+    """A module that a call keeps somewhere stays its own: later calls have another."""
+    publication = zerocopy.publish(modules())
+
+    def keep(model: Any) -> None:
+        import test_reuse
+
+        test_reuse.escaped[:] = [model[0]]
+
+    call(process, apply, publication, keep)
+    total = ray.get(process.escaped_sum.remote())
+    call(process, apply, publication, write)
+    assert ray.get(process.escaped_sum.remote()) == total
+
+
+def test_one_call_at_a_time(process: Any) -> None:
+    """A call within a call has a load of its own."""
+    publication = zerocopy.publish(modules())
+    outer, inner = call(process, nested, publication, [publication])
+    assert outer != inner
+
+
+def test_an_error_keeps_nothing() -> None:
+    """What a call that failed has used is not kept."""
+    process = Process.remote()
+    with pytest.raises(ValueError, match="no"):
+        call(process, fail, zerocopy.publish(modules()))
+    assert ray.get(process.kept.remote()) == 0
+
+
+def test_copied_fields_are_fresh(process: Any) -> None:
+    """Rule 3: copied fields are fresh in every call, around the same shared part."""
+    publication = zerocopy.publish(Search(modules()))
+    assert [call(process, note, publication) for _ in range(3)] == [["seen"]] * 3
+    assert len({call(process, place, publication) for _ in range(3)}) == 1
+
+
+def test_arrays_are_loaded_afresh(process: Any) -> None:
+    """No counter tells of a write to a NumPy array: a pipeline that shares one is loaded for each call."""
+    publication = zerocopy.publish(Search(modules(), index=np.zeros(100_000)))
+    assert [call(process, write_index, publication) for _ in range(3)] == [1.0] * 3
+
+
+def test_a_worker_lets_go(store_use: Callable[[], int]) -> None:
+    """What a worker keeps is bounded, and a publication that was closed is freed soon, though the worker lives."""
+    process = Process.remote()
+    publications = [zerocopy.publish(modules()) for _ in range(6)]
+    for publication in publications:
+        call(process, place, publication)
+    assert ray.get(process.kept.remote()) == 4
+    assert store_use() > 6 * 4 * WIDTH * WIDTH
+    for publication in publications:
+        publication.close()
+    assert wait_until(lambda: store_use() < 100_000)
+    assert ray.get(process.kept.remote()) == 0
