@@ -34,6 +34,7 @@ LAYERS = [
     "_extraction",
     "_shards",
     "_snapshot",
+    "_adoption",
     "_partial",
     "_loading",
     "_publication",

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import attrs
 import ray
 
 from zerocopy import _mapping, _store
+from zerocopy._adoption import Adoption
 from zerocopy._introspector import (
     Introspection,
     Known,
@@ -25,7 +26,7 @@ from zerocopy._introspector import (
     require_pipeline,
 )
 from zerocopy._publication import Loaded, Publication, Versions, observe_loads
-from zerocopy._shards import Manifest, Placement, StoredMemory, locate, put_storages
+from zerocopy._shards import ADOPTED_SHARD, TARGET_SHARD, Manifest, Placement, StoredMemory, locate, put_storages
 from zerocopy._snapshot import LoadedMarks, Snapshot
 from zerocopy._tensors import TensorSpec
 from zerocopy.errors import ArgumentError, IsolationError
@@ -135,7 +136,7 @@ def _forget(key: _Key, ref: weakref.ref[Any]) -> None:
         del _entries[key]
 
 
-def publish(pipeline: Any) -> Publication:
+def publish(pipeline: Any, *, adopt: bool = False) -> Publication:
     """Put the weights of `pipeline` into the object store, once, and return a small handle to them.
 
     Publishing the same pipeline again shares one set of weights as long as no byte of it has changed. The weights leave
@@ -143,23 +144,30 @@ def publish(pipeline: Any) -> Publication:
 
     Args:
         pipeline: an instance of a `@zerocopy.pipeline` class, or a bare `nn.Module`.
+        adopt: re-point its tensors at the store, each part as soon as it is written, so that this process keeps no second
+            copy. Tensors keep their identity and ties, and a write to them stays private. Memory that something else
+            has a view of, NumPy arrays and TorchScript stay where they are. After an error everything is as before.
 
     Raises:
         ArgumentError: `pipeline` is neither.
+        IsolationError: `adopt` was asked for where private mappings are not possible.
         CannotTravelError: something inside cannot leave the process; the error names its path.
         StoreTooSmallError: the weights are larger than this node's object store.
         RayClientError: this process is connected through Ray Client.
     """
     require_pipeline(pipeline, "zerocopy.publish")
-    return publish_subject(Subject(pipeline), pipeline)
+    return publish_subject(Subject(pipeline), pipeline, adopt=adopt)
 
 
-def publish_subject(subject: Subject, anchor: Any, variant: tuple[str, ...] = ()) -> Publication:
+def publish_subject(
+    subject: Subject, anchor: Any, variant: tuple[str, ...] = (), *, adopt: bool = False
+) -> Publication:
     """Publish any object that holds models.
 
     Args:
         anchor: as long as it lives, publishing the same `variant` with it again shares these weights.
         variant: what tells this way to publish from others.
+        adopt: as `publish`.
 
     Raises:
         As `publish`, but for ArgumentError.
@@ -174,7 +182,12 @@ def publish_subject(subject: Subject, anchor: Any, variant: tuple[str, ...] = ()
         outer = None
         if weights is not None and len(same) == len(found.table.storages) and weights.describe(found):
             outer = found.outer if weights.skeleton is not None else _outer_over(weights, subject.pipeline)
-        if weights is None or outer is None:
+        adoption = Adoption(found) if adopt else None
+        if adoption is not None and adoption.is_possible():
+            stored = weights.placements if weights is not None and outer is not None else _verified_places(found)
+            weights, outer = _put_and_adopt(subject, found, stored, adoption)
+            entry.origin = _adopted_origin(weights, adoption)
+        elif weights is None or outer is None:
             weights = _put(found, _verified_places(found))
             outer = found.outer
         lease = entry.lease_weights()
@@ -266,18 +279,65 @@ def _weights_of_origin(pipeline: Any, origin: _Origin) -> Weights | None:
 
 def _put(found: Introspection, stored: Mapping[object, Placement]) -> Weights:
     """Write what `found` shares into the store, but for what is `stored`. Every refusal comes before the first byte."""
-    storages = found.table.storages
     snapshot = Snapshot(found.table, found.wholes, found.mutable)
-    shared_bytes = sum(storage.nbytes for storage in storages)
-    _store.require_room(shared_bytes, type(found.pipeline).__name__)
-    placements = put_storages(storages, found.root_ends, stored)
-    locations, shards = locate(storages, placements)
-    manifest = Manifest(tuple(found.table.specs), locations, found.devices, found.shared, shards, is_reusable(found))
+    placements = _put_all(found, stored, TARGET_SHARD, lambda _: None)
+    return _weights(found, snapshot, placements, _put_manifest(found, placements))
+
+
+def _put_and_adopt(
+    subject: Subject, found: Introspection, stored: Mapping[object, Placement], adoption: Adoption
+) -> tuple[Weights, Outer]:
+    """The same, and the tensors of the pipeline re-pointed at the store. An error leaves them private memory."""
+    try:
+        placements = _put_all(found, stored, ADOPTED_SHARD, adoption.take)
+        manifest = _put_manifest(found, placements)
+        adopted = introspect(subject)  # the same tensors, in other memory
+    except BaseException:
+        adoption.undo()
+        raise
+    snapshot = Snapshot(adopted.table, adopted.wholes, adopted.mutable)
+    return _weights(adopted, snapshot, placements, manifest), adopted.outer
+
+
+def _adopted_origin(weights: Weights, adoption: Adoption) -> _Origin:
+    shards = list(_store.get(weights.manifest).shards)
+    marks = LoadedMarks(adoption.tensors(), {shards.index(ref): mapped for ref, mapped in adoption.mapped})
+    return _Origin(weights.manifest, weights.shared_bytes, marks, weights.session)
+
+
+def _put_all(
+    found: Introspection,
+    stored: Mapping[object, Placement],
+    least: int,
+    written: Callable[[Mapping[int, Placement]], None],
+) -> list[Placement | None]:
+    """The places of all storages; `written` hears of those in each shard as soon as it is."""
+    _store.require_room(_shared_bytes(found), type(found.pipeline).__name__)
+    placements: list[Placement | None] = [None] * len(found.table.storages)
+    for placed in put_storages(found.table.storages, found.root_ends, stored, least):
+        for index, place in placed.items():
+            placements[index] = place
+        written(placed)
+    return placements
+
+
+def _put_manifest(found: Introspection, placements: Sequence[Placement | None]) -> ray.ObjectRef[Any]:
+    locations, shards = locate(found.table.storages, placements)
+    return _store.put(Manifest(found.table.specs, locations, found.devices, found.shared, shards, is_reusable(found)))
+
+
+def _weights(
+    found: Introspection, snapshot: Snapshot, placements: Sequence[Placement | None], manifest: ray.ObjectRef[Any]
+) -> Weights:
+    places = {s.key: place for s, place in zip(found.table.storages, placements, strict=True) if place is not None}
     return Weights(
-        _store.put(manifest), shared_bytes, found.known, snapshot,
-        {s.key: place for s, place in zip(storages, placements, strict=True) if place is not None},
-        found.shared, tuple(found.table.specs), _store.session(), found.pieces,
+        manifest, _shared_bytes(found), found.known, snapshot, places, found.shared, tuple(found.table.specs),
+        _store.session(), found.pieces,
     )  # fmt: skip
+
+
+def _shared_bytes(found: Introspection) -> int:
+    return sum(storage.nbytes for storage in found.table.storages)
 
 
 def _handle(pipeline: Any, weights: Weights, outer: Outer) -> Publication:

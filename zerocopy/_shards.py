@@ -6,7 +6,7 @@ import ctypes
 import functools
 import os
 import pickle
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +18,8 @@ from zerocopy._mapping import Mapped, map_private
 from zerocopy._tensors import Region, Storage, TensorSpec
 
 MB = 1 << 20
-TARGET_SHARD = 64 * MB  # a shard is cut when it would grow beyond this, or beyond an eighth of all if that is more
+TARGET_SHARD = 64 * MB  # what a shard may grow to, or to an eighth of all if that is more
+ADOPTED_SHARD = MB  # the same where each shard's source is freed before the next one is written
 FIELD_SHARD = 4 * MB  # ... or at the end of a shared root, when it has at least this
 PACKED = MB // 4  # a storage below this is copied into a pack: every buffer of its own costs some 0.1 ms
 PACKS_PER_SHARD = 16 * MB  # bounds the heap that packs take while publishing
@@ -78,9 +79,12 @@ class Placement(NamedTuple):
     offset: int
 
 
-def group(sizes: Sequence[int], root_ends: Iterable[int]) -> list[list[int]]:
-    """Indices of the storages of each shard, in order, given the sizes of all and the ends of their roots."""
-    target = max(TARGET_SHARD, sum(sizes) // 8)
+def group(sizes: Sequence[int], root_ends: Iterable[int], least: int = TARGET_SHARD) -> list[list[int]]:
+    """Indices of the storages of each shard, in order, given the sizes of all and the ends of their roots.
+
+    A shard is cut when it would grow beyond `least` bytes, or beyond an eighth of all if that is more.
+    """
+    target = max(least, sum(sizes) // 8)
     ends = set(root_ends)
     shards: list[list[int]] = [[]]
     total = packed = 0
@@ -96,20 +100,22 @@ def group(sizes: Sequence[int], root_ends: Iterable[int]) -> list[list[int]]:
 
 
 def put_storages(
-    storages: Sequence[Storage], root_ends: Iterable[int], stored: Mapping[object, Placement]
-) -> list[Placement | None]:
+    storages: Sequence[Storage], root_ends: Iterable[int], stored: Mapping[object, Placement], least: int = TARGET_SHARD
+) -> Iterator[dict[int, Placement]]:
     """Write storages to the store, shard by shard, each from where it is. Those in `stored` are there already.
 
-    Returns:
-        The place of each storage, None for one without bytes.
+    Yields:
+        The places of the storages of each shard, by index, when it is written.
     """
-    placements = [stored.get(storage.key) for storage in storages]
-    sizes = [0 if placement else storage.nbytes for placement, storage in zip(placements, storages, strict=True)]
-    for shard in group(sizes, root_ends):
+    there = {i: stored[storage.key] for i, storage in enumerate(storages) if storage.key in stored}
+    by_shard: dict[ray.ObjectRef[Any], dict[int, Placement]] = {}
+    for index, place in there.items():
+        by_shard.setdefault(place.shard, {})[index] = place
+    yield from by_shard.values()
+    sizes = [0 if index in there else storage.nbytes for index, storage in enumerate(storages)]
+    for shard in group(sizes, root_ends, least):
         members = [index for index in shard if sizes[index]]
-        for index, placement in zip(members, _put_shard([storages[index] for index in members]), strict=True):
-            placements[index] = placement
-    return placements
+        yield dict(zip(members, _put_shard([storages[index] for index in members]), strict=True))
 
 
 def _put_shard(storages: Sequence[Storage]) -> list[Placement]:

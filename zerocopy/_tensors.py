@@ -42,14 +42,21 @@ class Storage:
     def __init__(self, key: object, nbytes: int, source: torch.UntypedStorage | Bytes) -> None:
         self.key = key
         self.nbytes = nbytes
-        self._source = source
+        self.source: torch.UntypedStorage | Bytes | None = source
 
     def to_bytes(self) -> Bytes:
         """The bytes, shape (nbytes,) uint8: a view where they lie in main memory, else a copy from the device."""
-        if isinstance(self._source, np.ndarray):
-            return self._source
-        storage = self._source if self._source.device.type == "cpu" else self._source.cpu()
-        return torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage).numpy()
+        if isinstance(self.source, np.ndarray):
+            return self.source
+        if self.source is None:
+            raise RuntimeError("this storage was adopted")
+        storage = self.source if self.source.device.type == "cpu" else self.source.cpu()
+        # Not by way of `numpy()`, after which torch would refuse to resize the storage for ever.
+        return _bytes_at(storage.data_ptr(), self.nbytes, storage)
+
+    def forget(self) -> None:
+        """Let go of the memory."""
+        self.source = None
 
 
 def is_tensor_or_array(obj: object) -> TypeGuard[torch.Tensor | np.ndarray[Any, Any]]:
@@ -208,9 +215,9 @@ def rebuild(
             else:
                 base = first.get(storage)
                 if base is None:
-                    base = first[storage] = _base(regions[storage], dtype, devices.get(storage))
+                    base = first[storage] = base_over(regions[storage], dtype, devices.get(storage))
                 spec = TensorSpec._make(row)
-                rebuilt.append(_finish(_strided(base, spec), spec))
+                rebuilt.append(_finish(strided(base, spec), spec))
     return rebuilt
 
 
@@ -239,7 +246,7 @@ def _array(spec: TensorSpec, region: Region) -> np.ndarray[Any, Any]:
     return array
 
 
-def _base(region: Region, dtype: torch.dtype, device: torch.device | None) -> torch.Tensor:
+def base_over(region: Region, dtype: torch.dtype, device: torch.device | None = None) -> torch.Tensor:
     """A tensor over all of a region."""
     memory, start, nbytes = region
     if nbytes % dtype.itemsize:  # a storage with a ragged end: only bytes cover it whole
@@ -251,7 +258,8 @@ def _base(region: Region, dtype: torch.dtype, device: torch.device | None) -> to
     return base if device is None else base.to(device)
 
 
-def _strided(base: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
+def strided(base: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
+    """The view of all of a storage that `spec` describes, not yet of its class."""
     if spec.dtype is base.dtype:
         return base.as_strided(spec.shape, spec.stride, spec.offset)
     empty = torch.empty(0, dtype=spec.dtype, device=base.device)
