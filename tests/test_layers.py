@@ -39,6 +39,7 @@ LAYERS = [
     "_loading",
     "_publication",
     "_publishing",
+    "_checkpoint",
     "_reuse",
     "_passing",
     "_remote",

@@ -6,7 +6,7 @@ import hypothesis.strategies as st
 import torch
 from hypothesis import given
 
-from zerocopy._shards import ALIGNMENT, FIELD_SHARD, MB, PACKED, PACKS_PER_SHARD, TARGET_SHARD, _lay_out, group
+from zerocopy._shards import ALIGNMENT, FIELD_SHARD, MB, ORDINARY, PACKED, PACKS_PER_SHARD, _lay_out, group
 from zerocopy._tensors import storage_of
 
 
@@ -18,7 +18,7 @@ def test_every_storage_has_one_place(sizes: list[int], data: st.DataObject) -> N
     flat = [index for shard in shards for index in shard]
     assert flat == sorted(set(flat))
     assert {index for index, size in enumerate(sizes) if size} <= set(flat)
-    limit = max(TARGET_SHARD, sum(sizes) // 8)
+    limit = max(ORDINARY.least, sum(sizes) // ORDINARY.parts)
     for shard in shards:
         assert sum(sizes[index] for index in shard) <= limit or sum(sizes[index] > 0 for index in shard) == 1
         assert sum(sizes[index] for index in shard if sizes[index] < PACKED) <= PACKS_PER_SHARD + PACKED

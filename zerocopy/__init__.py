@@ -3,6 +3,7 @@
 from zerocopy import _passing as _passing
 from zerocopy import errors
 from zerocopy._actor import Actor, Pool, actor
+from zerocopy._checkpoint import publish_checkpoint
 from zerocopy._extraction import extract_tensors, replace_tensors
 from zerocopy._fields import Copied, Field, Policy, Shared, copied, shared
 from zerocopy._pipeline import fields, pipeline
@@ -54,6 +55,7 @@ __all__ = [
     "plan",
     "prepare_model_for_actors",
     "publish",
+    "publish_checkpoint",
     "replace_tensors",
     "rewrite_pipeline",
     "rewrite_pipeline_for_actors",

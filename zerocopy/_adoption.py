@@ -50,7 +50,9 @@ class Adoption:
         if not isinstance(source, torch.UntypedStorage) or source.device.type != "cpu" or not source.nbytes():
             return False
         tensors = [tensor for tensor, _ in self._views[index].values()]
-        if not all(isinstance(t, torch.Tensor) and not (t.is_inference() or t.is_conj() or t.is_neg()) for t in tensors):
+        if not all(
+            isinstance(t, torch.Tensor) and not (t.is_inference() or t.is_conj() or t.is_neg()) for t in tensors
+        ):
             return False
         return source.resizable() and _use_count(source._cdata) == len(tensors) + 1  # and `source` itself
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import attrs
@@ -26,9 +26,9 @@ from zerocopy._introspector import (
     require_pipeline,
 )
 from zerocopy._publication import Loaded, Publication, Versions, observe_loads
-from zerocopy._shards import ADOPTED_SHARD, TARGET_SHARD, Manifest, Placement, StoredMemory, locate, put_storages
+from zerocopy._shards import STREAMED, Manifest, Placement, StoredMemory, locate, put_storages
 from zerocopy._snapshot import LoadedMarks, Snapshot
-from zerocopy._tensors import TensorSpec
+from zerocopy._tensors import Storage, TensorSpec
 from zerocopy.errors import ArgumentError, IsolationError
 
 
@@ -280,7 +280,7 @@ def _weights_of_origin(pipeline: Any, origin: _Origin) -> Weights | None:
 def _put(found: Introspection, stored: Mapping[object, Placement]) -> Weights:
     """Write what `found` shares into the store, but for what is `stored`. Every refusal comes before the first byte."""
     snapshot = Snapshot(found.table, found.wholes, found.mutable)
-    placements = _put_all(found, stored, TARGET_SHARD, lambda _: None)
+    placements = _put_all(found, put_storages(found.table.storages, found.root_ends, stored))
     return _weights(found, snapshot, placements, _put_manifest(found, placements))
 
 
@@ -289,7 +289,9 @@ def _put_and_adopt(
 ) -> tuple[Weights, Outer]:
     """The same, and the tensors of the pipeline re-pointed at the store. An error leaves them private memory."""
     try:
-        placements = _put_all(found, stored, ADOPTED_SHARD, adoption.take)
+        placements = _put_all(
+            found, put_storages(found.table.storages, found.root_ends, stored, STREAMED), adoption.take
+        )
         manifest = _put_manifest(found, placements)
         adopted = introspect(subject)  # the same tensors, in other memory
     except BaseException:
@@ -305,16 +307,41 @@ def _adopted_origin(weights: Weights, adoption: Adoption) -> _Origin:
     return _Origin(weights.manifest, weights.shared_bytes, marks, weights.session)
 
 
+def put_once(
+    pipeline: Any,
+    found: Introspection,
+    about_to_write: Callable[[Iterable[Storage]], None],
+    written: Callable[[Iterable[Storage]], None],
+) -> Publication:
+    """Publish a pipeline that nobody will change or publish again, shard by shard.
+
+    Args:
+        about_to_write: called with the storages of each shard before their bytes are read.
+        written: called with them afterwards.
+
+    Raises:
+        StoreTooSmallError: the weights are larger than this node's object store.
+    """
+    storages = found.table.storages
+    shards = put_storages(storages, found.root_ends, {}, STREAMED, about_to_write)
+    placements = _put_all(found, shards, lambda placed: written([storages[index] for index in placed]))
+    snapshot = Snapshot(found.table, found.wholes, found.mutable)
+    publication = _handle(
+        pipeline, _weights(found, snapshot, placements, _put_manifest(found, placements)), found.outer
+    )
+    publication._close = _let_go
+    return publication
+
+
 def _put_all(
     found: Introspection,
-    stored: Mapping[object, Placement],
-    least: int,
-    written: Callable[[Mapping[int, Placement]], None],
+    shards: Iterator[dict[int, Placement]],
+    written: Callable[[Mapping[int, Placement]], None] = lambda _: None,
 ) -> list[Placement | None]:
     """The places of all storages; `written` hears of those in each shard as soon as it is."""
     _store.require_room(_shared_bytes(found), type(found.pipeline).__name__)
     placements: list[Placement | None] = [None] * len(found.table.storages)
-    for placed in put_storages(found.table.storages, found.root_ends, stored, least):
+    for placed in shards:
         for index, place in placed.items():
             placements[index] = place
         written(placed)

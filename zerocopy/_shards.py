@@ -18,8 +18,6 @@ from zerocopy._mapping import Mapped, map_private
 from zerocopy._tensors import Region, Storage, TensorSpec
 
 MB = 1 << 20
-TARGET_SHARD = 64 * MB  # what a shard may grow to, or to an eighth of all if that is more
-ADOPTED_SHARD = MB  # the same where each shard's source is freed before the next one is written
 FIELD_SHARD = 4 * MB  # ... or at the end of a shared root, when it has at least this
 PACKED = MB // 4  # a storage below this is copied into a pack: every buffer of its own costs some 0.1 ms
 PACKS_PER_SHARD = 16 * MB  # bounds the heap that packs take while publishing
@@ -79,12 +77,20 @@ class Placement(NamedTuple):
     offset: int
 
 
-def group(sizes: Sequence[int], root_ends: Iterable[int], least: int = TARGET_SHARD) -> list[list[int]]:
-    """Indices of the storages of each shard, in order, given the sizes of all and the ends of their roots.
+class Cut(NamedTuple):
+    """How large shards may grow: to `least` bytes, or to one of `parts` of all if that is more."""
 
-    A shard is cut when it would grow beyond `least` bytes, or beyond an eighth of all if that is more.
-    """
-    target = max(least, sum(sizes) // 8)
+    least: int
+    parts: int
+
+
+ORDINARY = Cut(64 * MB, 8)
+STREAMED = Cut(MB, 16)  # where each shard's source is freed before the next one is written
+
+
+def group(sizes: Sequence[int], root_ends: Iterable[int], cut: Cut = ORDINARY) -> list[list[int]]:
+    """Indices of the storages of each shard, in order, given the sizes of all and the ends of their roots."""
+    target = max(cut.least, sum(sizes) // cut.parts)
     ends = set(root_ends)
     shards: list[list[int]] = [[]]
     total = packed = 0
@@ -100,7 +106,11 @@ def group(sizes: Sequence[int], root_ends: Iterable[int], least: int = TARGET_SH
 
 
 def put_storages(
-    storages: Sequence[Storage], root_ends: Iterable[int], stored: Mapping[object, Placement], least: int = TARGET_SHARD
+    storages: Sequence[Storage],
+    root_ends: Iterable[int],
+    stored: Mapping[object, Placement],
+    cut: Cut = ORDINARY,
+    about_to_write: Callable[[list[Storage]], None] = lambda _: None,
 ) -> Iterator[dict[int, Placement]]:
     """Write storages to the store, shard by shard, each from where it is. Those in `stored` are there already.
 
@@ -113,9 +123,11 @@ def put_storages(
         by_shard.setdefault(place.shard, {})[index] = place
     yield from by_shard.values()
     sizes = [0 if index in there else storage.nbytes for index, storage in enumerate(storages)]
-    for shard in group(sizes, root_ends, least):
+    for shard in group(sizes, root_ends, cut):
         members = [index for index in shard if sizes[index]]
-        yield dict(zip(members, _put_shard([storages[index] for index in members]), strict=True))
+        content = [storages[index] for index in members]
+        about_to_write(content)
+        yield dict(zip(members, _put_shard(content), strict=True))
 
 
 def _put_shard(storages: Sequence[Storage]) -> list[Placement]:

@@ -37,6 +37,14 @@ class NotExposedError(ZeroCopyError, AttributeError):
     attribute: str
 
 
+class CheckpointError(ZeroCopyError, ValueError):
+    """Files of weights cannot be read, or do not fit. Attributes, where they do not fit: lists of names."""
+
+    missing: list[str]
+    unexpected: list[str]
+    misshapen: list[str]
+
+
 class CannotTravelError(ZeroCopyError, TypeError):
     """An object inside a pipeline cannot leave its process.
 
