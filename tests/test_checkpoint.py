@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import run_python
+from safetensors import torch as safetensors
 from torch import nn
 
 import zerocopy
@@ -17,8 +18,6 @@ from zerocopy.errors import CheckpointError
 from zerocopy.testing import assert_zero_copy
 
 pytestmark = pytest.mark.usefixtures("cluster")
-
-safetensors = pytest.importorskip("safetensors.torch", reason="an independent writer of the format")
 
 
 class Model(nn.Module):
