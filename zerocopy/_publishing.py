@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias
 
 import attrs
@@ -17,61 +17,18 @@ from zerocopy._introspector import (
     Introspection,
     Known,
     Outer,
-    Skeleton,
     Subject,
     UnknownRoot,
     introspect,
-    is_reusable,
     make_outer,
     require_pipeline,
 )
 from zerocopy._publication import Loaded, Publication, Versions, observe_loads
-from zerocopy._shards import STREAMED, Manifest, Placement, StoredMemory, locate, put_storages
+from zerocopy._shards import Manifest, Placement
 from zerocopy._snapshot import LoadedMarks, Snapshot
-from zerocopy._tensors import Storage, TensorSpec
+from zerocopy._tensors import Storage
+from zerocopy._weights import Weights, put, put_and_adopt, put_streaming
 from zerocopy.errors import ArgumentError, IsolationError
-
-
-@attrs.frozen(eq=False)
-class Weights:
-    """Published weights, and the state of the live pipeline that they are the weights of. Keeps no part of it alive."""
-
-    manifest: ray.ObjectRef[Any]
-    shared_bytes: int
-    known: Known
-    snapshot: Snapshot
-    placements: Mapping[object, Placement]  # by storage key; empty where another process published
-    skeleton: Skeleton | None  # the shared one; None where another process published
-    specs: tuple[TensorSpec, ...]
-    session: object
-    pieces: list[Any]  # of tensors taken apart: alive, so that their ids and storages mean them
-
-    def are_in_store(self) -> bool:
-        return self.session is not None and self.session is _store.session()
-
-    def are_current(self) -> bool:
-        """Whether the live pipeline still has these weights, as far as versions, slots and modes tell."""
-        return self.are_in_store() and self.snapshot.weights.are_same() and self.snapshot.has_same_structure()
-
-    def unchanged(self) -> Mapping[object, Placement]:
-        """Places of storages that need not be written again, though the structure around them changed."""
-        return self.placements if self.are_in_store() and self.snapshot.weights.are_same() else {}
-
-    def verified(self, found: Introspection) -> set[object]:
-        """Keys of the storages of `found` of which the store has exactly the bytes. Reads all of them."""
-        storages = [storage for storage in found.table.storages if storage.key in self.known.storages]
-        if not storages or not self.are_in_store() or not self.snapshot.weights.are_same():
-            return set()
-        manifest: Manifest = _store.get(self.manifest)
-        memory = StoredMemory(manifest, range(len(manifest.locations)), require_isolation=False)
-        return {s.key for s in storages if memory.holds(self.known.storages[s.key], s.to_bytes())}
-
-    def describe(self, found: Introspection) -> bool:
-        """Whether the published skeleton is that of `found`: the same objects in the same places."""
-        if self.skeleton is None:  # passed on: the outer skeleton holds all but the tensors
-            return self.are_current()
-        same_objects = (self.known.tensors, self.known.storages) == (found.known.tensors, found.known.storages)
-        return same_objects and (self.skeleton, self.specs) == (found.shared, tuple(found.table.specs))
 
 
 class Lease:
@@ -185,10 +142,10 @@ def publish_subject(
         adoption = Adoption(found) if adopt else None
         if adoption is not None and adoption.is_possible():
             stored = weights.placements if weights is not None and outer is not None else _verified_places(found)
-            weights, outer = _put_and_adopt(subject, found, stored, adoption)
+            weights, outer = put_and_adopt(subject, found, stored, adoption)
             entry.origin = _adopted_origin(weights, adoption)
         elif weights is None or outer is None:
-            weights = _put(found, _verified_places(found))
+            weights = put(found, _verified_places(found))
             outer = found.outer
         lease = entry.lease_weights()
         entry.remember(weights, automatic=False)
@@ -211,7 +168,7 @@ def publish_automatically(pipeline: Any) -> Publication:
             entry.remember(weights, automatic=True)
             return _handle(pipeline, weights, outer)
         found = introspect(Subject(pipeline))
-        weights = _put(found, _unchanged_places())
+        weights = put(found, _unchanged_places())
         entry.remember(weights, automatic=True)
         return _handle(pipeline, weights, found.outer)
 
@@ -277,30 +234,6 @@ def _weights_of_origin(pipeline: Any, origin: _Origin) -> Weights | None:
     )  # fmt: skip
 
 
-def _put(found: Introspection, stored: Mapping[object, Placement]) -> Weights:
-    """Write what `found` shares into the store, but for what is `stored`. Every refusal comes before the first byte."""
-    snapshot = Snapshot(found.table, found.wholes, found.mutable)
-    placements = _put_all(found, put_storages(found.table.storages, found.root_ends, stored))
-    return _weights(found, snapshot, placements, _put_manifest(found, placements))
-
-
-def _put_and_adopt(
-    subject: Subject, found: Introspection, stored: Mapping[object, Placement], adoption: Adoption
-) -> tuple[Weights, Outer]:
-    """The same, and the tensors of the pipeline re-pointed at the store. An error leaves them private memory."""
-    try:
-        placements = _put_all(
-            found, put_storages(found.table.storages, found.root_ends, stored, STREAMED), adoption.take
-        )
-        manifest = _put_manifest(found, placements)
-        adopted = introspect(subject)  # the same tensors, in other memory
-    except BaseException:
-        adoption.undo()
-        raise
-    snapshot = Snapshot(adopted.table, adopted.wholes, adopted.mutable)
-    return _weights(adopted, snapshot, placements, manifest), adopted.outer
-
-
 def _adopted_origin(weights: Weights, adoption: Adoption) -> _Origin:
     shards = list(_store.get(weights.manifest).shards)
     marks = LoadedMarks(adoption.tensors(), {shards.index(ref): mapped for ref, mapped in adoption.mapped})
@@ -313,58 +246,14 @@ def put_once(
     about_to_write: Callable[[Iterable[Storage]], None],
     written: Callable[[Iterable[Storage]], None],
 ) -> Publication:
-    """Publish a pipeline that nobody will change or publish again, shard by shard.
-
-    Args:
-        about_to_write: called with the storages of each shard before their bytes are read.
-        written: called with them afterwards.
+    """Publish a pipeline that nobody will change or publish again; see `put_streaming`.
 
     Raises:
         StoreTooSmallError: the weights are larger than this node's object store.
     """
-    storages = found.table.storages
-    shards = put_storages(storages, found.root_ends, {}, STREAMED, about_to_write)
-    placements = _put_all(found, shards, lambda placed: written([storages[index] for index in placed]))
-    snapshot = Snapshot(found.table, found.wholes, found.mutable)
-    publication = _handle(
-        pipeline, _weights(found, snapshot, placements, _put_manifest(found, placements)), found.outer
-    )
+    publication = _handle(pipeline, put_streaming(found, about_to_write, written), found.outer)
     publication._close = _let_go
     return publication
-
-
-def _put_all(
-    found: Introspection,
-    shards: Iterator[dict[int, Placement]],
-    written: Callable[[Mapping[int, Placement]], None] = lambda _: None,
-) -> list[Placement | None]:
-    """The places of all storages; `written` hears of those in each shard as soon as it is."""
-    _store.require_room(_shared_bytes(found), type(found.pipeline).__name__)
-    placements: list[Placement | None] = [None] * len(found.table.storages)
-    for placed in shards:
-        for index, place in placed.items():
-            placements[index] = place
-        written(placed)
-    return placements
-
-
-def _put_manifest(found: Introspection, placements: Sequence[Placement | None]) -> ray.ObjectRef[Any]:
-    locations, shards = locate(found.table.storages, placements)
-    return _store.put(Manifest(found.table.specs, locations, found.devices, found.shared, shards, is_reusable(found)))
-
-
-def _weights(
-    found: Introspection, snapshot: Snapshot, placements: Sequence[Placement | None], manifest: ray.ObjectRef[Any]
-) -> Weights:
-    places = {s.key: place for s, place in zip(found.table.storages, placements, strict=True) if place is not None}
-    return Weights(
-        manifest, _shared_bytes(found), found.known, snapshot, places, found.shared, tuple(found.table.specs),
-        _store.session(), found.pieces,
-    )  # fmt: skip
-
-
-def _shared_bytes(found: Introspection) -> int:
-    return sum(storage.nbytes for storage in found.table.storages)
 
 
 def _handle(pipeline: Any, weights: Weights, outer: Outer) -> Publication:

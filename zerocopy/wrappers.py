@@ -6,32 +6,18 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, Generic, Literal, TypeVar
 
-import attrs
 import ray
-from torch.export import ExportedProgram
 
-from zerocopy import _devices, _paths, _store
-from zerocopy._introspector import Subject
-from zerocopy._models import callable_models, is_model, models_in_train_mode, models_of
+from zerocopy import _devices, _store
+from zerocopy._models import is_model, models_of
 from zerocopy._publication import Publication
-from zerocopy._publishing import publish_subject
-from zerocopy._remote_models import RemoteModel, class_of, described, on_device
-from zerocopy._roles import Zone
-from zerocopy._skeleton import Split, strip
+from zerocopy._remote_models import RemoteModel, described, on_device
 from zerocopy._torchscript import PROGRAMS
+from zerocopy._wrapping import ModelInfo, attributes_to_copy, moved, prepare_for_actors, prepare_for_tasks
 from zerocopy.errors import ArgumentError, ModeError
 
 T = TypeVar("T")
 Mode = Literal["actor", "task"]
-
-
-@attrs.frozen
-class ModelInfo:
-    """One model of a wrapper: the name of its class, where its weights are, and the methods that run as tasks."""
-
-    kind: str
-    publication: Publication
-    methods: tuple[str, ...] = ()
 
 
 class ModelWrapper(Generic[T]):
@@ -81,28 +67,13 @@ class ModelWrapper(Generic[T]):
         if mode not in ("actor", "task"):
             raise ModeError(f"mode={mode!r} is neither 'actor' nor 'task'.", mode=mode)
         pipeline: Any = model_or_pipeline
-        copied = _attributes_to_copy(pipeline, model_attr_names)
-        models = models_of(pipeline, copied)
-        cls._require_models(pipeline, models)
-        _store.require()
-        to_eval = models_in_train_mode(pipeline)
-        anchor = pipeline if type(pipeline).__weakrefoffset__ else next(iter(models.values()))
+        copied = attributes_to_copy(pipeline, model_attr_names)
+        cls._require_models(pipeline, models_of(pipeline, copied))
         if mode == "actor":
-            subject = Subject(pipeline, copied, to_eval=to_eval)
-            publication = publish_subject(subject, anchor, (type(pipeline).__name__, mode, *copied))
-            info = {path: ModelInfo(class_of(model).__name__, publication) for path, model in models.items()}
-            return cls(publication, info, is_model(pipeline), mode, type(pipeline).__doc__)
-        models = callable_models(models)
-        remote = {path: _remote_model(model, method_names) for path, model in models.items()}
-        _require_methods(models, method_names)
-        info = {path: ModelInfo(class_of(models[path]).__name__, *described(model)) for path, model in remote.items()}
-        if models.get("model") is pipeline:
-            return cls(remote["model"], info, True, mode, type(pipeline).__doc__)
-        replaced = {id(model): remote[path] for path, model in models.items()}
-        here = [module for module in to_eval if not any(id(part) in replaced for part in module.modules())]
-        subject = Subject(pipeline, copied, replaced, here)
-        publication = publish_subject(subject, anchor, (type(pipeline).__name__, mode, *copied))
-        return cls(publication, info, is_model(pipeline), mode, type(pipeline).__doc__)
+            skeleton, info = prepare_for_actors(pipeline, copied)
+            return cls(skeleton, info, is_model(pipeline), mode, type(pipeline).__doc__)
+        in_tasks, info = prepare_for_tasks(pipeline, copied, method_names)
+        return cls(in_tasks, info, is_model(pipeline), mode, type(pipeline).__doc__)
 
     @classmethod
     def _require_models(cls, pipeline: Any, models: Mapping[str, Any]) -> None:
@@ -134,7 +105,7 @@ class ModelWrapper(Generic[T]):
         elif self._mode == "actor":
             pipeline = self._skeleton.load(device)
         else:
-            pipeline = _on_device(self._skeleton.load(), device)
+            pipeline = moved(self._skeleton.load(), device)
         return pipeline  # type: ignore[no-any-return]
 
     def close(self) -> None:
@@ -360,67 +331,6 @@ def _wrapper_of(found: Any, what: str, source: str) -> ModelWrapper[Any]:
             f"{what} expects what {source} returned, got {type(found).__name__!r}.", hint=f"call {source} first."
         )
     return found
-
-
-def _attributes_to_copy(pipeline: Any, model_attr_names: Sequence[str] | None) -> list[str]:
-    """The attributes that hold none of the models to share.
-
-    Raises:
-        ArgumentError: `pipeline` is a class, or has no such attribute, or that holds no model.
-    """
-    if isinstance(pipeline, type):
-        raise ArgumentError(f"Got the class {pipeline.__name__!r}.", hint="make an instance of it.")
-    if model_attr_names is None:
-        return []
-    if isinstance(model_attr_names, str):
-        raise ArgumentError(
-            f"model_attr_names={model_attr_names!r} is a string.", hint=f"write [{model_attr_names!r}]."
-        )
-    held = _paths.attributes_of(pipeline)
-    holding = [name for name, value in held.items() if models_of(value)]
-    for name in model_attr_names:
-        if name not in holding:
-            problem = f"holds no model in {name!r}" if name in held else f"has no attribute {name!r}"
-            raise ArgumentError(
-                f"model_attr_names: this {type(pipeline).__name__} {problem}.",
-                hint=f"it holds models in {', '.join(map(repr, holding))}." if holding else None,
-            )
-    listed = {id(held[name]) for name in model_attr_names}  # a listed model may be there under another name, too
-    return [name for name, value in held.items() if name not in model_attr_names and id(value) not in listed]
-
-
-def _remote_model(model: Any, method_names: Sequence[str] | None) -> RemoteModel:
-    publication = publish_subject(Subject(model, to_eval=models_in_train_mode(model)), model, ("model",))
-    return RemoteModel(publication, class_of(model), _exposed(model, method_names))
-
-
-def _exposed(model: Any, method_names: Sequence[str] | None) -> tuple[str, ...]:
-    if isinstance(method_names, str):
-        raise ArgumentError(f"method_names={method_names!r} is a string.", hint=f"write [{method_names!r}].")
-    if isinstance(model, ExportedProgram):
-        return ("__call__",)
-    if method_names is None:
-        method_names = ("forward",) if isinstance(model, PROGRAMS) else ()
-    wanted = ("__call__", *method_names)
-    return tuple(dict.fromkeys(name for name in wanted if callable(getattr(model, name, None))))
-
-
-def _require_methods(models: Mapping[str, Any], method_names: Sequence[str] | None) -> None:
-    for name in method_names or ():
-        if not any(callable(getattr(model, name, None)) for model in models.values()):
-            kinds = ", ".join(dict.fromkeys(class_of(model).__name__ for model in models.values()))
-            raise ArgumentError(f"No model has a method {name!r} ({kinds}).", hint="see method_names.")
-
-
-def _on_device(pipeline: Any, device: Any) -> Any:
-    """A task-mode pipeline, its models loaded on `device` in their tasks."""
-    if device is not None:
-        name = _paths.name_of(pipeline)
-        inside = strip([pipeline], zone=Zone.AUTO, split=Split.NOWHERE, names=[name]).seen.values()
-        for found in inside:
-            if type(found) is RemoteModel:
-                found._device = device
-    return pipeline
 
 
 def _fill(wrapper: TaskWrapper[Any], pipeline: Any, doc: str | None) -> None:
