@@ -17,7 +17,7 @@ from conftest import run_python
 from torch import nn
 
 import zerocopy
-from zerocopy import _publishing, copied, shared
+from zerocopy import _weights, copied, shared
 from zerocopy.testing import assert_zero_copy
 
 pytestmark = pytest.mark.usefixtures("cluster")
@@ -39,13 +39,13 @@ def top_k_and_mode(search: pipelines.Search) -> tuple[int, bool, bool]:
 def publishings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows by the number of storages written, each time weights are put into the store."""
     writes: list[int] = []
-    real = _publishing.put_storages
+    real = _weights.put_storages
 
-    def counted(storages: Any, ends: Any, stored: Any) -> Any:
+    def counted(storages: Any, ends: Any, stored: Any, *rest: Any) -> Any:
         writes.append(sum(storage.key not in stored for storage in storages))
-        return real(storages, ends, stored)
+        return real(storages, ends, stored, *rest)
 
-    monkeypatch.setattr(_publishing, "put_storages", counted)
+    monkeypatch.setattr(_weights, "put_storages", counted)
     return writes
 
 
