@@ -33,6 +33,14 @@ def tests(session: nox.Session) -> None:
 
 
 @nox.session
+def bench(session: nox.Session) -> None:
+    """zerocopy against the other ways, measured. Without arguments a full run, which writes docs/benchmarks.md anew."""
+    _install(session, "-e", ".[bench]", "ray-zerocopy==0.2.0")
+    arguments = session.posargs or ["--output", "docs"]
+    session.run("python", "-m", "zerocopy.bench", *arguments, env={"HF_HUB_OFFLINE": "1"})
+
+
+@nox.session
 def lint(session: nox.Session) -> None:
     """Style, by ruff."""
     _install(session, group="lint")

@@ -84,7 +84,7 @@ class Cut(NamedTuple):
     parts: int
 
 
-ORDINARY = Cut(64 * MB, 8)
+ORDINARY = Cut(256 * MB, 8)
 STREAMED = Cut(MB, 16)  # where each shard's source is freed before the next one is written
 
 

@@ -1,0 +1,246 @@
+"""The benchmark refuses what it does not know, measures what it is given, and tells nothing else."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import run_python
+
+from zerocopy.bench import figures, measures, models, report, runner, systems
+from zerocopy.bench.__main__ import main
+from zerocopy.bench.memory import Peak, resident, tree
+from zerocopy.bench.trial import Trial, said
+from zerocopy.errors import ArgumentError
+
+BUILD = """
+import torch
+from torch import nn
+
+class Small(nn.Module):
+    example_input_array = torch.ones(1, 256)
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(*[nn.Linear(256, 256) for _ in range(40)])
+    def forward(self, rows):
+        return self.layers(rows)
+
+def large():
+    return nn.Linear(5000, 5000, bias=False)
+
+def build():
+    return Small()
+
+def wrong():
+    return 5
+
+number = 5
+"""
+
+
+LARGE = 5000 * 5000 * 4
+
+
+def bench(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    (folder / "own_models.py").write_text(BUILD)
+    return subprocess.run(
+        [sys.executable, "-m", "zerocopy.bench", *arguments],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+
+
+def results(**changed: Any) -> dict[str, Any]:
+    """Two repeats of zerocopy, and a peer that failed."""
+    told = {"model": "mlp", "system": "zerocopy", "measure": "times", "workers": 1}
+    words = "TypeError: Got unsupported ScalarType BFloat16 in /home/somebody/peer/extract.py"
+    return {
+        "machine": {"cores": 2, "processor": "one", "memory": 8e9, "system": "Linux", "versions": {"torch": "2.0"}},
+        "settings": {"models": ["mlp"], "measures": ["times"], "repeats": 2},
+        "models": {"mlp": {"title": "MLP", "bytes": 1000, "modules": 3}},
+        "systems": {"zerocopy": "zerocopy", "ray-zerocopy": "ray-zerocopy 0.2.0"},
+        "trials": [
+            {**told, "repeat": 0, "figures": {"publish": 0.5, "put": 0.25, "first_load": 0.002}},
+            {**told, "repeat": 1, "figures": {"publish": 0.5, "put": 0.5, "first_load": 0.004}},
+            {**told, "repeat": 0, "system": "ray-zerocopy", "failure": words},
+        ],
+        **changed,
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--models", "bert,brett"], "There is no model 'brett'. Hint: choose from bert, llama80"),
+        (["--systems", "magic"], "There is no system 'magic'. Hint: choose from zerocopy, adoption"),
+        (["--figures", "speed"], "There are no figures 'speed'. Hint: choose from memory"),
+        (["--workers", "0"], "'0' is not a number above zero"),
+        (["build"], "There is no model 'build'"),
+    ],
+)
+def test_unknown_names_are_refused(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """They end the command with words and status 2, before anything starts."""
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    assert words in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("own_models:nothing", "There is no function 'own_models:nothing'"),
+        ("nowhere:build", "There is no function 'nowhere:build'"),
+        ("own_models:number", "'own_models:number' is int, not a function"),
+        ("own_models:wrong", "'own_models:wrong' returned int, not an nn.Module"),
+    ],
+)
+def test_functions_that_give_no_module_are_refused(
+    name: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In words that say what is missing."""
+    (tmp_path / "own_models.py").write_text(BUILD)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ArgumentError, match=words):
+        measures.facts(name)
+
+
+def test_a_model_that_cannot_be_made_ends_the_command(tmp_path: Path) -> None:
+    """With its words, and status 2."""
+    done = bench(tmp_path, "own_models:wrong")
+    assert done.returncode == 2
+    assert "'own_models:wrong' returned int, not an nn.Module" in done.stderr
+
+
+def test_a_model_of_ones_own_is_measured(tmp_path: Path) -> None:
+    """A short run over a user's model leaves figures, tables and a page, and nothing that it did not measure."""
+    chosen = ["--systems", "zerocopy,plain", "--repeats", "1", "--figures", "times"]
+    done = bench(tmp_path, "own_models:build", "--output", "out", *chosen)
+    assert done.returncode == 0, done.stderr
+    told = json.loads((tmp_path / "out/benchmarks/results.json").read_text())
+    taken = {(trial["system"], trial["measure"]): trial["figures"] for trial in told["trials"]}
+    assert set(taken) == {("zerocopy", "times"), ("plain", "times")}
+    for seconds in taken.values():
+        assert seconds.keys() == {"put", "publish", "first_load", "second_load", "forward"}
+        assert all(0 < value < 60 for value in seconds.values())
+    assert told["models"]["own_models:build"]["bytes"] == 40 * (256 * 256 + 256) * 4
+    assert "first load, ms" in " ".join(done.stdout.split())
+    page = (tmp_path / "out/benchmarks.md").read_text()
+    assert "second load, ms" in page
+    assert "no-op call" not in page
+    assert "Memory over" not in page
+    assert str(tmp_path) not in page
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="memory is asked of Linux")
+def test_memory_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a tree whose workers share one model, and do not see each other's writes."""
+    (tmp_path / "own_models.py").write_text(BUILD)
+    monkeypatch.chdir(tmp_path)
+    told = runner.take(Trial("own_models:large", "zerocopy", "memory", workers=2, store=400_000_000), {})
+    assert told["seen"] is False
+    assert 0.9 < told["peak"] / LARGE < 2.5
+    assert 1.7 < told["taken"] / LARGE < 2.5
+
+
+def test_names_lead_to_models() -> None:
+    """Known names, depths and a module's function are found; others are refused."""
+    assert models.find("llama12").title == "12-layer Llama"
+    assert {models.find(name).name for name in models.names()} == set(models.names())
+    with pytest.raises(ArgumentError, match="There is no model 'llama0'"):
+        models.find("llama0")
+    with pytest.raises(ArgumentError, match="There is no system"):
+        systems.find("none")
+
+
+def test_medians_and_their_spread() -> None:
+    """Figures are read from each repeat, ratios inside a repeat."""
+    told = results()
+    assert figures.summary(told, "mlp", "zerocopy", figures.PUBLISH_RATIO) == figures.Summary(1.5, 1, 2)
+    assert figures.Summary(1.5, 1, 2).text("x") == "1.50 (1.00 to 2.00)"
+    assert figures.summary(told, "mlp", "zerocopy", figures.LOAD_RATIO) == figures.Summary(1, 1, 1)
+    assert figures.summary(told, "mlp", "zerocopy", figures.FORWARD) is None
+    assert figures.summary(told, "mlp", "ray-zerocopy", figures.PUBLISH) is None
+
+
+def test_growth_is_taken_inside_a_repeat() -> None:
+    """Memory with the most workers, less that with the fewest."""
+    base = {"model": "mlp", "system": "zerocopy", "measure": "memory", "repeat": 0}
+    taken = [{**base, "workers": count, "figures": {"taken": 1000 * count}} for count in (1, 4)]
+    told = results(trials=taken)
+    columns = {figure.title: figure for figure in figures.tables(told)["Memory over the model's bytes"]}
+    assert figures.summary(told, "mlp", "zerocopy", columns["growth from 1 to 4"]) == figures.Summary(3, 3, 3)
+
+
+def test_the_page_shows_a_failure_as_what_it_said() -> None:
+    """In a peer's own words, without folders; figures that no trial told have no column."""
+    page = report.page(results(), ["benchmarks/bars-mlp.png", "benchmarks/bars-other.png"])
+    assert "- ray-zerocopy 0.2.0, times (1 workers): TypeError: Got unsupported ScalarType BFloat16 in …" in page
+    assert "| ray-zerocopy 0.2.0 | failed |" in page
+    assert "first forward, ms" not in page
+    assert "workers |" not in page
+    assert "![bars mlp](benchmarks/bars-mlp.png)" in page
+    assert "bars-other" not in page
+
+
+def test_the_terminal_shows_the_same() -> None:
+    """Tables and failures."""
+    text = report.terminal(results())
+    assert "MLP: 1.0 kB, 3 modules" in text
+    assert "3 (2 to 4)" in text
+    assert "Got unsupported ScalarType" in text
+
+
+def test_plots_are_drawn(tmp_path: Path) -> None:
+    """What has figures is drawn, as PNG and SVG, and nothing else."""
+    pytest.importorskip("matplotlib")
+    from zerocopy.bench import plots
+
+    assert plots.draw(results(), tmp_path) == [tmp_path / "bars-mlp.png"]
+    assert {path.name for path in tmp_path.iterdir()} == {"bars-mlp.png", "bars-mlp.svg"}
+
+
+def test_errors_are_told_in_one_line() -> None:
+    """The class and first line; of an error that Ray carried, its cause's."""
+    error = RuntimeError("carried")
+    error.cause = ValueError("first\nsecond")  # type: ignore[attr-defined]
+    assert said(error) == "ValueError: first"
+    assert said(KeyError()) == "KeyError"
+
+
+def test_the_peak_is_seen_from_outside() -> None:
+    """A process that took memory and gave it back is seen at its largest."""
+    import os
+
+    before = resident([os.getpid()])
+    with Peak([os.getpid()]) as peak:
+        taken = bytearray(os.urandom(1) * 50_000_000)
+        held = resident(tree(os.getpid()))
+        del taken
+    assert held > before + 45_000_000
+    assert peak.bytes > before + 45_000_000
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
+def test_facts_count_shared_memory_once() -> None:
+    """The bytes of a model are those of its storages."""
+    told = measures.facts("script")
+    assert told == {"bytes": 4 * (4096 * 4096 + 4096) * 4, "modules": 6, "runs": True}
+
+
+def test_importing_is_light() -> None:
+    """`import zerocopy` brings no benchmark, and the benchmark none of what it compares."""
+    done = run_python(
+        "import sys, zerocopy\n"
+        "assert not any(name.startswith('zerocopy.bench') for name in sys.modules)\n"
+        "import zerocopy.bench.__main__, zerocopy.bench.measures\n"
+        "assert not {'transformers', 'safetensors', 'matplotlib', 'ray.data'} & set(sys.modules)\n"
+    )
+    assert done.returncode == 0, done.stderr

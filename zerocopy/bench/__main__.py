@@ -1,0 +1,139 @@
+"""The command line: `python -m zerocopy.bench [module:build ...]`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from zerocopy.bench import models, report, runner, systems
+from zerocopy.errors import ZeroCopyError
+
+T = TypeVar("T")
+QUICK = {"models": ["bert"], "systems": ["zerocopy", "ray-zerocopy", "plain"], "repeats": 1, "workers": [4]}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the benchmark, or print an earlier one's tables; the exit status."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.show:
+        results = json.loads(options.show.read_text())
+    else:
+        try:
+            results = _run(options)
+        except ZeroCopyError as error:
+            parser.error(str(error))
+    print(report.terminal(results))
+    _write(results, options.output)
+    return 0
+
+
+def _run(options: argparse.Namespace) -> dict[str, Any]:
+    folder = options.output / "benchmarks"
+    return runner.run(_choice(options), _tell, lambda results: report.save(results, folder))
+
+
+def _choice(options: argparse.Namespace) -> runner.Choice:
+    chosen = [*options.own, *(options.models or [])]
+    return runner.Choice(
+        models=chosen or _default(options, "models", models.names()),
+        systems=options.systems or _default(options, "systems", list(systems.SYSTEMS)),
+        measures=options.figures or _default(options, "figures", list(_figures(options))),
+        repeats=options.repeats or _default(options, "repeats", 3),
+        workers=options.workers or _default(options, "workers", [1, 4, 16]),
+        effort=0.35 if options.quick else 1.0,
+    )
+
+
+def _default(options: argparse.Namespace, name: str, full: T) -> T:
+    return QUICK.get(name, full) if options.quick else full  # type: ignore[return-value]
+
+
+def _figures(options: argparse.Namespace) -> Sequence[str]:
+    """All, but the Llamas of growing depth belong to the models here, not to one of the user's."""
+    return runner.MEASURES[:3] if options.quick else runner.MEASURES[: 4 if options.own or options.models else 5]
+
+
+def _write(results: dict[str, Any], output: Path) -> None:
+    folder = output / "benchmarks"
+    report.save(results, folder)
+    images = []
+    if importlib.util.find_spec("matplotlib"):
+        from zerocopy.bench import plots
+
+        images = [path.relative_to(output).as_posix() for path in plots.draw(results, folder)]
+    else:
+        _tell("No plots: matplotlib is missing. Hint: install zerocopy-ray[bench].")
+    page = output / "benchmarks.md"
+    page.write_text(report.page(results, images))
+    _tell(f"Written: {page} and {folder}")
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m zerocopy.bench",
+        description="Compare zerocopy with the other ways to give a model to Ray workers, in fresh processes taken in turn.",
+    )
+    parser.add_argument(
+        "own", nargs="*", metavar="module:build", type=_model, help="a function that returns your model"
+    )
+    parser.add_argument("--models", type=_several(_model), help=f"of {', '.join(models.names())}, llama<layers>")
+    parser.add_argument("--systems", type=_several(_system), help=f"of {', '.join(systems.SYSTEMS)}")
+    parser.add_argument("--figures", type=_several(_measure), help=f"of {', '.join(runner.MEASURES)}")
+    parser.add_argument("--repeats", type=_count, help="fresh processes for each figure (3)")
+    parser.add_argument(
+        "--workers", type=_several(_count), help="how many share a model when memory is measured (1,4,16)"
+    )
+    parser.add_argument("--output", type=Path, default=Path("build/bench"), help="folder of the page (build/bench)")
+    parser.add_argument(
+        "--quick", action="store_true", help="one model, three systems, once: two or three minutes on two cores"
+    )
+    parser.add_argument("--show", type=Path, metavar="JSON", help="take no trials: print and plot these results again")
+    return parser
+
+
+def _several(one: Callable[[str], T]) -> Callable[[str], list[T]]:
+    return lambda text: [one(part) for part in text.split(",") if part]
+
+
+def _model(name: str) -> str:
+    return _found(models.find, name)
+
+
+def _system(name: str) -> str:
+    return _found(systems.find, name)
+
+
+def _found(find: Callable[[str], object], name: str) -> str:
+    try:
+        find(name)
+    except ZeroCopyError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return name
+
+
+def _measure(name: str) -> str:
+    if name not in runner.MEASURES:
+        raise argparse.ArgumentTypeError(
+            f"There are no figures {name!r}. Hint: choose from {', '.join(runner.MEASURES)}."
+        )
+    return name
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above zero.")
+    return int(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,194 @@
+"""How each figure is taken, inside a trial: memory, times, task calls, rows a second."""
+
+from __future__ import annotations
+
+import gc
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import ray
+import torch
+from torch import nn
+
+from zerocopy.bench import memory as processes
+from zerocopy.bench import models, systems, workers
+
+if TYPE_CHECKING:
+    from zerocopy.bench.trial import Trial
+
+ROUNDS = 6  # calls are timed in rounds, each kind in turn
+CALLS = 50  # in a round, unless they are so slow that
+ROUND_SECONDS = 1.0  # are over
+WARM = 3  # calls of each round that do not count
+PUTS = 3
+
+
+def facts(name: str) -> dict[str, Any]:
+    """How large the model is: bytes of memory, and modules."""
+    model = models.find(name).build()
+    size = sum(storage.nbytes() for storage in models.storages(model))
+    return {"bytes": size, "modules": sum(1 for _ in model.modules()), "runs": models.run(model)}
+
+
+class Stage:
+    """What every measure sets up: a system, a model, workers, everything imported and used once with a tiny model."""
+
+    def __init__(self, trial: Trial, folder: Path) -> None:
+        self.trial = trial
+        self.folder = folder
+        self.system = systems.find(trial.system)
+        self.model = models.find(trial.model)
+        actor: Any = ray.remote(num_cpus=1)(workers.Worker)
+        self.workers = [actor.remote(trial.system) for _ in range(trial.workers)]
+        twin = self.model.twin()
+        handle = self.publish(twin, self.model.twin)
+        ray.get([worker.warm.remote(handle) for worker in self.workers])
+
+    def publish(self, model: nn.Module, build: systems.Build) -> Any:
+        """Publish by the system."""
+        return self.system.publish(model, build, self.folder)
+
+    def dismiss(self) -> None:
+        """End the workers: tasks and Ray Data need the processors."""
+        for worker in self.workers:
+            ray.kill(worker)
+        self.workers.clear()
+
+
+def memory(trial: Trial, folder: Path) -> dict[str, Any]:
+    """Memory of the whole process tree above its own, with all workers using the model, and of publishing at its peak."""
+    stage, root = Stage(trial, folder), os.getpid()
+    gc.collect()
+    base = processes.settled(root)
+    publishing = [root, *_raylets(root)]
+    alone = processes.resident(publishing)
+    figures: dict[str, Any] = {}
+    model = stage.model.build() if stage.system.publishes else nn.Module()
+    with processes.Peak(publishing) as peak:
+        handle = stage.publish(model, stage.model.build)
+    if stage.system.publishes:
+        figures["peak"] = peak.bytes - alone
+    if not stage.system.keeps:
+        del model
+    gc.collect()
+    ray.get([worker.load.remote(handle) for worker in stage.workers])
+    ray.get([worker.use.remote() for worker in stage.workers])
+    figures["taken"] = processes.settled(root) - base
+    if trial.workers > 1:
+        ray.get(stage.workers[0].write.remote())
+        figures["seen"] = ray.get(stage.workers[1].sees.remote())
+    return figures
+
+
+def times(trial: Trial, folder: Path) -> dict[str, Any]:
+    """Seconds to publish, to put the same bytes, to load twice, and to run once."""
+    stage, figures = Stage(trial, folder), {}
+    if stage.system.publishes:
+        model = stage.model.build()
+        figures["put"] = _put_seconds(model)
+        start = time.perf_counter()
+        handle = stage.publish(model, stage.model.build)
+        figures["publish"] = time.perf_counter() - start
+    else:
+        handle = stage.publish(nn.Module(), stage.model.build)
+    worker = stage.workers[0]
+    figures["first_load"] = ray.get(worker.load.remote(handle))
+    figures["second_load"] = ray.get(worker.load.remote(handle))
+    forward = ray.get(worker.forward.remote())
+    return figures if forward is None else {**figures, "forward": forward}
+
+
+def calls(trial: Trial, folder: Path) -> dict[str, Any]:
+    """Median seconds of a warm task call, one at a time, and of one that does nothing and is given nothing."""
+    stage = Stage(trial, folder)
+    stage.dismiss()
+    model = stage.model.build()
+    kinds = {"nothing": _nothing, **stage.system.calls(model, stage.publish(model, stage.model.build))}
+    taken: dict[str, list[float]] = {kind: [] for kind in kinds}
+    for _ in range(max(2, round(ROUNDS * trial.effort))):
+        for kind, call in kinds.items():
+            taken[kind] += _seconds(call)
+    return {f"{kind}_call": median(seconds) for kind, seconds in taken.items()}
+
+
+def rows(trial: Trial, folder: Path) -> dict[str, Any]:
+    """Rows a second of Ray Data's `map_batches` over a pool of workers.
+
+    Each worker is timed from its load, with everything imported, to the end of its last batch; the pool's rate is their sum.
+    """
+    stage = Stage(trial, folder)
+    stage.dismiss()
+    twin = stage.publish(stage.model.twin(), stage.model.twin)
+    model = stage.model.build() if stage.system.publishes else nn.Module()
+    handle = stage.publish(model, stage.model.build)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    count = max(8 * trial.workers, round(stage.model.rows * trial.effort))
+    mapped = ray.data.range(count, override_num_blocks=min(count // 8, 32)).map_batches(
+        workers.Batches,
+        fn_constructor_kwargs={"system": trial.system, "twin": twin, "handle": handle},
+        compute=ray.data.ActorPoolStrategy(size=trial.workers),
+        batch_size=8,
+        num_cpus=0.5,
+    )
+    return {"rows": _rate(mapped.take_all())}
+
+
+def _rate(told: list[dict[str, Any]]) -> float:
+    by_worker: dict[int, list[float]] = {}
+    for row in told:
+        by_worker.setdefault(row["worker"], []).append(row["seconds"])
+    return sum(len(seconds) / max(seconds) for seconds in by_worker.values())
+
+
+@ray.remote
+def _no_operation() -> None: ...
+
+
+def _nothing() -> None:
+    ray.get(_no_operation.remote())
+
+
+def _seconds(call: Callable[[], Any]) -> list[float]:
+    """Of a round of calls, without the first ones, which start or find a worker."""
+    taken: list[float] = []
+    while len(taken) < WARM + 1 or (len(taken) < WARM + CALLS and sum(taken) < ROUND_SECONDS):
+        start = time.perf_counter()
+        call()
+        taken.append(time.perf_counter() - start)
+    return taken[WARM:]
+
+
+def _put_seconds(model: nn.Module) -> float:
+    """Of `ray.put` for the model's bytes, one array a storage, into pages of the store that were used before."""
+    views = [torch.empty(0, dtype=torch.uint8).set_(storage).numpy() for storage in models.storages(model)]
+    ray.wait([ray.put(views)])
+    taken = []
+    for _ in range(PUTS):
+        _wait_until_empty()
+        start = time.perf_counter()
+        ref = ray.put(views)
+        taken.append(time.perf_counter() - start)
+        del ref
+    _wait_until_empty()
+    return median(taken)
+
+
+def _wait_until_empty(seconds: float = 20) -> None:
+    """Wait until the store holds no large object: Ray frees some moments after the last reference is gone."""
+    from ray._private import internal_api, state
+
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        reply = internal_api.get_memory_info_reply(state.state)
+        if reply.store_stats.object_store_bytes_used < 2**20:
+            return
+        time.sleep(0.05)
+
+
+def _raylets(root: int) -> list[int]:
+    named = [(pid, Path(f"/proc/{pid}/comm")) for pid in processes.tree(root)]
+    return [pid for pid, path in named if path.exists() and path.read_text().strip() == "raylet"]

@@ -1,0 +1,99 @@
+"""How much memory does a process tree take, now and at its peak: asked of the kernel (Linux).
+
+Run as a file it samples the processes named as arguments until its input closes, then prints the largest sum. It is a process
+of its own, without torch, because a thread would wait while the publisher holds the interpreter.
+"""
+
+from __future__ import annotations
+
+import select
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+
+def tree(root: int) -> list[int]:
+    """The process `root` and all that descend from it."""
+    children: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            children.setdefault(_parent(entry), []).append(int(entry.name))
+    found = [root]
+    for pid in found:  # grows while it is walked
+        found += children.get(pid, [])
+    return found
+
+
+def _parent(entry: Path) -> int:
+    try:
+        return int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
+    except OSError:  # ended meanwhile
+        return -1
+
+
+def resident(pids: Iterable[int]) -> int:
+    """Proportional share (PSS) of some processes together, in bytes: with a whole tree, every page counts once."""
+    return sum(_proportional(pid) for pid in pids)
+
+
+def _proportional(pid: int) -> int:
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:  # ended, or another user's
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:")), 0)
+
+
+def settled(root: int, seconds: float = 20, calm: float = 1.5) -> int:
+    """The tree's bytes once no process has come or gone for `calm` seconds, or after `seconds`."""
+    deadline, since, before = time.monotonic() + seconds, time.monotonic(), tree(root)
+    while time.monotonic() - since < calm and time.monotonic() < deadline:
+        time.sleep(0.1)
+        now = tree(root)
+        if now != before:
+            since, before = time.monotonic(), now
+    return resident(tree(root))
+
+
+def available() -> int:
+    """Bytes of memory that new processes may take on this machine."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+class Peak:
+    """Samples processes from outside between `__enter__` and `__exit__`; then `bytes` is the largest sum of their PSS."""
+
+    def __init__(self, pids: Iterable[int]) -> None:
+        self._pids = list(pids)
+        self.bytes = 0
+
+    def __enter__(self) -> Self:
+        command = [sys.executable, "-S", __file__, *map(str, self._pids)]
+        self._sampler = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)  # noqa: S603
+        assert self._sampler.stdout is not None  # noqa: S101
+        self._sampler.stdout.readline()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.bytes = int(self._sampler.communicate()[0] or 0)
+
+
+def _sample(pids: list[int]) -> None:
+    largest = resident(pids)
+    print("sampling", flush=True)
+    while not select.select([sys.stdin], [], [], 0.002)[0]:
+        largest = max(largest, resident(pids))
+    print(max(largest, resident(pids)))
+
+
+if __name__ == "__main__":
+    _sample([int(argument) for argument in sys.argv[1:]])

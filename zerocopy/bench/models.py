@@ -1,0 +1,205 @@
+"""What is measured: models made on the spot from their shapes, with no weights fetched."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import re
+from collections.abc import Callable
+from typing import Any
+
+import attrs
+import torch
+from torch import nn
+
+from zerocopy.errors import ArgumentError
+
+TOKENS = 16  # of each row that a language model is given
+STATED = re.compile(r"llama(\d+)")  # a depth is part of the name
+
+
+@attrs.frozen
+class Model:
+    """One model to measure.
+
+    Attributes:
+        name: what the command line calls it.
+        title: what tables call it.
+        build: makes it. A function of a module, or a partial of one: workers import it.
+        twin: makes a tiny model of the same classes, which pays for imports and one-time set-up before times are taken.
+        rows: how many rows Ray Data is given; none for models too large for a small data set to say anything.
+    """
+
+    name: str
+    title: str
+    build: Callable[[], nn.Module]
+    twin: Callable[[], nn.Module]
+    rows: int = 0
+
+
+def names() -> list[str]:
+    """The models that a full run measures."""
+    return ["bert", "llama80", "llama1b", "mlp", "script"]
+
+
+def find(name: str) -> Model:
+    """The model called `name`: one of `names()`, `llama` and a depth, or `module:build`.
+
+    Raises:
+        ArgumentError: there is none.
+    """
+    if ":" in name:
+        return Model(name, name, functools.partial(_built, name), functools.partial(_perceptron, 2, 8), rows=64)
+    if name in _KNOWN:
+        return _KNOWN[name]
+    stated = STATED.fullmatch(name)
+    if stated and int(stated[1]) > 0:
+        return _small_llama(int(stated[1]))
+    raise ArgumentError(
+        f"There is no model {name!r}.",
+        hint=f"choose from {', '.join(names())}, llama and a number of layers, or module:build for one of your own.",
+    )
+
+
+def run(model: nn.Module, rows: int = 1) -> bool:
+    """Run the model on `rows` rows, if it tells what its input looks like; whether it did.
+
+    `example_inputs(rows)` is the models' here, `dummy_inputs` that of transformers, `example_input_array` that of Lightning.
+    """
+    inputs = _inputs(model, rows)
+    if inputs is None:
+        return False
+    with torch.inference_mode():
+        if isinstance(inputs, dict):
+            model(**inputs)
+        else:
+            model(*inputs)
+    return True
+
+
+def storages(model: nn.Module) -> list[torch.UntypedStorage]:
+    """The memory of all parameters and buffers, each once."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return list({tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in tensors}.values())
+
+
+def _inputs(model: nn.Module, rows: int) -> Any:
+    width = getattr(model, "width", None)
+    if isinstance(model, Perceptron | torch.jit.ScriptModule) and width:
+        return (torch.ones(rows, width),)
+    if hasattr(model, "example_inputs"):
+        example: Any = model.example_inputs
+        return example(rows)
+    if getattr(model, "dummy_inputs", None) is not None:
+        return {"input_ids": torch.ones(rows, TOKENS, dtype=torch.long)}
+    array = getattr(model, "example_input_array", None)
+    return array if array is None or isinstance(array, tuple | dict) else (array,)
+
+
+def _built(name: str) -> nn.Module:
+    module, _, function = name.partition(":")
+    hint = "give module:build, where build is a function without arguments that returns an nn.Module."
+    try:
+        build = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ArgumentError(f"There is no function {name!r}: {error}.", hint=hint) from error
+    if not callable(build):
+        raise ArgumentError(f"{name!r} is {type(build).__name__}, not a function.", hint=hint)
+    model = build()
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"{name!r} returned {type(model).__name__}, not an nn.Module.", hint=hint)
+    return model
+
+
+class Perceptron(nn.Module):
+    """Linear layers of one width, which TorchScript can compile."""
+
+    def __init__(self, layers: int, width: int) -> None:
+        super().__init__()
+        self.width = width
+        self.layers = nn.ModuleList([nn.Linear(width, width) for _ in range(layers)])
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        """The last layer's output."""
+        for layer in self.layers:
+            rows = layer(rows)
+        return rows
+
+    @torch.jit.export
+    def echo(self, argument: int) -> int:
+        """The argument: what a call costs that computes nothing."""
+        return argument
+
+
+def _perceptron(layers: int, width: int) -> nn.Module:
+    return Perceptron(layers, width)
+
+
+def _script(layers: int, width: int) -> nn.Module:
+    scripted: nn.Module = torch.jit.script(Perceptron(layers, width))
+    return scripted
+
+
+def _bert(**shape: Any) -> nn.Module:
+    from transformers import BertConfig, BertModel
+
+    return _filled(lambda: BertModel(BertConfig(**shape)))
+
+
+def _llama(*, dtype: torch.dtype = torch.float32, **shape: Any) -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    make: Any = LlamaForCausalLM._from_config
+    return _filled(lambda: make(LlamaConfig(**shape), dtype=dtype))
+
+
+def _filled(make: Callable[[], nn.Module]) -> nn.Module:
+    """The model with constant weights: random ones would take most of a run, and weigh the same."""
+    from transformers.initialization import no_init_weights
+
+    with no_init_weights():
+        model = make()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(0.01)
+    return model.eval()
+
+
+_SMALL: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "vocab_size": 1000}
+_TINY: dict[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_attention_heads": 2,
+    "vocab_size": 50,
+    "num_hidden_layers": 1,
+}
+
+
+def _small_llama(depth: int) -> Model:
+    build = functools.partial(_llama, num_hidden_layers=depth, **_SMALL)
+    return Model(f"llama{depth}", f"{depth}-layer Llama", build, functools.partial(_llama, **_TINY), rows=256)
+
+
+_KNOWN = {
+    model.name: model
+    for model in (
+        Model("bert", "BERT-base", _bert, functools.partial(_bert, **_TINY), rows=256),
+        Model(
+            "llama1b",
+            "1.1-billion Llama, bfloat16",
+            functools.partial(
+                _llama,
+                dtype=torch.bfloat16,
+                hidden_size=2048,
+                intermediate_size=5632,
+                num_hidden_layers=22,
+                num_attention_heads=32,
+                num_key_value_heads=4,
+                vocab_size=32000,
+            ),
+            functools.partial(_llama, dtype=torch.bfloat16, **_TINY),
+        ),
+        Model("mlp", "1 GB MLP", functools.partial(_perceptron, 16, 4096), functools.partial(_perceptron, 2, 8)),
+        Model("script", "TorchScript MLP", functools.partial(_script, 4, 4096), functools.partial(_script, 2, 8), 256),
+    )
+}

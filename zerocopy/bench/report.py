@@ -1,0 +1,166 @@
+"""What the results look like: tables on a terminal, and a page with plots."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from zerocopy._tables import as_text, format_bytes
+from zerocopy.bench import figures
+from zerocopy.bench.figures import Figure, Results
+
+Table = tuple[str, list[str], list[list[str]]]  # title, headers, rows
+
+HOW = """\
+Every figure is from a run of this command, on the machine below:
+
+```console
+nox -s bench
+```
+
+`nox -s bench -- --quick` takes a short one; `python -m zerocopy.bench module:build` measures a model of your own, where `build`
+is a function without arguments that returns it. Figures are medians over fresh processes, with the lowest and the highest in
+parentheses. Systems take turns. A system that cannot do something has its own words below the tables."""
+
+WHAT = """\
+- **Memory** is that of the whole process tree, driver, raylet and workers, every page counted once (PSS), above what the same
+  tree took before the model was made, with workers started, libraries imported and a tiny model of the same classes used
+  once. Every worker has loaded the model, run it and read all of its weights. The driver goes on holding its model, except
+  where workers read a file or build their own: there it lets go of it.
+- **Peak** is the most that driver and raylet took while publishing, the publisher's model included.
+- **Publish** is compared with a `ray.put` of the same bytes as arrays, into pages of the store that were used before. For the
+  file it is the time to write it; nothing has to be read from a disk afterwards, since the file is still in memory.
+- **Load** and **first forward** are taken in a worker that has imported everything, and has loaded and run a tiny model of the
+  same classes (for a model of your own: of linear layers) by the same system.
+- **Call** is a warm task that is given the model and returns its other argument, one at a time, over a task that does nothing.
+- **Rows** go through `map_batches` of Ray Data with a pool of workers, loading included, starting their processes not."""
+
+
+def save(results: Results, folder: Path) -> Path:
+    """Write the results as JSON."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "results.json"
+    path.write_text(json.dumps(results, indent=1) + "\n")
+    return path
+
+
+def terminal(results: Results) -> str:
+    """All tables, for a terminal."""
+    parts = []
+    for model in measured(results):
+        parts.append(_heading(results, model))
+        parts += [_text(*table) for table in _tables(results, model)]
+        parts += failures(results, model)
+    return "\n\n".join(parts + [_text(*table) for table in _scale(results)])
+
+
+def page(results: Results, images: Iterable[str] = ()) -> str:
+    """The page, in Markdown, with the plots named `images`, paths from where the page lies."""
+    parts = ["# Benchmarks", HOW, "## What is measured", WHAT, "## The machine", _machine(results)]
+    images = list(images)
+    for model in measured(results):
+        parts.append(f"## {_heading(results, model)}")
+        parts += [_markdown(*table) for table in _tables(results, model)]
+        parts += [f"- {_without_paths(line)}" for line in failures(results, model)]
+        parts += _embedded(images, f"-{slug(model)}.png")
+    scale = [_markdown(*table) for table in _scale(results)]
+    if scale:
+        parts += ["## Load against modules", *scale, *_embedded(images, "scale.png")]
+    return "\n\n".join(parts) + "\n"
+
+
+def slug(model: str) -> str:
+    """The model's name as part of a file's."""
+    return re.sub(r"\W+", "-", model)
+
+
+def measured(results: Results) -> list[str]:
+    """The models with tables of their own: the others only show how loads grow."""
+    return [model for model in results["models"] if model in results["settings"]["models"]]
+
+
+def failures(results: Results, model: str) -> list[str]:
+    """What systems said that could not do something, each once."""
+    lines = []
+    for trial in results["trials"]:
+        words = trial.get("failure") or trial.get("skipped")
+        if trial["model"] == model and words:
+            lines.append(
+                f"{results['systems'][trial['system']]}, {trial['measure']} ({trial['workers']} workers): {words}"
+            )
+    return list(dict.fromkeys(lines))
+
+
+def _heading(results: Results, model: str) -> str:
+    told = results["models"][model]
+    return f"{told['title']}: {format_bytes(told['bytes'])}, {told['modules']} modules"
+
+
+def _tables(results: Results, model: str) -> Iterator[Table]:
+    """The tables that have a figure, and of their columns those that have one."""
+    for title, columns in figures.tables(results).items():
+        told = [column for column in columns if _is_told(results, model, column)]
+        if told:
+            yield title, ["", *(column.title for column in told)], list(_rows(results, model, told))
+
+
+def _is_told(results: Results, model: str, column: Figure) -> bool:
+    return any(figures.summary(results, model, system, column) for system in results["systems"])
+
+
+def _rows(results: Results, model: str, columns: Sequence[Figure]) -> Iterator[list[str]]:
+    for system, title in results["systems"].items():
+        cells = [_cell(results, model, system, column) for column in columns]
+        if any(cells):
+            yield [title, *cells]
+
+
+def _cell(results: Results, model: str, system: str, column: Figure) -> str:
+    summary = figures.summary(results, model, system, column)
+    if summary is not None:
+        return summary.text(column.unit)
+    trials = list(figures.trials(results, model, system, column))
+    if any("failure" in trial for trial in trials):
+        return "failed"
+    return "too large" if any("skipped" in trial for trial in trials) else ""
+
+
+def _scale(results: Results) -> Iterator[Table]:
+    """First loads of the models of one family, fewest modules first."""
+    family = figures.family(results)
+    if "scale" not in results["settings"]["measures"] or not family:
+        return
+    headers = ["first load, ms", *(f"{results['models'][model]['modules']} modules" for model in family)]
+    rows = [
+        [title, *(_cell(results, model, system, figures.FIRST_LOAD) for model in family)]
+        for system, title in results["systems"].items()
+    ]
+    yield "First load of Llamas of growing depth", headers, rows
+
+
+def _text(title: str, headers: list[str], rows: list[list[str]]) -> str:
+    return as_text(headers, rows, right=headers[1:], title=title)
+
+
+def _markdown(title: str, headers: list[str], rows: list[list[str]]) -> str:
+    lines = [headers, ["---"] + ["---:"] * (len(headers) - 1), *rows]
+    return f"**{title}**\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _machine(results: Results) -> str:
+    machine, settings = results["machine"], results["settings"]
+    versions = ", ".join(f"{package} {version}" for package, version in machine["versions"].items())
+    return (
+        f"{machine['cores']} cores ({machine['processor']}), {format_bytes(machine['memory'])} of memory, "
+        f"{machine['system']}. {versions}. Each trial was taken {settings['repeats']} times."
+    )
+
+
+def _embedded(images: Iterable[str], ending: str) -> list[str]:
+    return [f"![{Path(image).stem.replace('-', ' ')}]({image})" for image in images if image.endswith(ending)]
+
+
+def _without_paths(line: str) -> str:
+    return re.sub(r"(/[\w.@-]+){2,}", "…", line)

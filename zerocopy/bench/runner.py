@@ -1,0 +1,195 @@
+"""Takes the trials, each in a fresh process, systems in turn, and collects what they told."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from zerocopy.bench import memory, models, systems
+from zerocopy.bench.trial import MARK, Trial
+from zerocopy.errors import ZeroCopyError
+
+MEASURES = ("memory", "times", "calls", "rows", "scale")
+DEPTHS = (10, 20, 40, 80)  # of the Llamas whose loads are told against their modules
+SECONDS = 900  # that a trial may take
+PROCESS_BYTES = 350_000_000  # of a worker with torch and transformers imported, generously
+PACKAGES = ("zerocopy-ray", "torch", "ray", "ray-zerocopy", "transformers", "safetensors", "numpy")
+
+
+class ModelError(ZeroCopyError, ValueError):
+    """A model to measure could not be made."""
+
+
+@attrs.frozen
+class Choice:
+    """What to run.
+
+    Attributes:
+        models: names of models.
+        systems: names of systems.
+        measures: some of `MEASURES`.
+        repeats: how often each trial is taken.
+        workers: the numbers of workers to measure memory with.
+        effort: a factor for how often short things are repeated.
+    """
+
+    models: Sequence[str]
+    systems: Sequence[str]
+    measures: Sequence[str]
+    repeats: int
+    workers: Sequence[int]
+    effort: float = 1.0
+
+
+def run(choice: Choice, tell: Callable[[str], None], save: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
+    """Take all trials; `save` is given the results after each.
+
+    Raises:
+        ModelError: a model could not be made.
+    """
+    facts = {name: _facts(name, tell) for name in _all_models(choice)}
+    titles = {name: systems.find(name).title for name in choice.systems}
+    taken: list[dict[str, Any]] = []
+    results = {
+        "machine": machine(),
+        "settings": attrs.asdict(choice),
+        "models": facts,
+        "systems": titles,
+        "trials": taken,
+    }
+    planned = list(_plan(choice, facts))
+    for number, (trial, repeat) in enumerate(planned, 1):
+        start = time.monotonic()
+        outcome = _outcome(trial, facts[trial.model]["bytes"])
+        taken.append({**_identity(trial), "repeat": repeat, **outcome})
+        save(results)
+        tell(f"[{number}/{len(planned)}] {_words(trial, outcome)}: {time.monotonic() - start:.0f} s")
+    return results
+
+
+def machine() -> dict[str, Any]:
+    """What the figures hold for: processors, memory, versions. No names of hosts or folders."""
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    system = {"cores": len(os.sched_getaffinity(0)), "processor": _processor(), "memory": pages}
+    return {**system, "system": platform.system(), "versions": {"python": platform.python_version(), **_versions()}}
+
+
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _all_models(choice: Choice) -> list[str]:
+    scale = [f"llama{depth}" for depth in DEPTHS] if "scale" in choice.measures else []
+    return list(dict.fromkeys([*choice.models, *scale]))
+
+
+def _facts(name: str, tell: Callable[[str], None]) -> dict[str, Any]:
+    tell(f"making {name}")
+    told = take(Trial(name), {})
+    if "failure" in told:
+        raise ModelError(f"The model {name!r} cannot be made: {told['failure']}")
+    return {"title": models.find(name).title, **told}
+
+
+def _plan(choice: Choice, facts: dict[str, Any]) -> Iterator[tuple[Trial, int]]:
+    """Systems take turns inside each measure, so that what changes on the machine meets all of them."""
+    for repeat in range(choice.repeats):
+        for model, told in facts.items():
+            for measure, workers in _measures(choice, model, told):
+                for system in choice.systems:
+                    if measure == "calls" and not systems.find(system).has_calls:
+                        continue
+                    yield Trial(model, system, measure, workers, _store(told["bytes"]), choice.effort), repeat
+
+
+def _measures(choice: Choice, model: str, told: dict[str, Any]) -> Iterator[tuple[str, int]]:
+    if model not in choice.models:
+        yield "times", 1
+        return
+    if "memory" in choice.measures:
+        yield from (("memory", workers) for workers in choice.workers)
+    if "times" in choice.measures or "scale" in choice.measures:
+        yield "times", 1
+    if "calls" in choice.measures:
+        yield "calls", 2
+    if "rows" in choice.measures and models.find(model).rows and told["runs"]:
+        yield "rows", 2
+
+
+def _store(size: int) -> int:
+    """Bytes of store: some systems publish the weights twice, or twice for tasks."""
+    return int(min(4.5 * size + 200e6, max(0.6 * memory.available(), 200e6)))
+
+
+def _words(trial: Trial, outcome: dict[str, Any]) -> str:
+    ended = next((f" {word}" for word in ("failure", "skipped") if word in outcome), "")
+    return f"{trial.model}, {trial.system}, {trial.measure}, {trial.workers} workers{ended}"
+
+
+def _identity(trial: Trial) -> dict[str, Any]:
+    return {key: getattr(trial, key) for key in ("model", "system", "measure", "workers")}
+
+
+def _outcome(trial: Trial, size: int) -> dict[str, Any]:
+    system = systems.find(trial.system)
+    copies = 3 + trial.workers * system.copies
+    if copies * size + trial.workers * PROCESS_BYTES > 0.9 * memory.available():
+        return {"skipped": f"{copies} copies and {trial.workers} workers do not fit the memory that is free"}
+    told = take(trial, dict(system.environment))
+    return told if "failure" in told else {"figures": told}
+
+
+def take(trial: Trial, environment: dict[str, str]) -> dict[str, Any]:
+    """Take a trial in a process of its own, and end all that it started if it takes too long; what it told."""
+    path = os.pathsep.join([str(Path.cwd()), os.environ.get("PYTHONPATH", "")])
+    process = subprocess.Popen(  # noqa: S603  # this Python, and a module of this package
+        [sys.executable, "-m", "zerocopy.bench.trial", json.dumps(attrs.asdict(trial))],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "RAY_USAGE_STATS_ENABLED": "0", **environment},
+    )
+    try:
+        output, errors = process.communicate(timeout=SECONDS)
+    except BaseException as error:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        if isinstance(error, subprocess.TimeoutExpired):
+            return {"failure": f"took longer than {SECONDS} seconds"}
+        raise
+    return _told(output, errors, process.returncode)
+
+
+def _told(output: str, errors: str, code: int) -> dict[str, Any]:
+    lines = [line for line in output.splitlines() if line.startswith(MARK)]
+    if lines:
+        told: dict[str, Any] = json.loads(lines[-1].removeprefix(MARK))
+        return told
+    last = next((line.strip() for line in reversed(errors.splitlines()) if line.strip()), "it said nothing")
+    return {"failure": f"the process ended with code {code}: {last}"}
