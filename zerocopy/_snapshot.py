@@ -5,9 +5,10 @@ Writes through `.data`, to inference tensors and to NumPy arrays do not count ve
 
 from __future__ import annotations
 
+import itertools
 import operator
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -51,10 +52,10 @@ def _storage_reference(tensor: Any) -> StorageWeakRef | None:
     return StorageWeakRef(tensor.untyped_storage()) if _has_storage(tensor) else None
 
 
-# The members that every `nn.Module` keeps in dicts, and its hooks: taken out in one call, for they are asked at every pass.
+# What every `nn.Module` keeps: taken out of many of them without a step of Python for each, for it is asked at every pass.
 _MEMBERS = ("_parameters", "_buffers", "_modules")
 _HOOKS = tuple(name for name, value in vars(nn.Module()).items() if isinstance(value, dict) and name not in _MEMBERS)
-_taken_out = operator.itemgetter("training", *_MEMBERS, *_HOOKS)
+_training_of, _members_of, _hooks_of = (operator.itemgetter(*names) for names in (("training",), _MEMBERS, _HOOKS))
 _storage_id = torch._C._storage_id  # type: ignore[attr-defined]
 
 
@@ -63,22 +64,22 @@ def _tensor_names(module: nn.Module) -> tuple[str, ...]:
     return tuple(name for name, value in vars(module).items() if isinstance(value, torch.Tensor))
 
 
-def _slots(modules: Iterable[tuple[nn.Module | None, Iterable[str]]]) -> list[object]:
+def _slots(modules: Sequence[nn.Module], tensor_names: Iterable[Iterable[str]]) -> tuple[list[object], ...]:
     """What modules hold by name: identities of parameters, buffers, children, hooks, and of tensors in attributes."""
-    slots: list[object] = []
-    for module, tensor_names in modules:
-        if module is None:
-            return []
-        own = vars(module)
-        training, parameters, buffers, children, *hooks = _taken_out(own)
-        slots += (training, len(own))
-        for members in (parameters, buffers, children, *hooks) if any(hooks) else (parameters, buffers, children):
-            if members:
-                slots += members
-                slots += map(id, members.values())
-        for name in tensor_names:
-            slots.append(id(own.get(name)))
-    return slots
+    flatten = itertools.chain.from_iterable
+    owns = list(map(vars, modules))
+    members = list(flatten(map(_members_of, owns)))
+    hooks = list(flatten(map(_hooks_of, owns)))
+    if any(hooks):
+        members += hooks
+    return (
+        list(map(_training_of, owns)),
+        list(map(len, owns)),
+        list(map(len, members)),
+        list(flatten(members)),
+        list(map(id, flatten(map(dict.values, members)))),
+        [id(own.get(name)) for own, names in zip(owns, tensor_names, strict=True) for name in names],
+    )
 
 
 def _state(tensors: list[Any]) -> tuple[list[Any], ...]:
@@ -173,15 +174,17 @@ class Snapshot:
         tensors = [tensor for tensor in table.objects if isinstance(tensor, torch.Tensor)]
         self._tensors = list(map(weakref.ref, tensors))
         self._requires_grad = [tensor.requires_grad for tensor in tensors]
-        modules = [(obj, _tensor_names(obj)) for obj in objects if _has_slots(obj)]
-        self._modules = [(weakref.ref(module), names) for module, names in modules]
-        self._slots = _slots(modules)
+        modules = [obj for obj in objects if _has_slots(obj)]
+        self._tensor_names = list(map(_tensor_names, modules))
+        self._modules = list(map(weakref.ref, modules))
+        self._slots = _slots(modules, self._tensor_names)
 
     def has_same_structure(self) -> bool:
         """Whether modules hold the same things under the same names, in the same modes, with the same hooks."""
-        tensors = [ref() for ref in self._tensors]
-        if any(tensor is None for tensor in tensors):
+        tensors = [tensor for ref in self._tensors if (tensor := ref()) is not None]
+        modules = [module for ref in self._modules if (module := ref()) is not None]
+        if len(tensors) < len(self._tensors) or len(modules) < len(self._modules):
             return False
-        if [tensor.requires_grad for tensor in tensors if tensor is not None] != self._requires_grad:
+        if [tensor.requires_grad for tensor in tensors] != self._requires_grad:
             return False
-        return _slots([(ref(), names) for ref, names in self._modules]) == self._slots
+        return _slots(modules, self._tensor_names) == self._slots
