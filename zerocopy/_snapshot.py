@@ -162,8 +162,12 @@ class LoadedMarks:
         return True
 
 
+_SLOTS = {"training", *_MEMBERS, *_HOOKS}
+
+
 def _has_slots(obj: object) -> bool:
-    return is_module(obj) and not isinstance(obj, torch.jit.ScriptModule)
+    """Whether `obj` is a module that keeps its own members: neither TorchScript nor a compiled module around another one."""
+    return is_module(obj) and not isinstance(obj, torch.jit.ScriptModule) and vars(obj).keys() >= _SLOTS
 
 
 class Snapshot:
