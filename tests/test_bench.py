@@ -85,8 +85,11 @@ def results(**changed: Any) -> dict[str, Any]:
         (["build"], "There is no model 'build'"),
     ],
 )
-def test_unknown_names_are_refused(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_names_are_refused(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """They end the command with words and status 2, before anything starts."""
+    monkeypatch.setattr("signal.signal", lambda *_: None)
     with pytest.raises(SystemExit) as stopped:
         main(arguments)
     assert stopped.value.code == 2
@@ -200,7 +203,6 @@ def test_the_terminal_shows_the_same() -> None:
 
 def test_plots_are_drawn(tmp_path: Path) -> None:
     """What has figures is drawn, as PNG and SVG, and nothing else."""
-    pytest.importorskip("matplotlib")
     from zerocopy.bench import plots
 
     assert plots.draw(results(), tmp_path) == [tmp_path / "bars-mlp.png"]

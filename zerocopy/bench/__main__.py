@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ QUICK = {"models": ["bert"], "systems": ["zerocopy", "ray-zerocopy", "plain"], "
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark, or print an earlier one's tables; the exit status."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception: the trial under way is ended too
     parser = _parser()
     options = parser.parse_args(arguments)
     if options.show:
