@@ -58,7 +58,7 @@ def _default(options: argparse.Namespace, name: str, full: T) -> T:
 
 def _figures(options: argparse.Namespace) -> Sequence[str]:
     """All, but the Llamas of growing depth belong to the models here, not to one of the user's."""
-    return runner.MEASURES[:3] if options.quick else runner.MEASURES[: 4 if options.own or options.models else 5]
+    return runner.MEASURES[:2] if options.quick else runner.MEASURES[: 4 if options.own or options.models else 5]
 
 
 def _write(results: dict[str, Any], output: Path) -> None:
@@ -97,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--output", type=Path, default=Path("build/bench"), help="folder of the page (build/bench)")
     parser.add_argument(
-        "--quick", action="store_true", help="one model, three systems, once: two or three minutes on two cores"
+        "--quick", action="store_true", help="memory and times of one model and three systems, once: about two minutes"
     )
     parser.add_argument("--show", type=Path, metavar="JSON", help="take no trials: print and plot these results again")
     return parser
