@@ -42,12 +42,8 @@ def _callable_parts(path: str, model: Any) -> Iterator[tuple[str, Any]]:
         return
     for name, part in model.named_children():
         yield from _callable_parts(
-            f"{path}[{name!r}]" if isinstance(model, nn.ModuleDict) else path + _step(name), part
+            f"{path}[{name!r}]" if isinstance(model, nn.ModuleDict) else path + _paths.step(name), part
         )
-
-
-def _step(name: str) -> str:
-    return f"[{name}]" if name.isdigit() else f".{name}"
 
 
 def models_in_train_mode(obj: Any) -> list[nn.Module]:

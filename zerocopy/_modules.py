@@ -7,7 +7,6 @@ is left out, and made again where the module is rebuilt.
 from __future__ import annotations
 
 import copyreg
-import functools
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -29,7 +28,6 @@ def _own(members: dict[str, Any]) -> dict[str, int]:
 _OWN = _own(_blank.__getstate__())  # a container with more references is held by something else, too
 
 
-@functools.cache
 def _is_ordinary(cls: Any) -> bool:
     """Whether instances of `cls` pickle as `object` does it: by their class and what `__getstate__` gives."""
     own = ("__reduce_ex__", "__reduce__")

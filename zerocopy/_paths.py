@@ -56,19 +56,20 @@ def attributes_of(obj: object) -> dict[str, Any]:
     return found
 
 
-def _step(name: str) -> str:
+def step(name: str) -> str:
+    """How a path goes on to an attribute, or to a numbered member, of this name."""
     return f"[{name}]" if name.isdigit() else f".{name}"
 
 
 def _children(obj: object) -> Iterable[tuple[str, object]]:
     if isinstance(obj, torch.Tensor):
-        return [(_step(name), value) for name, value in getattr(obj, "__dict__", {}).items()]
+        return [(step(name), value) for name, value in getattr(obj, "__dict__", {}).items()]
     if isinstance(obj, dict):
         items = [(f"[{key!r}]", value) for key, value in obj.items()]
         return items + [(f"[{key!r}]", key) for key in obj if not isinstance(key, _LEAVES)]
     if isinstance(obj, (list, tuple, deque)):
         members = [(f"[{position}]", value) for position, value in enumerate(obj)]
-        return members + [(_step(name), value) for name, value in attributes_of(obj).items()]
+        return members + [(step(name), value) for name, value in attributes_of(obj).items()]
     if isinstance(obj, (set, frozenset)):
         return [(f"{{{value!r}}}", value) for value in obj]
     if isinstance(obj, functools.partial):
@@ -82,10 +83,10 @@ def _children(obj: object) -> Iterable[tuple[str, object]]:
             (f".<global {name!r}>", obj.__globals__[name]) for name in obj.__code__.co_names if name in obj.__globals__
         ]
         return [*closure, *used, (".__defaults__", obj.__defaults__)]
-    attributes = [(_step(name), value) for name, value in attributes_of(obj).items()]
+    attributes = [(step(name), value) for name, value in attributes_of(obj).items()]
     if is_module(obj):
         hooks = ((name, value) for name, value in vars(obj).items() if name.endswith("hooks") and value)
-        attributes += [(_step(name), value) for name, value in hooks]
+        attributes += [(step(name), value) for name, value in hooks]
     return attributes
 
 
