@@ -44,6 +44,7 @@ LAYERS = [
     "_reuse",
     "_passing",
     "_remote",
+    "_calls",
     "_task",
     "_actor",
     "_remote_models",

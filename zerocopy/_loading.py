@@ -82,7 +82,7 @@ def join(manifest: Manifest, outer: Outer, shared: Shared, target: torch.device)
     tensors: Any = shared.tensors
     if outer.specs:
         tensors = {**tensors, **_private(manifest, outer, target)}
-    return _evaluated(graft_skeleton(outer.skeleton, tensors, shared.roots))
+    return _in_eval_mode(graft_skeleton(outer.skeleton, tensors, shared.roots))
 
 
 def _private(manifest: Manifest, outer: Outer, target: torch.device) -> dict[int, Any]:
@@ -162,10 +162,10 @@ def _one_device(declared: Sequence[str | None], target: torch.device) -> torch.d
 
 def _join(manifest: Manifest, outer: Outer, tensors: Sequence[Any]) -> Any:
     roots = graft_skeleton(manifest.skeleton, tensors, ()) if _has_roots(outer) else ()
-    return _evaluated(graft_skeleton(outer.skeleton, tensors, roots))
+    return _in_eval_mode(graft_skeleton(outer.skeleton, tensors, roots))
 
 
-def _evaluated(objects: Sequence[Any]) -> Any:
+def _in_eval_mode(objects: Sequence[Any]) -> Any:
     """The pipeline, with the modules that come beside it in eval mode."""
     pipeline, *to_eval = objects
     for module in itertools.chain(*to_eval):

@@ -40,7 +40,7 @@ class Mapped(NamedTuple):
     offsets: list[int]
 
 
-def address_of(memory: Any) -> int:
+def start_of(memory: Any) -> int:
     """Where mapped memory starts in this process."""
     start: int = np.frombuffer(memory, np.uint8).__array_interface__["data"][0]
     return start
@@ -63,7 +63,7 @@ class PrivateMap(mmap.mmap):
 
     def detach(self) -> None:
         """Put anonymous memory with the same bytes in the place of the mapping: views of it stay as they are."""
-        start = address_of(self)
+        start = start_of(self)
         for offset in range(0, len(self), DETACH_BYTES):
             content = self[offset : offset + DETACH_BYTES]
             _map_anonymous(start + offset, len(content))
@@ -116,7 +116,7 @@ def map_private(buffers: Sequence[Any], *, writable: bool = True, required: bool
         first = min(starts)
         memory = _alias(first, end - first, buffers)
     if not writable and isinstance(memory, mmap.mmap):
-        memory = _alias(address_of(memory), len(memory), memory)
+        memory = _alias(start_of(memory), len(memory), memory)
     return Mapped(memory, [start - first for start in starts])
 
 

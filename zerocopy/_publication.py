@@ -22,7 +22,7 @@ from zerocopy._roles import add_passenger
 from zerocopy._shards import Manifest
 from zerocopy.errors import PublicationClosedError, PublicationLostError, VersionError
 
-FORMAT = 1  # of manifests and handles; raised when either changes
+FORMAT = 2  # of manifests and handles; raised when either changes
 
 
 @attrs.frozen
@@ -112,9 +112,8 @@ class Publication:
         require_isolation: bool,
         versions: Versions,
     ) -> None:
-        self._content: Content | bytes | None = (
-            content  # bytes: sealed for plain pickle, until it is used; None: closed
-        )
+        # Bytes: sealed for plain pickle, until it is used. None: closed.
+        self._content: Content | bytes | None = content
         self.kind = kind
         self.shared_bytes = shared_bytes
         self.requires_isolation = require_isolation

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from zerocopy._mapping import Mapped, address_of
+from zerocopy._mapping import Mapped, start_of
 from zerocopy._paths import is_module
 from zerocopy._shards import Manifest
 from zerocopy._tensors import ARRAY, TensorTable
@@ -142,7 +142,7 @@ class LoadedMarks:
         False for tensors that were made on another device.
         """
         addresses = {
-            shard: address_of(memory) for shard, (ref, _) in self._mapped.items() if (memory := ref()) is not None
+            shard: start_of(memory) for shard, (ref, _) in self._mapped.items() if (memory := ref()) is not None
         }
         for index, ref in self._tensors.items():
             tensor = ref()

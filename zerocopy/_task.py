@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import inspect
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, TypeVar, overload
 
 import ray
@@ -14,9 +12,9 @@ import ray.cloudpickle
 import wrapt
 
 from zerocopy import _store
+from zerocopy._calls import address_of, call, find, resolved, run, run_generator
 from zerocopy._devices import check_device_name
 from zerocopy._pipeline import describe
-from zerocopy._publication import Publication
 from zerocopy._remote import (
     UNKNOWN,
     Parameters,
@@ -26,11 +24,9 @@ from zerocopy._remote import (
     default_in_flight,
     in_order,
     is_shareable,
-    receive,
     send,
     travelling,
 )
-from zerocopy._reuse import Loans
 from zerocopy.errors import ArgumentError, DeclarationError
 
 P = ParamSpec("P")
@@ -149,8 +145,8 @@ class Task(_FunctionWrapper[P, R]):
         A generator function gives Ray's `ObjectRefGenerator`.
         """
         if _store.is_running() and _store.is_worker():
-            given, named = _resolved(args, kwargs)
-            result: R = _call(self.__wrapped__, self._self_device, self._self_reuse, given, named)
+            given, named = resolved(args, kwargs)
+            result: R = call(self.__wrapped__, self._self_device, self._self_reuse, given, named)
             return result
         ref = self.remote(*args, **kwargs)
         return ref if isinstance(ref, ray.ObjectRefGenerator) else ray.get(ref)
@@ -218,10 +214,8 @@ class Task(_FunctionWrapper[P, R]):
             return self._self_base._ray_function().options(**self._self_options)
         function = self.__wrapped__
         address = address_of(self, function.__module__, function.__qualname__)
-        run = functools.partial(_run, address or function, self._self_device, self._self_reuse)
-        if inspect.isgeneratorfunction(function):
-            run = functools.partial(_run_generator, address or function, self._self_device, self._self_reuse)
-        runner = _named(run, function)
+        runs = run_generator if inspect.isgeneratorfunction(function) else run
+        runner = _named(functools.partial(runs, address or function, self._self_device, self._self_reuse), function)
         return ray.remote(**{"name": self.__qualname__, **self._self_options})(runner)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
@@ -235,75 +229,21 @@ def _call_as_it_is(wrapped: Any, _: Any, args: Any, kwargs: Any) -> Any:
     return wrapped(*args, **kwargs)
 
 
-def _named(run: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
-    """`run` as a function that Ray accepts, under the name of the one it stands for."""
+def _named(runs: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
+    """`runs` as a function that Ray accepts, under the name of the one it stands for."""
     if inspect.isgeneratorfunction(function):
 
         def runner(*args: Any, **kwargs: Any) -> Any:
-            yield from run(*args, **kwargs)
+            yield from runs(*args, **kwargs)
     else:
 
         def runner(*args: Any, **kwargs: Any) -> Any:
-            return run(*args, **kwargs)
+            return runs(*args, **kwargs)
 
     runner.__name__ = function.__name__
     runner.__qualname__ = function.__qualname__
     runner.__doc__ = function.__doc__
     return runner
-
-
-def _run(target: Any, device: str | None, reuse: bool, *args: Any, **kwargs: Any) -> Any:
-    return _call(_function_of(target), device, reuse, args, kwargs)
-
-
-def _call(function: Any, device: str | None, reuse: bool, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """Call `function` with its arguments as they arrive; after an error nothing is kept for the next call."""
-    if not reuse or inspect.isgeneratorfunction(function):
-        values, named = receive(args, kwargs, device)
-        return function(*values, **named)
-    loans = Loans()
-    values, named = receive(args, kwargs, device, loans.load)
-    result = function(*values, **named)
-    del values, named
-    loans.give_back()
-    return result
-
-
-def _run_generator(target: Any, device: str | None, reuse: bool, *args: Any, **kwargs: Any) -> Iterator[Any]:
-    loans = Loans()
-    values, named = receive(args, kwargs, device, loans.load if reuse else Publication.load)
-    yield from _function_of(target)(*values, **named)
-    del values, named
-    loans.give_back()
-
-
-def _function_of(target: Any) -> Any:
-    return find(*target).__wrapped__ if isinstance(target, tuple) else target
-
-
-def address_of(obj: object, module: str, qualname: str) -> tuple[str, str] | None:
-    """The module and qualified name under which importing finds this very object in a worker too, if it does."""
-    if module == "__main__" or module not in sys.modules or module in ray.cloudpickle.list_registry_pickle_by_value():
-        return None
-    try:
-        return (module, qualname) if find(module, qualname) is obj else None
-    except (ImportError, AttributeError):
-        return None
-
-
-def find(module: str, qualname: str) -> Any:
-    """The object with this qualified name, not bound to the class that holds it."""
-    found: Any = importlib.import_module(module)
-    for name in qualname.split("."):
-        found = inspect.getattr_static(found, name)
-    return found
-
-
-def _resolved(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
-    """Arguments with the objects behind references, as Ray hands them to a task."""
-    values = [ray.get(value) if isinstance(value, ray.ObjectRef) else value for value in args]
-    named = {name: ray.get(value) if isinstance(value, ray.ObjectRef) else value for name, value in kwargs.items()}
-    return values, named
 
 
 def _as_if_remote(value: Any, device: str | None) -> Any:
