@@ -39,13 +39,13 @@ def top_k_and_mode(search: pipelines.Search) -> tuple[int, bool, bool]:
 def publishings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows by the number of storages written, each time weights are put into the store."""
     writes: list[int] = []
-    real = _weights.put_storages
+    real = _weights.write
 
     def counted(storages: Any, ends: Any, stored: Any, *rest: Any) -> Any:
         writes.append(sum(storage.key not in stored for storage in storages))
         return real(storages, ends, stored, *rest)
 
-    monkeypatch.setattr(_weights, "put_storages", counted)
+    monkeypatch.setattr(_weights, "write", counted)
     return writes
 
 

@@ -14,10 +14,9 @@ from typing import Any
 import ray
 import torch
 
-from zerocopy import _store
 from zerocopy._introspector import Introspection
 from zerocopy._mapping import Mapped, map_private
-from zerocopy._shards import Placement
+from zerocopy._shards import Placement, buffers_of
 from zerocopy._tensors import Storage, TensorSpec, base_over, describe, strided
 
 _use_count: Callable[[int], int] = torch._C._storage_Use_Count
@@ -66,7 +65,7 @@ class Adoption:
         if not movable:
             return
         shard = next(iter(movable.values())).shard
-        memory, offsets = mapped = map_private(_store.get(shard), required=True)
+        memory, offsets = mapped = map_private(buffers_of(shard), required=True)
         self.mapped.append((shard, mapped))
         with torch.inference_mode(False), torch.no_grad():
             for index, place in movable.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import sys
@@ -41,6 +42,7 @@ def run_generator(target: Any, device: str | None, reuse: bool, *args: Any, **kw
     loans.give_back()
 
 
+@functools.lru_cache(256)
 def _function_of(target: Any) -> Any:
     return find(*target).__wrapped__ if isinstance(target, tuple) else target
 

@@ -28,6 +28,18 @@ class Shared:
     memory: StoredMemory
 
 
+@contextlib.contextmanager
+def collector_paused() -> Iterator[None]:
+    """Thousands of new objects, all of them to stay, would have the garbage collector look at everything again and again."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
 def load(
     manifest: Manifest, outer: Outer, target: torch.device, fields: Sequence[str] | None, *, require_isolation: bool
 ) -> tuple[Any, Mapping[int, Any], StoredMemory]:
@@ -71,10 +83,9 @@ def load_shared(manifest: Manifest, target: torch.device, *, require_isolation: 
     """
     rows: Any = manifest.spec_rows
     memory = StoredMemory(manifest, range(len(manifest.location_rows)), require_isolation=require_isolation)
-    with _collector_paused():
-        devices = _devices_of(range(len(manifest.location_rows)), manifest.devices, target)
-        tensors = dict(enumerate(rebuild(rows, memory.regions(devices), devices)))
-        return Shared(tensors, graft_skeleton(manifest.skeleton, tensors, ()), memory)
+    devices = _devices_of(range(len(manifest.location_rows)), manifest.devices, target)
+    tensors = dict(enumerate(rebuild(rows, memory.regions(devices), devices)))
+    return Shared(tensors, graft_skeleton(manifest.skeleton, tensors, ()), memory)
 
 
 def join(manifest: Manifest, outer: Outer, shared: Shared, target: torch.device) -> Any:
@@ -107,18 +118,6 @@ def _live(
     devices = _devices_of(storages, manifest.devices, target)
     regions = {**memory.regions(devices), **_private_regions(manifest, outer)}
     return dict(zip(specs, rebuild(specs.values(), regions, devices), strict=True))
-
-
-@contextlib.contextmanager
-def _collector_paused() -> Iterator[None]:
-    """Thousands of new objects, all of them to stay, would have the garbage collector look at everything again and again."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def _referenced(manifest: Manifest, outer: Outer) -> Sequence[int]:

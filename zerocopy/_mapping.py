@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import mmap
+import operator
 import os
 import sys
 import warnings
@@ -26,6 +27,7 @@ MAP_NORESERVE = (
 )
 
 MAP_FIXED = 0x10
+BUFFER_ALIGNMENT = 64  # of buffers in an object of the store
 DETACH_BYTES = 16 << 20  # copied at a time when a mapping is detached; a multiple of every page size
 
 
@@ -44,6 +46,20 @@ def start_of(memory: Any) -> int:
     """Where mapped memory starts in this process."""
     start: int = np.frombuffer(memory, np.uint8).__array_interface__["data"][0]
     return start
+
+
+def starts_of(buffers: Sequence[Any]) -> list[int]:
+    """Where the buffers of one object of the store start in this process.
+
+    Ray lays them out in order, each at a multiple of 64: if the last one is where it is then, so are all of them.
+    """
+    start = start_of(buffers[0])
+    starts = []
+    for buffer in buffers:
+        start += -start % BUFFER_ALIGNMENT
+        starts.append(start)
+        start += len(buffer)
+    return starts if starts[-1] == start_of(buffers[-1]) else list(map(start_of, buffers))
 
 
 class _Interval(NamedTuple):
@@ -92,12 +108,15 @@ _descriptors: dict[tuple[int, int], str] = {}
 _warned: set[str] = set()
 
 
-def map_private(buffers: Sequence[Any], *, writable: bool = True, required: bool = False) -> Mapped:
+def map_private(
+    buffers: Sequence[Any], starts: Sequence[int] | None = None, *, writable: bool = True, required: bool = False
+) -> Mapped:
     """Map the store memory that `buffers` (all of one object of the store) lie in once more, private to this process.
 
     Args:
         buffers: readable buffers as `ray.get` returned them, not empty. The first one must be unique to the object: it
             proves that the right file was found.
+        starts: their addresses, if they are known.
         writable: False for a read-only mapping, the right source for copies to a GPU: drivers pin the source with write
             intent, which would make the kernel copy each page of a writable private mapping.
         required: raise instead of falling back to Ray's own, shared mapping.
@@ -105,11 +124,10 @@ def map_private(buffers: Sequence[Any], *, writable: bool = True, required: bool
     Raises:
         IsolationError: no private mapping is possible, and one is required here or by ZEROCOPY_REQUIRE_ISOLATION=1.
     """
-    views = [np.frombuffer(buffer, np.uint8) for buffer in buffers]
-    starts = [view.__array_interface__["data"][0] for view in views]
-    end = max(start + view.nbytes for start, view in zip(starts, views, strict=True))
+    starts = list(map(start_of, buffers)) if starts is None else starts
+    end = max(map(operator.add, starts, map(len, buffers)))
     try:
-        memory, first = _map_checked(min(starts), end, writable, starts[0], views[0].tobytes())
+        memory, first = _map_checked(min(starts), end, writable, starts[0], bytes(buffers[0]))
         memory.pinned = buffers
     except (MappingImpossible, OSError, ValueError) as error:
         _report(str(error), required)

@@ -9,7 +9,7 @@ import ray.cloudpickle
 from zerocopy import _store
 from zerocopy._introspector import Subject, introspect
 from zerocopy._pipeline import observe_pipeline_classes
-from zerocopy._publication import Publication
+from zerocopy._publication import Publication, unpacked
 from zerocopy._publishing import publish_automatically
 from zerocopy.errors import OutOfBandError
 
@@ -32,11 +32,11 @@ def _load(publication: Publication) -> Any:
 
 
 def _reduce_publication(publication: Publication) -> Any:
-    content, *description = publication.parts()
+    packed = publication.packed()
     if _store.is_running():
         _store.refuse_out_of_band(f"A publication of {publication.kind}")
-        _store.count_pin(content[0])  # the reference to the manifest, which Ray pickles next
-    return Publication, (content, *description)
+        _store.count_pin(publication.reference)  # which Ray pickles next
+    return (Publication, publication.parts()) if packed is None else (unpacked, (publication.reference, packed))
 
 
 def _register(cls: type) -> None:

@@ -16,13 +16,15 @@ import torch
 
 from zerocopy import _devices, _partial, _store
 from zerocopy._introspector import Outer
-from zerocopy._loading import load
+from zerocopy._loading import collector_paused, load
 from zerocopy._mapping import Mapped
 from zerocopy._roles import add_passenger
-from zerocopy._shards import Manifest
+from zerocopy._shards import manifest_of
+from zerocopy._skeleton import Root
 from zerocopy.errors import PublicationClosedError, PublicationLostError, VersionError
 
-FORMAT = 2  # of manifests and handles; raised when either changes
+MOST_PACKED = 16 << 10  # bytes: more are not worth a place in a cache
+FORMAT = 3  # of manifests and handles; raised when either changes
 
 
 @attrs.frozen
@@ -159,10 +161,11 @@ class Publication:
         names = None if fields is None else _partial.names_of(fields)
         reference, outer = self.content()
         self.require_agreement()
-        manifest: Manifest = _store.get(reference)
-        target = _devices.resolve(device)
-        pipeline, tensors, memory = load(manifest, outer, target, names, require_isolation=self.requires_isolation)
-        announce_load(self, Loaded(pipeline, reference, tensors, memory.mapped))
+        with collector_paused():
+            manifest = manifest_of(reference)
+            target = _devices.resolve(device)
+            pipeline, tensors, memory = load(manifest, outer, target, names, require_isolation=self.requires_isolation)
+            announce_load(self, Loaded(pipeline, reference, tensors, memory.mapped))
         return pipeline
 
     def content(self) -> Content:
@@ -235,6 +238,19 @@ class Publication:
     def _description(self) -> tuple[Any, ...]:
         return self.kind, self.shared_bytes, self.requires_isolation, self._versions
 
+    def packed(self) -> bytes | None:
+        """All but the reference, pickled: for Ray's slower pickle. None where there are things that only Ray can pickle.
+
+        Raises:
+            As `load`, where the publication means nothing any more.
+        """
+        outer = self.content()[1]
+        if outer.nbytes > MOST_PACKED or not all(
+            type(obj) in (int, Root, type(None)) for obj in outer.skeleton.externals
+        ):
+            return None
+        return _pack(outer, *self._description())
+
     def __reduce__(self) -> tuple[Any, ...]:
         """For plain pickle, which knows nothing of references and their owners: Ray's pickle seals them."""
         content = self._content if isinstance(self._content, bytes) else self._sealed()
@@ -255,6 +271,23 @@ class Publication:
             )
         content: Content = pickle.loads(sealed)
         return content
+
+
+@functools.lru_cache(64)
+def _pack(*parts: Any) -> bytes:
+    return pickle.dumps(parts)
+
+
+@functools.lru_cache(64)
+def _unpack(packed: bytes) -> tuple[Any, ...]:
+    parts: tuple[Any, ...] = pickle.loads(packed)
+    return parts
+
+
+def unpacked(reference: ray.ObjectRef[Any], packed: bytes) -> Publication:
+    """The handle that `packed` gave, and its reference."""
+    outer, *description = _unpack(packed)
+    return Publication((reference, outer), *description)
 
 
 add_passenger(Publication)

@@ -24,7 +24,7 @@ from zerocopy._introspector import (
     require_pipeline,
 )
 from zerocopy._publication import Loaded, Publication, Versions, observe_loads
-from zerocopy._shards import Manifest, Placement
+from zerocopy._shards import Placement, manifest_of
 from zerocopy._snapshot import LoadedMarks, Snapshot
 from zerocopy._tensors import Storage
 from zerocopy._weights import Weights, put, put_and_adopt, put_streaming
@@ -211,7 +211,7 @@ def _weights_of_origin(pipeline: Any, origin: _Origin) -> Weights | None:
     """The weights that a loaded pipeline came from, if it still has all of them and no others."""
     if origin.session is not _store.session():
         return None
-    manifest: Manifest = _store.get(origin.manifest)
+    manifest = manifest_of(origin.manifest)
     if not origin.marks.are_same(manifest):
         return None
     found = introspect(Subject(pipeline))
@@ -235,7 +235,7 @@ def _weights_of_origin(pipeline: Any, origin: _Origin) -> Weights | None:
 
 
 def _adopted_origin(weights: Weights, adoption: Adoption) -> _Origin:
-    shards = list(_store.get(weights.manifest).shards)
+    shards = [weights.manifest, *manifest_of(weights.manifest).shards]  # as locations number them
     marks = LoadedMarks(adoption.tensors(), {shards.index(ref): mapped for ref, mapped in adoption.mapped})
     return _Origin(weights.manifest, weights.shared_bytes, marks, weights.session)
 

@@ -90,6 +90,7 @@ def receive(
     return values, {name: arriving(value, device, load) for name, value in kwargs.items()}
 
 
+VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 UNKNOWN: Any = object()  # stands for an argument that is not known yet
 
 
@@ -102,6 +103,14 @@ class Parameters:
         self._name = target.__name__
         self._signature = inspect.signature(target)
         self._expected: dict[str, tuple[type, ...]] | None = None
+        parameters = self._signature.parameters.values()
+        self._positional = [
+            one.name for one in parameters if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)
+        ]
+        required = [one for one in parameters if one.default is one.empty and one.kind not in VARIADIC]
+        # A parameter that has to be named is one that no positional call gives.
+        is_positional = all(one.name in self._positional for one in required)
+        self._least = len(required) if is_positional else len(self._positional) + 1
 
     def check(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Refuse a call that cannot succeed.
@@ -109,6 +118,10 @@ class Parameters:
         Raises:
             ArgumentError: an argument is missing, unknown, or not an instance of the pipeline class of its annotation.
         """
+        if not kwargs and self._least <= len(args) <= len(self._positional):  # most calls
+            given = dict(zip(self._positional, args, strict=False))
+            if all(_fits(given[name], classes) for name, classes in self._expected_classes().items() if name in given):
+                return
         try:
             bound = self._signature.bind(*args, **kwargs)
         except TypeError as error:
@@ -146,7 +159,7 @@ class Parameters:
 
     def _classes_of(self, parameter: inspect.Parameter) -> tuple[type, ...]:
         """The classes of a parameter annotated with a pipeline class or a module class; empty for any other."""
-        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+        if parameter.kind in VARIADIC:
             return ()
         annotation = parameter.annotation
         if isinstance(annotation, str):

@@ -1,7 +1,7 @@
 """What does a worker process keep of the pipelines that it has loaded: calls of tasks reuse the shared part, one at a time.
 
 What was loaded is reused if nobody has changed it: its tensors have the versions, its modules the members and modes that they
-had, and nobody else refers to any of them.
+had, and nobody else refers to any of them. That is looked into between calls, while the process has nothing else to do.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from typing import Any, TypeAlias
 
 import torch
 
-from zerocopy import _devices, _paths, _publishing, _store, _torchscript
+from zerocopy import _devices, _paths, _publishing, _torchscript
 from zerocopy._loading import Shared, is_separable, join, load_shared
 from zerocopy._publication import Loaded, Publication, announce_load
-from zerocopy._shards import Manifest
+from zerocopy._shards import Manifest, manifest_of
 
 MOST_KEPT = 4  # publications
 IDLE_SECONDS = 3.0  # a publication that is closed is freed by its workers so long after their last call
+REPLY_SECONDS = 0.0004  # a call's result is on its way so long after the call has ended
 
 _Key: TypeAlias = tuple[bytes, torch.device, object]
 
@@ -36,21 +37,42 @@ class Kept:
         self._tensors = _each_once([*shared.tensors.values(), *_tensors_of(self._modules)])
         dicts = [members for module in self._modules for members in _member_dicts(module)]
         self._empty = [members for members in dicts if not members]
-        self._members = [(members, dict(members)) for members in dicts if members]
+        self._members = [members for members in dicts if members]
+        self._noted = list(map(dict, self._members))
         self._references = self._count_references()
         self._state: object = None
+        self._lock = threading.Lock()
+        self._is_out = True
+        self._was_untouched = False  # and so it is as long as nobody but us has it
+
+    def lend(self) -> bool:
+        """Whether this may be used again: if everything is as it was noted."""
+        with self._lock:
+            untouched = self._was_untouched or self._is_untouched()
+            self._is_out, self._was_untouched = True, False
+            return untouched
+
+    def take_back(self) -> None:
+        """A call that used this has ended."""
+        self.last_used = time.monotonic()
+        self._is_out = False
+
+    def look_through(self) -> None:
+        """Find out ahead of the next call what that would have to wait for."""
+        with self._lock:
+            if not (self._is_out or self._was_untouched):
+                self._was_untouched = self._is_untouched()
 
     def note_state(self) -> None:
         """Note how everything is now, but for who refers to it: that was noted before anybody else could."""
-        for members, noted in self._members:
+        for members, noted in zip(self._members, self._noted, strict=True):
             noted.update(members)
         self._state = self._look()
 
-    def is_untouched(self) -> bool:
-        """Whether everything is as it was noted."""
+    def _is_untouched(self) -> bool:
         try:
             # Of equal dicts with the same values, none of these is looked at.
-            same = not any(self._empty) and all(members == noted for members, noted in self._members)
+            same = not any(self._empty) and self._members == self._noted
             return same and self._look() == self._state and self._count_references() == self._references
         except Exception:  # members that are not the same were compared, as they like it
             return False
@@ -102,9 +124,9 @@ class Loans:
         key = reference.binary(), target, publication.requires_isolation
         with _lock:
             kept = _kept.pop(key, None)
-        if kept is None or not kept.is_untouched():
+        if kept is None or not kept.lend():
             kept = None  # first: it may be the last that maps the weights
-            manifest: Manifest = _store.get(reference)
+            manifest = manifest_of(reference)
             if not (manifest.is_reusable and is_separable(manifest, outer)):
                 return publication.load(device)
             publication.require_agreement()
@@ -126,34 +148,55 @@ class Loans:
         for key, kept in self._taken:
             for root in kept.shared.roots:
                 _publishing.forget(root)  # holds references that would keep the weights from being freed
-            kept.last_used = time.monotonic()
+            kept.take_back()
             with _lock:
                 _kept.pop(key, None)
                 _kept[key] = kept
                 while len(_kept) > MOST_KEPT:
                     del _kept[next(iter(_kept))]
         if self._taken:
-            _watch()
+            _caretaker.wake()
         self._taken = []
 
 
-_watcher: list[threading.Thread] = []
+class _Caretaker:
+    """A thread that looks through what was given back, and drops what was not used for a while: nobody tells a worker that a
+    publication was closed. It ends when nothing is kept.
+    """
 
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._given_back = threading.Event()
 
-def _watch() -> None:
-    if not (_watcher and _watcher[0].is_alive()):
-        _watcher[:] = [threading.Thread(target=_drop_idle, name="zerocopy-reuse", daemon=True)]
-        _watcher[0].start()
+    def wake(self) -> None:
+        self._given_back.set()
+        if self._thread is None or not self._thread.is_alive():
+            self._thread = threading.Thread(target=self._run, name="zerocopy-reuse", daemon=True)
+            self._thread.start()
 
+    def _run(self) -> None:
+        while self._drop_idle():
+            if self._given_back.wait(IDLE_SECONDS / 4):
+                self._given_back.clear()
+                time.sleep(REPLY_SECONDS)
+                self._look_through()
 
-def _drop_idle() -> None:
-    """Drop what was not used for a while, until nothing is left: nobody tells a worker that a publication was closed."""
-    while True:
-        time.sleep(IDLE_SECONDS / 4)
+    def _look_through(self) -> None:
+        with _lock:
+            found = list(_kept.values())
+        for kept in found:
+            kept.look_through()
+
+    def _drop_idle(self) -> bool:
+        """Whether anything is left to take care of."""
         oldest = time.monotonic() - IDLE_SECONDS
         with _lock:
             idle = [_kept.pop(key) for key in [key for key, kept in _kept.items() if kept.last_used < oldest]]
             if not _kept:
-                _watcher.clear()
-                return
-        del idle
+                self._thread = None
+            is_left = bool(_kept)
+        del idle  # outside of the lock: whatever goes with it takes its time
+        return is_left
+
+
+_caretaker = _Caretaker()

@@ -6,7 +6,7 @@ import ctypes
 import functools
 import os
 import pickle
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,19 +14,22 @@ import ray
 
 from zerocopy import _store
 from zerocopy._introspector import Skeleton
-from zerocopy._mapping import Mapped, map_private
+from zerocopy._mapping import Mapped, map_private, starts_of
 from zerocopy._tensors import Region, Storage, TensorSpec
 
 MB = 1 << 20
 FIELD_SHARD = 4 * MB  # ... or at the end of a shared root, when it has at least this
 PACKED = MB // 4  # a storage below this is copied into a pack: every buffer of its own costs some 0.1 ms
-PACKS_PER_SHARD = 16 * MB  # bounds the heap that packs take while publishing
+PACKS_PER_SHARD = 64 * MB  # bounds the heap that packs take while publishing
 ALIGNMENT = 64
 NONCE_BYTES = 16
 
 
+NOWHERE, BESIDE = -1, 0  # instead of the number of a shard: there are no bytes, or they are beside the manifest
+
+
 class Location(NamedTuple):
-    """Where the bytes of a storage are: from `offset` on in a buffer of a shard. The shard is -1 where there are no bytes."""
+    """Where the bytes of a storage are: from `offset` on in a buffer of a shard."""
 
     shard: int
     buffer: int
@@ -38,6 +41,9 @@ class Manifest:
     """What a publication keeps in the store: descriptions of all shared tensors, the shared skeleton, and where bytes are.
 
     Descriptions travel as plain tuples: thousands of named ones would take longer to unpickle than the skeleton.
+
+    Attributes:
+        beside: in a process that got the manifest, the buffers of the object of the store that it came in.
     """
 
     def __init__(
@@ -55,18 +61,21 @@ class Manifest:
         self.skeleton = skeleton
         self.shards = shards
         self.is_reusable = is_reusable
+        self.beside: Sequence[Any] = ()
 
     @functools.cached_property
     def specs(self) -> tuple[TensorSpec, ...]:
-        return tuple(map(TensorSpec._make, self.spec_rows))
+        return tuple(map(TensorSpec.of_row, self.spec_rows))
 
     @functools.cached_property
     def locations(self) -> tuple[Location, ...]:
         return tuple(map(Location._make, self.location_rows))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        rows = tuple(map(tuple, self.spec_rows)), tuple(map(tuple, self.location_rows))
-        return Manifest, (*rows, self.devices, self.skeleton, self.shards, self.is_reusable)
+        known: dict[Any, Any] = {}
+        specs = tuple(spec.row(lambda part: known.setdefault(part, part)) for spec in self.specs)
+        locations = tuple(map(tuple, self.location_rows))
+        return Manifest, (specs, locations, self.devices, self.skeleton, self.shards, self.is_reusable)
 
 
 class Placement(NamedTuple):
@@ -84,7 +93,7 @@ class Cut(NamedTuple):
     parts: int
 
 
-ORDINARY = Cut(256 * MB, 8)
+ORDINARY = Cut(512 * MB, 8)
 STREAMED = Cut(MB, 16)  # where each shard's source is freed before the next one is written
 
 
@@ -105,35 +114,53 @@ def group(sizes: Sequence[int], root_ends: Iterable[int], cut: Cut = ORDINARY) -
     return [shard for shard in shards if any(sizes[index] for index in shard)]
 
 
-def put_storages(
+def write(
     storages: Sequence[Storage],
     root_ends: Iterable[int],
     stored: Mapping[object, Placement],
+    make_manifest: Callable[[Sequence[Location], Sequence[ray.ObjectRef[Any]]], Manifest],
     cut: Cut = ORDINARY,
     about_to_write: Callable[[list[Storage]], None] = lambda _: None,
-) -> Iterator[dict[int, Placement]]:
-    """Write storages to the store, shard by shard, each from where it is. Those in `stored` are there already.
+    written: Callable[[Mapping[int, Placement]], None] = lambda _: None,
+) -> tuple[list[Placement | None], ray.ObjectRef[Any]]:
+    """Write storages to the store, shard by shard, each from where it is, and their manifest: with the shard, if there is one.
 
-    Yields:
-        The places of the storages of each shard, by index, when it is written.
+    Args:
+        stored: where storages are that are in the store already.
+        make_manifest: makes it from the location of each storage, and the shards that these count from 1 on.
+        about_to_write: called with the storages of each shard before their bytes are read.
+        written: called with the places of the storages of each shard, by index, when it is written.
+
+    Returns:
+        The place of each storage that has bytes, and the reference to the manifest.
     """
-    there = {i: stored[storage.key] for i, storage in enumerate(storages) if storage.key in stored}
+    placements = [stored.get(storage.key) for storage in storages]
     by_shard: dict[ray.ObjectRef[Any], dict[int, Placement]] = {}
-    for index, place in there.items():
-        by_shard.setdefault(place.shard, {})[index] = place
-    yield from by_shard.values()
-    sizes = [0 if index in there else storage.nbytes for index, storage in enumerate(storages)]
-    for shard in group(sizes, root_ends, cut):
-        members = [index for index in shard if sizes[index]]
-        content = [storages[index] for index in members]
-        about_to_write(content)
-        yield dict(zip(members, _put_shard(content), strict=True))
-
-
-def _put_shard(storages: Sequence[Storage]) -> list[Placement]:
-    buffers, places = _lay_out(storages)
-    ref = _store.put(buffers)
-    return [Placement(ref, buffer, offset) for buffer, offset in places]
+    for index, place in enumerate(placements):
+        if place is not None:
+            by_shard.setdefault(place.shard, {})[index] = place
+    for placed in by_shard.values():
+        written(placed)
+    sizes = [0 if place else storage.nbytes for storage, place in zip(storages, placements, strict=True)]
+    shards = [[index for index in shard if sizes[index]] for shard in group(sizes, root_ends, cut)]
+    beside = shards.pop() if len(shards) == 1 else []
+    for shard in shards:
+        about_to_write([storages[index] for index in shard])
+        buffers, places = _lay_out([storages[index] for index in shard])
+        ref = _store.put((buffers, None))
+        placed = {index: Placement(ref, *place) for index, place in zip(shard, places, strict=True)}
+        for index, place in placed.items():
+            placements[index] = place
+        written(placed)
+    about_to_write([storages[index] for index in beside])
+    buffers, places = _lay_out([storages[index] for index in beside])
+    locations, refs = _locate(storages, placements, dict(zip(beside, places, strict=True)))
+    ref = _store.put((buffers, make_manifest(locations, refs)))
+    placed = {index: Placement(ref, *place) for index, place in zip(beside, places, strict=True)}
+    for index, place in placed.items():
+        placements[index] = place
+    written(placed)
+    return placements, ref
 
 
 def _lay_out(storages: Sequence[Storage]) -> tuple[list[pickle.PickleBuffer], list[tuple[int, int]]]:
@@ -156,26 +183,49 @@ def _lay_out(storages: Sequence[Storage]) -> tuple[list[pickle.PickleBuffer], li
 
 
 def _pack(storages: Sequence[Storage], places: Sequence[tuple[int, int]], nbytes: int) -> np.ndarray[Any, Any]:
-    pack = np.zeros(nbytes, np.uint8)
+    pack = np.empty(nbytes, np.uint8)
+    end = 0
     for storage, (_, offset) in zip(storages, places, strict=True):
         if storage.nbytes < PACKED:
-            pack[offset : offset + storage.nbytes] = storage.to_bytes()
+            pack[end:offset] = 0
+            end = offset + storage.nbytes
+            pack[offset:end] = storage.to_bytes()
     return pack
 
 
-def locate(
-    storages: Sequence[Storage], placements: Sequence[Placement | None]
-) -> tuple[tuple[Location, ...], tuple[ray.ObjectRef[Any], ...]]:
-    """Placements in the form that a manifest keeps: shards once each, and locations that number them."""
+def _locate(
+    storages: Sequence[Storage], placements: Sequence[Placement | None], beside: Mapping[int, tuple[int, int]]
+) -> tuple[list[Location], list[ray.ObjectRef[Any]]]:
+    """Where storages are, in the form that a manifest keeps, and the shards that it refers to.
+
+    Args:
+        beside: buffers and offsets of those that are written beside the manifest.
+    """
     shards: dict[ray.ObjectRef[Any], int] = {}
     locations = []
-    for storage, placement in zip(storages, placements, strict=True):
-        if placement is None:
-            locations.append(Location(-1, 0, 0, 0))
+    for index, (storage, placement) in enumerate(zip(storages, placements, strict=True)):
+        if index in beside:
+            locations.append(Location(BESIDE, *beside[index], storage.nbytes))
+        elif placement is None:
+            locations.append(Location(NOWHERE, 0, 0, 0))
         else:
-            shard = shards.setdefault(placement.shard, len(shards))
+            shard = shards.setdefault(placement.shard, len(shards) + 1)
             locations.append(Location(shard, placement.buffer, placement.offset, storage.nbytes))
-    return tuple(locations), tuple(shards)
+    return locations, list(shards)
+
+
+def buffers_of(shard: ray.ObjectRef[Any]) -> Sequence[Any]:
+    """The buffers of a shard; see `_store.get`."""
+    buffers: Sequence[Any] = _store.get(shard)[0]
+    return buffers
+
+
+def manifest_of(reference: ray.ObjectRef[Any]) -> Manifest:
+    """The manifest of a publication; see `_store.get`."""
+    buffers, manifest = _store.get(reference)
+    manifest.beside = buffers
+    result: Manifest = manifest
+    return result
 
 
 class StoredMemory:
@@ -185,28 +235,34 @@ class StoredMemory:
         self._locations = manifest.location_rows
         self._require_isolation = require_isolation
         self._needed = list(needed)
-        shards = sorted({self._locations[storage][0] for storage in self._needed} - {-1})
-        buffers = _store.get_all([manifest.shards[shard] for shard in shards])
-        self._buffers: dict[int, list[Any]] = dict(zip(shards, buffers, strict=True))
+        shards = sorted({self._locations[storage][0] for storage in self._needed} - {NOWHERE, BESIDE})
+        others = _store.get_all([manifest.shards[shard - 1] for shard in shards]) if shards else []
+        self._buffers = {
+            BESIDE: manifest.beside,
+            **{n: buffers for n, (buffers, _) in zip(shards, others, strict=True)},
+        }
         self.mapped: dict[int, Mapped] = {}  # writable memory, by shard
 
     def regions(self, on_devices: Container[int]) -> dict[int, Region]:
         """The bytes of each storage, private to this load; of those `on_devices` the source to copy from."""
         read_only: dict[int, Mapped] = {}
         regions = {}
+        locations, mapped = self._locations, self.mapped
         for storage in self._needed:
-            shard, buffer, offset, nbytes = self._locations[storage]
-            if shard < 0:
-                regions[storage] = (bytearray(), 0, 0)
-                continue
-            maps = read_only if storage in on_devices else self.mapped
+            shard, buffer, offset, nbytes = locations[storage]
+            maps = read_only if storage in on_devices else mapped
             if shard not in maps:
-                maps[shard] = map_private(
-                    self._buffers[shard], writable=maps is self.mapped, required=self._require_isolation
-                )
+                maps[shard] = self._map(shard, writable=maps is mapped)
             memory, offsets = maps[shard]
-            regions[storage] = (memory, offsets[buffer] + offset, nbytes)
+            regions[storage] = memory, offsets[buffer] + offset, nbytes
+        mapped.pop(NOWHERE, None)
         return regions
+
+    def _map(self, shard: int, *, writable: bool) -> Mapped:
+        if shard == NOWHERE:
+            return Mapped(bytearray(), [0])
+        buffers = self._buffers[shard]
+        return map_private(buffers, starts_of(buffers), writable=writable, required=self._require_isolation)
 
     def holds(self, storage: int, content: np.ndarray[Any, Any]) -> bool:
         """Whether a storage has exactly these bytes in the store."""

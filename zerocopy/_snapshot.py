@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.hooks import RemovableHandle
 
 from zerocopy._mapping import Mapped, start_of
 from zerocopy._paths import is_module
@@ -52,44 +53,15 @@ def _storage_reference(tensor: Any) -> StorageWeakRef | None:
     return StorageWeakRef(tensor.untyped_storage()) if _has_storage(tensor) else None
 
 
-# What every `nn.Module` keeps: taken out of many of them without a step of Python for each, for it is asked at every pass.
-_MEMBERS = ("_parameters", "_buffers", "_modules")
-_HOOKS = tuple(name for name, value in vars(nn.Module()).items() if isinstance(value, dict) and name not in _MEMBERS)
-_training_of, _members_of, _hooks_of = (operator.itemgetter(*names) for names in (("training",), _MEMBERS, _HOOKS))
 _storage_id = torch._C._storage_id  # type: ignore[attr-defined]
 
 
-def _tensor_names(module: nn.Module) -> tuple[str, ...]:
-    """Names of the plain attributes of a module that are tensors."""
-    return tuple(name for name, value in vars(module).items() if isinstance(value, torch.Tensor))
-
-
-def _slots(modules: Sequence[nn.Module], tensor_names: Iterable[Iterable[str]]) -> tuple[list[object], ...]:
-    """What modules hold by name: identities of parameters, buffers, children, hooks, and of tensors in attributes."""
-    flatten = itertools.chain.from_iterable
-    owns = list(map(vars, modules))
-    members = list(flatten(map(_members_of, owns)))
-    hooks = list(flatten(map(_hooks_of, owns)))
-    if any(hooks):
-        members += hooks
-    return (
-        list(map(_training_of, owns)),
-        list(map(len, owns)),
-        list(map(len, members)),
-        list(flatten(members)),
-        list(map(id, flatten(map(dict.values, members)))),
-        [id(own.get(name)) for own, names in zip(owns, tensor_names, strict=True) for name in names],
-    )
-
-
 def _state(tensors: list[Any]) -> tuple[list[Any], ...]:
-    """Versions, storages and places of plain tensors: whole lists at a time."""
+    """Versions, storages and places of plain tensors: whole lists at a time, for it is asked at every pass."""
     return (
         [tensor._version for tensor in tensors],
         list(map(_storage_id, tensors)),
-        [tensor.data_ptr() for tensor in tensors],
-        [tensor.stride() for tensor in tensors],
-        [tensor.numel() for tensor in tensors],
+        list(map(torch.Tensor.data_ptr, tensors)),
     )
 
 
@@ -125,7 +97,8 @@ class LoadedMarks:
     """Tensors as a load made them, by index: told from their descriptions, so that a load has nothing to look up."""
 
     def __init__(self, tensors: Mapping[int, Any], mapped: Mapping[int, Mapped]) -> None:
-        self._tensors = {index: weakref.ref(tensor) for index, tensor in tensors.items()}
+        self._indices = list(tensors)
+        self._tensors = list(map(weakref.ref, tensors.values()))
         self._mapped = {shard: (weakref.ref(memory), offsets) for shard, (memory, offsets) in mapped.items()}
 
     def memories(self) -> list[Any]:
@@ -134,7 +107,8 @@ class LoadedMarks:
 
     def index(self) -> dict[int, int]:
         """Indices of the tensors that are alive, by id."""
-        return {id(tensor): index for index, ref in self._tensors.items() if (tensor := ref()) is not None}
+        found = zip(self._indices, self._tensors, strict=True)
+        return {id(tensor): index for index, ref in found if (tensor := ref()) is not None}
 
     def are_same(self, manifest: Manifest) -> bool:
         """Whether every tensor is there still, where it was made, and was not written to, as far as versions tell.
@@ -144,7 +118,7 @@ class LoadedMarks:
         addresses = {
             shard: start_of(memory) for shard, (ref, _) in self._mapped.items() if (memory := ref()) is not None
         }
-        for index, ref in self._tensors.items():
+        for index, ref in zip(self._indices, self._tensors, strict=True):
             tensor = ref()
             spec = manifest.specs[index]
             shard, buffer, offset, nbytes = manifest.locations[spec.storage]
@@ -162,12 +136,62 @@ class LoadedMarks:
         return True
 
 
+# What every `nn.Module` keeps. Hooks are looked at only when one was registered somewhere in this process: there are many.
+_MEMBERS = ("_parameters", "_buffers", "_modules")
+_HOOKS = tuple(name for name, value in vars(nn.Module()).items() if isinstance(value, dict) and name not in _MEMBERS)
 _SLOTS = {"training", *_MEMBERS, *_HOOKS}
+_training_of, _members_of, _hooks_of = (operator.itemgetter(*names) for names in (("training",), _MEMBERS, _HOOKS))
+_flatten = itertools.chain.from_iterable
 
 
 def _has_slots(obj: object) -> bool:
     """Whether `obj` is a module that keeps its own members: neither TorchScript nor a compiled module around another one."""
     return is_module(obj) and not isinstance(obj, torch.jit.ScriptModule) and vars(obj).keys() >= _SLOTS
+
+
+def _names_and_objects(dicts: list[dict[str, Any]]) -> tuple[list[Any], ...]:
+    filled = list(filter(None, dicts))
+    return list(map(len, dicts)), list(_flatten(filled)), list(map(id, _flatten(map(dict.values, filled))))
+
+
+class _Slots:
+    """What modules hold by name: parameters, buffers, children, and tensors in attributes; their modes and hooks.
+
+    A step of Python for each module would be too slow: whole lists are taken out of all of them, and compared.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        owns = list(map(vars, modules))
+        self._attributes = [
+            (position, name)
+            for position, own in enumerate(owns)
+            for name, value in own.items()
+            if isinstance(value, torch.Tensor)
+        ]
+        self._state = self._look(owns)
+        self._hooks = _names_and_objects(list(_flatten(map(_hooks_of, owns))))
+        self._hook_count = RemovableHandle.next_id
+
+    def are_same(self, modules: Sequence[nn.Module]) -> bool:
+        owns = list(map(vars, modules))
+        return self._look(owns) == self._state and self._have_same_hooks(owns)
+
+    def _look(self, owns: list[dict[str, Any]]) -> tuple[list[Any], ...]:
+        return (
+            list(map(_training_of, owns)),
+            list(map(len, owns)),
+            *_names_and_objects(list(_flatten(map(_members_of, owns)))),
+            [id(owns[position].get(name)) for position, name in self._attributes],
+        )
+
+    def _have_same_hooks(self, owns: list[dict[str, Any]]) -> bool:
+        hook_count = RemovableHandle.next_id
+        if hook_count == self._hook_count:
+            return True
+        if _names_and_objects(list(_flatten(map(_hooks_of, owns)))) != self._hooks:
+            return False
+        self._hook_count = hook_count
+        return True
 
 
 class Snapshot:
@@ -179,9 +203,8 @@ class Snapshot:
         self._tensors = list(map(weakref.ref, tensors))
         self._requires_grad = [tensor.requires_grad for tensor in tensors]
         modules = [obj for obj in objects if _has_slots(obj)]
-        self._tensor_names = list(map(_tensor_names, modules))
         self._modules = list(map(weakref.ref, modules))
-        self._slots = _slots(modules, self._tensor_names)
+        self._slots = _Slots(modules)
 
     def has_same_structure(self) -> bool:
         """Whether modules hold the same things under the same names, in the same modes, with the same hooks."""
@@ -191,4 +214,4 @@ class Snapshot:
             return False
         if [tensor.requires_grad for tensor in tensors] != self._requires_grad:
             return False
-        return _slots(modules, self._tensor_names) == self._slots
+        return self._slots.are_same(modules)

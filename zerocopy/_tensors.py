@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias, TypeGuard
 
 import numpy as np
@@ -34,6 +34,24 @@ class TensorSpec(NamedTuple):
     is_conj: bool = False
     is_neg: bool = False
     is_inference: bool = False
+
+    def row(self, intern: Callable[[Any], Any]) -> tuple[Any, ...]:
+        """As it travels: a plain tuple, short for a tensor that covers its storage. `intern` gives one of all equal tuples."""
+        kind, storage, dtype, shape, stride, offset, flag, is_whole, *special = self
+        if is_whole:
+            return kind, storage, dtype, intern(shape), flag
+        return kind, storage, dtype, intern(shape), intern(stride), offset, flag, is_whole, *special
+
+    @classmethod
+    def of_row(cls, row: tuple[Any, ...]) -> TensorSpec:
+        """The inverse of `row`."""
+        if len(row) == WHOLE:
+            kind, storage, dtype, shape, flag = row
+            return cls(kind, storage, dtype, shape, _default_stride(shape), 0, flag, is_whole=True)
+        return cls._make(row)
+
+
+WHOLE = 5  # columns of the row of a tensor that covers its storage
 
 
 class Storage:
@@ -189,19 +207,17 @@ def rebuild(
     """The tensors and arrays that `rows` describe, views of the regions of their storages.
 
     Args:
-        rows: each a `TensorSpec`, or a plain tuple like one.
+        rows: each a `TensorSpec`, or the row of one.
         regions: by index of the storage.
         devices: where the tensors of a storage belong, if not in main memory; arrays stay there.
     """
-    first: dict[int, torch.Tensor] = {}  # over each storage that has one
+    first: dict[int, torch.Tensor] = {}  # over all of each storage
     rebuilt: list[Any] = []
     # What a loaded model is must not depend on where it is loaded: only what was an inference tensor becomes one.
     with torch.inference_mode(False), torch.no_grad():
         for row in rows:
-            kind, storage, dtype, shape, _, _, flag, is_whole, *_ = row
-            if kind == ARRAY:
-                rebuilt.append(_array(TensorSpec._make(row), regions[storage]))
-            elif is_whole and storage not in first and storage not in devices:  # most are: the shortest way
+            if len(row) == WHOLE and row[1] not in first and row[1] not in devices:  # most are: the shortest way
+                kind, storage, dtype, shape, flag = row
                 memory, start, nbytes = regions[storage]
                 twin = NUMPY_TWINS.get(dtype)
                 if twin is not None:
@@ -210,24 +226,26 @@ def rebuild(
                     tensor = frombuffer(memory, dtype=dtype, count=nbytes // dtype.itemsize, offset=start).resize_(
                         shape
                     )
+                if kind == PARAMETER:
+                    tensor.__class__ = nn.Parameter  # as torch's lazy parameters become ordinary ones: no second tensor
+                if flag:
+                    tensor.requires_grad = True
                 first[storage] = tensor
-                rebuilt.append(make_subclass(CLASSES[kind], tensor, flag))
-            else:
-                base = first.get(storage)
-                if base is None:
-                    base = first[storage] = base_over(regions[storage], dtype, devices.get(storage))
-                spec = TensorSpec._make(row)
-                rebuilt.append(_finish(strided(base, spec), spec))
+                rebuilt.append(tensor)
+                continue
+            spec = TensorSpec.of_row(row)
+            if spec.kind == ARRAY:
+                rebuilt.append(_array(spec, regions[spec.storage]))
+                continue
+            base = first.get(spec.storage)
+            if base is None:
+                base = first[spec.storage] = base_over(regions[spec.storage], spec.dtype, devices.get(spec.storage))
+            rebuilt.append(_finish(strided(base, spec), spec))
     return rebuilt
 
 
 # Bound once: they are called for every tensor of a model.
-ndarray, from_numpy, frombuffer, make_subclass = (
-    np.ndarray,
-    torch.from_numpy,
-    torch.frombuffer,
-    torch.Tensor._make_subclass,
-)
+ndarray, from_numpy, frombuffer = np.ndarray, torch.from_numpy, torch.frombuffer
 CLASSES: dict[int, Any] = {TENSOR: torch.Tensor, PARAMETER: nn.Parameter}
 NUMPY_TWINS = {
     dtype: np.dtype(str(dtype).removeprefix("torch."))
@@ -280,7 +298,7 @@ def _as_published(view: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
     if spec.is_neg:
         view = torch._neg_view(view)
     # As a subclass of itself a view becomes a plain leaf: `_is_view()` is False, as it was for the original.
-    finished: torch.Tensor = make_subclass(CLASSES[spec.kind], view, spec.flag)
+    finished: torch.Tensor = torch.Tensor._make_subclass(CLASSES[spec.kind], view, spec.flag)
     return finished
 
 

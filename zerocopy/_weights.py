@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -11,7 +11,7 @@ import ray
 from zerocopy import _store
 from zerocopy._adoption import Adoption
 from zerocopy._introspector import Introspection, Known, Outer, Skeleton, Subject, introspect, is_reusable
-from zerocopy._shards import STREAMED, Manifest, Placement, StoredMemory, locate, put_storages
+from zerocopy._shards import STREAMED, Location, Manifest, Placement, StoredMemory, manifest_of, write
 from zerocopy._snapshot import Snapshot
 from zerocopy._tensors import Storage, TensorSpec
 
@@ -46,7 +46,7 @@ class Weights:
         storages = [storage for storage in found.table.storages if storage.key in self.known.storages]
         if not storages or not self.are_in_store() or not self.snapshot.weights.are_same():
             return set()
-        manifest: Manifest = _store.get(self.manifest)
+        manifest = manifest_of(self.manifest)
         memory = StoredMemory(manifest, range(len(manifest.locations)), require_isolation=False)
         return {s.key for s in storages if memory.holds(self.known.storages[s.key], s.to_bytes())}
 
@@ -61,8 +61,7 @@ class Weights:
 def put(found: Introspection, stored: Mapping[object, Placement]) -> Weights:
     """Write what `found` shares into the store, but for what is `stored`. Every refusal comes before the first byte."""
     snapshot = Snapshot(found.table, found.wholes, found.mutable)
-    placements = _put_all(found, put_storages(found.table.storages, found.root_ends, stored))
-    return _weights(found, snapshot, placements, _put_manifest(found, placements))
+    return _weights(found, snapshot, *_write(found, stored))
 
 
 def put_and_adopt(
@@ -70,10 +69,7 @@ def put_and_adopt(
 ) -> tuple[Weights, Outer]:
     """The same, and the tensors of the pipeline re-pointed at the store. An error leaves them private memory."""
     try:
-        placements = _put_all(
-            found, put_storages(found.table.storages, found.root_ends, stored, STREAMED), adoption.take
-        )
-        manifest = _put_manifest(found, placements)
+        placements, manifest = _write(found, stored, STREAMED, written=adoption.take)
         adopted = introspect(subject)  # the same tensors, in other memory
     except BaseException:
         adoption.undo()
@@ -95,29 +91,18 @@ def put_streaming(
     """
     storages = found.table.storages
     snapshot = Snapshot(found.table, found.wholes, found.mutable)
-    shards = put_storages(storages, found.root_ends, {}, STREAMED, about_to_write)
-    placements = _put_all(found, shards, lambda placed: written([storages[index] for index in placed]))
-    return _weights(found, snapshot, placements, _put_manifest(found, placements))
+    done = _write(found, {}, STREAMED, about_to_write, lambda placed: written([storages[index] for index in placed]))
+    return _weights(found, snapshot, *done)
 
 
-def _put_all(
-    found: Introspection,
-    shards: Iterator[dict[int, Placement]],
-    written: Callable[[Mapping[int, Placement]], None] = lambda _: None,
-) -> list[Placement | None]:
-    """The places of all storages; `written` hears of those in each shard as soon as it is."""
+def _write(found: Introspection, stored: Mapping[object, Placement], *rest: Any, **named: Any) -> Any:
+    """As `write`, what `found` shares."""
     _store.require_room(_shared_bytes(found), type(found.pipeline).__name__)
-    placements: list[Placement | None] = [None] * len(found.table.storages)
-    for placed in shards:
-        for index, place in placed.items():
-            placements[index] = place
-        written(placed)
-    return placements
 
+    def make_manifest(locations: Sequence[Location], shards: Sequence[ray.ObjectRef[Any]]) -> Manifest:
+        return Manifest(found.table.specs, locations, found.devices, found.shared, shards, is_reusable(found))
 
-def _put_manifest(found: Introspection, placements: Sequence[Placement | None]) -> ray.ObjectRef[Any]:
-    locations, shards = locate(found.table.storages, placements)
-    return _store.put(Manifest(found.table.specs, locations, found.devices, found.shared, shards, is_reusable(found)))
+    return write(found.table.storages, found.root_ends, stored, make_manifest, *rest, **named)
 
 
 def _weights(
