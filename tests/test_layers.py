@@ -33,6 +33,7 @@ LAYERS = [
     "_mapping",
     "_extraction",
     "_shards",
+    "_slots",
     "_snapshot",
     "_adoption",
     "_weights",

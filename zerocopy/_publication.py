@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import pickle
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from types import TracebackType
 from typing import Any, Self, TypeAlias
@@ -17,10 +17,10 @@ import torch
 from zerocopy import _devices, _partial, _store
 from zerocopy._introspector import Outer
 from zerocopy._loading import collector_paused, load
-from zerocopy._mapping import Mapped
 from zerocopy._roles import add_passenger
 from zerocopy._shards import manifest_of
 from zerocopy._skeleton import Root
+from zerocopy._snapshot import LoadedMarks
 from zerocopy.errors import PublicationClosedError, PublicationLostError, VersionError
 
 MOST_PACKED = 16 << 10  # bytes: more are not worth a place in a cache
@@ -70,12 +70,11 @@ def _minor(release: str) -> str:
 
 @attrs.frozen
 class Loaded:
-    """What a load made: the pipeline, the shared tensors by index, and the memory that they are views of, by shard."""
+    """What a load made: the pipeline, and how the shared tensors are that it has."""
 
     pipeline: Any
     manifest: ray.ObjectRef[Any]
-    tensors: Mapping[int, Any]
-    mapped: Mapping[int, Mapped]
+    marks: LoadedMarks
 
 
 Content: TypeAlias = tuple[ray.ObjectRef[Any], Outer]  # the reference to the manifest, and the outer skeleton
@@ -165,7 +164,7 @@ class Publication:
             manifest = manifest_of(reference)
             target = _devices.resolve(device)
             pipeline, tensors, memory = load(manifest, outer, target, names, require_isolation=self.requires_isolation)
-            announce_load(self, Loaded(pipeline, reference, tensors, memory.mapped))
+            announce_load(self, Loaded(pipeline, reference, LoadedMarks(tensors, memory.mapped)))
         return pipeline
 
     def content(self) -> Content:

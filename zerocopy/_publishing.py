@@ -280,7 +280,7 @@ def _remember(publication: Publication, loaded: Loaded) -> None:
     entry.origin = _Origin(
         loaded.manifest,
         publication.shared_bytes,
-        LoadedMarks(loaded.tensors, loaded.mapped),
+        loaded.marks,
         _store.session(),
     )
 

@@ -18,6 +18,8 @@ from zerocopy import _devices, _paths, _publishing, _torchscript
 from zerocopy._loading import Shared, is_separable, join, load_shared
 from zerocopy._publication import Loaded, Publication, announce_load
 from zerocopy._shards import Manifest, manifest_of
+from zerocopy._slots import Hooks, has_slots, members_of, modes_of
+from zerocopy._snapshot import LoadedMarks
 
 MOST_KEPT = 4  # publications
 IDLE_SECONDS = 3.0  # a publication that is closed is freed by its workers so long after their last call
@@ -33,11 +35,13 @@ class Kept:
         self.manifest = manifest
         self.shared = shared
         self.last_used = 0.0
+        self.marks = LoadedMarks(shared.tensors, shared.memory.mapped)
         self._modules = [part for root in shared.roots if _paths.is_module(root) for part in root.modules()]
         self._tensors = _each_once([*shared.tensors.values(), *_tensors_of(self._modules)])
-        dicts = [members for module in self._modules for members in _member_dicts(module)]
-        self._empty = [members for members in dicts if not members]
-        self._members = [members for members in dicts if members]
+        self._owns = [vars(module) for module in self._modules if has_slots(module)]
+        self._others = [module for module in self._modules if not has_slots(module)]
+        self._hooks = Hooks(self._owns)
+        self._members = members_of(self._owns)
         self._noted = list(map(dict, self._members))
         self._references = self._count_references()
         self._state: object = None
@@ -72,13 +76,15 @@ class Kept:
     def _is_untouched(self) -> bool:
         try:
             # Of equal dicts with the same values, none of these is looked at.
-            same = not any(self._empty) and self._members == self._noted
+            same = self._members == self._noted and self._hooks.are_same(self._owns)
             return same and self._look() == self._state and self._count_references() == self._references
         except Exception:  # members that are not the same were compared, as they like it
             return False
 
     def _look(self) -> object:
         return (
+            modes_of(self._owns),
+            [module.training for module in self._others],
             [tensor._version for tensor in self._tensors],
             [tensor.requires_grad for tensor in self._tensors],
             [tensor.grad is None for tensor in self._tensors],
@@ -99,12 +105,6 @@ def _tensors_of(modules: Iterable[torch.nn.Module]) -> Iterable[torch.Tensor | N
         else:
             yield from module._parameters.values()
             yield from module._buffers.values()
-
-
-def _member_dicts(module: torch.nn.Module) -> Iterable[dict[str, Any]]:
-    own = vars(module)
-    yield own
-    yield from (value for name, value in own.items() if name.startswith("_") and isinstance(value, dict))
 
 
 _kept: dict[_Key, Kept] = {}
@@ -139,7 +139,7 @@ class Loans:
             pipeline = join(kept.manifest, outer, kept.shared, target)
         else:
             return publication.load(device)
-        announce_load(publication, Loaded(pipeline, reference, kept.shared.tensors, kept.shared.memory.mapped))
+        announce_load(publication, Loaded(pipeline, reference, kept.marks))
         self._taken.append((key, kept))
         return pipeline
 

@@ -5,21 +5,19 @@ Writes through `.data`, to inference tensors and to NumPy arrays do not count ve
 
 from __future__ import annotations
 
-import itertools
-import operator
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils.hooks import RemovableHandle
 
 from zerocopy._mapping import Mapped, start_of
 from zerocopy._paths import is_module
 from zerocopy._shards import Manifest
+from zerocopy._slots import Slots, has_slots
 from zerocopy._tensors import ARRAY, TensorTable
 
 
@@ -136,64 +134,6 @@ class LoadedMarks:
         return True
 
 
-# What every `nn.Module` keeps. Hooks are looked at only when one was registered somewhere in this process: there are many.
-_MEMBERS = ("_parameters", "_buffers", "_modules")
-_HOOKS = tuple(name for name, value in vars(nn.Module()).items() if isinstance(value, dict) and name not in _MEMBERS)
-_SLOTS = {"training", *_MEMBERS, *_HOOKS}
-_training_of, _members_of, _hooks_of = (operator.itemgetter(*names) for names in (("training",), _MEMBERS, _HOOKS))
-_flatten = itertools.chain.from_iterable
-
-
-def _has_slots(obj: object) -> bool:
-    """Whether `obj` is a module that keeps its own members: neither TorchScript nor a compiled module around another one."""
-    return is_module(obj) and not isinstance(obj, torch.jit.ScriptModule) and vars(obj).keys() >= _SLOTS
-
-
-def _names_and_objects(dicts: list[dict[str, Any]]) -> tuple[list[Any], ...]:
-    filled = list(filter(None, dicts))
-    return list(map(len, dicts)), list(_flatten(filled)), list(map(id, _flatten(map(dict.values, filled))))
-
-
-class _Slots:
-    """What modules hold by name: parameters, buffers, children, and tensors in attributes; their modes and hooks.
-
-    A step of Python for each module would be too slow: whole lists are taken out of all of them, and compared.
-    """
-
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
-        owns = list(map(vars, modules))
-        self._attributes = [
-            (position, name)
-            for position, own in enumerate(owns)
-            for name, value in own.items()
-            if isinstance(value, torch.Tensor)
-        ]
-        self._state = self._look(owns)
-        self._hooks = _names_and_objects(list(_flatten(map(_hooks_of, owns))))
-        self._hook_count = RemovableHandle.next_id
-
-    def are_same(self, modules: Sequence[nn.Module]) -> bool:
-        owns = list(map(vars, modules))
-        return self._look(owns) == self._state and self._have_same_hooks(owns)
-
-    def _look(self, owns: list[dict[str, Any]]) -> tuple[list[Any], ...]:
-        return (
-            list(map(_training_of, owns)),
-            list(map(len, owns)),
-            *_names_and_objects(list(_flatten(map(_members_of, owns)))),
-            [id(owns[position].get(name)) for position, name in self._attributes],
-        )
-
-    def _have_same_hooks(self, owns: list[dict[str, Any]]) -> bool:
-        hook_count = RemovableHandle.next_id
-        if hook_count == self._hook_count:
-            return True
-        if _names_and_objects(list(_flatten(map(_hooks_of, owns)))) != self._hooks:
-            return False
-        self._hook_count = hook_count
-        return True
-
-
 class Snapshot:
     """The state of shared tensors and of the modules that hold them."""
 
@@ -202,9 +142,9 @@ class Snapshot:
         tensors = [tensor for tensor in table.objects if isinstance(tensor, torch.Tensor)]
         self._tensors = list(map(weakref.ref, tensors))
         self._requires_grad = [tensor.requires_grad for tensor in tensors]
-        modules = [obj for obj in objects if _has_slots(obj)]
+        modules = [obj for obj in objects if is_module(obj) and has_slots(obj)]
         self._modules = list(map(weakref.ref, modules))
-        self._slots = _Slots(modules)
+        self._slots = Slots(modules)
 
     def has_same_structure(self) -> bool:
         """Whether modules hold the same things under the same names, in the same modes, with the same hooks."""

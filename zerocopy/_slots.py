@@ -1,0 +1,84 @@
+"""What do modules hold by name, and is it still the same: asked at every pass, so a step of Python for each would be too slow.
+
+Whole lists are taken out of all modules, and compared.
+"""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+Own: TypeAlias = dict[str, Any]  # the `__dict__` of a module
+
+_MEMBERS = ("_parameters", "_buffers", "_modules")
+_HOOKS = tuple(name for name, value in vars(nn.Module()).items() if isinstance(value, dict) and name not in _MEMBERS)
+_SLOTS = {"training", *_MEMBERS, *_HOOKS}
+_training_of, _members_of, _hooks_of = (operator.itemgetter(*names) for names in (("training",), _MEMBERS, _HOOKS))
+_flatten = itertools.chain.from_iterable
+
+
+def has_slots(module: nn.Module) -> bool:
+    """Whether a module keeps its own members: it is neither TorchScript nor a compiled module around another one."""
+    return not isinstance(module, torch.jit.ScriptModule) and vars(module).keys() >= _SLOTS
+
+
+def members_of(owns: Iterable[Own]) -> list[dict[str, Any]]:
+    """Of each module the parameters, the buffers and the children."""
+    return list(_flatten(map(_members_of, owns)))
+
+
+def modes_of(owns: Sequence[Own]) -> tuple[list[bool], list[int]]:
+    """Of each module whether it is in train mode, and how many attributes it has."""
+    return list(map(_training_of, owns)), list(map(len, owns))
+
+
+class Hooks:
+    """The hooks of some modules. They are looked at only when one was registered in this process since: there are many."""
+
+    def __init__(self, owns: Iterable[Own]) -> None:
+        self._state = _names_and_objects(_flatten(map(_hooks_of, owns)))
+        self._registered = RemovableHandle.next_id
+
+    def are_same(self, owns: Iterable[Own]) -> bool:
+        registered = RemovableHandle.next_id
+        if registered == self._registered:
+            return True
+        if _names_and_objects(_flatten(map(_hooks_of, owns))) != self._state:
+            return False
+        self._registered = registered
+        return True
+
+
+class Slots:
+    """Parameters, buffers, children, tensors in attributes, modes and hooks of some modules, none of which it refers to."""
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        owns = list(map(vars, modules))
+        self._attributes = [
+            (position, name)
+            for position, own in enumerate(owns)
+            for name, value in own.items()
+            if isinstance(value, torch.Tensor)
+        ]
+        self._state = self._look(owns)
+        self._hooks = Hooks(owns)
+
+    def are_same(self, modules: Sequence[nn.Module]) -> bool:
+        owns = list(map(vars, modules))
+        return self._look(owns) == self._state and self._hooks.are_same(owns)
+
+    def _look(self, owns: Sequence[Own]) -> tuple[list[Any], ...]:
+        attributes = [id(owns[position].get(name)) for position, name in self._attributes]
+        return *modes_of(owns), *_names_and_objects(members_of(owns)), attributes
+
+
+def _names_and_objects(dicts: Iterable[dict[str, Any]]) -> tuple[list[Any], ...]:
+    every = list(dicts)
+    filled = list(filter(None, every))
+    return list(map(len, every)), list(_flatten(filled)), list(map(id, _flatten(map(dict.values, filled))))
