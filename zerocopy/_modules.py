@@ -7,6 +7,7 @@ is left out, and made again where the module is rebuilt.
 from __future__ import annotations
 
 import copyreg
+import operator
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -17,15 +18,19 @@ _blank = nn.Module()
 _BLANK = vars(_blank)
 _NAMES = tuple(_BLANK)
 _CONTAINERS = {name: type(value) for name, value in _BLANK.items() if isinstance(value, (dict, set))}
+_TYPES = list(_CONTAINERS.values())
 _SCALARS = {name: value for name, value in _BLANK.items() if name not in _CONTAINERS}  # True and None, today
+_containers_of = operator.itemgetter(*_CONTAINERS)
 
 
-def _own(members: dict[str, Any]) -> dict[str, int]:
-    """How many references there are to the containers that a blank module has too."""
-    return {name: sys.getrefcount(members[name]) for name in _CONTAINERS}
+def _reference_counts(containers: tuple[Any, ...]) -> list[int]:
+    return list(map(sys.getrefcount, containers))
 
 
-_OWN = _own(_blank.__getstate__())  # a container with more references is held by something else, too
+_members = _blank.__getstate__()
+_OWN = max(
+    _reference_counts(_containers_of(_members))
+)  # more references tell that something else holds a container, too
 
 
 def _is_ordinary(cls: Any) -> bool:
@@ -47,9 +52,9 @@ def reduce_module(module: nn.Module) -> tuple[Any, ...] | None:
     members = module.__getstate__()
     if type(members) is not dict or tuple(members)[: len(_NAMES)] != _NAMES:
         return None
-    references = _own(members)
-    blank = {name for name, cls in _CONTAINERS.items() if not members[name] and type(members[name]) is cls}
-    blank = {name for name in blank if references[name] <= _OWN[name]}
+    containers = _containers_of(members)
+    told = zip(_CONTAINERS, containers, _TYPES, _reference_counts(containers), strict=True)
+    blank = {name for name, value, cls, count in told if not value and type(value) is cls and count <= _OWN}
     blank |= {name for name, value in _SCALARS.items() if members[name] is value}
     state = {name: value for name, value in members.items() if name not in blank}
     fill = _fill if cls.__setstate__ is nn.Module.__setstate__ else _set_state

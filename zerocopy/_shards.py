@@ -19,7 +19,7 @@ from zerocopy._tensors import Region, Storage, TensorSpec
 
 MB = 1 << 20
 FIELD_SHARD = 4 * MB  # ... or at the end of a shared root, when it has at least this
-PACKED = MB // 4  # a storage below this is copied into a pack: every buffer of its own costs some 0.1 ms
+PACKED = MB // 32  # a storage below this is copied into a pack: every buffer of its own costs microseconds
 PACKS_PER_SHARD = 64 * MB  # bounds the heap that packs take while publishing
 ALIGNMENT = 64
 NONCE_BYTES = 16

@@ -60,11 +60,12 @@ class Slots:
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         owns = list(map(vars, modules))
+        kinds = {cls for cls in set(map(type, _flatten(map(dict.values, owns)))) if issubclass(cls, torch.Tensor)}
         self._attributes = [
             (position, name)
-            for position, own in enumerate(owns)
+            for position, own in enumerate(owns if kinds else ())
             for name, value in own.items()
-            if isinstance(value, torch.Tensor)
+            if type(value) in kinds
         ]
         self._state = self._look(owns)
         self._hooks = Hooks(owns)
