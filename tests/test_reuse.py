@@ -14,6 +14,7 @@ from torch import nn
 
 import zerocopy
 from zerocopy import copied, shared
+from zerocopy._reuse import Loans
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
@@ -174,6 +175,21 @@ def test_one_call_at_a_time(process: Any) -> None:
     publication = zerocopy.publish(modules())
     outer, inner = call(process, nested, publication, [publication])
     assert outer != inner
+
+
+def test_nothing_is_looked_through_while_it_is_used() -> None:
+    """What a call does counts, though the process looked through what it keeps while the call had it."""
+    publication = zerocopy.publish(modules())
+    before = float(publication.load()[0].weight.detach().sum())
+    loans = Loans()
+    model = loans.load(publication, None)
+    for _, kept in loans._taken:
+        kept.look_through()
+    write(model)
+    del model, kept
+    loans.give_back()
+    again = Loans().load(publication, None)
+    assert float(again[0].weight.detach().sum()) == before
 
 
 def test_an_error_keeps_nothing() -> None:

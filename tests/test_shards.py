@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hypothesis.strategies as st
+import numpy as np
 import torch
 from hypothesis import given
 
+from zerocopy._mapping import start_of, starts_of
 from zerocopy._shards import ALIGNMENT, FIELD_SHARD, MB, ORDINARY, PACKED, PACKS_PER_SHARD, _lay_out, group
 from zerocopy._tensors import storage_of
 
@@ -41,3 +43,13 @@ def test_layout_packs_small_storages() -> None:
     ]
     large[0] = 9
     assert buffers[1].raw()[0] == 9
+
+
+def test_addresses_are_not_taken_on_trust() -> None:
+    """Where buffers start is told from how Ray lays them out, if the last one is there; else each is asked."""
+    memory = np.zeros(1000, np.uint8)
+    first = ALIGNMENT - start_of(memory) % ALIGNMENT
+    laid_out = [memory[first : first + 10], memory[first + 64 : first + 164], memory[first + 192 : first + 200]]
+    assert starts_of(laid_out) == [start_of(memory) + first + offset for offset in (0, 64, 192)]
+    elsewhere = [laid_out[0], laid_out[2], laid_out[1]]
+    assert starts_of(elsewhere) == [start_of(memory) + first + offset for offset in (0, 192, 64)]

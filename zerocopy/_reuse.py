@@ -18,7 +18,7 @@ from zerocopy import _devices, _paths, _publishing, _torchscript
 from zerocopy._loading import Shared, is_separable, join, load_shared
 from zerocopy._publication import Loaded, Publication, announce_load
 from zerocopy._shards import Manifest, manifest_of
-from zerocopy._slots import Hooks, has_slots, members_of, modes_of
+from zerocopy._slots import Hooks, has_slots, members_of
 from zerocopy._snapshot import LoadedMarks
 
 MOST_KEPT = 4  # publications
@@ -41,7 +41,7 @@ class Kept:
         self._owns = [vars(module) for module in self._modules if has_slots(module)]
         self._others = [module for module in self._modules if not has_slots(module)]
         self._hooks = Hooks(self._owns)
-        self._members = members_of(self._owns)
+        self._members = [*self._owns, *members_of(self._owns)]
         self._noted = list(map(dict, self._members))
         self._references = self._count_references()
         self._state: object = None
@@ -83,8 +83,7 @@ class Kept:
 
     def _look(self) -> object:
         return (
-            modes_of(self._owns),
-            [module.training for module in self._others],
+            [getattr(module, "training", None) for module in self._others],  # a frozen program has none
             [tensor._version for tensor in self._tensors],
             [tensor.requires_grad for tensor in self._tensors],
             [tensor.grad is None for tensor in self._tensors],

@@ -33,11 +33,6 @@ def members_of(owns: Iterable[Own]) -> list[dict[str, Any]]:
     return list(_flatten(map(_members_of, owns)))
 
 
-def modes_of(owns: Sequence[Own]) -> tuple[list[bool], list[int]]:
-    """Of each module whether it is in train mode, and how many attributes it has."""
-    return list(map(_training_of, owns)), list(map(len, owns))
-
-
 class Hooks:
     """The hooks of some modules. They are looked at only when one was registered in this process since: there are many."""
 
@@ -76,7 +71,7 @@ class Slots:
 
     def _look(self, owns: Sequence[Own]) -> tuple[list[Any], ...]:
         attributes = [id(owns[position].get(name)) for position, name in self._attributes]
-        return *modes_of(owns), *_names_and_objects(members_of(owns)), attributes
+        return list(map(_training_of, owns)), list(map(len, owns)), *_names_and_objects(members_of(owns)), attributes
 
 
 def _names_and_objects(dicts: Iterable[dict[str, Any]]) -> tuple[list[Any], ...]:

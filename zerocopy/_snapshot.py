@@ -60,6 +60,8 @@ def _state(tensors: list[Any]) -> tuple[list[Any], ...]:
         [tensor._version for tensor in tensors],
         list(map(_storage_id, tensors)),
         list(map(torch.Tensor.data_ptr, tensors)),
+        list(map(torch.Tensor.stride, tensors)),
+        list(map(torch.Tensor.numel, tensors)),
     )
 
 

@@ -85,9 +85,6 @@ def get(ref: ray.ObjectRef[Any]) -> Any:
 
 def get_all(refs: list[ray.ObjectRef[Any]]) -> list[Any]:
     """The objects behind `refs`, in order; see `get`."""
-    found = _get_if_local(refs)
-    if found is not None:
-        return found
     try:
         return ray.get(refs)
     except (ray.exceptions.ObjectLostError, ray.exceptions.ObjectFetchTimedOutError, ValueError) as error:
@@ -98,15 +95,6 @@ def get_all(refs: list[ray.ObjectRef[Any]]) -> list[Any]:
             "last node that held them did.",
             hint="publish the pipeline again.",
         ) from error
-
-
-def _get_if_local(refs: list[ray.ObjectRef[Any]]) -> list[Any] | None:
-    """The same if this node's store has them all, without the raylet: `ray.get` has it fetch what is there already."""
-    stored = global_worker.core_worker.get_if_local(refs)
-    if any(metadata is None for _, metadata, _ in stored):
-        return None
-    values: list[Any] = global_worker.deserialize_objects(stored, refs)
-    return None if any(isinstance(value, ray.exceptions.RayError) for value in values) else values
 
 
 def _on_another_thread(call: Callable[[], R]) -> R:
