@@ -27,10 +27,9 @@ def _reference_counts(containers: tuple[Any, ...]) -> list[int]:
     return list(map(sys.getrefcount, containers))
 
 
+# More references to a container than these tell that something else holds it, too.
 _members = _blank.__getstate__()
-_OWN = max(
-    _reference_counts(_containers_of(_members))
-)  # more references tell that something else holds a container, too
+_OWN = max(_reference_counts(_containers_of(_members)))
 
 
 def _is_ordinary(cls: Any) -> bool:

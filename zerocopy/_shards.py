@@ -24,7 +24,6 @@ PACKS_PER_SHARD = 64 * MB  # bounds the heap that packs take while publishing
 ALIGNMENT = 64
 NONCE_BYTES = 16
 
-
 NOWHERE, BESIDE = -1, 0  # instead of the number of a shard: there are no bytes, or they are beside the manifest
 
 
@@ -135,31 +134,31 @@ def write(
         The place of each storage that has bytes, and the reference to the manifest.
     """
     placements = [stored.get(storage.key) for storage in storages]
+
+    def settle(places: Mapping[int, Placement]) -> None:
+        for index, place in places.items():
+            placements[index] = place
+        written(places)
+
     by_shard: dict[ray.ObjectRef[Any], dict[int, Placement]] = {}
     for index, place in enumerate(placements):
         if place is not None:
             by_shard.setdefault(place.shard, {})[index] = place
-    for placed in by_shard.values():
-        written(placed)
+    for places in by_shard.values():
+        settle(places)
     sizes = [0 if place else storage.nbytes for storage, place in zip(storages, placements, strict=True)]
     shards = [[index for index in shard if sizes[index]] for shard in group(sizes, root_ends, cut)]
     beside = shards.pop() if len(shards) == 1 else []
     for shard in shards:
         about_to_write([storages[index] for index in shard])
-        buffers, places = _lay_out([storages[index] for index in shard])
+        buffers, spots = _lay_out([storages[index] for index in shard])
         ref = _store.put((buffers, None))
-        placed = {index: Placement(ref, *place) for index, place in zip(shard, places, strict=True)}
-        for index, place in placed.items():
-            placements[index] = place
-        written(placed)
+        settle({index: Placement(ref, *spot) for index, spot in zip(shard, spots, strict=True)})
     about_to_write([storages[index] for index in beside])
-    buffers, places = _lay_out([storages[index] for index in beside])
-    locations, refs = _locate(storages, placements, dict(zip(beside, places, strict=True)))
+    buffers, spots = _lay_out([storages[index] for index in beside])
+    locations, refs = _locate(storages, placements, dict(zip(beside, spots, strict=True)))
     ref = _store.put((buffers, make_manifest(locations, refs)))
-    placed = {index: Placement(ref, *place) for index, place in zip(beside, places, strict=True)}
-    for index, place in placed.items():
-        placements[index] = place
-    written(placed)
+    settle({index: Placement(ref, *spot) for index, spot in zip(beside, spots, strict=True)})
     return placements, ref
 
 
