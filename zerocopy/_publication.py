@@ -24,7 +24,7 @@ from zerocopy._snapshot import LoadedMarks
 from zerocopy.errors import PublicationClosedError, PublicationLostError, VersionError
 
 MOST_PACKED = 16 << 10  # bytes: more are not worth a place in a cache
-FORMAT = 3  # of manifests and handles; raised when either changes
+FORMAT = 2  # of manifests and handles; raised when either changes
 
 
 @attrs.frozen

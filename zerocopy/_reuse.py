@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import torch
 
 from zerocopy import _devices, _paths, _publishing, _torchscript
-from zerocopy._loading import Shared, is_separable, join, load_shared
+from zerocopy._loading import Shared, collector_paused, is_separable, join, load_shared
 from zerocopy._publication import Loaded, Publication, announce_load
 from zerocopy._shards import Manifest, manifest_of
 from zerocopy._slots import Hooks, has_slots, members_of
@@ -129,11 +129,10 @@ class Loans:
             if not (manifest.is_reusable and is_separable(manifest, outer)):
                 return publication.load(device)
             publication.require_agreement()
-            shared = load_shared(manifest, target, require_isolation=publication.requires_isolation)
-            kept = Kept(manifest, shared)
-            del shared
-            pipeline = join(manifest, outer, kept.shared, target)
-            kept.note_state()
+            with collector_paused():
+                kept = Kept(manifest, load_shared(manifest, target, require_isolation=publication.requires_isolation))
+                pipeline = join(manifest, outer, kept.shared, target)
+                kept.note_state()
         elif is_separable(kept.manifest, outer):
             pipeline = join(kept.manifest, outer, kept.shared, target)
         else:

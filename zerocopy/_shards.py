@@ -14,7 +14,7 @@ import ray
 
 from zerocopy import _store
 from zerocopy._introspector import Skeleton
-from zerocopy._mapping import Mapped, map_private, starts_of
+from zerocopy._mapping import Mapped, map_private, start_of, starts_of
 from zerocopy._tensors import Region, Storage, TensorSpec
 
 MB = 1 << 20
@@ -118,15 +118,16 @@ def write(
     root_ends: Iterable[int],
     stored: Mapping[object, Placement],
     make_manifest: Callable[[Sequence[Location], Sequence[ray.ObjectRef[Any]]], Manifest],
-    cut: Cut = ORDINARY,
-    about_to_write: Callable[[list[Storage]], None] = lambda _: None,
-    written: Callable[[Mapping[int, Placement]], None] = lambda _: None,
+    cut: Cut,
+    about_to_write: Callable[[list[Storage]], None],
+    written: Callable[[Mapping[int, Placement]], None],
 ) -> tuple[list[Placement | None], ray.ObjectRef[Any]]:
     """Write storages to the store, shard by shard, each from where it is, and their manifest: with the shard, if there is one.
 
     Args:
         stored: where storages are that are in the store already.
         make_manifest: makes it from the location of each storage, and the shards that these count from 1 on.
+        cut: how large shards may grow.
         about_to_write: called with the storages of each shard before their bytes are read.
         written: called with the places of the storages of each shard, by index, when it is written.
 
@@ -245,21 +246,21 @@ class StoredMemory:
     def regions(self, on_devices: Container[int]) -> dict[int, Region]:
         """The bytes of each storage, private to this load; of those `on_devices` the source to copy from."""
         read_only: dict[int, Mapped] = {}
-        regions = {}
+        regions: dict[int, Region] = {}
         locations, mapped = self._locations, self.mapped
         for storage in self._needed:
             shard, buffer, offset, nbytes = locations[storage]
+            if shard == NOWHERE:
+                regions[storage] = bytearray(), 0, 0
+                continue
             maps = read_only if storage in on_devices else mapped
             if shard not in maps:
                 maps[shard] = self._map(shard, writable=maps is mapped)
             memory, offsets = maps[shard]
             regions[storage] = memory, offsets[buffer] + offset, nbytes
-        mapped.pop(NOWHERE, None)
         return regions
 
     def _map(self, shard: int, *, writable: bool) -> Mapped:
-        if shard == NOWHERE:
-            return Mapped(bytearray(), [0])
         buffers = self._buffers[shard]
         return map_private(buffers, starts_of(buffers), writable=writable, required=self._require_isolation)
 
@@ -270,12 +271,7 @@ class StoredMemory:
             return False
         if nbytes == 0:
             return True
-        stored = np.frombuffer(self._buffers[shard][buffer], np.uint8)
-        return _is_equal(_address(stored) + offset, _address(content), nbytes)
-
-
-def _address(array: np.ndarray[Any, Any]) -> int:
-    return int(array.__array_interface__["data"][0])
+        return _is_equal(start_of(self._buffers[shard][buffer]) + offset, start_of(content), nbytes)
 
 
 _memcmp: Callable[[ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t], int] = ctypes.CDLL(None).memcmp

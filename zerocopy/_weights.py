@@ -11,7 +11,7 @@ import ray
 from zerocopy import _store
 from zerocopy._adoption import Adoption
 from zerocopy._introspector import Introspection, Known, Outer, Skeleton, Subject, introspect, is_reusable
-from zerocopy._shards import STREAMED, Location, Manifest, Placement, StoredMemory, manifest_of, write
+from zerocopy._shards import ORDINARY, STREAMED, Cut, Location, Manifest, Placement, StoredMemory, manifest_of, write
 from zerocopy._snapshot import Snapshot
 from zerocopy._tensors import Storage, TensorSpec
 
@@ -95,14 +95,20 @@ def put_streaming(
     return _weights(found, snapshot, *done)
 
 
-def _write(found: Introspection, stored: Mapping[object, Placement], *rest: Any, **named: Any) -> Any:
+def _write(
+    found: Introspection,
+    stored: Mapping[object, Placement],
+    cut: Cut = ORDINARY,
+    about_to_write: Callable[[list[Storage]], None] = lambda _: None,
+    written: Callable[[Mapping[int, Placement]], None] = lambda _: None,
+) -> tuple[list[Placement | None], ray.ObjectRef[Any]]:
     """As `write`, what `found` shares."""
     _store.require_room(_shared_bytes(found), type(found.pipeline).__name__)
 
     def make_manifest(locations: Sequence[Location], shards: Sequence[ray.ObjectRef[Any]]) -> Manifest:
         return Manifest(found.table.specs, locations, found.devices, found.shared, shards, is_reusable(found))
 
-    return write(found.table.storages, found.root_ends, stored, make_manifest, *rest, **named)
+    return write(found.table.storages, found.root_ends, stored, make_manifest, cut, about_to_write, written)
 
 
 def _weights(
