@@ -182,13 +182,12 @@ def is_reusable(found: Introspection) -> bool:
 
     One cannot where NumPy arrays or inference tensors are shared, or modules that no other module has registered.
     """
-    modules = [root for root in found.roots if _paths.is_module(root)]
     if not all(_paths.is_module(root) or type(root) is torch.Tensor for root in found.roots):
         return False
     if any(spec.kind == ARRAY or spec.is_inference for spec in found.table.specs):
         return False
-    registered = {id(part) for module in modules for part in module.modules()}
-    return all(id(obj) in registered for obj in found.mutable if _paths.is_module(obj))
+    registered = _paths.registered_below(_paths.modules_among(found.roots))
+    return registered.keys() >= set(map(id, _paths.modules_among(found.mutable)))
 
 
 def make_outer(pipeline: Any, known: Known) -> Outer:

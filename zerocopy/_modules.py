@@ -7,6 +7,7 @@ is left out, and made again where the module is rebuilt.
 from __future__ import annotations
 
 import copyreg
+import itertools
 import operator
 import sys
 from collections.abc import Callable
@@ -14,50 +15,80 @@ from typing import Any
 
 from torch import nn
 
+from zerocopy import _reducers
+
 _blank = nn.Module()
 _BLANK = vars(_blank)
 _NAMES = tuple(_BLANK)
 _CONTAINERS = {name: type(value) for name, value in _BLANK.items() if isinstance(value, (dict, set))}
-_TYPES = list(_CONTAINERS.values())
-_SCALARS = {name: value for name, value in _BLANK.items() if name not in _CONTAINERS}  # True and None, today
-_containers_of = operator.itemgetter(*_CONTAINERS)
+_SCALARS = [(name, value) for name, value in _BLANK.items() if name not in _CONTAINERS]  # True and None, today
+_FILLED = [(name, _CONTAINERS[name]) for name in ("_parameters", "_buffers", "_modules")]
+_HOOKS = tuple(name for name in _CONTAINERS if (name, _CONTAINERS[name]) not in _FILLED)  # most modules have none of them
+_HOOK_TYPES = [_CONTAINERS[name] for name in _HOOKS]
+_hooks_of = operator.itemgetter(*_HOOKS)
 
 
-def _reference_counts(containers: tuple[Any, ...]) -> list[int]:
-    return list(map(sys.getrefcount, containers))
+def _most_references(hooks: tuple[Any, ...]) -> int:
+    return max(map(sys.getrefcount, hooks))
 
 
 # More references to a container than these tell that something else holds it, too.
 _members = _blank.__getstate__()
-_OWN = max(_reference_counts(_containers_of(_members)))
+_OWN_HOOKS = _most_references(_hooks_of(_members))
+_OWN = sys.getrefcount(_members["_modules"])
 
 
-def _is_ordinary(cls: Any) -> bool:
-    """Whether instances of `cls` pickle as `object` does it: by their class and what `__getstate__` gives."""
+class Reducer:
+    """Reduces modules to their differences from a blank one; what it finds out of their classes holds for one pickling."""
+
+    def __init__(self) -> None:
+        self._fills: dict[type, Callable[..., None] | None] = {}
+
+    def __call__(self, module: nn.Module) -> tuple[Any, ...] | None:
+        """None where the module's class has a way of its own, or its difference would not tell all."""
+        cls = type(module)
+        if cls not in self._fills:
+            self._fills[cls] = _fill_of(cls)
+        fill = self._fills[cls]
+        if fill is None:
+            return None
+        members = module.__getstate__()
+        if type(members) is not dict or tuple(members)[: len(_NAMES)] != _NAMES:
+            return None
+        state = _differences(members)
+        return copyreg.__newobj__, (cls,), state, None, None, fill  # type: ignore[attr-defined]
+
+
+def _fill_of(cls: Any) -> Callable[..., None] | None:
+    """What rebuilds instances of `cls` that pickle as `object` does it: by their class and what `__getstate__` gives."""
     own = ("__reduce_ex__", "__reduce__")
     if any(getattr(cls, name) is not getattr(object, name) for name in own) or cls in copyreg.dispatch_table:
-        return False
-    if hasattr(cls, "__getnewargs_ex__") or hasattr(cls, "__getnewargs__"):
-        return False
+        return None
+    if hasattr(cls, "__getnewargs_ex__") or hasattr(cls, "__getnewargs__") or _reducers.packs_its_own(cls):
+        return None
     slots: list[str] = copyreg._slotnames(cls)  # type: ignore[attr-defined]
-    return not slots
+    if slots:
+        return None
+    return _fill if cls.__setstate__ is nn.Module.__setstate__ else _set_state
 
 
-def reduce_module(module: nn.Module) -> tuple[Any, ...] | None:
-    """A module by its difference from a blank one; None where its class has a way of its own, or that would not tell all."""
-    cls: Any = type(module)
-    if not _is_ordinary(cls):
-        return None
-    members = module.__getstate__()
-    if type(members) is not dict or tuple(members)[: len(_NAMES)] != _NAMES:
-        return None
-    containers = _containers_of(members)
-    told = zip(_CONTAINERS, containers, _TYPES, _reference_counts(containers), strict=True)
-    blank = {name for name, value, cls, count in told if not value and type(value) is cls and count <= _OWN}
-    blank |= {name for name, value in _SCALARS.items() if members[name] is value}
-    state = {name: value for name, value in members.items() if name not in blank}
-    fill = _fill if cls.__setstate__ is nn.Module.__setstate__ else _set_state
-    return copyreg.__newobj__, (cls,), state, None, None, fill  # type: ignore[attr-defined]
+def _differences(members: dict[str, Any]) -> dict[str, Any]:
+    """Members that a blank module has not, or that somebody else holds, too."""
+    hooks = _hooks_of(members)
+    if any(hooks) or list(map(type, hooks)) != _HOOK_TYPES or _most_references(hooks) > _OWN_HOOKS:
+        held = zip(_HOOKS, hooks, _HOOK_TYPES, list(map(sys.getrefcount, hooks)), strict=True)
+        state = {name: hook for name, hook, cls, count in held if hook or type(hook) is not cls or count > _OWN_HOOKS}
+    else:
+        state = {}
+    for name, cls in _FILLED:
+        if members[name] or type(members[name]) is not cls or sys.getrefcount(members[name]) > _OWN:
+            state[name] = members[name]
+    for name, value in _SCALARS:
+        if members[name] is not value:
+            state[name] = members[name]
+    if len(members) > len(_NAMES):
+        state.update(itertools.islice(members.items(), len(_NAMES), None))
+    return state
 
 
 def _compiled(name: str, code: str) -> Callable[..., None]:

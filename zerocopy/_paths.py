@@ -29,6 +29,25 @@ def is_module(obj: object) -> bool:
     return issubclass(type(obj), nn.Module)
 
 
+def modules_among(objects: Iterable[Any]) -> list[nn.Module]:
+    """Those that really are modules; asked of thousands of objects, of few classes."""
+    every = list(objects)
+    classes = {cls for cls in set(map(type, every)) if issubclass(cls, nn.Module)}
+    return [obj for obj in every if type(obj) in classes]
+
+
+def registered_below(modules: Iterable[nn.Module]) -> dict[int, nn.Module]:
+    """By id, some modules and all that they have registered: what `modules()` finds, without a generator for each."""
+    found = {id(module): module for module in modules}
+    pending = list(found.values())
+    for module in pending:  # grows while it is walked
+        for child in module._modules.values():
+            if child is not None and id(child) not in found:
+                found[id(child)] = child
+                pending.append(child)
+    return found
+
+
 def _slot_names(cls: type) -> Iterator[str]:
     for base in cls.__mro__:
         for name, value in vars(base).items():

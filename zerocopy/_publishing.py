@@ -23,6 +23,7 @@ from zerocopy._introspector import (
     make_outer,
     require_pipeline,
 )
+from zerocopy._loading import collector_paused
 from zerocopy._publication import Loaded, Publication, Versions, observe_loads
 from zerocopy._shards import Placement, manifest_of
 from zerocopy._snapshot import LoadedMarks, Snapshot
@@ -130,7 +131,7 @@ def publish_subject(
         As `publish`, but for ArgumentError.
     """
     _store.require()
-    with _lock:
+    with _lock, collector_paused():
         entry = _entry_of(anchor, variant)
         _current_weights(subject.pipeline, entry)
         weights = entry.weights
@@ -160,7 +161,7 @@ def publish_automatically(pipeline: Any) -> Publication:
     The weights stay in the store as long as the pipeline lives.
     """
     _store.require()
-    with _lock:
+    with _lock, collector_paused():
         entry = _entry_of(pipeline)
         weights = _current_weights(pipeline, entry)
         outer = _outer_over(weights, pipeline) if weights is not None else None

@@ -127,4 +127,9 @@ def why_copied(obj: Any) -> str | None:
         return "an array of Python objects" if obj.dtype.hasobject else None
     if isinstance(obj, torch.Tensor):
         return "MKLDNN has a memory format of its own" if obj.layout is torch._mkldnn else None  # type: ignore[attr-defined]
-    return "packed parameters of a quantized module" if type(obj).__name__ == "LinearPackedParams" else None
+    return "packed parameters of a quantized module" if packs_its_own(type(obj)) else None
+
+
+def packs_its_own(cls: type) -> bool:
+    """Whether a module of this class hides its weights from everybody."""
+    return cls.__name__ == "LinearPackedParams"

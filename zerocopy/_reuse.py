@@ -36,7 +36,7 @@ class Kept:
         self.shared = shared
         self.last_used = 0.0
         self.marks = LoadedMarks(shared.tensors, shared.memory.mapped)
-        self._modules = [part for root in shared.roots if _paths.is_module(root) for part in root.modules()]
+        self._modules = list(_paths.registered_below(_paths.modules_among(shared.roots)).values())
         self._tensors = _each_once([*shared.tensors.values(), *_tensors_of(self._modules)])
         self._owns = [vars(module) for module in self._modules if has_slots(module)]
         self._others = [module for module in self._modules if not has_slots(module)]

@@ -39,23 +39,23 @@ class Location(NamedTuple):
 class Manifest:
     """What a publication keeps in the store: descriptions of all shared tensors, the shared skeleton, and where bytes are.
 
-    Descriptions travel as plain tuples: thousands of named ones would take longer to unpickle than the skeleton.
-
     Attributes:
+        spec_rows: of each tensor a row as `rows_of` makes it.
+        location_rows: of each storage a `Location` as a plain tuple.
         beside: in a process that got the manifest, the buffers of the object of the store that it came in.
     """
 
     def __init__(
         self,
-        specs: Sequence[tuple[Any, ...]],
-        locations: Sequence[tuple[int, int, int, int]],
+        spec_rows: Sequence[tuple[Any, ...]],
+        location_rows: Sequence[tuple[int, int, int, int]],
         devices: Mapping[int, tuple[str | None, ...]],
         skeleton: Skeleton,
         shards: Sequence[ray.ObjectRef[Any]],
         is_reusable: bool,
     ) -> None:
-        self.spec_rows = specs
-        self.location_rows = locations
+        self.spec_rows = spec_rows
+        self.location_rows = location_rows
         self.devices = devices
         self.skeleton = skeleton
         self.shards = shards
@@ -71,10 +71,8 @@ class Manifest:
         return tuple(map(Location._make, self.location_rows))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        known: dict[Any, Any] = {}
-        specs = tuple(spec.row(lambda part: known.setdefault(part, part)) for spec in self.specs)
-        locations = tuple(map(tuple, self.location_rows))
-        return Manifest, (specs, locations, self.devices, self.skeleton, self.shards, self.is_reusable)
+        rows = self.spec_rows, self.location_rows
+        return Manifest, (*rows, self.devices, self.skeleton, self.shards, self.is_reusable)
 
 
 class Placement(NamedTuple):
@@ -117,7 +115,7 @@ def write(
     storages: Sequence[Storage],
     root_ends: Iterable[int],
     stored: Mapping[object, Placement],
-    make_manifest: Callable[[Sequence[Location], Sequence[ray.ObjectRef[Any]]], Manifest],
+    make_manifest: Callable[[Sequence[tuple[int, int, int, int]], Sequence[ray.ObjectRef[Any]]], Manifest],
     cut: Cut,
     about_to_write: Callable[[list[Storage]], None],
     written: Callable[[Mapping[int, Placement]], None],
@@ -172,45 +170,42 @@ def _lay_out(storages: Sequence[Storage]) -> tuple[list[pickle.PickleBuffer], li
     for storage in storages:
         if storage.nbytes >= PACKED:
             places.append((len(buffers), 0))
-            buffers.append(pickle.PickleBuffer(storage.to_bytes().data))
+            buffers.append(pickle.PickleBuffer(storage.to_buffer()))
         else:
             packed += -packed % ALIGNMENT
             places.append((1 + large, packed))
             packed += storage.nbytes
     if packed:
-        buffers.append(pickle.PickleBuffer(_pack(storages, places, packed).data))
+        buffers.append(pickle.PickleBuffer(_pack(storages, places, packed)))
     return buffers, places
 
 
-def _pack(storages: Sequence[Storage], places: Sequence[tuple[int, int]], nbytes: int) -> np.ndarray[Any, Any]:
-    pack = np.empty(nbytes, np.uint8)
-    end = 0
+def _pack(storages: Sequence[Storage], places: Sequence[tuple[int, int]], nbytes: int) -> memoryview:
+    pack = memoryview(bytearray(nbytes))
     for storage, (_, offset) in zip(storages, places, strict=True):
         if storage.nbytes < PACKED:
-            pack[end:offset] = 0
-            end = offset + storage.nbytes
-            pack[offset:end] = storage.to_bytes()
+            pack[offset : offset + storage.nbytes] = storage.to_buffer()
     return pack
 
 
 def _locate(
     storages: Sequence[Storage], placements: Sequence[Placement | None], beside: Mapping[int, tuple[int, int]]
-) -> tuple[list[Location], list[ray.ObjectRef[Any]]]:
+) -> tuple[list[tuple[int, int, int, int]], list[ray.ObjectRef[Any]]]:
     """Where storages are, in the form that a manifest keeps, and the shards that it refers to.
 
     Args:
         beside: buffers and offsets of those that are written beside the manifest.
     """
     shards: dict[ray.ObjectRef[Any], int] = {}
-    locations = []
+    locations: list[tuple[int, int, int, int]] = []
     for index, (storage, placement) in enumerate(zip(storages, placements, strict=True)):
         if index in beside:
-            locations.append(Location(BESIDE, *beside[index], storage.nbytes))
+            locations.append((BESIDE, *beside[index], storage.nbytes))
         elif placement is None:
-            locations.append(Location(NOWHERE, 0, 0, 0))
+            locations.append((NOWHERE, 0, 0, 0))
         else:
             shard = shards.setdefault(placement.shard, len(shards) + 1)
-            locations.append(Location(shard, placement.buffer, placement.offset, storage.nbytes))
+            locations.append((shard, placement.buffer, placement.offset, storage.nbytes))
     return locations, list(shards)
 
 

@@ -7,11 +7,12 @@ meet is met, at any depth, identity is kept and no property is evaluated.
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import io
 import pickle
 import types
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import attrs
@@ -22,8 +23,10 @@ import ray.cloudpickle
 from torch import nn
 from torch.export import ExportedProgram
 
-from zerocopy import _export, _modules, _paths, _reducers, _torchscript
+from zerocopy import _export, _paths, _reducers, _torchscript
 from zerocopy._fields import Field
+from zerocopy._modules import Reducer
+from zerocopy._ordinary import Ordinary, external, set_attributes, strip_ordinary
 from zerocopy._pipeline import fields, is_pipeline_class
 from zerocopy._roles import MODULES, SCALARS, Role, Slot, Switch, Zone, role_of
 from zerocopy._tensors import is_meta, is_plain
@@ -94,6 +97,10 @@ def strip(
     Raises:
         CannotTravelError: something inside cannot be pickled; the error names its path.
     """
+    if zone is Zone.SHARED and split is Split.NOWHERE and not (copied or replaced or number_code):
+        # An error is left to the long way, which knows where it is.
+        with contextlib.suppress(Exception):
+            return _as_stripped(strip_ordinary(objects))
     file = io.BytesIO()
     stripper = _Stripper(file, zone, split, copied or {}, replaced or {}, number_code)
     ends = []
@@ -113,11 +120,25 @@ def strip(
     )  # fmt: skip
 
 
+def _as_stripped(found: Ordinary) -> Stripped:
+    shared = set(map(id, found.externals[1:]))
+    return Stripped(
+        found.payload, found.externals, found.ends, shared, [], {}, [], [], False, found.seen, found.memo_holder
+    )
+
+
 def graft(payload: bytes, externals: Sequence[Any], count: int = 1) -> list[Any]:
     """Rebuild the `count` objects of a stripped payload around `externals`. The inverse of `strip`."""
-    unpickler = pickle.Unpickler(io.BytesIO(payload))
-    unpickler.persistent_load = externals.__getitem__  # type: ignore[method-assign]
-    return [unpickler.load() for _ in range(count)]
+    grafter = _Grafter(io.BytesIO(payload))
+    grafter.external = grafter.persistent_load = externals.__getitem__  # type: ignore[method-assign]
+    return [grafter.load() for _ in range(count)]
+
+
+class _Grafter(pickle.Unpickler):
+    external: Callable[[int], Any]
+
+    def find_class(self, module: str, name: str) -> Any:
+        return self.external if module == external.__module__ and name == external.__name__ else super().find_class(module, name)
 
 
 def _cannot_travel(
@@ -175,6 +196,7 @@ class _Stripper(CloudPickler):  # type: ignore[misc]
         self._declared_roots: set[int] = set()
         self._visits: dict[int, int] = {}
         self._whole: Any = None
+        self._reduce_module = Reducer()
 
     def persistent_id(self, obj: Any) -> int | None:
         cls = type(obj)
@@ -275,10 +297,10 @@ class _Stripper(CloudPickler):  # type: ignore[misc]
             self.has_pipeline = True
             return self._reduce_pipeline(obj)
         if role is Role.TENSOR and id(obj) in self._numbers:
-            return _identity, (Slot(obj),), vars(obj), None, None, _set_attributes
+            return _identity, (Slot(obj),), vars(obj), None, None, set_attributes
         if role is Role.TENSOR:
             return self._take_apart(obj)
-        lean = _modules.reduce_module(obj) if role is Role.MODULE else None
+        lean = self._reduce_module(obj) if role is Role.MODULE else None
         return super().reducer_override(obj) if lean is None else lean
 
     def _replacement(self, obj: Any) -> Any:
@@ -369,7 +391,3 @@ def _between(_: object, function: Any, arguments: tuple[Any, ...], __: object) -
 
 def _identity(tensor: Any) -> Any:
     return tensor
-
-
-def _set_attributes(tensor: Any, attributes: dict[str, Any]) -> None:
-    vars(tensor).update(attributes)

@@ -5,6 +5,7 @@ Writes through `.data`, to inference tensors and to NumPy arrays do not count ve
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -12,10 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from zerocopy._mapping import Mapped, start_of
-from zerocopy._paths import is_module
+from zerocopy._paths import modules_among
 from zerocopy._shards import Manifest
 from zerocopy._slots import Slots, has_slots
 from zerocopy._tensors import ARRAY, TensorTable
@@ -46,9 +46,16 @@ def _has_storage(tensor: Any) -> bool:
     return tensor.layout is torch.strided and not tensor.is_nested and type(tensor) in (torch.Tensor, nn.Parameter)
 
 
-def _storage_reference(tensor: Any) -> StorageWeakRef | None:
-    """Keeps the identity of a storage from being used again, but not its memory."""
-    return StorageWeakRef(tensor.untyped_storage()) if _has_storage(tensor) else None
+class _StorageIdentities:
+    """Keeps the identities of some tensors' storages from being used again, but not their memory."""
+
+    def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
+        self._weak = [tensor.untyped_storage()._weak_ref() for tensor in tensors]
+        self._free = torch.UntypedStorage._free_weak_ref  # type: ignore[attr-defined]  # torch may be gone when it is needed
+
+    def __del__(self) -> None:
+        for reference in self._weak:
+            self._free(reference)
 
 
 _storage_id = torch._C._storage_id  # type: ignore[attr-defined]
@@ -68,29 +75,28 @@ def _state(tensors: list[Any]) -> tuple[list[Any], ...]:
 class TensorMarks:
     """Identity, version and memory of tensors at one moment. Refers to them weakly: it keeps no weights alive."""
 
-    def __init__(self, tensors: Iterable[Any]) -> None:
-        found = list(tensors)
-        plain = [tensor for tensor in found if _has_storage(tensor) and _counts_versions(tensor)]
-        known = set(map(id, plain))
+    def __init__(self, table: TensorTable, wholes: Iterable[Any]) -> None:
+        plain, others = [], list(wholes)
+        for obj, spec in zip(table.objects, table.specs, strict=True):
+            (others if spec.kind == ARRAY or spec.is_inference else plain).append(obj)
         self._plain = list(map(weakref.ref, plain))
         self._state = _state(plain)
-        self._storages = list(map(_storage_reference, plain))
-        self._others = [
-            (weakref.ref(t), _version(t), _place(t), _storage_reference(t)) for t in found if id(t) not in known
-        ]
+        self._others = list(map(weakref.ref, others))
+        self._state_of_others = list(map(_describe, others))
+        self._storages = _StorageIdentities([*plain, *filter(_has_storage, others)])
 
     def are_same(self) -> bool:
         """Whether every tensor is there still and has the bytes it had, as far as version counters tell."""
-        tensors = [ref() for ref in self._plain]
-        if any(tensor is None for tensor in tensors) or _state(tensors) != self._state:
+        tensors, others = [ref() for ref in self._plain], [ref() for ref in self._others]
+        if any(tensor is None for tensor in itertools.chain(tensors, others)):
             return False
-        return all(_is_same(ref(), version, place, storage) for ref, version, place, storage in self._others)
+        return _state(tensors) == self._state and list(map(_describe, others)) == self._state_of_others
 
 
-def _is_same(tensor: Any, version: int, place: object, storage: StorageWeakRef | None) -> bool:
-    if tensor is None or _version(tensor) != version or _place(tensor) != place:
-        return False
-    return storage is None or tensor.untyped_storage()._cdata == storage.cdata
+def _describe(tensor: Any) -> tuple[object, ...]:
+    """As `_state`, what tells a change of any tensor or array."""
+    storage = _storage_id(tensor) if _has_storage(tensor) else None
+    return _version(tensor), storage, _place(tensor)
 
 
 class LoadedMarks:
@@ -140,11 +146,11 @@ class Snapshot:
     """The state of shared tensors and of the modules that hold them."""
 
     def __init__(self, table: TensorTable, wholes: Iterable[Any], objects: Iterable[Any]) -> None:
-        self.weights = TensorMarks([*table.objects, *wholes])
+        self.weights = TensorMarks(table, wholes)
         tensors = [tensor for tensor in table.objects if isinstance(tensor, torch.Tensor)]
         self._tensors = list(map(weakref.ref, tensors))
         self._requires_grad = [tensor.requires_grad for tensor in tensors]
-        modules = [obj for obj in objects if is_module(obj) and has_slots(obj)]
+        modules = list(filter(has_slots, modules_among(objects)))
         self._modules = list(map(weakref.ref, modules))
         self._slots = Slots(modules)
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias, TypeGuard
 
 import numpy as np
@@ -35,16 +36,9 @@ class TensorSpec(NamedTuple):
     is_neg: bool = False
     is_inference: bool = False
 
-    def row(self, intern: Callable[[Any], Any]) -> tuple[Any, ...]:
-        """As it travels: a plain tuple, short for a tensor that covers its storage. `intern` gives one of all equal tuples."""
-        kind, storage, dtype, shape, stride, offset, flag, is_whole, *special = self
-        if is_whole:
-            return kind, storage, dtype, intern(shape), flag
-        return kind, storage, dtype, intern(shape), intern(stride), offset, flag, is_whole, *special
-
     @classmethod
     def of_row(cls, row: tuple[Any, ...]) -> TensorSpec:
-        """The inverse of `row`."""
+        """Of a row that `rows_of` gave."""
         if len(row) == WHOLE:
             kind, storage, dtype, shape, flag = row
             return cls(kind, storage, dtype, shape, _default_stride(shape), 0, flag, is_whole=True)
@@ -54,13 +48,35 @@ class TensorSpec(NamedTuple):
 WHOLE = 5  # columns of the row of a tensor that covers its storage
 
 
-class Storage:
-    """Memory that tensors and arrays of the publisher are views of. It keeps that memory alive."""
+def rows_of(specs: Iterable[TensorSpec]) -> tuple[tuple[Any, ...], ...]:
+    """Descriptions as they travel: plain tuples, short ones for tensors that cover their storage, equal shapes once.
 
-    def __init__(self, key: object, nbytes: int, source: torch.UntypedStorage | Bytes) -> None:
+    Thousands of named tuples would take longer to unpickle than the skeleton.
+    """
+    known: dict[Any, Any] = {}
+    once = known.setdefault
+    rows: list[tuple[Any, ...]] = []
+    for kind, storage, dtype, shape, stride, offset, flag, is_whole, *special in specs:
+        if is_whole:
+            rows.append((kind, storage, dtype, once(shape, shape), flag))
+        else:
+            place = once(shape, shape), once(stride, stride), offset
+            rows.append((kind, storage, dtype, *place, flag, is_whole, *special))
+    return tuple(rows)
+
+
+class Storage:
+    """Memory that tensors and arrays of the publisher are views of. It keeps that memory alive.
+
+    Attributes:
+        address: where it is in main memory; None for empty memory, and for that of a device.
+    """
+
+    def __init__(self, key: object, nbytes: int, source: torch.UntypedStorage | Bytes, address: int | None) -> None:
         self.key = key
         self.nbytes = nbytes
         self.source: torch.UntypedStorage | Bytes | None = source
+        self.address = address
 
     def to_bytes(self) -> Bytes:
         """The bytes, shape (nbytes,) uint8: a view where they lie in main memory, else a copy from the device."""
@@ -68,9 +84,16 @@ class Storage:
             return self.source
         if self.source is None:
             raise RuntimeError("this storage was adopted")
-        storage = self.source if self.source.device.type == "cpu" else self.source.cpu()
+        storage = self.source if self.address is not None or not self.nbytes else self.source.cpu()
         # Not by way of `numpy()`, after which torch would refuse to resize the storage for ever.
         return _bytes_at(storage.data_ptr(), self.nbytes, storage)
+
+    def to_buffer(self) -> Any:
+        """The same as a buffer, to be used while this storage is alive: made for each one of a model, it has to be cheap."""
+        if self.address is None or self.source is None:
+            return self.to_bytes()
+        # An array, for Ray cannot read back a buffer with the format of ctypes.
+        return np.frombuffer((ctypes.c_char * self.nbytes).from_address(self.address), np.uint8)
 
     def forget(self) -> None:
         """Let go of the memory."""
@@ -91,7 +114,7 @@ def is_plain(obj: torch.Tensor | np.ndarray[Any, Any]) -> bool:
 
 
 def is_meta(obj: object) -> bool:
-    return isinstance(obj, torch.Tensor) and obj.device.type == "meta"
+    return isinstance(obj, torch.Tensor) and obj.is_meta
 
 
 def _root_array(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -105,24 +128,25 @@ def _address(array: np.ndarray[Any, Any]) -> int:
 
 
 def storage_of(obj: torch.Tensor | np.ndarray[Any, Any]) -> Storage:
-    """The storage below `obj`. Two objects over the same memory get equal keys, as long as both are alive."""
+    """The storage below `obj`. Two objects over the same memory get equal keys, as long as both are alive.
+
+    Main memory is known by its place, so that a tensor and an array over it are known to share it.
+    """
     if isinstance(obj, torch.Tensor):
         storage = obj.untyped_storage()
-        return Storage(_memory_key(storage), storage.nbytes(), storage)
+        nbytes = storage.nbytes()
+        if nbytes and obj.is_cpu:
+            address = storage.data_ptr()
+            return Storage((address, nbytes), nbytes, storage, address)
+        return Storage(("storage", storage._cdata), nbytes, storage, None)
     root = _root_array(obj)
     if isinstance(root.base, torch.Tensor):
         return storage_of(root.base)
     low, high = np.lib.array_utils.byte_bounds(root)
-    return Storage(
-        (low, high - low) if high > low else ("empty", id(root)), high - low, _bytes_at(low, high - low, root)
-    )
-
-
-def _memory_key(storage: torch.UntypedStorage) -> object:
-    """Main memory is known by its place, so that a tensor and an array over it are known to share it."""
-    if storage.device.type == "cpu" and storage.nbytes():
-        return storage.data_ptr(), storage.nbytes()
-    return "storage", storage._cdata
+    nbytes = high - low
+    if not nbytes:
+        return Storage(("empty", id(root)), 0, _bytes_at(low, 0, root), None)
+    return Storage((low, nbytes), nbytes, _bytes_at(low, nbytes, root), low)
 
 
 class _Memory:
@@ -145,18 +169,14 @@ def describe(obj: torch.Tensor | np.ndarray[Any, Any], storage: int, source: Sto
             ARRAY, storage, obj.dtype, obj.shape, obj.strides, _address(obj) - start, bool(obj.flags.writeable)
         )
     is_special = obj.is_conj(), obj.is_neg(), obj.is_inference()
-    covers = 0 < obj.nbytes == source.nbytes and obj.stride() == _default_stride(obj.shape)  # so its offset is 0
-    return TensorSpec(
-        PARAMETER if isinstance(obj, nn.Parameter) else TENSOR,
-        storage,
-        obj.dtype,
-        tuple(obj.shape),
-        obj.stride(),
-        int(obj.storage_offset()),
-        obj.requires_grad,
-        covers and not any(is_special),
-        *is_special,
-    )
+    kind = PARAMETER if isinstance(obj, nn.Parameter) else TENSOR
+    shape, stride = tuple(obj.shape), obj.stride()
+    # So its offset is 0.
+    covers = 0 < obj.nbytes == source.nbytes and obj.is_contiguous() and (1 not in shape or stride == _default_stride(shape))
+    if covers and not any(is_special):
+        return TensorSpec(kind, storage, obj.dtype, shape, stride, 0, obj.requires_grad, is_whole=True)
+    offset = int(obj.storage_offset())
+    return TensorSpec(kind, storage, obj.dtype, shape, stride, offset, obj.requires_grad, False, *is_special)
 
 
 def _default_stride(shape: Sequence[int]) -> tuple[int, ...]:

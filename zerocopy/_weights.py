@@ -11,9 +11,9 @@ import ray
 from zerocopy import _store
 from zerocopy._adoption import Adoption
 from zerocopy._introspector import Introspection, Known, Outer, Skeleton, Subject, introspect, is_reusable
-from zerocopy._shards import ORDINARY, STREAMED, Cut, Location, Manifest, Placement, StoredMemory, manifest_of, write
+from zerocopy._shards import ORDINARY, STREAMED, Cut, Manifest, Placement, StoredMemory, manifest_of, write
 from zerocopy._snapshot import Snapshot
-from zerocopy._tensors import Storage, TensorSpec
+from zerocopy._tensors import Storage, TensorSpec, rows_of
 
 
 @attrs.frozen(eq=False)
@@ -105,8 +105,8 @@ def _write(
     """As `write`, what `found` shares."""
     _store.require_room(_shared_bytes(found), type(found.pipeline).__name__)
 
-    def make_manifest(locations: Sequence[Location], shards: Sequence[ray.ObjectRef[Any]]) -> Manifest:
-        return Manifest(found.table.specs, locations, found.devices, found.shared, shards, is_reusable(found))
+    def make_manifest(locations: Sequence[tuple[int, int, int, int]], shards: Sequence[ray.ObjectRef[Any]]) -> Manifest:
+        return Manifest(rows_of(found.table.specs), locations, found.devices, found.shared, shards, is_reusable(found))
 
     return write(found.table.storages, found.root_ends, stored, make_manifest, cut, about_to_write, written)
 
