@@ -112,11 +112,11 @@ def call(process: Any, task: Any, *arguments: Any) -> Any:
 
 
 def test_calls_reuse_one_load(process: Any) -> None:
-    """Calls in one process use the same load, one after the other; with `reuse=False` each has its own."""
+    """Calls in one process use one load or two in turn, one after the other; with `reuse=False` each has its own."""
     publication = zerocopy.publish(modules())
-    first = call(process, place, publication)
-    assert {call(process, place, publication) for _ in range(5)} == {first}
-    assert call(process, fresh_place, publication) != first
+    places = {call(process, place, publication) for _ in range(8)}
+    assert len(places) <= 2
+    assert call(process, fresh_place, publication) not in places
 
 
 def test_ray_tasks_reuse_too() -> None:
@@ -204,7 +204,7 @@ def test_copied_fields_are_fresh(process: Any) -> None:
     """Rule 3: copied fields are fresh in every call, around the same shared part."""
     publication = zerocopy.publish(Search(modules()))
     assert [call(process, note, publication) for _ in range(3)] == [["seen"]] * 3
-    assert len({call(process, place, publication) for _ in range(3)}) == 1
+    assert len({call(process, place, publication) for _ in range(6)}) <= 2
 
 
 def test_arrays_are_loaded_afresh(process: Any) -> None:

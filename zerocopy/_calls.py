@@ -12,9 +12,10 @@ from typing import Any
 import ray
 import ray.cloudpickle
 
+from zerocopy import _short_calls
 from zerocopy._publication import Publication
 from zerocopy._remote import receive
-from zerocopy._reuse import Loans
+from zerocopy._reuse import Loans, NotKept
 
 
 def run(target: Any, device: str | None, reuse: bool, *args: Any, **kwargs: Any) -> Any:
@@ -32,6 +33,27 @@ def call(function: Any, device: str | None, reuse: bool, args: Sequence[Any], kw
     del values, named
     loans.give_back()
     return result
+
+
+def run_short(target: Any, device: str | None, _: bool, call: bytes) -> Any:
+    """The same for a call that names its publications: the answer to it, or that they are not known here."""
+    values, named, names = _short_calls.parts_of(call)
+    loans = Loans()
+    try:
+        loaded = {place: loans.load_kept(name, device) for place, name in names.items()}
+    except NotKept:
+        loans.give_back()
+        return _short_calls.UNKNOWN
+    for place, pipeline in loaded.items():
+        if isinstance(place, int):
+            values[place] = pipeline
+        else:
+            named[place] = pipeline
+    del loaded
+    result = _function_of(target)(*values, **named)
+    del values, named, pipeline
+    loans.give_back()
+    return _short_calls.answer_of(result)
 
 
 def run_generator(target: Any, device: str | None, reuse: bool, *args: Any, **kwargs: Any) -> Iterator[Any]:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -26,18 +24,6 @@ class Shared:
     tensors: Mapping[int, Any]
     roots: Sequence[Any]
     memory: StoredMemory
-
-
-@contextlib.contextmanager
-def collector_paused() -> Iterator[None]:
-    """Thousands of new objects, all of them to stay, would have the garbage collector look at everything again and again."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def load(

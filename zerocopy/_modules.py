@@ -23,7 +23,9 @@ _NAMES = tuple(_BLANK)
 _CONTAINERS = {name: type(value) for name, value in _BLANK.items() if isinstance(value, (dict, set))}
 _SCALARS = [(name, value) for name, value in _BLANK.items() if name not in _CONTAINERS]  # True and None, today
 _FILLED = [(name, _CONTAINERS[name]) for name in ("_parameters", "_buffers", "_modules")]
-_HOOKS = tuple(name for name in _CONTAINERS if (name, _CONTAINERS[name]) not in _FILLED)  # most modules have none of them
+_HOOKS = tuple(
+    name for name in _CONTAINERS if (name, _CONTAINERS[name]) not in _FILLED
+)  # most modules have none of them
 _HOOK_TYPES = [_CONTAINERS[name] for name in _HOOKS]
 _hooks_of = operator.itemgetter(*_HOOKS)
 

@@ -16,7 +16,8 @@ import torch
 
 from zerocopy import _devices, _partial, _store
 from zerocopy._introspector import Outer
-from zerocopy._loading import collector_paused, load
+from zerocopy._collector import collector_paused
+from zerocopy._loading import load
 from zerocopy._roles import add_passenger
 from zerocopy._shards import manifest_of
 from zerocopy._skeleton import Root
@@ -24,6 +25,7 @@ from zerocopy._snapshot import LoadedMarks
 from zerocopy.errors import PublicationClosedError, PublicationLostError, VersionError
 
 MOST_PACKED = 16 << 10  # bytes: more are not worth a place in a cache
+MOST_REMEMBERED = 256  # loads
 FORMAT = 2  # of manifests and handles; raised when either changes
 
 
@@ -160,7 +162,7 @@ class Publication:
         names = None if fields is None else _partial.names_of(fields)
         reference, outer = self.content()
         self.require_agreement()
-        with collector_paused():
+        with collector_paused(promote=_is_first_load(reference)):
             manifest = manifest_of(reference)
             target = _devices.resolve(device)
             pipeline, tensors, memory = load(manifest, outer, target, names, require_isolation=self.requires_isolation)
@@ -270,6 +272,20 @@ class Publication:
             )
         content: Content = pickle.loads(sealed)
         return content
+
+
+_loaded: dict[bytes, None] = {}  # manifests, oldest first
+
+
+def _is_first_load(reference: ray.ObjectRef[Any]) -> bool:
+    """Whether this process has not loaded these weights before, as far as it remembers."""
+    manifest = reference.binary()
+    if manifest in _loaded:
+        return False
+    _loaded[manifest] = None
+    if len(_loaded) > MOST_REMEMBERED:
+        del _loaded[next(iter(_loaded))]
+    return True
 
 
 @functools.lru_cache(64)

@@ -13,6 +13,7 @@ import ray
 
 from zerocopy import _mapping, _store
 from zerocopy._adoption import Adoption
+from zerocopy._collector import collector_paused
 from zerocopy._introspector import (
     Introspection,
     Known,
@@ -23,7 +24,6 @@ from zerocopy._introspector import (
     make_outer,
     require_pipeline,
 )
-from zerocopy._loading import collector_paused
 from zerocopy._publication import Loaded, Publication, Versions, observe_loads
 from zerocopy._shards import Placement, manifest_of
 from zerocopy._snapshot import LoadedMarks, Snapshot

@@ -6,24 +6,31 @@ had, and nobody else refers to any of them. That is looked into between calls, w
 
 from __future__ import annotations
 
+import gc
 import sys
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, TypeAlias
 
+import ray
 import torch
 
 from zerocopy import _devices, _paths, _publishing, _torchscript
-from zerocopy._loading import Shared, collector_paused, is_separable, join, load_shared
-from zerocopy._publication import Loaded, Publication, announce_load
+from zerocopy._collector import collector_paused
+from zerocopy._introspector import Outer
+from zerocopy._loading import Shared, is_separable, join, load_shared
+from zerocopy._publication import Loaded, Publication, announce_load, unpacked
 from zerocopy._shards import Manifest, manifest_of
-from zerocopy._slots import Hooks, has_slots, members_of
+from zerocopy._short_calls import Name
+from zerocopy._slots import HeldSlots, has_slots
 from zerocopy._snapshot import LoadedMarks
 
 MOST_KEPT = 4  # publications
+COPIES = 2  # of each: one is looked through while a call uses the other
 IDLE_SECONDS = 3.0  # a publication that is closed is freed by its workers so long after their last call
 REPLY_SECONDS = 0.0004  # a call's result is on its way so long after the call has ended
+BREATH_SECONDS = 0.00002
 
 _Key: TypeAlias = tuple[bytes, torch.device, object]
 
@@ -31,28 +38,31 @@ _Key: TypeAlias = tuple[bytes, torch.device, object]
 class Kept:
     """A loaded shared part, and how it was."""
 
-    def __init__(self, manifest: Manifest, shared: Shared) -> None:
+    def __init__(self, reference: ray.ObjectRef[Any], manifest: Manifest, shared: Shared) -> None:
+        self.reference = reference
         self.manifest = manifest
         self.shared = shared
         self.last_used = 0.0
         self.marks = LoadedMarks(shared.tensors, shared.memory.mapped)
         self._modules = list(_paths.registered_below(_paths.modules_among(shared.roots)).values())
         self._tensors = _each_once([*shared.tensors.values(), *_tensors_of(self._modules)])
-        self._owns = [vars(module) for module in self._modules if has_slots(module)]
+        self._slots = HeldSlots([vars(module) for module in self._modules if has_slots(module)])
         self._others = [module for module in self._modules if not has_slots(module)]
-        self._hooks = Hooks(self._owns)
-        self._members = [*self._owns, *members_of(self._owns)]
-        self._noted = list(map(dict, self._members))
         self._references = self._count_references()
         self._state: object = None
         self._lock = threading.Lock()
         self._is_out = True
         self._was_untouched = False  # and so it is as long as nobody but us has it
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether it is known already that this may be used again."""
+        return self._was_untouched
+
     def lend(self) -> bool:
         """Whether this may be used again: if everything is as it was noted."""
         with self._lock:
-            untouched = self._was_untouched or self._is_untouched()
+            untouched = self._was_untouched or self._is_untouched(0)
             self._is_out, self._was_untouched = True, False
             return untouched
 
@@ -61,32 +71,41 @@ class Kept:
         self.last_used = time.monotonic()
         self._is_out = False
 
-    def look_through(self) -> None:
-        """Find out ahead of the next call what that would have to wait for."""
+    def look_through(self) -> bool:
+        """Find out ahead of the next call what that would have to wait for; whether this is worth keeping."""
         with self._lock:
             if not (self._is_out or self._was_untouched):
-                self._was_untouched = self._is_untouched()
+                self._was_untouched = self._is_untouched(BREATH_SECONDS)
+            return self._is_out or self._was_untouched
 
-    def note_state(self) -> None:
-        """Note how everything is now, but for who refers to it: that was noted before anybody else could."""
-        for members, noted in zip(self._members, self._noted, strict=True):
-            noted.update(members)
+    def note_state_once(self) -> None:
+        """Note how everything is, but for who refers to it: that was noted before anybody else could."""
+        if self._state is not None:
+            return
+        self._slots.note_modes()
         self._state = self._look()
 
-    def _is_untouched(self) -> bool:
+    def _is_untouched(self, breath: float) -> bool:
+        """`breath`: seconds for other threads between parts of this. The interpreter itself would make them wait for longer."""
         try:
-            # Of equal dicts with the same values, none of these is looked at.
-            same = self._members == self._noted and self._hooks.are_same(self._owns)
-            return same and self._look() == self._state and self._count_references() == self._references
+            for is_same in self._comparisons():
+                if not is_same:
+                    return False
+                if breath:
+                    time.sleep(breath)
         except Exception:  # members that are not the same were compared, as they like it
             return False
+        return True
+
+    def _comparisons(self) -> Iterator[bool]:
+        yield from self._slots.are_same()
+        yield self._look() == self._state
+        yield self._count_references() == self._references
 
     def _look(self) -> object:
         return (
             [getattr(module, "training", None) for module in self._others],  # a frozen program has none
-            [tensor._version for tensor in self._tensors],
-            [tensor.requires_grad for tensor in self._tensors],
-            [tensor.grad is None for tensor in self._tensors],
+            [(tensor._version, tensor.requires_grad, tensor.grad is None) for tensor in self._tensors],
         )
 
     def _count_references(self) -> list[int]:
@@ -106,8 +125,38 @@ def _tensors_of(modules: Iterable[torch.nn.Module]) -> Iterable[torch.Tensor | N
             yield from module._buffers.values()
 
 
-_kept: dict[_Key, Kept] = {}
+_kept: dict[_Key, list[Kept]] = {}
 _lock = threading.Lock()
+
+
+class NotKept(Exception):
+    """This process has not kept what a call needs."""
+
+
+def _borrow(key: _Key) -> Kept | None:
+    """What is kept under `key`, for the caller alone: one that nobody has changed, or a new one like it."""
+    with _lock:
+        copies = _kept.get(key, [])
+        found = next((kept for kept in copies if kept.is_ready or len(copies) == COPIES), None)
+        if found is not None:
+            copies.remove(found)
+        elif copies:
+            model = copies[0].reference, copies[0].manifest
+        else:
+            return None
+    if found is not None:
+        return found if found.lend() else None
+    return _new(key, *model)
+
+
+def _new(key: _Key, reference: ray.ObjectRef[Any], manifest: Manifest) -> Kept:
+    _, target, requires_isolation = key
+    imported = len(sys.modules)
+    with collector_paused():
+        shared = load_shared(manifest, target, require_isolation=requires_isolation)
+        if len(sys.modules) > imported:
+            gc.collect(0)  # what failed during an import may refer to this call, and so to all that was loaded
+        return Kept(reference, manifest, shared)
 
 
 class Loans:
@@ -119,25 +168,41 @@ class Loans:
     def load(self, publication: Publication, device: str | None) -> Any:
         """As `publication.load(device)`, around a shared part that this process has already, if nothing tells against it."""
         reference, outer = publication.content()
-        target = _devices.resolve(device)
-        key = reference.binary(), target, publication.requires_isolation
-        with _lock:
-            kept = _kept.pop(key, None)
-        if kept is None or not kept.lend():
-            kept = None  # first: it may be the last that maps the weights
+        key = reference.binary(), _devices.resolve(device), publication.requires_isolation
+        kept = _borrow(key)
+        if kept is None:
             manifest = manifest_of(reference)
             if not (manifest.is_reusable and is_separable(manifest, outer)):
                 return publication.load(device)
             publication.require_agreement()
-            with collector_paused():
-                kept = Kept(manifest, load_shared(manifest, target, require_isolation=publication.requires_isolation))
-                pipeline = join(manifest, outer, kept.shared, target)
-                kept.note_state()
-        elif is_separable(kept.manifest, outer):
-            pipeline = join(kept.manifest, outer, kept.shared, target)
-        else:
-            return publication.load(device)
-        announce_load(publication, Loaded(pipeline, reference, kept.marks))
+            kept = _new(key, reference, manifest)
+        return (
+            self._around(kept, key, publication, outer)
+            if is_separable(kept.manifest, outer)
+            else publication.load(device)
+        )
+
+    def load_kept(self, name: Name, device: str | None) -> Any:
+        """The same of a publication that is told by its name.
+
+        Raises:
+            NotKept: this process has not got it, or somebody changed it.
+        """
+        manifest, requires_isolation, packed = name
+        key = manifest, _devices.resolve(device), requires_isolation
+        kept = _borrow(key)
+        if kept is None:
+            raise NotKept
+        publication = unpacked(kept.reference, packed)
+        _, outer = publication.content()
+        if not is_separable(kept.manifest, outer):
+            raise NotKept
+        return self._around(kept, key, publication, outer)
+
+    def _around(self, kept: Kept, key: _Key, publication: Publication, outer: Outer) -> Any:
+        pipeline = join(kept.manifest, outer, kept.shared, key[1])
+        kept.note_state_once()
+        announce_load(publication, Loaded(pipeline, kept.reference, kept.marks))
         self._taken.append((key, kept))
         return pipeline
 
@@ -148,8 +213,8 @@ class Loans:
                 _publishing.forget(root)  # holds references that would keep the weights from being freed
             kept.take_back()
             with _lock:
-                _kept.pop(key, None)
-                _kept[key] = kept
+                copies = _kept.pop(key, [])
+                _kept[key] = [*copies, kept][-COPIES:]
                 while len(_kept) > MOST_KEPT:
                     del _kept[next(iter(_kept))]
         if self._taken:
@@ -181,20 +246,28 @@ class _Caretaker:
 
     def _look_through(self) -> None:
         with _lock:
-            found = list(_kept.values())
-        for kept in found:
-            kept.look_through()
+            found = [(key, kept) for key, copies in _kept.items() for kept in copies]
+        for key, kept in found:
+            if not kept.look_through():
+                _drop(key, kept)
 
     def _drop_idle(self) -> bool:
         """Whether anything is left to take care of."""
         oldest = time.monotonic() - IDLE_SECONDS
         with _lock:
-            idle = [_kept.pop(key) for key in [key for key, kept in _kept.items() if kept.last_used < oldest]]
+            idle = [key for key, copies in _kept.items() if all(kept.last_used < oldest for kept in copies)]
+            dropped = [_kept.pop(key) for key in idle]
             if not _kept:
                 self._thread = None
             is_left = bool(_kept)
-        del idle  # outside of the lock: whatever goes with it takes its time
+        del dropped  # outside of the lock: whatever goes with it takes its time
         return is_left
+
+
+def _drop(key: _Key, kept: Kept) -> None:
+    with _lock:
+        if kept in (copies := _kept.get(key, [])):
+            copies.remove(kept)
 
 
 _caretaker = _Caretaker()

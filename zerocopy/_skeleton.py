@@ -138,7 +138,11 @@ class _Grafter(pickle.Unpickler):
     external: Callable[[int], Any]
 
     def find_class(self, module: str, name: str) -> Any:
-        return self.external if module == external.__module__ and name == external.__name__ else super().find_class(module, name)
+        return (
+            self.external
+            if module == external.__module__ and name == external.__name__
+            else super().find_class(module, name)
+        )
 
 
 def _cannot_travel(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -48,6 +48,40 @@ class Hooks:
             return False
         self._registered = registered
         return True
+
+
+class HeldSlots:
+    """Parameters, buffers, children, modes and hooks of some modules, and how many attributes they have.
+
+    Keeps all of it alive: so nothing has to be looked up, and values are compared without a look at them if they are the same.
+    """
+
+    def __init__(self, owns: Sequence[Own]) -> None:
+        self._owns = owns
+        members = members_of(owns)
+        self._empty = [held for held in members if not held]
+        self._filled = [held for held in members if held]
+        self._names = list(_flatten(self._filled))
+        self._values = list(_flatten(map(dict.values, self._filled)))
+        self._hooks = Hooks(owns)
+        self.note_modes()
+
+    def note_modes(self) -> None:
+        """Note anew what modes the modules are in."""
+        self._modes = list(map(_training_of, self._owns))
+        self._counts = list(map(len, self._owns))
+
+    def are_same(self) -> Iterator[bool]:
+        """Whether all is as it was, in parts that take a fraction of a millisecond for a thousand modules.
+
+        Raises:
+            Exception: whatever the comparison of values that are not the same raises.
+        """
+        yield self._hooks.are_same(self._owns)
+        yield list(map(_training_of, self._owns)) == self._modes and list(map(len, self._owns)) == self._counts
+        yield not any(self._empty)
+        yield list(_flatten(self._filled)) == self._names
+        yield list(_flatten(map(dict.values, self._filled))) == self._values
 
 
 class Slots:

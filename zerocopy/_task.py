@@ -5,14 +5,14 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, TypeVar, cast, overload
 
 import ray
 import ray.cloudpickle
 import wrapt
 
-from zerocopy import _store
-from zerocopy._calls import address_of, call, find, resolved, run, run_generator
+from zerocopy import _short_calls, _store
+from zerocopy._calls import address_of, call, find, resolved, run, run_generator, run_short
 from zerocopy._devices import check_device_name
 from zerocopy._pipeline import describe
 from zerocopy._remote import (
@@ -125,7 +125,9 @@ class Task(_FunctionWrapper[P, R]):
         self._self_reuse = reuse
         self._self_base = base  # the task that these options were given to: Ray knows one function for both
         self._self_parameters: Parameters = Parameters(wrapped) if base is None else base._self_parameters
-        self._self_remote: Any = None
+        self._self_remotes: dict[Any, Any] = {}
+        is_plain = not inspect.isgeneratorfunction(wrapped) and options.get("num_returns") in (None, 1)
+        self._self_may_be_short = is_plain and reuse
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
@@ -148,8 +150,22 @@ class Task(_FunctionWrapper[P, R]):
             given, named = resolved(args, kwargs)
             result: R = call(self.__wrapped__, self._self_device, self._self_reuse, given, named)
             return result
-        ref = self.remote(*args, **kwargs)
-        return ref if isinstance(ref, ray.ObjectRefGenerator) else ray.get(ref)
+        self._self_parameters.check(args, kwargs)
+        _store.require()
+        sent, named = send(args, kwargs)
+        short = _short_calls.shortened(sent, named) if self._self_may_be_short else None
+        if short is not None:
+            answer = ray.get(self._ray_function(run_short).remote(short))
+            is_known = not _short_calls.is_unknown(answer)
+            _short_calls.note_answer((*sent, *named.values()), is_known=is_known)
+            if is_known:
+                return cast(R, _short_calls.result_of(answer))
+        ref = self._submit(sent, named)
+        if isinstance(ref, ray.ObjectRefGenerator):
+            return cast(R, ref)
+        result = ray.get(ref)
+        _short_calls.note_answer((*sent, *named.values()), is_known=True)
+        return cast(R, result)
 
     def remote(self, *args: P.args, **kwargs: P.kwargs) -> ray.ObjectRef[R]:
         """Schedule a Ray task.
@@ -202,19 +218,19 @@ class Task(_FunctionWrapper[P, R]):
 
     def _submit(self, args: list[Any], kwargs: dict[str, Any]) -> Any:
         _store.require()
-        return self._ray_function().remote(*args, **kwargs)
+        runs = run_generator if inspect.isgeneratorfunction(self.__wrapped__) else run
+        return self._ray_function(runs).remote(*args, **kwargs)
 
-    def _ray_function(self) -> Any:
-        if self._self_remote is None:
-            self._self_remote = self._make_remote()
-        return self._self_remote
+    def _ray_function(self, runs: Callable[..., Any]) -> Any:
+        if runs not in self._self_remotes:
+            self._self_remotes[runs] = self._make_remote(runs)
+        return self._self_remotes[runs]
 
-    def _make_remote(self) -> Any:
+    def _make_remote(self, runs: Callable[..., Any]) -> Any:
         if self._self_base is not None:
-            return self._self_base._ray_function().options(**self._self_options)
+            return self._self_base._ray_function(runs).options(**self._self_options)
         function = self.__wrapped__
         address = address_of(self, function.__module__, function.__qualname__)
-        runs = run_generator if inspect.isgeneratorfunction(function) else run
         runner = _named(functools.partial(runs, address or function, self._self_device, self._self_reuse), function)
         return ray.remote(**{"name": self.__qualname__, **self._self_options})(runner)
 

@@ -172,7 +172,9 @@ def describe(obj: torch.Tensor | np.ndarray[Any, Any], storage: int, source: Sto
     kind = PARAMETER if isinstance(obj, nn.Parameter) else TENSOR
     shape, stride = tuple(obj.shape), obj.stride()
     # So its offset is 0.
-    covers = 0 < obj.nbytes == source.nbytes and obj.is_contiguous() and (1 not in shape or stride == _default_stride(shape))
+    covers = (
+        0 < obj.nbytes == source.nbytes and obj.is_contiguous() and (1 not in shape or stride == _default_stride(shape))
+    )
     if covers and not any(is_special):
         return TensorSpec(kind, storage, obj.dtype, shape, stride, 0, obj.requires_grad, is_whole=True)
     offset = int(obj.storage_offset())

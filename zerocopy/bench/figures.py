@@ -95,6 +95,7 @@ def tables(results: Results) -> dict[str, list[Figure]]:
     """The tables of a model, by title, each with its columns."""
     return {
         "Memory over the model's bytes": [*_memory(results), PEAK, SEEN],
+        "Load, as more workers use the model": [load_at(count) for count in worker_counts(results)],
         "Publish, load and run": [PUBLISH, PUBLISH_RATIO, FIRST_LOAD, LOAD_RATIO, SECOND_LOAD, FORWARD],
         "Calls and rows": [NOTHING_TIME, CALL_TIME, CALL, INSTANCE_CALL, ROWS],
     }
@@ -103,6 +104,13 @@ def tables(results: Results) -> dict[str, list[Figure]]:
 def memory_at(workers: int) -> Figure:
     """Memory of the tree with so many workers."""
     return Figure(f"{workers} worker{'s' * (workers > 1)}", "x", "memory", _taken, workers)
+
+
+def load_at(workers: int) -> Figure:
+    """Loads of the workers that were added last, with so many using the model."""
+    return Figure(
+        f"load with {workers} worker{'s' * (workers > 1)}, ms", "ms", "memory", _milliseconds("load"), workers
+    )
 
 
 def worker_counts(results: Results) -> list[int]:

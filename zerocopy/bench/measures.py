@@ -8,8 +8,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
+import numpy as np
 import ray
 import torch
 from torch import nn
@@ -25,6 +26,11 @@ CALLS = 50  # in a round, unless they are so slow that
 ROUND_SECONDS = 1.0  # are over
 WARM = 3  # calls of each round that do not count
 PUTS = 3
+SPARE = 32 << 20  # bytes of the store touched beside those of the model: a publication holds more than its bytes
+
+Samples: TypeAlias = list[
+    dict[str, Any]
+]  # each with `figures`, and what tells it from others of a trial: `sample`, `workers`
 
 
 def facts(name: str) -> dict[str, Any]:
@@ -59,50 +65,57 @@ class Stage:
         self.workers.clear()
 
 
-def memory(trial: Trial, folder: Path) -> dict[str, Any]:
-    """Memory of the whole process tree above its own, with all workers using the model, and of publishing at its peak."""
+def memory(trial: Trial, folder: Path) -> Samples:
+    """Memory of the whole process tree above its own, as more and more workers use the model, and of publishing at its peak."""
     stage, root = Stage(trial, folder), os.getpid()
     gc.collect()
     base = processes.settled(root)
     publishing = [root, *_raylets(root)]
     alone = processes.resident(publishing)
-    figures: dict[str, Any] = {}
     model = stage.model.build() if stage.system.publishes else nn.Module()
     with processes.Peak(publishing) as peak:
         handle = stage.publish(model, stage.model.build)
-    if stage.system.publishes:
-        figures["peak"] = peak.bytes - alone
+    common = {"peak": peak.bytes - alone} if stage.system.publishes else {}
     if not stage.system.keeps:
         del model
     gc.collect()
-    ray.get([worker.load.remote(handle) for worker in stage.workers])
-    ray.get([worker.use.remote() for worker in stage.workers])
-    figures["taken"] = processes.settled(root) - base
-    if trial.workers > 1:
+    samples: Samples = []
+    using = 0
+    for count in trial.counts:
+        loads = [ray.get(worker.load.remote(handle)) for worker in stage.workers[using:count]]
+        ray.get([worker.use.remote() for worker in stage.workers[using:count]])
+        using = count
+        figures = {**common, "taken": processes.settled(root) - base, "load": median(loads)}
+        samples.append({"workers": count, "figures": figures})
+    if using > 1:
         ray.get(stage.workers[0].write.remote())
-        figures["seen"] = ray.get(stage.workers[1].sees.remote())
-    return figures
+        samples[-1]["figures"]["seen"] = ray.get(stage.workers[1].sees.remote())
+    return samples
 
 
-def times(trial: Trial, folder: Path) -> dict[str, Any]:
-    """Seconds to publish, to put the same bytes, to load twice, and to run once."""
-    stage, figures = Stage(trial, folder), {}
+def times(trial: Trial, folder: Path) -> Samples:
+    """For each worker: seconds to publish, to put the same bytes, and in that worker to load twice, and to run once."""
+    stage = Stage(trial, folder)
+    return [{"sample": number, "figures": _times(stage, worker)} for number, worker in enumerate(stage.workers)]
+
+
+def _times(stage: Stage, worker: Any) -> dict[str, float]:
+    figures = {}
+    model = stage.model.build() if stage.system.publishes else nn.Module()
     if stage.system.publishes:
-        model = stage.model.build()
         figures["put"] = _put_seconds(model)
-        start = time.perf_counter()
-        handle = stage.publish(model, stage.model.build)
+    start = time.perf_counter()
+    handle = stage.publish(model, stage.model.build)
+    if stage.system.publishes:
         figures["publish"] = time.perf_counter() - start
-    else:
-        handle = stage.publish(nn.Module(), stage.model.build)
-    worker = stage.workers[0]
     figures["first_load"] = ray.get(worker.load.remote(handle))
     figures["second_load"] = ray.get(worker.load.remote(handle))
     forward = ray.get(worker.forward.remote())
+    ray.kill(worker)
     return figures if forward is None else {**figures, "forward": forward}
 
 
-def calls(trial: Trial, folder: Path) -> dict[str, Any]:
+def calls(trial: Trial, folder: Path) -> Samples:
     """Median seconds of a warm task call, one at a time, and of one that does nothing and is given nothing."""
     stage = Stage(trial, folder)
     stage.dismiss()
@@ -112,10 +125,10 @@ def calls(trial: Trial, folder: Path) -> dict[str, Any]:
     for _ in range(max(2, round(ROUNDS * trial.effort))):
         for kind, call in kinds.items():
             taken[kind] += _seconds(call)
-    return {f"{kind}_call": median(seconds) for kind, seconds in taken.items()}
+    return [{"figures": {f"{kind}_call": median(seconds) for kind, seconds in taken.items()}}]
 
 
-def rows(trial: Trial, folder: Path) -> dict[str, Any]:
+def rows(trial: Trial, folder: Path) -> Samples:
     """Rows a second of Ray Data's `map_batches` over a pool of workers.
 
     Each worker is timed from its load, with everything imported, to the end of its last batch; the pool's rate is their sum.
@@ -134,7 +147,7 @@ def rows(trial: Trial, folder: Path) -> dict[str, Any]:
         batch_size=8,
         num_cpus=0.5,
     )
-    return {"rows": _rate(mapped.take_all())}
+    return [{"figures": {"rows": _rate(mapped.take_all())}}]
 
 
 def _rate(told: list[dict[str, Any]]) -> float:
@@ -165,7 +178,8 @@ def _seconds(call: Callable[[], Any]) -> list[float]:
 def _put_seconds(model: nn.Module) -> float:
     """Of `ray.put` for the model's bytes, one array a storage, into pages of the store that were used before."""
     views = [torch.empty(0, dtype=torch.uint8).set_(storage).numpy() for storage in models.storages(model)]
-    ray.wait([ray.put(views)])
+    _wait_until_empty()
+    ray.wait([ray.put([*views, np.zeros(SPARE, np.uint8)])])
     taken = []
     for _ in range(PUTS):
         _wait_until_empty()

@@ -22,7 +22,7 @@ nox -s bench
 
 `nox -s bench -- --quick` takes a short one; `python -m zerocopy.bench module:build` measures a model of your own, where `build`
 is a function without arguments that returns it. Figures are medians over fresh processes, with the lowest and the highest in
-parentheses. Systems take turns. A system that cannot do something has its own words below the tables."""
+parentheses; loads and publishing are taken in three workers of each trial. Systems take turns. A system that cannot do something has its own words below the tables."""
 
 WHAT = """\
 - **Memory** is that of the whole process tree, driver, raylet and workers, every page counted once (PSS), above what the same
@@ -34,7 +34,8 @@ WHAT = """\
   file it is the time to write it; nothing has to be read from a disk afterwards, since the file is still in memory.
 - **Load** and **first forward** are taken in a worker that has imported everything, and has loaded and run a tiny model of the
   same classes (for a model of your own: of linear layers) by the same system.
-- **Call** is a warm task that is given the model and returns its other argument, one at a time, over a task that does nothing.
+- **Call** is a warm task that is given the model and returns its other argument, one at a time and waited for, over a task that
+  does nothing and is given nothing.
 - **Rows** go through `map_batches` of Ray Data with a pool of workers, loading included, starting their processes not."""
 
 

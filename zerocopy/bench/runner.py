@@ -22,6 +22,7 @@ from zerocopy.errors import ZeroCopyError
 
 MEASURES = ("memory", "times", "calls", "rows", "scale")
 DEPTHS = (10, 20, 40, 80)  # of the Llamas whose loads are told against their modules
+SAMPLES = 3  # of times in a trial, each in a worker of its own
 SECONDS = 900  # that a trial may take
 PROCESS_BYTES = 350_000_000  # of a worker with torch and transformers imported, generously
 PACKAGES = ("zerocopy-ray", "torch", "ray", "ray-zerocopy", "transformers", "safetensors", "numpy")
@@ -72,7 +73,7 @@ def run(choice: Choice, tell: Callable[[str], None], save: Callable[[dict[str, A
     for number, (trial, repeat) in enumerate(planned, 1):
         start = time.monotonic()
         outcome = _outcome(trial, facts[trial.model]["bytes"])
-        taken.append({**_identity(trial), "repeat": repeat, **outcome})
+        taken += _entries(trial, repeat, outcome)
         save(results)
         tell(f"[{number}/{len(planned)}] {_words(trial, outcome)}: {time.monotonic() - start:.0f} s")
     return results
@@ -123,17 +124,18 @@ def _plan(choice: Choice, facts: dict[str, Any]) -> Iterator[tuple[Trial, int]]:
                 for system in choice.systems:
                     if measure == "calls" and not systems.find(system).has_calls:
                         continue
-                    yield Trial(model, system, measure, workers, _store(told["bytes"]), choice.effort), repeat
+                    counts = sorted(choice.workers) if measure == "memory" else []
+                    yield Trial(model, system, measure, workers, counts, _store(told["bytes"]), choice.effort), repeat
 
 
 def _measures(choice: Choice, model: str, told: dict[str, Any]) -> Iterator[tuple[str, int]]:
     if model not in choice.models:
-        yield "times", 1
+        yield "times", SAMPLES
         return
     if "memory" in choice.measures:
-        yield from (("memory", workers) for workers in choice.workers)
+        yield "memory", max(choice.workers)
     if "times" in choice.measures or "scale" in choice.measures:
-        yield "times", 1
+        yield "times", SAMPLES
     if "calls" in choice.measures:
         yield "calls", 2
     if "rows" in choice.measures and models.find(model).rows and told["runs"]:
@@ -154,13 +156,28 @@ def _identity(trial: Trial) -> dict[str, Any]:
     return {key: getattr(trial, key) for key in ("model", "system", "measure", "workers")}
 
 
+def _entries(trial: Trial, repeat: int, outcome: dict[str, Any]) -> list[dict[str, Any]]:
+    """What a trial told, a sample each."""
+    base = {**_identity(trial), "repeat": repeat * SAMPLES}
+    if "samples" not in outcome:
+        return [{**base, **outcome}]
+    samples = [dict(sample) for sample in outcome["samples"]]
+    return [{**base, "repeat": base["repeat"] + sample.pop("sample", 0), **sample} for sample in samples]
+
+
 def _outcome(trial: Trial, size: int) -> dict[str, Any]:
     system = systems.find(trial.system)
-    copies = 3 + trial.workers * system.copies
-    if copies * size + trial.workers * PROCESS_BYTES > 0.9 * memory.available():
-        return {"skipped": f"{copies} copies and {trial.workers} workers do not fit the memory that is free"}
-    told = take(trial, dict(system.environment))
-    return told if "failure" in told else {"figures": told}
+    most = _most_workers(system, size)
+    fitting = attrs.evolve(trial, workers=min(trial.workers, most), counts=[n for n in trial.counts if n <= most])
+    if not fitting.workers or (trial.counts and not fitting.counts):
+        return {"skipped": "its copies do not fit the memory that is free"}
+    return take(fitting, dict(system.environment))
+
+
+def _most_workers(system: systems.System, size: int) -> int:
+    """How many workers fit, each with a copy of its own where the system makes one."""
+    free = 0.9 * memory.available() - 3 * size
+    return max(0, int(free / (PROCESS_BYTES + size * system.copies)))
 
 
 def take(trial: Trial, environment: dict[str, str]) -> dict[str, Any]:

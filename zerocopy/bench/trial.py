@@ -6,7 +6,7 @@ import json
 import logging
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ class Trial:
         system: a name that `systems.find` knows.
         measure: a function of `measures`, or `facts`, which needs no system.
         workers: how many workers.
+        counts: how many of them use the model, one after the other, when memory is measured.
         store: bytes of the object store.
         effort: a factor for how often short things are repeated: 1 in a full run.
     """
@@ -33,6 +34,7 @@ class Trial:
     system: str = ""
     measure: str = "facts"
     workers: int = 1
+    counts: Sequence[int] = ()
     store: int = 0
     effort: float = 1.0
 
@@ -63,8 +65,7 @@ def _measure(trial: Trial) -> dict[str, Any]:
         return measures.facts(trial.model)
     measure = getattr(measures, trial.measure)
     with tempfile.TemporaryDirectory() as folder, _ray(trial):
-        figures: dict[str, Any] = measure(trial, Path(folder))
-    return figures
+        return {"samples": measure(trial, Path(folder))}
 
 
 @contextmanager

@@ -1,0 +1,186 @@
+"""A task that is called and waited for, where its weights are loaded already, is called without a reference to them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+import torch
+from torch import nn
+
+import zerocopy
+from zerocopy import _short_calls, copied, shared
+
+pytestmark = pytest.mark.usefixtures("cluster")
+
+
+def model() -> nn.Module:
+    return nn.Sequential(nn.Linear(300, 300), nn.ReLU(), nn.Linear(300, 3)).eval()
+
+
+@zerocopy.pipeline
+class Search:
+    encoder: nn.Module = shared()
+    notes: list[str] = copied(factory=list)
+
+
+@zerocopy.task(num_cpus=1)
+def give(model: Any, value: Any) -> Any:
+    return value
+
+
+@zerocopy.task(num_cpus=1)
+def total(model: nn.Module, *, scale: float = 1.0) -> float:
+    return scale * float(model[0].weight.double().sum())
+
+
+@zerocopy.task(num_cpus=1)
+def note(search: Search, word: str) -> list[str]:
+    search.notes.append(word)
+    return search.notes
+
+
+@zerocopy.task(num_cpus=1)
+def forget(model: nn.Module) -> None:
+    """Lets go of all that this worker keeps, as it does after some seconds."""
+    from zerocopy import _reuse
+
+    _reuse._kept.clear()
+
+
+@zerocopy.task(num_cpus=1)
+def pass_on(model: nn.Module) -> str:
+    """The publication as which a pipeline that was loaded for this call travels."""
+    from zerocopy._publishing import publish_automatically
+
+    return publish_automatically(model).reference.hex()
+
+
+@zerocopy.task(num_cpus=1)
+def fail(model: nn.Module, word: str) -> None:
+    raise ValueError(word)
+
+
+@pytest.fixture
+def answers(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """How each short call was answered."""
+    told: list[str] = []
+    is_unknown = _short_calls.is_unknown
+
+    def noted(answer: Any) -> bool:
+        told.append("unknown" if is_unknown(answer) else "known")
+        return is_unknown(answer)
+
+    monkeypatch.setattr(_short_calls, "is_unknown", noted)
+    return told
+
+
+def warm(publication: Any, answers: list[str]) -> None:
+    """Call until a call was short, and answered: any worker may run it."""
+    for _ in range(200):
+        _short_calls._times.clear()
+        give(publication, 0)
+        give(publication, 0)
+        if answers[-1:] == ["known"]:
+            answers.clear()
+            return
+    raise AssertionError("no call was short")
+
+
+def test_the_next_call_is_short(answers: list[str]) -> None:
+    """The first call carries a reference, the next ones a name; results are the same, by any kind of argument."""
+    module = model()
+    for given in (zerocopy.publish(module), module, Search(module)):
+        warm(given, answers)
+        assert give(given, 5) == 5
+        assert answers
+    expected = float(module[0].weight.detach().double().sum())
+    assert total(module) == expected
+    assert total(module, scale=2) == total(model=module, scale=2.0) == 2 * expected
+
+
+@pytest.mark.parametrize("value", [b"", b"text", "text", None, 1.5, 2**70, True, 3j], ids=repr)
+def test_brief_values_travel(answers: list[str], value: Any) -> None:
+    """There and back, as they are."""
+    publication = zerocopy.publish(model())
+    warm(publication, answers)
+    result = give(publication, value)
+    assert answers
+    assert (type(result), result) == (type(value), value)
+
+
+def test_other_values_travel_as_always(answers: list[str]) -> None:
+    """What is large, or means more than its value, is an argument of Ray's."""
+    publication, reference = zerocopy.publish(model()), ray.put("behind")
+    warm(publication, answers)
+    assert give(publication, [1, 2]) == [1, 2]
+    assert give(publication, reference) == "behind"
+    assert give(publication, "x" * 100_000) == "x" * 100_000
+    np.testing.assert_array_equal(give(publication, np.arange(5)), np.arange(5))
+    assert not answers
+
+
+def test_a_worker_that_let_go_is_called_again(answers: list[str]) -> None:
+    """One that has not got the weights says so, and the caller sees nothing of it; for a while no call is short then."""
+    module = model()
+    publication = zerocopy.publish(module)
+    warm(publication, answers)
+    forget.options(num_cpus=1)(publication)
+    for _ in range(50):
+        assert total(publication) == float(module[0].weight.detach().double().sum())
+    assert answers.count("unknown") <= 1
+
+
+def test_copied_fields_arrive_as_they_are() -> None:
+    """In a short call too: what the caller changed since, and nothing of earlier calls."""
+    search = Search(model())
+    assert [note(search, "a") for _ in range(4)] == [["a"]] * 4
+    search.notes.append("mine")
+    assert note(search, "b") == ["mine", "b"]
+
+
+def test_a_changed_weight_arrives(answers: list[str]) -> None:
+    """A call after a write has what was written."""
+    module = model()
+    warm(module, answers)
+    with torch.no_grad():
+        module[0].weight.fill_(2)
+    assert total(module) == 2 * 300 * 300
+
+
+def test_what_a_short_call_loads_is_known(answers: list[str]) -> None:
+    """It may be passed on, as the publication that it came from."""
+    publication = zerocopy.publish(model())
+    warm(publication, answers)
+    assert {pass_on(publication) for _ in range(4)} == {publication.reference.hex()}
+    assert "known" in answers
+
+
+def test_an_error_is_the_functions(answers: list[str]) -> None:
+    """With its class and words."""
+    publication = zerocopy.publish(model())
+    warm(publication, answers)
+    for _ in range(3):
+        with pytest.raises(ValueError, match="wrong"):
+            fail(publication, "wrong")
+
+
+def test_a_closed_publication_is_refused(answers: list[str]) -> None:
+    """Though a worker may have it loaded still."""
+    publication = zerocopy.publish(model())
+    warm(publication, answers)
+    publication.close()
+    with pytest.raises(zerocopy.errors.PublicationClosedError):
+        give(publication, 1)
+
+
+def test_several_results_are_references() -> None:
+    """With `num_returns` a call is never short."""
+    publication = zerocopy.publish(model())
+    split = give.options(num_returns=2)
+    for _ in range(3):
+        assert ray.get(split.remote(publication, (1, 2))) == [1, 2]
+        assert split(publication, (1, 2)) == [1, 2]
