@@ -97,5 +97,5 @@ class _Stripper(CloudPickler):  # type: ignore[misc]
         raise NotOrdinary
 
 
-def _refuse(buffer: pickle.PickleBuffer) -> Any:
+def _refuse(_: pickle.PickleBuffer) -> Any:
     raise NotOrdinary

@@ -15,8 +15,8 @@ import ray
 import torch
 
 from zerocopy import _devices, _partial, _store
-from zerocopy._introspector import Outer
 from zerocopy._collector import collector_paused
+from zerocopy._introspector import Outer
 from zerocopy._loading import load
 from zerocopy._roles import add_passenger
 from zerocopy._shards import manifest_of

@@ -32,7 +32,7 @@ IDLE_SECONDS = 3.0  # a publication that is closed is freed by its workers so lo
 REPLY_SECONDS = 0.0004  # a call's result is on its way so long after the call has ended
 BREATH_SECONDS = 0.00002
 
-_Key: TypeAlias = tuple[bytes, torch.device, object]
+_Key: TypeAlias = tuple[bytes, torch.device, bool]  # of a manifest its id, where it was loaded, whether in isolation
 
 
 class Kept:

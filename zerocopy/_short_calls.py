@@ -34,7 +34,7 @@ def is_brief(value: object) -> bool:
 
 def shortened(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bytes | None:
     """A call as bytes, if there is nothing in it but brief values and publications that workers have loaded of late."""
-    given = {**dict(enumerate(args)), **kwargs}
+    given: dict[int | str, Any] = dict(enumerate(args)) | dict(kwargs)
     publications = {place: value for place, value in given.items() if isinstance(value, Publication)}
     if not publications or not all(map(is_brief, (given[place] for place in given if place not in publications))):
         return None

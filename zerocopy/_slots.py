@@ -37,17 +37,21 @@ class Hooks:
     """The hooks of some modules. They are looked at only when one was registered in this process since: there are many."""
 
     def __init__(self, owns: Iterable[Own]) -> None:
-        self._state = _names_and_objects(_flatten(map(_hooks_of, owns)))
+        self._state = _hooks(owns)
         self._registered = RemovableHandle.next_id
 
     def are_same(self, owns: Iterable[Own]) -> bool:
         registered = RemovableHandle.next_id
         if registered == self._registered:
             return True
-        if _names_and_objects(_flatten(map(_hooks_of, owns))) != self._state:
+        if _hooks(owns) != self._state:
             return False
         self._registered = registered
         return True
+
+
+def _hooks(owns: Iterable[Own]) -> tuple[list[Any], ...]:
+    return _names_and_objects(filter(None, _flatten(map(_hooks_of, owns))))  # no two hooks have one name
 
 
 class HeldSlots:

@@ -51,7 +51,7 @@ class _StorageIdentities:
 
     def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
         self._weak = [tensor.untyped_storage()._weak_ref() for tensor in tensors]
-        self._free = torch.UntypedStorage._free_weak_ref  # type: ignore[attr-defined]  # torch may be gone when it is needed
+        self._free: Any = torch.UntypedStorage._free_weak_ref  # torch may be gone when it is needed
 
     def __del__(self) -> None:
         for reference in self._weak:
@@ -76,7 +76,8 @@ class TensorMarks:
     """Identity, version and memory of tensors at one moment. Refers to them weakly: it keeps no weights alive."""
 
     def __init__(self, table: TensorTable, wholes: Iterable[Any]) -> None:
-        plain, others = [], list(wholes)
+        plain: list[Any] = []
+        others = list(wholes)
         for obj, spec in zip(table.objects, table.specs, strict=True):
             (others if spec.kind == ARRAY or spec.is_inference else plain).append(obj)
         self._plain = list(map(weakref.ref, plain))

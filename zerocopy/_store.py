@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 from collections.abc import Callable
@@ -71,7 +72,7 @@ def put(value: object) -> ray.ObjectRef[Any]:
     A put while this thread serializes would count the references inside `value`, and its own, as captured out of band and
     never free them; the same put on another thread does not.
     """
-    return _on_another_thread(lambda: ray.put(value)) if is_serializing() else ray.put(value)
+    return meanwhile(lambda: ray.put(value))() if is_serializing() else ray.put(value)
 
 
 def get(ref: ray.ObjectRef[Any]) -> Any:
@@ -97,7 +98,11 @@ def get_all(refs: list[ray.ObjectRef[Any]]) -> list[Any]:
         ) from error
 
 
-def _on_another_thread(call: Callable[[], R]) -> R:
+def meanwhile(call: Callable[[], R]) -> Callable[[], R]:
+    """Start `call` on a thread of its own; what is returned waits for its result, or raises its error.
+
+    While the store copies bytes, other threads may run.
+    """
     results: list[R] = []
     errors: list[BaseException] = []
 
@@ -109,10 +114,14 @@ def _on_another_thread(call: Callable[[], R]) -> R:
 
     thread = threading.Thread(target=run, name="zerocopy-put")
     thread.start()
-    thread.join()
-    if errors:
-        raise errors[0]
-    return results[0]
+
+    def wait() -> R:
+        thread.join()
+        if errors:
+            raise errors[0]
+        return results[0]
+
+    return wait
 
 
 def is_serializing() -> bool:
@@ -136,7 +145,12 @@ def refuse_out_of_band(what: str) -> None:
 
 def capacity() -> int | None:
     """Bytes of this node's object store, or None where Ray does not say."""
-    node_id = ray.get_runtime_context().get_node_id()
+    return _capacity_of(ray.get_runtime_context().get_node_id())
+
+
+@functools.lru_cache(8)
+def _capacity_of(node_id: str) -> int | None:
+    """It never changes, and the answer takes a millisecond."""
     for node in ray.nodes():
         if node["NodeID"] == node_id:
             size = node["Resources"].get("object_store_memory")

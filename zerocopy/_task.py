@@ -159,13 +159,13 @@ class Task(_FunctionWrapper[P, R]):
             is_known = not _short_calls.is_unknown(answer)
             _short_calls.note_answer((*sent, *named.values()), is_known=is_known)
             if is_known:
-                return cast(R, _short_calls.result_of(answer))
+                return cast("R", _short_calls.result_of(answer))
         ref = self._submit(sent, named)
         if isinstance(ref, ray.ObjectRefGenerator):
-            return cast(R, ref)
+            return cast("R", ref)
         result = ray.get(ref)
         _short_calls.note_answer((*sent, *named.values()), is_known=True)
-        return cast(R, result)
+        return result
 
     def remote(self, *args: P.args, **kwargs: P.kwargs) -> ray.ObjectRef[R]:
         """Schedule a Ray task.

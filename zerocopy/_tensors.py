@@ -93,7 +93,8 @@ class Storage:
         if self.address is None or self.source is None:
             return self.to_bytes()
         # An array, for Ray cannot read back a buffer with the format of ctypes.
-        return np.frombuffer((ctypes.c_char * self.nbytes).from_address(self.address), np.uint8)
+        memory: Any = (ctypes.c_char * self.nbytes).from_address(self.address)
+        return np.frombuffer(memory, np.uint8)
 
     def forget(self) -> None:
         """Let go of the memory."""

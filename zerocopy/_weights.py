@@ -60,14 +60,20 @@ class Weights:
 
 def put(found: Introspection, stored: Mapping[object, Placement]) -> Weights:
     """Write what `found` shares into the store, but for what is `stored`. Every refusal comes before the first byte."""
-    snapshot = Snapshot(found.table, found.wholes, found.mutable)
-    return _weights(found, snapshot, *_write(found, stored))
+    _require_room(found)
+    written = _store.meanwhile(lambda: _write(found, stored))
+    try:
+        snapshot = Snapshot(found.table, found.wholes, found.mutable)
+    finally:
+        done = written()
+    return _weights(found, snapshot, *done)
 
 
 def put_and_adopt(
     subject: Subject, found: Introspection, stored: Mapping[object, Placement], adoption: Adoption
 ) -> tuple[Weights, Outer]:
     """The same, and the tensors of the pipeline re-pointed at the store. An error leaves them private memory."""
+    _require_room(found)
     try:
         placements, manifest = _write(found, stored, STREAMED, written=adoption.take)
         adopted = introspect(subject)  # the same tensors, in other memory
@@ -89,6 +95,7 @@ def put_streaming(
         about_to_write: called with the storages of each shard before their bytes are read.
         written: called with them afterwards.
     """
+    _require_room(found)
     storages = found.table.storages
     snapshot = Snapshot(found.table, found.wholes, found.mutable)
     done = _write(found, {}, STREAMED, about_to_write, lambda placed: written([storages[index] for index in placed]))
@@ -103,7 +110,6 @@ def _write(
     written: Callable[[Mapping[int, Placement]], None] = lambda _: None,
 ) -> tuple[list[Placement | None], ray.ObjectRef[Any]]:
     """As `write`, what `found` shares."""
-    _store.require_room(_shared_bytes(found), type(found.pipeline).__name__)
 
     def make_manifest(locations: Sequence[tuple[int, int, int, int]], shards: Sequence[ray.ObjectRef[Any]]) -> Manifest:
         return Manifest(rows_of(found.table.specs), locations, found.devices, found.shared, shards, is_reusable(found))
@@ -119,6 +125,10 @@ def _weights(
         manifest, _shared_bytes(found), found.known, snapshot, places, found.shared, tuple(found.table.specs),
         _store.session(), found.pieces,
     )  # fmt: skip
+
+
+def _require_room(found: Introspection) -> None:
+    _store.require_room(_shared_bytes(found), type(found.pipeline).__name__)
 
 
 def _shared_bytes(found: Introspection) -> int:

@@ -22,7 +22,8 @@ nox -s bench
 
 `nox -s bench -- --quick` takes a short one; `python -m zerocopy.bench module:build` measures a model of your own, where `build`
 is a function without arguments that returns it. Figures are medians over fresh processes, with the lowest and the highest in
-parentheses; loads and publishing are taken in three workers of each trial. Systems take turns. A system that cannot do something has its own words below the tables."""
+parentheses; loads and publishing are taken in three workers of each trial. Systems take turns. A system that cannot do something
+has its own words below the tables."""
 
 WHAT = """\
 - **Memory** is that of the whole process tree, driver, raylet and workers, every page counted once (PSS), above what the same
