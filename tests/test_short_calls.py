@@ -59,6 +59,11 @@ def pass_on(model: nn.Module) -> str:
     return publish_automatically(model).reference.hex()
 
 
+@zerocopy.task(num_returns=2)
+def halves(model: nn.Module, value: str) -> Any:
+    return tuple(value)
+
+
 @zerocopy.task(num_cpus=1)
 def fail(model: nn.Module, word: str) -> None:
     raise ValueError(word)
@@ -180,7 +185,6 @@ def test_a_closed_publication_is_refused(answers: list[str]) -> None:
 def test_several_results_are_references() -> None:
     """With `num_returns` a call is never short."""
     publication = zerocopy.publish(model())
-    split = give.options(num_returns=2)
-    for _ in range(3):
-        assert ray.get(split.remote(publication, (1, 2))) == [1, 2]
-        assert split(publication, (1, 2)) == [1, 2]
+    for split in (give.options(num_returns=2), halves, halves.options(num_cpus=1)):
+        for _ in range(3):
+            assert split(publication, "ab") == ["a", "b"]

@@ -127,7 +127,7 @@ class Task(_FunctionWrapper[P, R]):
         self._self_parameters: Parameters = Parameters(wrapped) if base is None else base._self_parameters
         self._self_remotes: dict[Any, Any] = {}
         is_plain = not inspect.isgeneratorfunction(wrapped) and options.get("num_returns") in (None, 1)
-        self._self_may_be_short = is_plain and reuse
+        self._self_may_be_short: bool = is_plain and reuse and (base is None or base._self_may_be_short)
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
