@@ -196,6 +196,17 @@ def test_the_page_shows_a_failure_as_what_it_said() -> None:
     assert "bars-other" not in page
 
 
+def test_the_page_says_how_to_repeat_it() -> None:
+    """By the options that the run was given, as the command line takes them."""
+    from zerocopy.bench.__main__ import _parser
+
+    page = report.page(results())
+    start = page.index("nox -s bench -- ")
+    words = page[start : page.index("```", start)].replace("\\\n", " ").split()[4:]
+    options = _parser().parse_args(words)
+    assert (options.models, options.figures, options.repeats) == (["mlp"], ["times"], 2)
+
+
 def test_the_terminal_shows_the_same() -> None:
     """Tables and failures."""
     text = report.terminal(results())

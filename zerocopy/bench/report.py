@@ -17,13 +17,13 @@ HOW = """\
 Every figure is from a run of this command, on the machine below:
 
 ```console
-nox -s bench
+{command}
 ```
 
-`nox -s bench -- --quick` takes a short one; `python -m zerocopy.bench module:build` measures a model of your own, where `build`
-is a function without arguments that returns it. Figures are medians over fresh processes, with the lowest and the highest in
-parentheses; loads and publishing are taken in three workers of each trial. Systems take turns. A system that cannot do something
-has its own words below the tables."""
+`nox -s bench` takes all that there is, for hours, `nox -s bench -- --quick` a little of it in minutes; `python -m zerocopy.bench
+module:build` measures a model of your own, where `build` is a function without arguments that returns it. Figures are medians over
+fresh processes, with the lowest and the highest in parentheses; loads and publishing are taken in three workers of each trial.
+Systems take turns. A system that cannot do something has its own words below the tables."""
 
 WHAT = """\
 - **Memory** is that of the whole process tree, driver, raylet and workers, every page counted once (PSS), above what the same
@@ -60,7 +60,14 @@ def terminal(results: Results) -> str:
 
 def page(results: Results, images: Iterable[str] = ()) -> str:
     """The page, in Markdown, with the plots named `images`, paths from where the page lies."""
-    parts = ["# Benchmarks", HOW, "## What is measured", WHAT, "## The machine", _machine(results)]
+    parts = [
+        "# Benchmarks",
+        HOW.format(command=_command(results)),
+        "## What is measured",
+        WHAT,
+        "## The machine",
+        _machine(results),
+    ]
     images = list(images)
     for model in measured(results):
         parts.append(f"## {_heading(results, model)}")
@@ -158,6 +165,23 @@ def _machine(results: Results) -> str:
         f"{machine['cores']} cores ({machine['processor']}), {format_bytes(machine['memory'])} of memory, "
         f"{machine['system']}. {versions}. Each trial was taken {settings['repeats']} times."
     )
+
+
+def _command(results: Results) -> str:
+    """What was asked for, in the words of the command line."""
+    told = {
+        "--models": "models",
+        "--systems": "systems",
+        "--figures": "measures",
+        "--workers": "workers",
+        "--repeats": "repeats",
+    }
+    settings = results["settings"]
+    given = {option: settings[name] for option, name in told.items() if name in settings}
+    words = (
+        f"{option} {','.join(map(str, value)) if isinstance(value, list) else value}" for option, value in given.items()
+    )
+    return " \\\n    ".join(["nox -s bench --", *words])
 
 
 def _embedded(images: Iterable[str], ending: str) -> list[str]:
