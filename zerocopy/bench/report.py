@@ -21,9 +21,9 @@ Every figure is from a run of this command, on the machine below:
 ```
 
 `nox -s bench` takes all that there is, for hours, `nox -s bench -- --quick` a little of it in minutes; `python -m zerocopy.bench
-module:build` measures a model of your own, where `build` is a function without arguments that returns it. Figures are medians over
-fresh processes, with the lowest and the highest in parentheses; loads and publishing are taken in three workers of each trial.
-Systems take turns. A system that cannot do something has its own words below the tables."""
+module:build` measures a model of your own, where `build` is a function without arguments that returns it. Figures are medians
+over fresh processes, with the lowest and the highest in parentheses; loads and publishing are taken in three workers of each
+trial. Systems take turns. A system that cannot do something has its own words below the tables."""
 
 WHAT = """\
 - **Memory** is that of the whole process tree, driver, raylet and workers, every page counted once (PSS), above what the same
@@ -163,7 +163,7 @@ def _machine(results: Results) -> str:
     versions = ", ".join(f"{package} {version}" for package, version in machine["versions"].items())
     return (
         f"{machine['cores']} cores ({machine['processor']}), {format_bytes(machine['memory'])} of memory, "
-        f"{machine['system']}. {versions}. Each trial was taken {settings['repeats']} times."
+        f"{machine['system']}. {versions}. Trials of each kind: {settings['repeats']}."
     )
 
 
