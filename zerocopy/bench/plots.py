@@ -77,8 +77,8 @@ def _panel(axes: Any, results: Results, figure: Figure, found: dict[str, Summary
         [summary.high - summary.median for summary in found.values()],
     ]
     axes.barh(titles, middles, xerr=spread, color=[_color(results, system) for system in found])
-    for position, middle in enumerate(middles):
-        axes.text(middle, position, " " + Summary.of([middle]).text(figure.unit), va="center", fontsize=7)
+    for position, (middle, summary) in enumerate(zip(middles, found.values(), strict=True)):
+        axes.text(summary.high, position, " " + Summary.of([middle]).text(figure.unit), va="center", fontsize=7)
     prefix = "memory over the model's bytes, " if figure.title.endswith(("worker", "workers")) else ""
     axes.set_title(prefix + figure.title, fontsize=8)
     if max(middles) > WIDE * min(middles) > 0:
