@@ -142,6 +142,35 @@ def test_a_model_of_ones_own_is_measured(tmp_path: Path) -> None:
     assert str(tmp_path) not in page
 
 
+def test_a_run_that_was_broken_off_goes_on(tmp_path: Path) -> None:
+    """With the trials that it has not taken; with other options it is refused."""
+    chosen = ["own_models:build", "--output", "out", "--systems", "zerocopy", "--repeats", "1", "--workers", "1"]
+    path = tmp_path / "out/benchmarks/results.json"
+    assert "There is no results.json" in bench(tmp_path, *chosen, "--figures", "memory,times", "--resume").stderr
+    bench(tmp_path, *chosen, "--figures", "memory,times")
+    told = json.loads(path.read_text())
+    memory = [trial for trial in told["trials"] if trial["measure"] == "memory"]
+    path.write_text(json.dumps({**told, "trials": memory}))
+    refused = bench(tmp_path, *chosen, "--figures", "times", "--resume")
+    assert refused.returncode == 2
+    assert "The run that was broken off had other measures." in refused.stderr
+    done = bench(tmp_path, *chosen, "--figures", "memory,times", "--resume")
+    assert [line[:5] for line in done.stderr.splitlines() if line.startswith("[")] == ["[2/2]"]
+    trials = json.loads(path.read_text())["trials"]
+    assert trials[:1] == memory
+    assert [trial["measure"] for trial in trials] == ["memory", "times", "times", "times"]
+
+
+def test_a_comparison_is_of_one_sitting() -> None:
+    """One that was broken off between two systems is taken again for both, in every repeat by itself."""
+    choice = runner.Choice(["mlp"], ["zerocopy", "plain"], ["memory", "times"], repeats=2, workers=[4])
+    planned = list(runner._plan(choice, {"mlp": {"bytes": 1000, "runs": True}}))
+    told = [trial for which, repeat in planned for trial in runner._entries(which, repeat, {"figures": {}})]
+    assert runner._finished(planned, told) == told
+    assert runner._finished(planned, told[:7]) == told[:6]
+    assert runner._finished(planned, told[:1]) == []
+
+
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="memory is asked of Linux")
 def test_memory_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a tree whose workers share one model, and do not see each other's writes."""

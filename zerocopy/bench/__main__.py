@@ -37,7 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> dict[str, Any]:
     folder = options.output / "benchmarks"
-    return runner.run(_choice(options), _tell, lambda results: report.save(results, folder))
+    earlier = report.load(folder) if options.resume else None
+    return runner.run(_choice(options), _tell, lambda results: report.save(results, folder), earlier)
 
 
 def _choice(options: argparse.Namespace) -> runner.Choice:
@@ -98,6 +99,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, default=Path("build/bench"), help="folder of the page (build/bench)")
     parser.add_argument(
         "--quick", action="store_true", help="memory and times of one model and three systems, once: about two minutes"
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with the run in the output folder that was broken off"
     )
     parser.add_argument("--show", type=Path, metavar="JSON", help="take no trials: print and plot these results again")
     return parser

@@ -6,11 +6,14 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from zerocopy._tables import as_text, format_bytes
 from zerocopy.bench import figures
 from zerocopy.bench.figures import Figure, Results
+from zerocopy.errors import ArgumentError
 
+FILE = "results.json"
 Table = tuple[str, list[str], list[list[str]]]  # title, headers, rows
 
 HOW = """\
@@ -20,10 +23,11 @@ Every figure is from a run of this command, on the machine below:
 {command}
 ```
 
-`nox -s bench` takes all that there is, for hours, `nox -s bench -- --quick` a little of it in minutes; `python -m zerocopy.bench
-module:build` measures a model of your own, where `build` is a function without arguments that returns it. Figures are medians
-over fresh processes, with the lowest and the highest in parentheses; loads and publishing are taken in three workers of each
-trial. Systems take turns. A system that cannot do something has its own words below the tables."""
+`nox -s bench` takes all that there is, for hours, and goes on with the same options and `--resume` if it was broken off;
+`nox -s bench -- --quick` takes a little of it in minutes; `python -m zerocopy.bench module:build` measures a model of your
+own, where `build` is a function without arguments that returns it. Figures are medians over fresh processes, with the lowest
+and the highest in parentheses; loads and publishing are taken in three workers of each trial. Systems take turns. A system
+that cannot do something has its own words below the tables."""
 
 WHAT = """\
 - **Memory** is that of the whole process tree, driver, raylet and workers, every page counted once (PSS), above what the same
@@ -41,11 +45,25 @@ WHAT = """\
 
 
 def save(results: Results, folder: Path) -> Path:
-    """Write the results as JSON."""
+    """Write the results as JSON; a run that is broken off meanwhile leaves those that were there."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "results.json"
-    path.write_text(json.dumps(results, indent=1) + "\n")
-    return path
+    path = folder / FILE
+    fresh = path.with_suffix(".tmp")
+    fresh.write_text(json.dumps(results, indent=1) + "\n")
+    return fresh.replace(path)
+
+
+def load(folder: Path) -> dict[str, Any]:
+    """The results that `save` wrote.
+
+    Raises:
+        ArgumentError: there are none.
+    """
+    try:
+        results: dict[str, Any] = json.loads((folder / FILE).read_text())
+    except FileNotFoundError:
+        raise ArgumentError(f"There is no {FILE} in {str(folder)!r}.", hint="start a run without --resume.") from None
+    return results
 
 
 def terminal(results: Results) -> str:

@@ -18,7 +18,7 @@ import attrs
 
 from zerocopy.bench import memory, models, systems
 from zerocopy.bench.trial import MARK, Trial
-from zerocopy.errors import ZeroCopyError
+from zerocopy.errors import ArgumentError, ZeroCopyError
 
 MEASURES = ("memory", "times", "calls", "rows", "scale")
 DEPTHS = (10, 20, 40, 80)  # of the Llamas whose loads are told against their modules
@@ -53,30 +53,64 @@ class Choice:
     effort: float = 1.0
 
 
-def run(choice: Choice, tell: Callable[[str], None], save: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
+def run(
+    choice: Choice,
+    tell: Callable[[str], None],
+    save: Callable[[dict[str, Any]], object],
+    earlier: dict[str, Any] | None = None,
+) -> dict[str, Any]:
     """Take all trials; `save` is given the results after each.
+
+    Args:
+        earlier: results of the same run, which was broken off. A comparison that it had begun is taken again as a whole: no
+            ratio is of two sittings.
 
     Raises:
         ModelError: a model could not be made.
+        ArgumentError: `earlier` is of another choice or machine.
     """
-    facts = {name: _facts(name, tell) for name in _all_models(choice)}
+    settings, here = attrs.asdict(choice), machine()
+    if earlier is not None:
+        _require_same(earlier, settings, here)
+    facts = earlier["models"] if earlier else {name: _facts(name, tell) for name in _all_models(choice)}
     titles = {name: systems.find(name).title for name in choice.systems}
-    taken: list[dict[str, Any]] = []
-    results = {
-        "machine": machine(),
-        "settings": attrs.asdict(choice),
-        "models": facts,
-        "systems": titles,
-        "trials": taken,
-    }
     planned = list(_plan(choice, facts))
+    taken = _finished(planned, earlier["trials"]) if earlier else []
+    done = set(map(_comparison_of, taken))
+    results = {"machine": here, "settings": settings, "models": facts, "systems": titles, "trials": taken}
     for number, (trial, repeat) in enumerate(planned, 1):
+        if (repeat, trial.model, trial.measure) in done:
+            continue
         start = time.monotonic()
         outcome = _outcome(trial, facts[trial.model]["bytes"])
         taken += _entries(trial, repeat, outcome)
         save(results)
         tell(f"[{number}/{len(planned)}] {_words(trial, outcome)}: {time.monotonic() - start:.0f} s")
     return results
+
+
+def _require_same(earlier: dict[str, Any], settings: dict[str, Any], here: dict[str, Any]) -> None:
+    differing = [name for name, value in settings.items() if earlier["settings"].get(name) != value]
+    if earlier["machine"] != here:
+        differing.append("machine or versions")
+    if differing:
+        raise ArgumentError(
+            f"The run that was broken off had other {', '.join(differing)}.",
+            hint="resume it with its own options, on its machine, or start a new one.",
+        )
+
+
+def _finished(planned: Sequence[tuple[Trial, int]], trials: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What was told of comparisons all of whose systems had their turn."""
+    told = {(_comparison_of(trial), trial["system"]) for trial in trials}
+    wanted = [((repeat, trial.model, trial.measure), trial.system) for trial, repeat in planned]
+    begun = {comparison for comparison, system in wanted if (comparison, system) not in told}
+    return [trial for trial in trials if _comparison_of(trial) not in begun]
+
+
+def _comparison_of(told: dict[str, Any]) -> tuple[int, str, str]:
+    """What the trials have in common that systems took in turn: the repeat, the model and the measure."""
+    return told["repeat"] // SAMPLES, told["model"], told["measure"]
 
 
 def machine() -> dict[str, Any]:
