@@ -217,12 +217,28 @@ def test_growth_is_taken_inside_a_repeat() -> None:
 def test_the_page_shows_a_failure_as_what_it_said() -> None:
     """In a peer's own words, without folders; figures that no trial told have no column."""
     page = report.page(results(), ["benchmarks/bars-mlp.png", "benchmarks/bars-other.png"])
-    assert "- ray-zerocopy 0.2.0, times (1 workers): TypeError: Got unsupported ScalarType BFloat16 in …" in page
+    assert "- ray-zerocopy 0.2.0 (times): TypeError: Got unsupported ScalarType BFloat16 in …" in page
     assert "| ray-zerocopy 0.2.0 | failed |" in page
     assert "first forward, ms" not in page
     assert "workers |" not in page
     assert "![bars mlp](benchmarks/bars-mlp.png)" in page
     assert "bars-other" not in page
+
+
+def test_the_page_says_what_did_not_fit() -> None:
+    """A system that was measured with fewer workers than others is too large for more, one that failed is not."""
+    base = {"model": "mlp", "measure": "memory", "repeat": 0}
+    taken = [
+        *({**base, "system": "zerocopy", "workers": count, "figures": {"taken": 1000}} for count in (1, 4)),
+        {**base, "system": "plain", "workers": 1, "figures": {"taken": 2000}},
+        {**base, "system": "own", "workers": 4, "skipped": "it does not fit"},
+        {**base, "system": "file", "workers": 4, "failure": "OSError"},
+    ]
+    page = report.page(results(trials=taken, systems={name: name for name in ("zerocopy", "plain", "own", "file")}))
+    assert "| zerocopy | 1.00 | 1.00 | 0.00 |" in page
+    assert "| plain | 2.00 | too large | too large |" in page
+    assert "| own | too large | too large | too large |" in page
+    assert "| file | failed | failed | failed |" in page
 
 
 def test_the_page_says_how_to_repeat_it() -> None:

@@ -95,8 +95,9 @@ def _line_plot(
 ) -> Any:
     from matplotlib.figure import Figure as Canvas
 
-    canvas = Canvas(figsize=(7, 4.2), layout="constrained")
+    canvas = Canvas(figsize=(8.5, 4.2), layout="constrained")
     axes = canvas.add_subplot()
+    ticks = sorted({point for points in told.values() for point in points})
     for system, points in told.items():
         middles = [summary.median for summary in points.values()]
         low = [summary.median - summary.low for summary in points.values()]
@@ -104,11 +105,15 @@ def _line_plot(
         style = {"color": _color(results, system), "label": results["systems"][system], "marker": "o", "capsize": 2}
         axes.errorbar(list(points), middles, yerr=[low, high], **style)
     axes.set(title=title, xlabel=x, ylabel=y)
-    axes.set_yscale("log" if logarithmic else "linear")
-    if not logarithmic:
+    if logarithmic:  # on both axes: what grows as fast as `x` is a straight line, as steep for all
+        axes.loglog()
+        axes.yaxis.set_major_formatter("{x:g}")
+    else:
         axes.set_ylim(bottom=0)
+    axes.set_xticks([], minor=True)
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=8, frameon=False)
+    canvas.legend(loc="outside right upper", fontsize=8, frameon=False)
     return canvas
 
 

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import attrs
+
 from zerocopy._tables import as_text, format_bytes
 from zerocopy.bench import figures
 from zerocopy.bench.figures import Figure, Results
@@ -27,7 +29,8 @@ Every figure is from a run of this command, on the machine below:
 `nox -s bench -- --quick` takes a little of it in minutes; `python -m zerocopy.bench module:build` measures a model of your
 own, where `build` is a function without arguments that returns it. Figures are medians over fresh processes, with the lowest
 and the highest in parentheses; loads and publishing are taken in three workers of each trial. Systems take turns. A system
-that cannot do something has its own words below the tables."""
+that cannot do something has its own words below the tables; where the copies of so many workers do not fit the memory, it is
+said to be too large."""
 
 WHAT = """\
 - **Memory** is that of the whole process tree, driver, raylet and workers, every page counted once (PSS), above what the same
@@ -109,15 +112,13 @@ def measured(results: Results) -> list[str]:
 
 
 def failures(results: Results, model: str) -> list[str]:
-    """What systems said that could not do something, each once."""
-    lines = []
+    """What systems said that could not do something, with the measures in which they said it."""
+    said: dict[tuple[str, str], dict[str, None]] = {}
     for trial in results["trials"]:
         words = trial.get("failure") or trial.get("skipped")
         if trial["model"] == model and words:
-            lines.append(
-                f"{results['systems'][trial['system']]}, {trial['measure']} ({trial['workers']} workers): {words}"
-            )
-    return list(dict.fromkeys(lines))
+            said.setdefault((results["systems"][trial["system"]], words), {})[trial["measure"]] = None
+    return [f"{system} ({', '.join(measures)}): {words}" for (system, words), measures in said.items()]
 
 
 def _heading(results: Results, model: str) -> str:
@@ -148,10 +149,11 @@ def _cell(results: Results, model: str, system: str, column: Figure) -> str:
     summary = figures.summary(results, model, system, column)
     if summary is not None:
         return summary.text(column.unit)
-    trials = list(figures.trials(results, model, system, column))
+    trials = list(figures.trials(results, model, system, attrs.evolve(column, workers=None)))
     if any("failure" in trial for trial in trials):
         return "failed"
-    return "too large" if any("skipped" in trial for trial in trials) else ""
+    is_beyond = column.workers is not None and trials  # fewer workers were measured: the copies of so many do not fit
+    return "too large" if is_beyond or any("skipped" in trial for trial in trials) else ""
 
 
 def _scale(results: Results) -> Iterator[Table]:
