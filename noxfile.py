@@ -41,7 +41,8 @@ def tests(session: nox.Session) -> None:
 def bench(session: nox.Session) -> None:
     """zerocopy against the other ways, measured. Without arguments a full run, which writes docs/benchmarks.md anew."""
     _install(session, "-e", ".[bench]", "ray-zerocopy==0.2.0")
-    arguments = session.posargs or ["--output", "docs"]
+    is_full = not {*session.posargs} - {"--resume"}
+    arguments = [*session.posargs, *(["--output", "docs"] if is_full else [])]
     session.run("python", "-m", "zerocopy.bench", *arguments, env={"HF_HUB_OFFLINE": "1"})
 
 

@@ -146,7 +146,9 @@ def test_a_run_that_was_broken_off_goes_on(tmp_path: Path) -> None:
     """With the trials that it has not taken; with other options it is refused."""
     chosen = ["own_models:build", "--output", "out", "--systems", "zerocopy", "--repeats", "1", "--workers", "1"]
     path = tmp_path / "out/benchmarks/results.json"
-    assert "There is no results.json" in bench(tmp_path, *chosen, "--figures", "memory,times", "--resume").stderr
+    nothing = bench(tmp_path, *chosen, "--figures", "memory,times", "--resume")
+    assert nothing.returncode == 2
+    assert "There are no results in 'out/benchmarks/results.json'" in nothing.stderr
     bench(tmp_path, *chosen, "--figures", "memory,times")
     told = json.loads(path.read_text())
     memory = [trial for trial in told["trials"] if trial["measure"] == "memory"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -23,13 +22,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception: the trial under way is ended too
     parser = _parser()
     options = parser.parse_args(arguments)
-    if options.show:
-        results = json.loads(options.show.read_text())
-    else:
-        try:
-            results = _run(options)
-        except ZeroCopyError as error:
-            parser.error(str(error))
+    try:
+        results = report.load(options.show) if options.show else _run(options)
+    except ZeroCopyError as error:
+        parser.error(str(error))
     print(report.terminal(results))
     _write(results, options.output)
     return 0
@@ -37,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> dict[str, Any]:
     folder = options.output / "benchmarks"
-    earlier = report.load(folder) if options.resume else None
+    earlier = report.load(folder / report.FILE) if options.resume else None
     return runner.run(_choice(options), _tell, lambda results: report.save(results, folder), earlier)
 
 

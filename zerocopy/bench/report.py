@@ -56,16 +56,17 @@ def save(results: Results, folder: Path) -> Path:
     return fresh.replace(path)
 
 
-def load(folder: Path) -> dict[str, Any]:
+def load(path: Path) -> dict[str, Any]:
     """The results that `save` wrote.
 
     Raises:
         ArgumentError: there are none.
     """
     try:
-        results: dict[str, Any] = json.loads((folder / FILE).read_text())
-    except FileNotFoundError:
-        raise ArgumentError(f"There is no {FILE} in {str(folder)!r}.", hint="start a run without --resume.") from None
+        results: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        hint = f"name the {FILE} of a run, or, to resume one, its folder with --output."
+        raise ArgumentError(f"There are no results in {str(path)!r}: {error}.", hint=hint) from None
     return results
 
 

@@ -104,8 +104,8 @@ def _finished(planned: Sequence[tuple[Trial, int]], trials: Sequence[dict[str, A
     """What was told of comparisons all of whose systems had their turn."""
     told = {(_comparison_of(trial), trial["system"]) for trial in trials}
     wanted = [((repeat, trial.model, trial.measure), trial.system) for trial, repeat in planned]
-    begun = {comparison for comparison, system in wanted if (comparison, system) not in told}
-    return [trial for trial in trials if _comparison_of(trial) not in begun]
+    unfinished = {comparison for comparison, system in wanted if (comparison, system) not in told}
+    return [trial for trial in trials if _comparison_of(trial) not in unfinished]
 
 
 def _comparison_of(told: dict[str, Any]) -> tuple[int, str, str]:
