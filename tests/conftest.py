@@ -25,6 +25,7 @@ def cluster() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Ray's, about itself
         ray.init(
+            "local",
             num_cpus=4,
             object_store_memory=STORE_BYTES,
             include_dashboard=False,

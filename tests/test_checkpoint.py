@@ -153,7 +153,7 @@ size = sum(parameter.nbytes for parameter in model.parameters())
 del model
 dtype = {"as it is": None, "converted": torch.float16}[sys.argv[2]]
 written = size if dtype is None else size // 2
-ray.init(num_cpus=1, object_store_memory=600_000_000, include_dashboard=False, log_to_driver=False)
+ray.init("local", num_cpus=1, object_store_memory=600_000_000, include_dashboard=False, log_to_driver=False)
 zerocopy.publish(nn.Linear(300, 300), adopt=True)
 total = lambda: memory_report(pids).total
 import os

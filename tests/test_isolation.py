@@ -146,7 +146,7 @@ def no_raylet():
     return iter(())
 
 _mapping._raylet_descriptors = no_raylet
-ray.init(num_cpus=1, object_store_memory=100_000_000, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+ray.init("local", num_cpus=1, object_store_memory=100_000_000, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
 publication = zerocopy.publish(nn.Linear(64, 64))
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")

@@ -294,7 +294,7 @@ def test_closures_and_globals() -> None:
 STRICT_MODE = """
 import ray
 import pipelines, zerocopy
-ray.init(num_cpus=1, object_store_memory=100_000_000, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+ray.init("local", num_cpus=1, object_store_memory=100_000_000, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
 search = pipelines.search(width=64)
 publication = zerocopy.publish(search)
 for captured in (search, publication):

@@ -348,7 +348,7 @@ def test_classes_of_a_script_stay_themselves() -> None:
     done = run_python(
         "import ray, torch, zerocopy\n"
         "from torch import nn\n"
-        "ray.init(num_cpus=2, object_store_memory=100_000_000, include_dashboard=False, log_to_driver=False)\n"
+        "ray.init('local', num_cpus=2, object_store_memory=100_000_000, include_dashboard=False, log_to_driver=False)\n"
         "COUNT = 0\n"
         "class Model(nn.Linear):\n"
         "    seen = []\n"
@@ -719,7 +719,7 @@ def test_without_ray_and_after_it(tmp_path: Path) -> None:
     content = tmp_path / "wrapper.pickle"
     writer = (
         "import pickle, ray, torch, zerocopy\n"
-        "ray.init(num_cpus=1, object_store_memory=100_000_000, include_dashboard=False, log_to_driver=False)\n"
+        "ray.init('local', num_cpus=1, object_store_memory=100_000_000, include_dashboard=False, log_to_driver=False)\n"
         "wrapper = zerocopy.ModelWrapper.from_model(torch.nn.Linear(300, 300))\n"
         f"open({str(content)!r}, 'wb').write(pickle.dumps(wrapper))\n"
         "ray.shutdown()\n"

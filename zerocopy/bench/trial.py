@@ -73,6 +73,7 @@ def _ray(trial: Trial) -> Iterator[None]:
     import ray
 
     ray.init(
+        "local",
         num_cpus=trial.workers,
         object_store_memory=trial.store,
         include_dashboard=False,
