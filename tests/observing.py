@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from zerocopy._paths import attributes_of
+from zerocopy._split.paths import attributes_of
 
 ATOMS = (str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.device, torch.Size, np.dtype)
 

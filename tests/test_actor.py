@@ -187,7 +187,8 @@ import ray
 from ray import serve
 import pipelines, zerocopy
 
-ray.init("local", num_cpus=2, object_store_memory=200_000_000, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+ray.init("local", num_cpus=2, object_store_memory=200_000_000, include_dashboard=False, logging_level="ERROR",
+         log_to_driver=False)
 search = pipelines.search(width=64)
 
 @serve.deployment

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 import zerocopy
-from zerocopy import _store, shared
+from zerocopy import shared
+from zerocopy._store import object_store
 from zerocopy.memory import private_bytes
 from zerocopy.testing import assert_zero_copy, shares_memory
 
@@ -49,7 +50,7 @@ def test_the_peak_is_below_a_quarter_more() -> None:
     """While it is published, the source shrinks as the store grows."""
     model = layers()
     peaks = [0]
-    put, written = _store.put, [0]
+    put, written = object_store.put, [0]
 
     def counting_put(value: Any) -> Any:
         ref = put(value)
@@ -60,10 +61,10 @@ def test_the_peak_is_below_a_quarter_more() -> None:
 
     start = private_bytes() - MODEL_BYTES
     try:
-        _store.put = counting_put
+        object_store.put = counting_put
         zerocopy.publish(model, adopt=True)
     finally:
-        _store.put = put
+        object_store.put = put
     assert len(peaks) > 8
     assert max(peaks) < 1.25 * MODEL_BYTES
 
@@ -157,7 +158,7 @@ def test_a_failure_leaves_the_pipeline_whole(fails_at: Any, monkeypatch: pytest.
     model, value = layers(), torch.ones(1, WIDTH)
     answer = model(value).detach()
     calls = [0]
-    put = _store.put
+    put = object_store.put
 
     def failing_put(content: Any) -> Any:
         calls[0] += 1
@@ -165,7 +166,7 @@ def test_a_failure_leaves_the_pipeline_whole(fails_at: Any, monkeypatch: pytest.
             raise ray.exceptions.ObjectStoreFullError
         return put(content)
 
-    monkeypatch.setattr(_store, "put", failing_put)
+    monkeypatch.setattr(object_store, "put", failing_put)
     with pytest.raises(ray.exceptions.ObjectStoreFullError):
         zerocopy.publish(model, adopt=True)
     monkeypatch.undo()

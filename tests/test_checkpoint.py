@@ -140,7 +140,7 @@ PEAK = """
 import sys, threading, time, torch, ray
 from torch import nn
 import zerocopy
-from zerocopy import _store
+from zerocopy._store import object_store
 from zerocopy.memory import memory_report
 from safetensors.torch import save_file
 
@@ -160,13 +160,13 @@ import os
 pids = [os.getpid(), *[p.pid for p in memory_report().processes if p.name == "raylet"]]
 base = total()
 peaks = []
-put = _store.put
+put = object_store.put
 def watching(value):
     peaks.append(total() - base)
     ref = put(value)
     peaks.append(total() - base)
     return ref
-_store.put = watching
+object_store.put = watching
 publication = zerocopy.publish_checkpoint(build, sys.argv[1], dtype=dtype)
 print(max(peaks) / written, (total() - base) / written, len(peaks))
 """

@@ -480,9 +480,9 @@ def test_taken_apart_tensors_are_published_once() -> None:
         "labelled": noise().as_subclass(Labelled),
     }
     holder = Holder(value)
-    sent = [zerocopy._publishing.publish_automatically(holder).reference for _ in range(3)]
+    sent = [zerocopy._publish.publish.publish_automatically(holder).reference for _ in range(3)]
     assert len(set(sent)) == 1
     value["labelled"].add_(1)
-    changed = zerocopy._publishing.publish_automatically(holder)
+    changed = zerocopy._publish.publish.publish_automatically(holder)
     assert changed.reference != sent[0]
     assert torch.equal(changed.load().value["labelled"], value["labelled"])

@@ -140,13 +140,14 @@ import ray, torch
 from torch import nn
 import zerocopy
 import zerocopy.errors
-from zerocopy import _mapping
+from zerocopy._store import mapping
 
 def no_raylet():
     return iter(())
 
-_mapping._raylet_descriptors = no_raylet
-ray.init("local", num_cpus=1, object_store_memory=100_000_000, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+mapping._raylet_descriptors = no_raylet
+ray.init("local", num_cpus=1, object_store_memory=100_000_000, include_dashboard=False, logging_level="ERROR",
+         log_to_driver=False)
 publication = zerocopy.publish(nn.Linear(64, 64))
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
@@ -184,16 +185,16 @@ def test_the_publisher_may_require_isolation_of_others(monkeypatch: pytest.Monke
 
     @ray.remote
     def load_without_raylet(publication: Any) -> str:
-        from zerocopy import _mapping
+        from zerocopy._store import mapping
 
-        found, _mapping._raylet_descriptors = _mapping._raylet_descriptors, lambda: iter(())
-        _mapping._descriptors.clear()
+        found, mapping._raylet_descriptors = mapping._raylet_descriptors, lambda: iter(())
+        mapping._descriptors.clear()
         try:
             publication.load()
         except errors.IsolationError as error:
             return str(error)
         finally:
-            _mapping._raylet_descriptors = found
+            mapping._raylet_descriptors = found
         return "loaded"
 
     assert "no raylet of this user" in ray.get(load_without_raylet.remote(publication))

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import zerocopy
-from zerocopy._shards import PACKS_PER_SHARD
+from zerocopy._store.write import PACKS_PER_SHARD
 from zerocopy.memory import MemoryReport, ProcessMemory, private_bytes
 
 pytestmark = pytest.mark.usefixtures("cluster")

@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 import zerocopy
-from zerocopy import Copied, Shared, _store, copied, errors, shared
+from zerocopy import Copied, Shared, copied, errors, shared
+from zerocopy._store import object_store
 
 
 def actor_on_a_function() -> None:
@@ -423,7 +424,7 @@ def test_ray_client(monkeypatch: pytest.MonkeyPatch, cluster: None) -> None:
     """A connection through Ray Client is refused, by every way to publish."""
     search = pipelines.search(width=2)
     monkeypatch.setattr(ray.util.client.ray, "is_connected", lambda: True)
-    for use in (lambda: zerocopy.publish(search), lambda: pipelines.answer.remote(search, 1.0), _store.require):
+    for use in (lambda: zerocopy.publish(search), lambda: pipelines.answer.remote(search, 1.0), object_store.require):
         with pytest.raises(
             errors.RayClientError, match=r"cannot work through Ray Client \(ray://\).*ray.init\(address='auto'\)"
         ):

@@ -17,7 +17,8 @@ from conftest import run_python
 from torch import nn
 
 import zerocopy
-from zerocopy import _weights, copied, shared
+from zerocopy import copied, shared
+from zerocopy._publish import weights
 from zerocopy.testing import assert_zero_copy
 
 pytestmark = pytest.mark.usefixtures("cluster")
@@ -39,13 +40,13 @@ def top_k_and_mode(search: pipelines.Search) -> tuple[int, bool, bool]:
 def publishings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows by the number of storages written, each time weights are put into the store."""
     writes: list[int] = []
-    real = _weights.write
+    real = weights.write
 
     def counted(storages: Any, ends: Any, stored: Any, *rest: Any) -> Any:
         writes.append(sum(storage.key not in stored for storage in storages))
         return real(storages, ends, stored, *rest)
 
-    monkeypatch.setattr(_weights, "write", counted)
+    monkeypatch.setattr(weights, "write", counted)
     return writes
 
 
@@ -294,7 +295,8 @@ def test_closures_and_globals() -> None:
 STRICT_MODE = """
 import ray
 import pipelines, zerocopy
-ray.init("local", num_cpus=1, object_store_memory=100_000_000, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+ray.init("local", num_cpus=1, object_store_memory=100_000_000, include_dashboard=False, logging_level="ERROR",
+         log_to_driver=False)
 search = pipelines.search(width=64)
 publication = zerocopy.publish(search)
 for captured in (search, publication):

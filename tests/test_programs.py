@@ -124,11 +124,11 @@ def test_found_by_the_automatic_rule_and_published_once() -> None:
     search = Search()
     plan = zerocopy.plan(search)
     assert [entry.path for entry in plan.entries if entry.policy == "shared"] == ["search.programs['only']"]
-    sent = [zerocopy._publishing.publish_automatically(search).reference for _ in range(3)]
+    sent = [zerocopy._publish.publish.publish_automatically(search).reference for _ in range(3)]
     assert len(set(sent)) == 1
     with torch.no_grad():
         search.programs["only"].first.bias.add_(1)
-    assert zerocopy._publishing.publish_automatically(search).reference != sent[0]
+    assert zerocopy._publish.publish.publish_automatically(search).reference != sent[0]
 
 
 def test_parts_and_functions() -> None:

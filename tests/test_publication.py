@@ -16,7 +16,9 @@ from conftest import wait_until
 from torch import nn
 
 import zerocopy
-from zerocopy import _devices, _publication, copied, shared
+from zerocopy import copied, shared
+from zerocopy._load import devices
+from zerocopy._store import object_store
 from zerocopy.errors import (
     ArgumentError,
     DeviceError,
@@ -308,8 +310,8 @@ def test_only_needed_shards_are_fetched(monkeypatch: pytest.MonkeyPatch) -> None
     search.encoder = pipelines.encoder(width=1200)
     publication = zerocopy.publish(search)
     fetched = []
-    real = _publication._store.get_all
-    monkeypatch.setattr(_publication._store, "get_all", lambda refs: fetched.append(len(refs)) or real(refs))
+    real = object_store.get_all
+    monkeypatch.setattr(object_store, "get_all", lambda refs: fetched.append(len(refs)) or real(refs))
     publication.load()
     publication.load(fields=["index"])
     publication.load(fields=["top_k"])
@@ -383,8 +385,8 @@ def test_inference_mode_does_not_change_what_is_loaded() -> None:
 
 def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     """`load(device=...)` moves every tensor, a field's own device wins, `auto` is what Ray assigned."""
-    real = _devices.resolve
-    monkeypatch.setattr(_devices, "resolve", lambda name: torch.device("meta") if name == "there" else real(name))
+    real = devices.resolve
+    monkeypatch.setattr(devices, "resolve", lambda name: torch.device("meta") if name == "there" else real(name))
 
     @zerocopy.pipeline
     class Search:
@@ -400,11 +402,11 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
         "meta",
     )
     assert isinstance(loaded.encoder.weight, nn.Parameter)
-    monkeypatch.setattr(_devices._store, "assigned_gpu", lambda: True)
+    monkeypatch.setattr(devices._store, "assigned_gpu", lambda: True)
     if not torch.cuda.is_available():
         with pytest.raises(DeviceError, match="'cuda:0' is not there"):
             publication.load(device="auto")
-    monkeypatch.setattr(_devices._store, "assigned_gpu", lambda: False)
+    monkeypatch.setattr(devices._store, "assigned_gpu", lambda: False)
     assert publication.load(device="auto").encoder.weight.device.type == "cpu"
     with pytest.raises(DeviceError, match="'warp:9' is not there"):
         publication.load(device="warp:9")
@@ -428,8 +430,8 @@ def test_ties_may_not_span_devices(monkeypatch: pytest.MonkeyPatch) -> None:
         zerocopy.publish(Search(encoder, encoder.weight.detach()))
     publication = zerocopy.publish(Half(encoder, encoder.weight.detach()))
     assert publication.load().view.device.type == "cpu"
-    real = _devices.resolve
-    monkeypatch.setattr(_devices, "resolve", lambda name: torch.device("meta") if name == "there" else real(name))
+    real = devices.resolve
+    monkeypatch.setattr(devices, "resolve", lambda name: torch.device("meta") if name == "there" else real(name))
     with pytest.raises(DeviceError, match="share memory would be loaded on cpu and meta"):
         publication.load(device="there")
 

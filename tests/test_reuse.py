@@ -15,7 +15,7 @@ from torch import nn
 
 import zerocopy
 from zerocopy import copied, shared
-from zerocopy._reuse import Loans
+from zerocopy._run.reuse import Loans
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
@@ -92,9 +92,9 @@ class Process:
         return task(*arguments)
 
     def kept(self) -> int:
-        from zerocopy import _reuse
+        from zerocopy._run import reuse
 
-        return len(_reuse._kept)
+        return len(reuse._kept)
 
     def escaped_sum(self) -> float:
         import test_reuse

@@ -12,7 +12,8 @@ from zerocopy.testing import assert_zero_copy
 
 def start():
     warnings.simplefilter("default")
-    ray.init("local", num_cpus=1, object_store_memory=100_000_000, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+    ray.init("local", num_cpus=1, object_store_memory=100_000_000, include_dashboard=False, logging_level="ERROR",
+         log_to_driver=False)
     warnings.simplefilter("error")
 
 start()

@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from hypothesis import given
 
-from zerocopy._mapping import start_of, starts_of
-from zerocopy._shards import ALIGNMENT, FIELD_SHARD, MB, ORDINARY, PACKED, PACKS_PER_SHARD, _lay_out, group
-from zerocopy._tensors import storage_of
+from zerocopy._store.mapping import start_of, starts_of
+from zerocopy._store.tensors import storage_of
+from zerocopy._store.write import ALIGNMENT, FIELD_SHARD, MB, ORDINARY, PACKED, PACKS_PER_SHARD, _lay_out, group
 
 
 @given(st.lists(st.sampled_from([0, 1, 1000, PACKED, MB, 70 * MB]), max_size=60), st.data())

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 import zerocopy
-from zerocopy import _short_calls, copied, shared
+from zerocopy import copied, shared
+from zerocopy._run import short_calls
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
@@ -46,15 +47,15 @@ def note(search: Search, word: str) -> list[str]:
 @zerocopy.task(num_cpus=1)
 def forget(model: nn.Module) -> None:
     """Lets go of all that this worker keeps, as it does after some seconds."""
-    from zerocopy import _reuse
+    from zerocopy._run import reuse
 
-    _reuse._kept.clear()
+    reuse._kept.clear()
 
 
 @zerocopy.task(num_cpus=1)
 def pass_on(model: nn.Module) -> str:
     """The publication as which a pipeline that was loaded for this call travels."""
-    from zerocopy._publishing import publish_automatically
+    from zerocopy._publish.publish import publish_automatically
 
     return publish_automatically(model).reference.hex()
 
@@ -73,20 +74,20 @@ def fail(model: nn.Module, word: str) -> None:
 def answers(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """How each short call was answered."""
     told: list[str] = []
-    is_unknown = _short_calls.is_unknown
+    is_unknown = short_calls.is_unknown
 
     def noted(answer: Any) -> bool:
         told.append("unknown" if is_unknown(answer) else "known")
         return is_unknown(answer)
 
-    monkeypatch.setattr(_short_calls, "is_unknown", noted)
+    monkeypatch.setattr(short_calls, "is_unknown", noted)
     return told
 
 
 def warm(publication: Any, answers: list[str]) -> None:
     """Call until a call was short, and answered: any worker may run it."""
     for _ in range(200):
-        _short_calls._times.clear()
+        short_calls._times.clear()
         give(publication, 0)
         give(publication, 0)
         if answers[-1:] == ["known"]:

@@ -13,11 +13,11 @@ import torch
 from hypothesis import given, settings
 from torch import nn
 
-from zerocopy._introspector import Subject, introspect
-from zerocopy._loading import graft_skeleton
-from zerocopy._roles import Zone
-from zerocopy._skeleton import Split, graft, strip
-from zerocopy._tensors import TensorTable, rebuild
+from zerocopy._load.load import graft_skeleton
+from zerocopy._split.introspect import Subject, introspect
+from zerocopy._split.roles import Zone
+from zerocopy._split.skeleton import Split, graft, strip
+from zerocopy._store.tensors import TensorTable, rebuild
 from zerocopy.errors import CannotTravelError
 
 CPU = torch.device("cpu")

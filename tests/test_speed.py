@@ -13,7 +13,7 @@ from conftest import run_python, wait_until
 from torch import nn
 
 import zerocopy
-from zerocopy._introspector import Subject, introspect
+from zerocopy._split.introspect import Subject, introspect
 
 pytestmark = pytest.mark.usefixtures("cluster")
 

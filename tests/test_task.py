@@ -366,7 +366,8 @@ class Worker:
     def ask(self, query: float) -> float:
         return self.search.rank(query)
 
-ray.init("local", num_cpus=4, object_store_memory=100_000_000, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+ray.init("local", num_cpus=4, object_store_memory=100_000_000, include_dashboard=False, logging_level="ERROR",
+         log_to_driver=False)
 search = Search(encoder=nn.Linear(8, 8))
 expected = float(search.encoder(torch.ones(1, 8)).detach().sum()) * SCALE
 close = lambda value, other: abs(value - other) < 1e-4

@@ -1,16 +1,16 @@
 """Share PyTorch models between Ray workers without copying them."""
 
-from zerocopy import _passing as _passing
 from zerocopy import errors
-from zerocopy._actor import Actor, Pool, actor
-from zerocopy._checkpoint import publish_checkpoint
-from zerocopy._extraction import extract_tensors, replace_tensors
-from zerocopy._fields import Copied, Field, Policy, Shared, copied, shared
-from zerocopy._pipeline import fields, pipeline
-from zerocopy._plan import PlanEntry, SharePlan, plan
-from zerocopy._publication import Publication
-from zerocopy._publishing import publish, unshare
-from zerocopy._task import Task, task
+from zerocopy._declare.fields import Copied, Field, Policy, Shared, copied, shared
+from zerocopy._declare.pipeline import fields, pipeline
+from zerocopy._load.publication import Publication
+from zerocopy._publish import passing  # noqa: F401 (registers reducers)
+from zerocopy._publish.checkpoint import publish_checkpoint
+from zerocopy._publish.publish import publish, unshare
+from zerocopy._run.actor import Actor, Pool, actor
+from zerocopy._run.task import Task, task
+from zerocopy._split.plan import PlanEntry, SharePlan, plan
+from zerocopy._wrap.extraction import extract_tensors, replace_tensors
 from zerocopy.memory import memory_report
 from zerocopy.wrappers import (
     ActorWrapper,
@@ -63,3 +63,7 @@ __all__ = [
     "task",
     "unshare",
 ]
+
+for _public in map(globals().__getitem__, __all__):
+    if isinstance(getattr(_public, "__module__", None), str) and _public.__module__.startswith("zerocopy."):
+        _public.__module__ = "zerocopy"  # where it is found: pickles, help and errors name no private file

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import attrs
 
-from zerocopy._mapping import is_store_file
+from zerocopy._store.mapping import is_store_file
 from zerocopy._tables import as_html, as_text, format_bytes
 
 

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from zerocopy import _paths
-from zerocopy._mapping import is_store_file
-from zerocopy._pipeline import is_pipeline_class
-from zerocopy._roles import Zone
-from zerocopy._skeleton import Split, strip
-from zerocopy._tensors import is_tensor_or_array, storage_of
+from zerocopy._declare.pipeline import is_pipeline_class
+from zerocopy._split import paths
+from zerocopy._split.roles import Zone
+from zerocopy._split.skeleton import Split, strip
+from zerocopy._store.mapping import is_store_file
+from zerocopy._store.tensors import is_tensor_or_array, storage_of
 
 _PAGE = 4096
 _IS_FILE_PAGE = 1 << 61  # of an entry of /proc/self/pagemap, as the kernel's pagemap.rst describes it
@@ -42,14 +42,14 @@ def assert_zero_copy(pipeline: Any) -> None:
     """
     for tensor in _tensors(pipeline):
         if tensor.nbytes and _origin(tensor)[0] != "store":
-            path = _paths.find(pipeline, tensor, _paths.name_of(pipeline))
+            path = paths.find(pipeline, tensor, paths.name_of(pipeline))
             raise AssertionError(f"{path} is not a view of the object store, but {tensor.nbytes:,} bytes of its own")
 
 
 def _tensors(obj: Any) -> list[Any]:
     if is_tensor_or_array(obj):
         return [obj]
-    name = _paths.name_of(obj)
+    name = paths.name_of(obj)
     parts = [obj]
     if is_pipeline_class(type(obj)):
         parts = strip([obj], zone=Zone.AUTO, split=Split.ROOTS, names=[name]).roots

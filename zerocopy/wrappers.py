@@ -8,12 +8,13 @@ from typing import Any, Generic, Literal, TypeVar
 
 import ray
 
-from zerocopy import _devices, _store
-from zerocopy._models import is_model, models_of
-from zerocopy._publication import Publication
-from zerocopy._remote_models import RemoteModel, described, on_device
-from zerocopy._torchscript import PROGRAMS
-from zerocopy._wrapping import ModelInfo, attributes_to_copy, moved, prepare_for_actors, prepare_for_tasks
+from zerocopy._load import devices
+from zerocopy._load.publication import Publication
+from zerocopy._split.models import is_model, models_of
+from zerocopy._split.programs import PROGRAMS
+from zerocopy._store import object_store
+from zerocopy._wrap.prepare import ModelInfo, attributes_to_copy, moved, prepare_for_actors, prepare_for_tasks
+from zerocopy._wrap.remote_model import RemoteModel, described, on_device
 from zerocopy.errors import ArgumentError, ModeError
 
 T = TypeVar("T")
@@ -99,7 +100,7 @@ class ModelWrapper(Generic[T]):
             As `Publication.load`.
         """
         if self._mode == "task" and device is not None:
-            _devices.check_device_name(str(device), "load()")
+            devices.check_device_name(str(device), "load()")
         if isinstance(self._skeleton, RemoteModel):
             pipeline: Any = on_device(self._skeleton, device)
         elif self._mode == "actor":
@@ -226,7 +227,7 @@ class ActorWrapper(Generic[T]):
     _zerocopy_wrapper: type[ModelWrapper[Any]] = ModelWrapper
 
     def __init__(self, pipeline: T, device: str | None = None, model_attr_names: Sequence[str] | None = None) -> None:
-        _devices.check_device_name(device, f"{type(self).__name__} of {type(pipeline).__name__}")
+        devices.check_device_name(device, f"{type(self).__name__} of {type(pipeline).__name__}")
         self._skeleton: ModelWrapper[T] = self._zerocopy_wrapper.from_model(pipeline, model_attr_names=model_attr_names)
         self.device = device
         self.__doc__ = self._skeleton.__doc__
@@ -276,7 +277,7 @@ def prepare_model_for_actors(model: Any) -> ray.ObjectRef[Any]:
             f"prepare_model_for_actors expects a model, got {type(model).__name__!r}.",
             hint="use rewrite_pipeline_for_actors for an object that holds some.",
         )
-    return _store.put(ModelWrapper.from_model(model))
+    return object_store.put(ModelWrapper.from_model(model))
 
 
 def load_model_in_actor(model_ref: Any, device: Any = None, use_fast_load: bool = False) -> Any:
@@ -286,7 +287,7 @@ def load_model_in_actor(model_ref: Any, device: Any = None, use_fast_load: bool 
         ArgumentError: the reference is of something else.
         As `Publication.load`.
     """
-    wrapper = _store.get(model_ref) if isinstance(model_ref, ray.ObjectRef) else model_ref
+    wrapper = object_store.get(model_ref) if isinstance(model_ref, ray.ObjectRef) else model_ref
     return _wrapper_of(wrapper, "load_model_in_actor", "prepare_model_for_actors").load(device, use_fast_load)
 
 

@@ -1,0 +1,1 @@
+"""Has something that was published or loaded changed since?"""

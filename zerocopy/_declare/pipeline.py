@@ -1,0 +1,239 @@
+"""What does `@pipeline` leave on a class: its fields, an `__init__` where it has none, and one attribute of ours."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import types
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar, dataclass_transform, overload
+
+import attr
+import attrs
+from torch import nn
+
+from zerocopy._declare.fields import Field, Marker, copied, declared_markers, iter_fields, shared
+from zerocopy._load.devices import check_device_name
+from zerocopy.errors import DeclarationError
+
+C = TypeVar("C", bound=type)
+
+# `__init_subclass__` is the one name through which a class hears of its undecorated subclasses, in workers too, so the
+# record of the declaration lives there and a class carries a single attribute of ours.
+FOOTPRINT = "__init_subclass__"
+
+_observers: list[Callable[[type], None]] = []
+
+
+def observe_pipeline_classes(observer: Callable[[type], None]) -> None:
+    """Call `observer` with every pipeline class that this process makes or rebuilds, subclasses included."""
+    _observers.append(observer)
+
+
+class Footprint:
+    """Records the fields that one class declares, and announces the classes derived from it."""
+
+    def __init__(self, cls: type, fields: tuple[Field, ...], previous: Any) -> None:
+        self.cls = cls
+        self.fields = fields
+        self.previous = previous
+
+    def __get__(self, instance: object, owner: type) -> Callable[..., None]:
+        return functools.partial(self._subclass_made, owner)
+
+    def _subclass_made(self, owner: type, **options: Any) -> None:
+        if self.previous is None:
+            super(self.cls, owner).__init_subclass__(**options)  # type: ignore[arg-type]
+        else:
+            self.previous.__get__(None, owner)(**options)
+        _announce(owner)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild_footprint, (self.cls, self.fields, self.previous)
+
+
+def _rebuild_footprint(cls: type, fields: tuple[Field, ...], previous: Any) -> Footprint:
+    # A class pickled by value does not run its decorator again where it is rebuilt.
+    _announce(cls)
+    return Footprint(cls, fields, previous)
+
+
+def _announce(cls: type) -> None:
+    for observer in _observers:
+        observer(cls)
+
+
+def is_pipeline_class(cls: type) -> bool:
+    return any(isinstance(vars(base).get(FOOTPRINT), Footprint) for base in cls.__mro__)
+
+
+def fields(cls: type) -> Mapping[str, Field]:
+    """The fields of a pipeline class by name, inherited ones first.
+
+    Raises:
+        DeclarationError: `cls` is not a pipeline class, or an undecorated subclass declares fields of its own.
+    """
+    if not isinstance(cls, type) or not is_pipeline_class(cls):
+        raise DeclarationError(f"{cls!r} is not a pipeline class.", hint="mark it with @zerocopy.pipeline.")
+    known = _fields_of.get(cls)
+    if known is None:
+        known = _fields_of[cls] = _collect(cls)
+    return known
+
+
+_fields_of: weakref.WeakKeyDictionary[type, Mapping[str, Field]] = weakref.WeakKeyDictionary()
+
+
+def _collect(cls: type) -> Mapping[str, Field]:
+    found: dict[str, Field] = {}
+    for base in reversed(cls.__mro__):
+        footprint = vars(base).get(FOOTPRINT)
+        if isinstance(footprint, Footprint):
+            found.update({field.name: field for field in footprint.fields})
+        elif stray := list(declared_markers(base)):
+            raise DeclarationError(
+                f"{base.__name__} declares field {stray[0]!r} but is not decorated itself.",
+                hint=f"mark {base.__name__} with @zerocopy.pipeline too.",
+                field=stray[0],
+            )
+    return found
+
+
+@overload
+def pipeline(cls: C) -> C: ...
+@overload
+def pipeline(*, kw_only: bool = ...) -> Callable[[C], C]: ...
+@dataclass_transform(field_specifiers=(shared, copied), eq_default=False)
+def pipeline(cls: type | None = None, *, kw_only: bool = False) -> Any:
+    """Mark a class whose instances Ray passes without copying their models.
+
+    Fields are declared with `shared()` and `copied()`, or with the annotations `Shared[...]` and `Copied[...]`. A class
+    without an `__init__` gets one from attrs; a hand-written one, anywhere in the MRO, stays. `kw_only=True` makes every
+    field of the generated `__init__` keyword-only.
+
+    Raises:
+        DeclarationError: a declaration contradicts itself or cannot be applied.
+    """
+    if cls is None:
+        return functools.partial(_decorate, kw_only=kw_only)
+    return _decorate(cls, kw_only=kw_only)
+
+
+def _decorate(cls: Any, *, kw_only: bool) -> Any:
+    if not isinstance(cls, type):
+        raise DeclarationError(
+            f"@zerocopy.pipeline expects a class, got {describe(cls)}.",
+            hint="decorate the class; for a function use @zerocopy.task.",
+        )
+    if not cls.__weakrefoffset__:
+        raise DeclarationError(
+            f"{cls.__name__} has __slots__ without '__weakref__', so its instances cannot be followed.",
+            hint="add '__weakref__' to __slots__, or leave __slots__ out.",
+        )
+    if isinstance(vars(cls).get(FOOTPRINT), Footprint):
+        raise DeclarationError(f"{cls.__name__} is a pipeline already.", hint="decorate it once.")
+    if dataclasses.is_dataclass(cls) and (taken := [n for n, value in vars(cls).items() if isinstance(value, Marker)]):
+        raise DeclarationError(
+            f"Field {taken[0]!r} of {cls.__name__} was taken by @dataclass as a default value.",
+            hint="use the annotations Shared[...] and Copied[...], or leave @dataclass out.",
+            field=taken[0],
+        )
+    markers = declared_markers(cls)
+    for name, marker in markers.items():
+        check_device_name(marker.device, f"Field {name!r} of {cls.__name__}")
+    init_class = class_with_own_init(cls)
+    if init_class is not None:
+        _refuse_init_options(cls, markers, init_class, kw_only)
+    defaults = {name: vars(cls)[name] for name, marker in markers.items() if _has_class_value(cls, name)}
+    for name in markers:
+        if isinstance(vars(cls).get(name), Marker):
+            delattr(cls, name)
+    if init_class is None:
+        _generate_init(cls, markers, defaults, kw_only)
+    previous = vars(cls).get(FOOTPRINT)
+    setattr(cls, FOOTPRINT, Footprint(cls, tuple(iter_fields(markers)), previous))
+    _announce_below(cls)
+    return cls
+
+
+def _announce_below(cls: type) -> None:
+    """Announce `cls` and the classes that were derived from it before it was decorated."""
+    _announce(cls)
+    derived: type
+    for derived in cls.__subclasses__():
+        _announce_below(derived)
+
+
+def _has_class_value(cls: type, name: str) -> bool:
+    return name in vars(cls) and not isinstance(vars(cls)[name], (Marker, types.MemberDescriptorType))
+
+
+def class_with_own_init(cls: type) -> type | None:
+    """The class whose hand-written `__init__` makes instances of `cls`, or None where attrs may write one."""
+    inits = (base for base in cls.__mro__ if "__init__" in vars(base))
+    owner = next(
+        base for base in inits if vars(base)["__init__"].__name__ != "_no_init_or_replace_init"
+    )  # a Protocol's
+    if owner in (object, nn.Module):
+        return None
+    props = vars(owner).get("__attrs_props__")
+    return None if props is not None and props.added_init else owner
+
+
+def _refuse_init_options(cls: type, markers: Mapping[str, Marker], init_class: type, kw_only: bool) -> None:
+    refused = [f"{option!r} of field {name!r}" for name, marker in markers.items() for option in marker.init_options()]
+    if kw_only:
+        refused.append("'kw_only'")
+    if refused:
+        raise DeclarationError(
+            f"{cls.__name__} has the __init__ of {init_class.__name__}, so nothing would apply {refused[0]}.",
+            hint="set the attribute in that __init__, or leave the __init__ out.",
+        )
+
+
+def _initialize_module(self: nn.Module) -> None:
+    nn.Module.__init__(self)
+
+
+def _generate_init(cls: type, markers: Mapping[str, Marker], defaults: Mapping[str, Any], kw_only: bool) -> None:
+    if issubclass(cls, nn.Module) and not hasattr(cls, "__attrs_pre_init__"):
+        cls.__attrs_pre_init__ = _initialize_module  # type: ignore[attr-defined]
+    these = {
+        name: attr.ib(**{"default": defaults.get(name, attrs.NOTHING), **marker.init_options()})
+        for name, marker in markers.items()
+    }
+    for name in defaults:
+        delattr(cls, name)
+    try:
+        attr.s(these=these, slots=False, eq=False, repr=False, init=True, kw_only=kw_only)(cls)
+    except ValueError as error:
+        if "mandatory" not in str(error):
+            raise
+        late = _first_mandatory_after_default(cls, these)
+        raise DeclarationError(
+            f"Field {late!r} of {cls.__name__} is mandatory, but a field before it has a default.",
+            hint=f"declare {late!r} with kw_only=True, or all of them with @zerocopy.pipeline(kw_only=True).",
+            field=late,
+        ) from None
+
+
+def _first_mandatory_after_default(cls: type, these: Mapping[str, Any]) -> str:
+    inherited = attrs.fields(cls) if attrs.has(cls) else ()
+    seen_default = any(field.default is not attrs.NOTHING for field in inherited)
+    for name, field in these.items():
+        if field.kw_only:
+            continue
+        if field._default is attrs.NOTHING and seen_default:
+            return name
+        seen_default = seen_default or field._default is not attrs.NOTHING
+    return next(iter(these))
+
+
+def describe(obj: object) -> str:
+    """What `obj` is, for errors: `function 'answer'`, `class 'Search'`."""
+    if isinstance(obj, type):
+        return f"class {obj.__name__!r}"
+    kind = "function" if inspect.isfunction(obj) else type(obj).__name__
+    return f"{kind} {getattr(obj, '__name__', repr(obj))!r}"

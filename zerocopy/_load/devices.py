@@ -1,0 +1,53 @@
+"""Which device does a name mean here, and is it there."""
+
+from __future__ import annotations
+
+import torch
+
+from zerocopy._store import object_store
+from zerocopy.errors import DeviceError
+
+CPU = torch.device("cpu")
+
+
+def resolve(device: str | torch.device | None) -> torch.device:
+    """The device that `device` means in this process: None is the CPU, `"auto"` the GPU that Ray assigned, else the CPU.
+
+    Raises:
+        DeviceError: there is no such device.
+    """
+    if device is None:
+        return CPU
+    if device == "auto":
+        device = "cuda:0" if object_store.assigned_gpu() else "cpu"
+    try:
+        resolved = torch.device(device)
+        if resolved.type == "meta":
+            raise RuntimeError("it holds no data")
+        torch.empty(0, device=resolved)
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise DeviceError(
+            f"Device {str(device)!r} is not there in this process: {reason}.",
+            hint="device='auto' means the GPU that Ray assigned, else the CPU; ask Ray for one with num_gpus=1.",
+            device=str(device),
+        ) from None
+    return resolved
+
+
+def check_device_name(device: str | None, where: str) -> None:
+    """Refuse what can be no device anywhere, before any worker is asked.
+
+    Raises:
+        DeviceError: torch knows no such kind of device.
+    """
+    if device in (None, "auto"):
+        return
+    try:
+        torch.device(device)
+    except (RuntimeError, TypeError):
+        raise DeviceError(
+            f"{where} has device={device!r}, which torch does not know.",
+            hint="use 'auto', 'cpu' or 'cuda:0', say.",
+            device=str(device),
+        ) from None

@@ -1,0 +1,168 @@
+"""How does what was published become a live pipeline: tensors are rebuilt over the store, and skeletons joined to them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import attrs
+import torch
+
+from zerocopy._load import partial
+from zerocopy._load.devices import CPU, resolve
+from zerocopy._split.introspect import Outer, Skeleton, reach
+from zerocopy._split.skeleton import Root, graft
+from zerocopy._store.tensors import Region, TensorSpec, rebuild, stand_in
+from zerocopy._store.write import Manifest, StoredMemory
+from zerocopy.errors import DeviceError
+
+
+@attrs.frozen(eq=False)
+class Shared:
+    """What loads of one publication could have in common: its shared tensors by index, its roots, and their memory."""
+
+    tensors: Mapping[int, Any]
+    roots: Sequence[Any]
+    memory: StoredMemory
+
+
+def load(
+    manifest: Manifest, outer: Outer, target: torch.device, fields: Sequence[str] | None, *, require_isolation: bool
+) -> tuple[Any, Mapping[int, Any], StoredMemory]:
+    """A live pipeline, its shared tensors by index, and the memory that they are views of.
+
+    Args:
+        target: where tensors go whose field declares no device.
+        fields: attributes to load, None for all.
+
+    Raises:
+        DeviceError, ArgumentError, PublicationLostError: as `Publication.load`.
+    """
+    if fields is None and is_separable(manifest, outer):
+        shared = load_shared(manifest, target, require_isolation=require_isolation)
+        return join(manifest, outer, shared, target), shared.tensors, shared.memory
+    needed: Sequence[int] = _referenced(manifest, outer)
+    if fields is not None:
+        needed = _needed_by(fields, manifest, outer, needed)
+    specs = (*manifest.specs, *outer.specs)
+    memory = StoredMemory(
+        manifest, _stored(manifest, [specs[index] for index in needed]), require_isolation=require_isolation
+    )
+    live = _live(manifest, outer, {index: specs[index] for index in needed}, memory, target)
+    blank = {} if fields is None else {i: stand_in(spec) for i, spec in enumerate(specs) if i not in live}
+    pipeline = _join(manifest, outer, [live.get(index, blank.get(index)) for index in range(len(specs))])
+    if fields is not None:
+        partial.keep_only(pipeline, fields)
+    return pipeline, {i: tensor for i, tensor in live.items() if i < len(manifest.specs)}, memory
+
+
+def is_separable(manifest: Manifest, outer: Outer) -> bool:
+    """Whether what is shared can be loaded by itself: the copied part refers to it, but has no views of its memory."""
+    return _has_roots(outer) and all(spec.storage >= len(manifest.location_rows) for spec in outer.specs)
+
+
+def load_shared(manifest: Manifest, target: torch.device, *, require_isolation: bool) -> Shared:
+    """Load what is shared.
+
+    Raises:
+        As `load`.
+    """
+    rows: Any = manifest.spec_rows
+    memory = StoredMemory(manifest, range(len(manifest.location_rows)), require_isolation=require_isolation)
+    devices = _devices_of(range(len(manifest.location_rows)), manifest.devices, target)
+    tensors = dict(enumerate(rebuild(rows, memory.regions(devices), devices)))
+    return Shared(tensors, graft_skeleton(manifest.skeleton, tensors, ()), memory)
+
+
+def join(manifest: Manifest, outer: Outer, shared: Shared, target: torch.device) -> Any:
+    """The pipeline around what is shared, with fresh copies of the rest."""
+    tensors: Any = shared.tensors
+    if outer.specs:
+        tensors = {**tensors, **_private(manifest, outer, target)}
+    return _in_eval_mode(graft_skeleton(outer.skeleton, tensors, shared.roots))
+
+
+def _private(manifest: Manifest, outer: Outer, target: torch.device) -> dict[int, Any]:
+    regions = _private_regions(manifest, outer)
+    devices = {} if target == CPU else dict.fromkeys(regions, target)
+    return dict(enumerate(rebuild(outer.specs, regions, devices), start=len(manifest.spec_rows)))
+
+
+def _private_regions(manifest: Manifest, outer: Outer) -> dict[int, Region]:
+    count = len(manifest.location_rows)
+    return {count + i: (bytearray(content), 0, len(content)) for i, content in enumerate(outer.storages)}
+
+
+def _stored(manifest: Manifest, specs: Iterable[TensorSpec]) -> list[int]:
+    return [i for i in dict.fromkeys(spec.storage for spec in specs) if i < len(manifest.location_rows)]
+
+
+def _live(
+    manifest: Manifest, outer: Outer, specs: Mapping[int, TensorSpec], memory: StoredMemory, target: torch.device
+) -> dict[int, Any]:
+    storages = dict.fromkeys(spec.storage for spec in specs.values())
+    devices = _devices_of(storages, manifest.devices, target)
+    regions = {**memory.regions(devices), **_private_regions(manifest, outer)}
+    return dict(zip(specs, rebuild(specs.values(), regions, devices), strict=True))
+
+
+def _referenced(manifest: Manifest, outer: Outer) -> Sequence[int]:
+    """Indices of the tensors that a whole load needs: an entangled pipeline, or one passed on, may use some only."""
+    if _has_roots(outer):
+        return range(len(manifest.spec_rows) + len(outer.specs))
+    return sorted({external for external in outer.skeleton.externals if type(external) is int})
+
+
+def _has_roots(outer: Outer) -> bool:
+    return any(isinstance(external, Root) for external in outer.skeleton.externals)
+
+
+def _needed_by(fields: Sequence[str], manifest: Manifest, outer: Outer, referenced: Sequence[int]) -> list[int]:
+    """Indices of the tensors below `fields`, found on a pipeline of stand-ins that takes no memory."""
+    stand_ins = [stand_in(spec) for spec in (*manifest.specs, *outer.specs)]
+    blank = _join(manifest, outer, stand_ins)
+    return sorted(reach(partial.values_of(blank, fields), stand_ins) & set(referenced))
+
+
+def _devices_of(
+    storages: Iterable[int], declared: Mapping[int, Sequence[str | None]], target: torch.device
+) -> dict[int, torch.device]:
+    """Where storages belong, of those that do not stay in main memory."""
+    if not declared:
+        return {} if target == CPU else dict.fromkeys(storages, target)
+    found = {storage: _one_device(declared.get(storage, ()), target) for storage in storages}
+    return {storage: device for storage, device in found.items() if device != CPU}
+
+
+def _one_device(declared: Sequence[str | None], target: torch.device) -> torch.device:
+    """The device of a storage whose fields declare `declared`, None for those that follow the load."""
+    devices = {target if name is None else resolve(name) for name in declared} or {target}
+    if len(devices) > 1:
+        names = " and ".join(sorted(map(str, devices)))
+        raise DeviceError(
+            f"Fields that share memory would be loaded on {names}.", hint="give tied fields one device, or load on it."
+        )
+    return devices.pop()
+
+
+def _join(manifest: Manifest, outer: Outer, tensors: Sequence[Any]) -> Any:
+    roots = graft_skeleton(manifest.skeleton, tensors, ()) if _has_roots(outer) else ()
+    return _in_eval_mode(graft_skeleton(outer.skeleton, tensors, roots))
+
+
+def _in_eval_mode(objects: Sequence[Any]) -> Any:
+    """The pipeline, with the modules that come beside it in eval mode."""
+    pipeline, *to_eval = objects
+    for module in itertools.chain(*to_eval):
+        module.eval()
+    return pipeline
+
+
+def graft_skeleton(skeleton: Skeleton, tensors: Mapping[int, Any] | Sequence[Any], roots: Sequence[Any]) -> list[Any]:
+    """Rebuild the objects of a skeleton around live tensors and roots."""
+    externals = [
+        tensors[external] if type(external) is int else roots[external.position] if type(external) is Root else external
+        for external in skeleton.externals
+    ]
+    return graft(skeleton.payload, externals, skeleton.count)

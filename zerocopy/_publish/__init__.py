@@ -1,0 +1,1 @@
+"""How does a live pipeline get into the store?"""

@@ -1,0 +1,97 @@
+"""How is a published pipeline re-pointed at the store, so that its process keeps no second copy of the weights.
+
+Each tensor keeps its identity: `.data` is assigned, to views of a private mapping of what the store has by then. A storage
+that somebody else has a view of stays where it is, since that view could not follow.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import ray
+import torch
+
+from zerocopy._split.introspect import Introspection
+from zerocopy._store.mapping import Mapped, map_private
+from zerocopy._store.tensors import Storage, TensorSpec, base_over, describe, strided
+from zerocopy._store.write import Placement, buffers_of
+
+_use_count: Callable[[int], int] = torch._C._storage_Use_Count
+
+
+class Adoption:
+    """The adoption of one pipeline's tensors, shard by shard. Until it is finished it can be undone."""
+
+    def __init__(self, found: Introspection) -> None:
+        self._storages = found.table.storages
+        self._known = found.table.objects
+        self._views: dict[int, dict[int, tuple[Any, TensorSpec]]] = defaultdict(dict)
+        for tensor, spec in zip(found.table.objects, found.table.specs, strict=True):
+            self._views[spec.storage][id(tensor)] = tensor, spec
+            base = tensor._base if isinstance(tensor, torch.Tensor) else None
+            if base is not None:  # a tensor that only its views know
+                self._views[spec.storage].setdefault(
+                    id(base), (base, describe(base, spec.storage, self._storages[spec.storage]))
+                )
+        self._movable = {i for i, storage in enumerate(self._storages) if self._is_movable(i, storage)}
+        self.mapped: list[tuple[ray.ObjectRef[Any], Mapped]] = []
+
+    def is_possible(self) -> bool:
+        """Whether any memory could be given back: none can where all of it was adopted before."""
+        return bool(self._movable)
+
+    def _is_movable(self, index: int, storage: Storage) -> bool:
+        """Whether nothing but the known tensors has a view of a storage: neither other tensors, nor NumPy."""
+        source = storage.source
+        if not isinstance(source, torch.UntypedStorage) or source.device.type != "cpu" or not source.nbytes():
+            return False
+        tensors = [tensor for tensor, _ in self._views[index].values()]
+        if not all(
+            isinstance(t, torch.Tensor) and not (t.is_inference() or t.is_conj() or t.is_neg()) for t in tensors
+        ):
+            return False
+        return source.resizable() and _use_count(source._cdata) == len(tensors) + 1  # and `source` itself
+
+    def take(self, placed: Mapping[int, Placement]) -> None:
+        """Re-point the tensors of storages that are in one shard, given the place of each.
+
+        Raises:
+            IsolationError: private mappings are not possible here.
+        """
+        movable = {index: place for index, place in placed.items() if index in self._movable}
+        if not movable:
+            return
+        shard = next(iter(movable.values())).shard
+        memory, offsets = mapped = map_private(buffers_of(shard), required=True)
+        self.mapped.append((shard, mapped))
+        with torch.inference_mode(False), torch.no_grad():
+            for index, place in movable.items():
+                self._point(index, (memory, offsets[place.buffer] + place.offset, self._storages[index].nbytes))
+        _give_back_heap()
+
+    def _point(self, index: int, region: tuple[Any, int, int]) -> None:
+        views = self._views[index].values()
+        base = base_over(region, next(iter(views))[1].dtype)
+        for tensor, spec in views:
+            tensor.data = strided(base, spec)
+        self._storages[index].forget()
+
+    def tensors(self) -> dict[int, Any]:
+        """The tensors that were re-pointed, by index."""
+        moved = {key for index in self._movable for key in self._views[index]}
+        return {index: tensor for index, tensor in enumerate(self._known) if id(tensor) in moved}
+
+    def undo(self) -> None:
+        """Give what was adopted so far private memory again, that needs no store."""
+        for _, mapped in self.mapped:
+            mapped.memory.detach()
+
+
+def _give_back_heap() -> None:
+    """Let the C library return freed memory to the system, where it can be asked to."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

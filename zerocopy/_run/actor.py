@@ -1,0 +1,277 @@
+"""What does `@actor` generate: Ray actors of a class that stays a plain class, with pipelines arriving loaded."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import itertools
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar, cast, overload
+
+import attr
+import ray
+from ray.actor import ActorHandle
+
+from zerocopy._declare.fields import Marker
+from zerocopy._declare.pipeline import class_with_own_init, describe, is_pipeline_class
+from zerocopy._load.devices import check_device_name
+from zerocopy._run.remote import Parameters, check_in_flight, check_options, in_order, receive, send
+from zerocopy._store import object_store
+from zerocopy.errors import ArgumentError, DeclarationError
+
+P = ParamSpec("P")
+T = TypeVar("T")
+C = TypeVar("C", bound=type)
+
+_SPEC = "__zerocopy_actor__"
+_GENERATED = ("remote", "options", "pool")
+
+
+class _Spec:
+    """The options of an actor class, and the Ray actor classes made of it and of its subclasses in this process."""
+
+    def __init__(self, options: dict[str, Any], device: str | None) -> None:
+        self.options = options
+        self.device = device
+        self._made: dict[type, tuple[Parameters, Any]] = {}
+
+    def made_of(self, cls: type) -> tuple[Parameters, Any]:
+        """The parameters of `cls`, and the Ray actor class made of it."""
+        if cls not in self._made:
+            parameters = Parameters(cls)  # first: Ray adds one of its own to the signature
+            self._made[cls] = parameters, ray.remote(**self.options)(cls) if self.options else ray.remote(cls)
+        return self._made[cls]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Spec, (self.options, self.device)
+
+
+class Pool(Generic[T]):
+    """Actors of one class that share one copy of the weights. Made by `.pool`; `close()` ends them."""
+
+    def __init__(self, cls: type[T], actors: list[ActorHandle[T]]) -> None:
+        self._cls = cls
+        self.actors = actors
+
+    def map(self, method: str, items: Iterable[Any], *, max_in_flight: int | None = None) -> Iterator[Any]:
+        """Call `method` of some actor for each of `items`, which are iterated lazily.
+
+        Yields results in order, with at most `max_in_flight` calls under way (by default two for each actor). The first
+        error cancels the calls under way and is raised.
+
+        Raises:
+            ArgumentError: the class has no such method, or the pool is closed.
+        """
+        if not self.actors:
+            raise ArgumentError(f"This pool of {self._cls.__name__} was closed.", hint="make another one.")
+        if not callable(getattr(self._cls, method, None)):
+            raise ArgumentError(f"{self._cls.__name__} has no method {method!r}.")
+        check_in_flight(max_in_flight)
+        turns = itertools.cycle(self.actors)
+        limit = max_in_flight or 2 * len(self.actors)
+
+        def submit(item: Any) -> ray.ObjectRef[Any]:
+            ref: ray.ObjectRef[Any] = getattr(next(turns), method).remote(item)
+            return ref
+
+        return in_order(submit, items, limit, f"{self._cls.__name__}.{method}")
+
+    def close(self) -> None:
+        """End the actors. Closing twice is fine."""
+        actors, self.actors = self.actors, []
+        for actor in actors:
+            ray.kill(actor)
+
+    def __len__(self) -> int:
+        return len(self.actors)
+
+    def __iter__(self) -> Iterator[ActorHandle[T]]:
+        return iter(self.actors)
+
+    def __getitem__(self, position: int) -> ActorHandle[T]:
+        return self.actors[position]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<zerocopy pool of {len(self)} {self._cls.__name__} actors>"
+
+
+class Launcher(Generic[P, T]):
+    """Starts actors of one class with some options of Ray's."""
+
+    def __init__(self, cls: type[T], options: dict[str, Any]) -> None:
+        self._cls = cls
+        self._options = options
+
+    def remote(self, *args: P.args, **kwargs: P.kwargs) -> ActorHandle[T]:
+        """Start one actor. Pipelines and modules among the arguments are published, and arrive loaded."""
+        return self._start(1, args, kwargs)[0]
+
+    def pool(self, size: int, /, *args: P.args, **kwargs: P.kwargs) -> Pool[T]:
+        """Start `size` actors with the same arguments."""
+        if not isinstance(size, int) or size < 1:
+            raise ArgumentError(
+                f"{self._cls.__name__}.pool() expects a number of actors first, got {size!r}.",
+                hint=f"write {self._cls.__name__}.pool(4, ...).",
+            )
+        return Pool(self._cls, self._start(size, args, kwargs))
+
+    def _start(self, count: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[ActorHandle[T]]:
+        cls: Any = self._cls
+        parameters, actor_class = getattr(cls, _SPEC).made_of(cls)
+        parameters.check(args, kwargs)
+        object_store.require()
+        sent, named = send(args, kwargs)
+        if self._options:
+            actor_class = actor_class.options(**self._options)
+        actors = [actor_class.remote(*sent, **named) for _ in range(count)]
+        for handle in actors:
+            # A restarted actor loads again: what it was given must stay as long as it can be restarted.
+            weakref.finalize(handle, _let_go, sent, named).atexit = False
+        return actors
+
+
+def _let_go(*arguments: object) -> None:
+    """Nothing to do: being referenced by the finalizer was the point."""
+
+
+class _Remote:
+    def __get__(self, instance: object, owner: Callable[P, T]) -> Callable[P, ActorHandle[T]]:
+        if hasattr(owner, "__ray_actor_class__"):
+            # Ray derives a class of its own from each actor class, and warns if that has a `remote` already.
+            raise AttributeError("remote")
+        return Launcher[P, T](cast("type[T]", owner), {}).remote
+
+
+class _Options:
+    # mypy cannot take the parameters of a class from a descriptor's owner, so these are left open.
+    def __get__(self, instance: object, owner: Callable[..., T]) -> Callable[..., Launcher[..., T]]:
+        def options(**options: Any) -> Launcher[..., T]:
+            """Other options of Ray's, by name, for the actors started from the result."""
+            check_options(options, "actor", late=True)
+            return Launcher(cast("type[T]", owner), options)
+
+        return options
+
+
+class _Pool:
+    def __get__(self, instance: object, owner: Callable[P, T]) -> Callable[Concatenate[int, P], Pool[T]]:
+        return Launcher[P, T](cast("type[T]", owner), {}).pool
+
+
+class Actor:
+    """An empty base class that lets type checkers see `.remote`, `.options` and `.pool`, and makes a class an actor.
+
+    `@zerocopy.actor(...)` on the derived class adds options of Ray's.
+    """
+
+    remote = _Remote()
+    options = _Options()
+    pool = _Pool()
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        _prepare(cls)
+
+
+setattr(Actor, _SPEC, _Spec({}, None))
+
+
+@overload
+def actor(cls: C) -> C: ...
+@overload
+def actor(*, device: str | None = ..., **options: Any) -> Callable[[C], C]: ...
+def actor(cls: Any = None, *, device: str | None = None, **options: Any) -> Any:
+    """Let a class start Ray actors to which pipelines, modules and publications arrive loaded.
+
+    The class stays itself: it can be called, subclassed, given to `ds.map_batches` or put under `@serve.deployment`. It
+    gains `remote(...)`, `options(...)` and `pool(size, ...)`; without an `__init__` it gets one from its annotations.
+
+    Args:
+        device: where pipelines are loaded; a field's own device wins.
+        options: Ray's options for an actor, such as `num_cpus`.
+
+    Raises:
+        DeclarationError: not a class, an option Ray does not know, or a method named as one of those three.
+    """
+    check_device_name(device, "@zerocopy.actor")
+    check_options(options, "actor")
+    if cls is None:
+        return functools.partial(_decorate, options=options, device=device)
+    return _decorate(cls, options, device)
+
+
+def _decorate(cls: Any, options: dict[str, Any], device: str | None) -> Any:
+    if not isinstance(cls, type):
+        hint = "use @zerocopy.task." if inspect.isfunction(cls) else "decorate the class itself."
+        raise DeclarationError(f"@zerocopy.actor expects a class, got {describe(cls)}.", hint=hint)
+    if not hasattr(cls, _SPEC):
+        _prepare(cls)
+        _follow_subclasses(cls)
+        for name, descriptor in zip(_GENERATED, (_Remote(), _Options(), _Pool()), strict=True):
+            setattr(cls, name, descriptor)
+    inherited = getattr(cls, _SPEC, None)
+    setattr(
+        cls,
+        _SPEC,
+        _Spec({**(inherited.options if inherited else {}), **options}, device or getattr(inherited, "device", None)),
+    )
+    return cls
+
+
+def _prepare(cls: type) -> None:
+    """Check a class that is to be an actor, give it an `__init__` if it has none, and make its own one load."""
+    if hasattr(cls, "__ray_actor_class__"):  # Ray's own, derived from one that was prepared
+        return
+    for name in _GENERATED:
+        if not isinstance(inspect.getattr_static(cls, name, _Remote()), (_Remote, _Options, _Pool)):
+            raise DeclarationError(
+                f"{cls.__name__} has a method {name!r}, the name of one that @zerocopy.actor generates.",
+                hint="rename it.",
+            )
+    if is_pipeline_class(cls):
+        raise DeclarationError(
+            f"{cls.__name__} is a pipeline, which cannot be an actor as well.",
+            hint="write an actor class that takes the pipeline as an argument.",
+        )
+    for name, value in vars(cls).items():
+        if isinstance(value, Marker):
+            raise DeclarationError(
+                f"{cls.__name__} is an actor, but {name!r} is a {value.policy}() field.",
+                hint="fields belong to a class marked with @zerocopy.pipeline, which an actor takes as an argument.",
+            )
+    if class_with_own_init(cls) is None and inspect.get_annotations(cls):
+        attr.s(auto_attribs=True, slots=False, eq=False, repr=False)(cls)
+    init = cls.__init__  # type: ignore[misc]
+    if init is not object.__init__ and not hasattr(init, _SPEC):
+        cls.__init__ = _loading(init)  # type: ignore[misc]
+
+
+def _loading(init: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(init)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        values, named = receive(args, kwargs, getattr(type(self), _SPEC).device)
+        init(self, *values, **named)
+
+    setattr(__init__, _SPEC, True)
+    return __init__
+
+
+def _follow_subclasses(cls: Any) -> None:
+    """Let the `__init__` of subclasses load too."""
+    previous = vars(cls).get("__init_subclass__")
+
+    def __init_subclass__(owner: type, /, **options: Any) -> None:
+        if previous is not None:
+            previous.__get__(None, owner)(**options)
+        else:
+            super(cls, owner).__init_subclass__(**options)
+        _prepare(owner)
+
+    cls.__init_subclass__ = classmethod(__init_subclass__)

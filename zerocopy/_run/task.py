@@ -1,0 +1,316 @@
+"""What does `@task` generate: a function whose calls run as Ray tasks, with pipelines arriving loaded."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, TypeVar, cast, overload
+
+import ray
+import ray.cloudpickle
+import wrapt
+
+from zerocopy._declare.pipeline import describe
+from zerocopy._load.devices import check_device_name
+from zerocopy._run import short_calls
+from zerocopy._run.remote import (
+    UNKNOWN,
+    Parameters,
+    arriving,
+    check_in_flight,
+    check_options,
+    default_in_flight,
+    in_order,
+    is_shareable,
+    send,
+    travelling,
+)
+from zerocopy._run.worker import address_of, call, find, resolved, run, run_generator, run_short
+from zerocopy._store import object_store
+from zerocopy.errors import ArgumentError, DeclarationError
+
+P = ParamSpec("P")
+Q = ParamSpec("Q")
+R = TypeVar("R")
+S = TypeVar("S")
+
+if TYPE_CHECKING:
+
+    class _FunctionWrapper(Generic[P, R]):
+        """What type checkers see of wrapt's: a Task is one only at run time."""
+
+        __wrapped__: Callable[P, R]
+        __name__: str
+        __qualname__: str
+
+        def __init__(self, wrapped: Callable[P, R], wrapper: Any) -> None: ...
+
+    class _BoundFunctionWrapper(Generic[P, R]):
+        _self_parent: Any
+        _self_instance: Any
+else:
+
+    class _Subscriptable:
+        def __class_getitem__(cls, item):
+            return cls
+
+    class _BoundFunctionWrapper(_Subscriptable, wrapt.BoundFunctionWrapper):
+        pass
+
+    class _FunctionWrapper(_Subscriptable, wrapt.FunctionWrapper):
+        pass
+
+
+class BoundTask(_BoundFunctionWrapper[P, R]):
+    """A task that is a method, bound to its instance, which travels as the first argument."""
+
+    # cloudpickle asks for the class of an object to recognize functions, and wrapt would answer with the wrapped one's.
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        return type(self)
+
+    def _arguments(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return args if self._self_instance is None else (self._self_instance, *args)
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        result: R = self._self_parent(*self._arguments(args), **kwargs)
+        return result
+
+    def remote(self, *args: P.args, **kwargs: P.kwargs) -> ray.ObjectRef[R]:
+        ref: ray.ObjectRef[R] = self._self_parent.remote(*self._arguments(args), **kwargs)
+        return ref
+
+    def local(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        result: R = self._self_parent.local(*self._arguments(args), **kwargs)
+        return result
+
+    def map(self, *args: Any, max_in_flight: int | None = None, **kwargs: Any) -> Iterator[R]:
+        results: Iterator[R] = self._self_parent.map(*self._arguments(args), max_in_flight=max_in_flight, **kwargs)
+        return results
+
+    def options(self, **options: Any) -> BoundTask[P, R]:
+        changed = self._self_parent.options(**options)
+        bound: BoundTask[P, R] = changed.__get__(self._self_instance, type(self._self_instance))
+        return bound
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return getattr, (self._self_instance, self._attribute())
+
+    def _attribute(self) -> str:
+        """The name under which the class holds the task: mangled, if it is a private one."""
+        held = (vars(base).items() for base in type(self._self_instance).__mro__)
+        names = (name for members in held for name, value in members if value is self._self_parent)
+        return next(names, self._self_parent.__name__)
+
+
+class Task(_FunctionWrapper[P, R]):
+    """A function whose direct call runs as a Ray task and waits. Made by `zerocopy.task`.
+
+    Pipelines, modules and publications among the arguments arrive loaded.
+    """
+
+    __bound_function_wrapper__ = BoundTask
+
+    def __init__(
+        self,
+        wrapped: Callable[P, R],
+        options: dict[str, Any],
+        device: str | None,
+        reuse: bool = True,
+        base: Task[P, R] | None = None,
+    ) -> None:
+        super().__init__(wrapped, _call_as_it_is)
+        self._self_options = options
+        self._self_device = device
+        self._self_reuse = reuse
+        self._self_base = base  # the task that these options were given to: Ray knows one function for both
+        self._self_parameters: Parameters = Parameters(wrapped) if base is None else base._self_parameters
+        self._self_remotes: dict[Any, Any] = {}
+        is_plain = not inspect.isgeneratorfunction(wrapped) and options.get("num_returns") in (None, 1)
+        self._self_may_be_short: bool = is_plain and reuse and (base is None or base._self_may_be_short)
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        return type(self)
+
+    if TYPE_CHECKING:
+
+        @overload
+        def __get__(self, instance: None, owner: type) -> Task[P, R]: ...
+        @overload
+        def __get__(self: Task[Concatenate[S, Q], R], instance: S, owner: type) -> BoundTask[Q, R]: ...
+        def __get__(self, instance: Any, owner: type) -> Any: ...
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Run as a Ray task and wait for the result; inside a worker run in place, so that no worker waits for another.
+
+        A generator function gives Ray's `ObjectRefGenerator`.
+        """
+        if object_store.is_running() and object_store.is_worker():
+            given, named = resolved(args, kwargs)
+            result: R = call(self.__wrapped__, self._self_device, self._self_reuse, given, named)
+            return result
+        self._self_parameters.check(args, kwargs)
+        object_store.require()
+        sent, named = send(args, kwargs)
+        short = short_calls.shortened(sent, named) if self._self_may_be_short else None
+        if short is not None:
+            answer = ray.get(self._ray_function(run_short).remote(short))
+            is_known = not short_calls.is_unknown(answer)
+            short_calls.note_answer((*sent, *named.values()), is_known=is_known)
+            if is_known:
+                return cast("R", short_calls.result_of(answer))
+        ref = self._submit(sent, named)
+        if isinstance(ref, ray.ObjectRefGenerator):
+            return cast("R", ref)
+        result = ray.get(ref)
+        short_calls.note_answer((*sent, *named.values()), is_known=True)
+        return result
+
+    def remote(self, *args: P.args, **kwargs: P.kwargs) -> ray.ObjectRef[R]:
+        """Schedule a Ray task.
+
+        Returns:
+            A reference to the result (a list of them with `num_returns`, a generator for a generator function).
+        """
+        self._self_parameters.check(args, kwargs)
+        ref: ray.ObjectRef[R] = self._submit(*send(args, kwargs))
+        return ref
+
+    def options(self, **options: Any) -> Task[P, R]:
+        """The same task with other options of Ray's."""
+        check_options(options, "task", late=True)
+        late = options if self._self_base is None else {**self._self_options, **options}
+        return Task(self.__wrapped__, late, self._self_device, self._self_reuse, self._self_base or self)
+
+    def local(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Run in this process, on arguments that are copies or loaded as those of a remote call would be."""
+        self._self_parameters.check(args, kwargs)
+        values = [_as_if_remote(value, self._self_device) for value in args]
+        named = {name: _as_if_remote(value, self._self_device) for name, value in kwargs.items()}
+        return self.__wrapped__(*values, **named)
+
+    def map(self, *args: Any, max_in_flight: int | None = None, **kwargs: Any) -> Iterator[R]:
+        """Call for each item of the last positional argument, which is iterated lazily; the others are held constant.
+
+        Yields results in order, with at most `max_in_flight` calls under way (by default twice the CPUs of the cluster).
+        The first error cancels the calls under way and is raised.
+        """
+        if not args:
+            raise ArgumentError(f"{self.__name__}.map() needs something to iterate, as its last positional argument.")
+        *constant, items = args
+        if isinstance(items, (str, bytes)) or not isinstance(items, Iterable):
+            raise ArgumentError(
+                f"{self.__name__}.map() iterates its last positional argument, which is {type(items).__name__!r}.",
+                hint="pass a list, or any other iterable, last; name the arguments after it.",
+            )
+        if inspect.isgeneratorfunction(self.__wrapped__):
+            raise ArgumentError(
+                f"{self.__name__} is a generator function, whose results map() cannot put in one order.",
+                hint=f"call {self.__name__}.remote() for each item.",
+            )
+        check_in_flight(max_in_flight)
+        self._self_parameters.check((*constant, UNKNOWN), kwargs)
+        object_store.require()
+        sent, named = send(constant, kwargs)
+        limit = max_in_flight or default_in_flight()
+        return in_order(lambda item: self._submit([*sent, travelling(item)], named), items, limit, self.__name__)
+
+    def _submit(self, args: list[Any], kwargs: dict[str, Any]) -> Any:
+        object_store.require()
+        runs = run_generator if inspect.isgeneratorfunction(self.__wrapped__) else run
+        return self._ray_function(runs).remote(*args, **kwargs)
+
+    def _ray_function(self, runs: Callable[..., Any]) -> Any:
+        if runs not in self._self_remotes:
+            self._self_remotes[runs] = self._make_remote(runs)
+        return self._self_remotes[runs]
+
+    def _make_remote(self, runs: Callable[..., Any]) -> Any:
+        if self._self_base is not None:
+            return self._self_base._ray_function(runs).options(**self._self_options)
+        function = self.__wrapped__
+        address = address_of(self, function.__module__, function.__qualname__)
+        runner = _named(functools.partial(runs, address or function, self._self_device, self._self_reuse), function)
+        return ray.remote(**{"name": self.__qualname__, **self._self_options})(runner)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        address = address_of(self, self.__wrapped__.__module__, self.__wrapped__.__qualname__)
+        if address is not None:
+            return find, address
+        return Task, (self.__wrapped__, self._self_options, self._self_device, self._self_reuse, self._self_base)
+
+
+def _call_as_it_is(wrapped: Any, _: Any, args: Any, kwargs: Any) -> Any:
+    return wrapped(*args, **kwargs)
+
+
+def _named(runs: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
+    """`runs` as a function that Ray accepts, under the name of the one it stands for."""
+    if inspect.isgeneratorfunction(function):
+
+        def runner(*args: Any, **kwargs: Any) -> Any:
+            yield from runs(*args, **kwargs)
+    else:
+
+        def runner(*args: Any, **kwargs: Any) -> Any:
+            return runs(*args, **kwargs)
+
+    runner.__name__ = function.__name__
+    runner.__qualname__ = function.__qualname__
+    runner.__doc__ = function.__doc__
+    return runner
+
+
+def _as_if_remote(value: Any, device: str | None) -> Any:
+    if not object_store.is_running():
+        return ray.cloudpickle.loads(ray.cloudpickle.dumps(value))
+    if isinstance(value, ray.ObjectRef):
+        return arriving(ray.get(value), device)
+    if is_shareable(value):
+        value = travelling(value)
+    return arriving(ray.get(ray.put(value)), device)
+
+
+@overload
+def task(function: Callable[P, R]) -> Task[P, R]: ...
+@overload
+def task(*, device: str | None = ..., reuse: bool = ..., **options: Any) -> Callable[[Callable[P, R]], Task[P, R]]: ...
+def task(function: Any = None, *, device: str | None = None, reuse: bool = True, **options: Any) -> Any:
+    """Make a function run as a Ray task whose pipelines, modules and publications arrive loaded.
+
+    Works on methods of a pipeline as well: they run remotely with `self` loaded.
+
+    Args:
+        device: where pipelines are loaded; a field's own device wins.
+        reuse: whether calls may share the modules that their worker process has loaded already, one call at a time, if
+            versions, slots and modes tell that nobody has changed them. Copied fields are fresh in every call.
+        options: Ray's options for a task, such as `num_cpus`.
+
+    Raises:
+        DeclarationError: not a function, `async def`, `staticmethod` or `classmethod`, or an option Ray does not know.
+    """
+    check_device_name(device, "@zerocopy.task")
+    check_options(options, "task")
+    if function is None:
+        return functools.partial(_decorate, options=options, device=device, reuse=reuse)
+    return _decorate(function, options, device, reuse)
+
+
+def _decorate(function: Any, options: dict[str, Any], device: str | None, reuse: bool) -> Task[Any, Any]:
+    if isinstance(function, (staticmethod, classmethod)):
+        kind = type(function).__name__
+        raise DeclarationError(f"@zerocopy.task cannot wrap a {kind}.", hint=f"write @{kind} above @zerocopy.task.")
+    if isinstance(function, type):
+        raise DeclarationError(
+            f"@zerocopy.task expects a function, got {describe(function)}.", hint="use @zerocopy.actor."
+        )
+    if not inspect.isfunction(function):
+        raise DeclarationError(f"@zerocopy.task expects a function, got {describe(function)}.")
+    if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
+        raise DeclarationError(
+            f"@zerocopy.task cannot run the async function {function.__name__!r}: Ray's tasks are not async.",
+            hint="make it a plain function, or an async method of a @zerocopy.actor.",
+        )
+    return Task(function, dict(options), device, reuse)

@@ -1,0 +1,94 @@
+"""What happens to a call of a task where it runs: the function is found, arguments are loaded, and what was loaded is kept."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import ray
+import ray.cloudpickle
+
+from zerocopy._load.publication import Publication
+from zerocopy._run import short_calls
+from zerocopy._run.remote import receive
+from zerocopy._run.reuse import Loans, NotKept
+
+
+def run(target: Any, device: str | None, reuse: bool, *args: Any, **kwargs: Any) -> Any:
+    return call(_function_of(target), device, reuse, args, kwargs)
+
+
+def call(function: Any, device: str | None, reuse: bool, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Call `function` with its arguments as they arrive; after an error nothing is kept for the next call."""
+    if not reuse or inspect.isgeneratorfunction(function):
+        values, named = receive(args, kwargs, device)
+        return function(*values, **named)
+    loans = Loans()
+    values, named = receive(args, kwargs, device, loans.load)
+    result = function(*values, **named)
+    del values, named
+    loans.give_back()
+    return result
+
+
+def run_short(target: Any, device: str | None, _: bool, call: bytes) -> Any:
+    """The same for a call that names its publications: the answer to it, or that they are not known here."""
+    values, named, names = short_calls.parts_of(call)
+    loans = Loans()
+    try:
+        loaded = {place: loans.load_kept(name, device) for place, name in names.items()}
+    except NotKept:
+        loans.give_back()
+        return short_calls.UNKNOWN
+    for place, pipeline in loaded.items():
+        if isinstance(place, int):
+            values[place] = pipeline
+        else:
+            named[place] = pipeline
+    del loaded
+    result = _function_of(target)(*values, **named)
+    del values, named, pipeline
+    loans.give_back()
+    return short_calls.answer_of(result)
+
+
+def run_generator(target: Any, device: str | None, reuse: bool, *args: Any, **kwargs: Any) -> Iterator[Any]:
+    loans = Loans()
+    values, named = receive(args, kwargs, device, loans.load if reuse else Publication.load)
+    yield from _function_of(target)(*values, **named)
+    del values, named
+    loans.give_back()
+
+
+@functools.lru_cache(256)
+def _function_of(target: Any) -> Any:
+    return find(*target).__wrapped__ if isinstance(target, tuple) else target
+
+
+def address_of(obj: object, module: str, qualname: str) -> tuple[str, str] | None:
+    """The module and qualified name under which importing finds this very object in a worker too, if it does."""
+    if module == "__main__" or module not in sys.modules or module in ray.cloudpickle.list_registry_pickle_by_value():
+        return None
+    try:
+        return (module, qualname) if find(module, qualname) is obj else None
+    except (ImportError, AttributeError):
+        return None
+
+
+def find(module: str, qualname: str) -> Any:
+    """The object with this qualified name, not bound to the class that holds it."""
+    found: Any = importlib.import_module(module)
+    for name in qualname.split("."):
+        found = inspect.getattr_static(found, name)
+    return found
+
+
+def resolved(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+    """Arguments with the objects behind references, as Ray hands them to a task."""
+    values = [ray.get(value) if isinstance(value, ray.ObjectRef) else value for value in args]
+    named = {name: ray.get(value) if isinstance(value, ray.ObjectRef) else value for name, value in kwargs.items()}
+    return values, named

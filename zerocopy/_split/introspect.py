@@ -1,0 +1,346 @@
+"""What does a pipeline share and what does it copy: the two skeletons of a pipeline, and the tensors they refer to.
+
+The *shared* skeleton holds the shared roots: the values of `shared()` fields and the modules found elsewhere. It is made
+once for each publication. The *outer* skeleton is the pipeline around them, with all that is copied; it is small and made
+anew each time the pipeline is passed. Where a mutable object is reachable from both, two skeletons would make two of it:
+then the outer skeleton holds everything but the tensors, and the pipeline is *entangled*.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import attrs
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+
+from zerocopy._declare.pipeline import fields, is_pipeline_class
+from zerocopy._split import paths
+from zerocopy._split.roles import Zone
+from zerocopy._split.skeleton import Root, Split, Stripped, strip
+from zerocopy._store.tensors import ARRAY, TensorSpec, TensorTable, is_tensor_or_array, storage_of
+from zerocopy.errors import ArgumentError, CannotTravelError, DeviceError
+
+SMALL_PIECE = 4096
+
+
+@attrs.frozen
+class Skeleton:
+    """Pickled bytes, and what they refer to by number: an int is a tensor's index, the rest travels as it is."""
+
+    payload: bytes
+    externals: tuple[Any, ...]
+    count: int = 1
+
+
+@attrs.frozen
+class Outer:
+    """The outer skeleton, and the tensors that it does not share: each load copies their bytes anew.
+
+    The skeleton is of the pipeline, and of a list of its modules to be put into eval mode, if there are any.
+
+    Indices from the number of shared tensors on are those of `specs`; storages from the number of shared storages on are
+    those of `storages`.
+    """
+
+    skeleton: Skeleton
+    specs: tuple[TensorSpec, ...]
+    storages: tuple[bytes, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.skeleton.payload) + sum(map(len, self.storages))
+
+
+@attrs.frozen
+class Introspection:
+    """Everything that publishing or planning needs to know of a pipeline. It holds its live objects."""
+
+    pipeline: Any
+    outer: Outer
+    shared: Skeleton
+    table: TensorTable
+    roots: list[Any]
+    root_ends: list[int]  # number of storages in the table after each root
+    entangled: str | None  # the path of an object reachable from both sides
+    private_reasons: list[tuple[Any, str]]
+    devices: dict[int, tuple[str | None, ...]]  # declared devices of a storage's fields, where any is declared
+    known: Known
+    mutable: list[Any]  # modules, containers and other mutable objects of the shared skeleton
+    wholes: list[Any]  # shared tensors that had to be taken apart
+    pieces: list[Any]  # what they were taken apart into; to be kept as long as it may be recognized
+
+
+@attrs.frozen
+class Known:
+    """What must be known of published weights to make another outer skeleton over them. Ids of living objects, no references."""
+
+    tensors: dict[int, int]
+    storages: dict[object, int]
+    roots: dict[int, int]
+    mutable: frozenset[int]
+    loose: tuple[object, ...]  # fingerprint of the roots that no version counter tells of
+    tensor_count: int
+    storage_count: int
+    whole: bool  # always make one skeleton of everything
+
+
+class UnknownRoot(Exception):
+    """The pipeline has a shared root that its publication does not hold, or holds in another form."""
+
+
+def require_pipeline(obj: object, what: str) -> None:
+    """Refuse what holds no models by any declaration.
+
+    Raises:
+        ArgumentError: `obj` is neither an instance of a pipeline class nor an `nn.Module`.
+    """
+    if isinstance(obj, type):
+        raise ArgumentError(
+            f"{what} expects an instance, got the class {obj.__name__!r}.", hint="make an instance of it."
+        )
+    if not (is_pipeline_class(type(obj)) or paths.is_module(obj) or isinstance(obj, ExportedProgram)):
+        raise ArgumentError(
+            f"{what} expects a pipeline or an nn.Module, got {type(obj).__name__!r}.",
+            hint="mark its class with @zerocopy.pipeline, or hold it in a field of a class that is.",
+        )
+
+
+@attrs.frozen
+class Subject:
+    """A pipeline, and how it is to be published.
+
+    Attributes:
+        copied: attributes to treat as `copied()` fields, beside those that its class declares.
+        replaced: what stands in it for other objects, by the id of these.
+        to_eval: modules of it to be put into eval mode wherever it is loaded.
+    """
+
+    pipeline: Any
+    copied: Collection[str] = ()
+    replaced: Mapping[int, Any] = attrs.field(factory=dict)
+    to_eval: Sequence[Any] = ()
+
+    def strip(self, split: Split) -> Stripped:
+        objects = [self.pipeline, *([list(self.to_eval)] if self.to_eval else [])]
+        names = [paths.name_of(self.pipeline)] * len(objects)
+        copied = {id(self.pipeline): self.copied}
+        return strip(objects, zone=Zone.AUTO, split=split, names=names, copied=copied, replaced=self.replaced)
+
+
+def introspect(subject: Subject) -> Introspection:
+    """Split a pipeline into its skeletons and its tensors. Nothing is written anywhere.
+
+    Raises:
+        CannotTravelError: something inside cannot leave the process; the error names its path.
+        DeviceError: two fields that share memory declare different devices.
+    """
+    pipeline = subject.pipeline
+    if is_pipeline_class(type(pipeline)):
+        fields(type(pipeline))  # refuses stray declarations before anything is pickled
+    name = paths.name_of(pipeline)
+    first = subject.strip(Split.ROOTS)
+    names = [paths.find(pipeline, root, name) or name for root in first.roots]
+    shared = strip(first.roots, zone=Zone.SHARED, split=Split.NOWHERE, names=names, replaced=subject.replaced)
+    table, root_ends = _tabulate(shared)
+    common = set(first.seen) & set(shared.seen)
+    entangled = _entanglement(pipeline, first, shared, common - set(subject.replaced), names)
+    mutable = _lasting(shared) - set(subject.replaced) if entangled is None else frozenset[int]()
+    roots = {id(root): position for position, root in enumerate(first.roots)}
+    known = Known(
+        table.index,
+        table.storage_index,
+        roots,
+        mutable,
+        fingerprint(first.roots),
+        len(table.specs),
+        len(table.storages),
+        entangled is not None,
+    )
+    return Introspection(
+        pipeline,
+        _outer_of(subject, known, first),
+        Skeleton(shared.payload, _encode(shared.externals, table, known, whole=True), len(first.roots)),
+        table,
+        first.roots,
+        root_ends,
+        entangled,
+        list(shared.private_reasons.values()),
+        _declared_devices(pipeline, table),
+        known,
+        list(shared.seen.values()),
+        shared.wholes,
+        shared.pieces,
+    )
+
+
+def is_reusable(found: Introspection) -> bool:
+    """Whether one can tell, by versions, slots and modes, that what is shared was not changed since it was loaded.
+
+    One cannot where NumPy arrays or inference tensors are shared, or modules that no other module has registered.
+    """
+    if not all(paths.is_module(root) or type(root) is torch.Tensor for root in found.roots):
+        return False
+    if any(spec.kind == ARRAY or spec.is_inference for spec in found.table.specs):
+        return False
+    registered = paths.registered_below(paths.modules_among(found.roots))
+    return registered.keys() >= set(map(id, paths.modules_among(found.mutable)))
+
+
+def make_outer(pipeline: Any, known: Known) -> Outer:
+    """The outer skeleton of `pipeline` as it is now, over published weights.
+
+    Raises:
+        UnknownRoot: the weights do not hold a module or a shared value that the pipeline has now.
+        CannotTravelError: something copied cannot leave the process.
+    """
+    subject = Subject(pipeline)
+    stripped = subject.strip(Split.ROOTS)
+    if not all(id(root) in known.roots for root in stripped.roots) or fingerprint(stripped.roots) != known.loose:
+        raise UnknownRoot
+    return _outer_of(subject, known, stripped)
+
+
+def _outer_of(subject: Subject, known: Known, stripped: Stripped) -> Outer:
+    whole = known.whole or not known.mutable.isdisjoint(stripped.seen)
+    if whole:
+        stripped = subject.strip(Split.NOWHERE)
+    private = TensorTable(known.storages, known.storage_count)
+    externals = _encode(stripped.externals, private, known, whole=whole)
+    storages = tuple(storage.to_bytes().tobytes() for storage in private.storages)
+    skeleton = Skeleton(stripped.payload, externals, len(stripped.ends))
+    return Outer(skeleton, tuple(private.specs), storages)
+
+
+def fingerprint(roots: Sequence[Any]) -> tuple[object, ...]:
+    """What tells a change of the shared roots that are neither modules nor tensors: dicts, lists, objects of any class.
+
+    No counter tells of theirs, so they are pickled anew, down to the modules and tensors in them.
+    """
+    loose = [root for root in roots if not isinstance(root, nn.Module) and not is_tensor_or_array(root)]
+    if not loose:
+        return ()
+    stripped = strip(loose, zone=Zone.SHARED, split=Split.ROOTS, names=["shared"] * len(loose))
+    pieces = set(map(id, stripped.pieces))
+    parts = (_extent(obj) if id(obj) in pieces else id(obj) for obj in stripped.externals)
+    return (stripped.payload, tuple(map(id, loose)), *parts)
+
+
+def _extent(piece: Any) -> object:
+    """What tells a piece from another: small ones may be made anew by each pickling, so their bytes do."""
+    source = storage_of(piece)
+    return source.to_bytes().tobytes() if source.nbytes <= SMALL_PIECE else source.key
+
+
+def _encode(externals: Sequence[Any], table: TensorTable, known: Known, *, whole: bool) -> tuple[Any, ...]:
+    """Externals as they travel. Tensors that `known` lacks are added to `table` and numbered after the known ones."""
+    encoded: list[Any] = []
+    for obj in externals:
+        if id(obj) in known.tensors and is_tensor_or_array(obj):
+            encoded.append(known.tensors[id(obj)])
+        elif id(obj) in known.roots and not whole:
+            encoded.append(Root(known.roots[id(obj)]))
+        elif is_tensor_or_array(obj):
+            encoded.append(known.tensor_count + table.add(obj))
+        else:
+            encoded.append(obj)
+    return tuple(encoded)
+
+
+def _tabulate(shared: Stripped) -> tuple[TensorTable, list[int]]:
+    table = TensorTable()
+    root_ends = []
+    start = 0
+    for end in shared.ends:
+        for obj in shared.externals[start:end]:
+            if id(obj) in shared.shared:
+                table.add(obj)
+        root_ends.append(len(table.storages))
+        start = end
+    return table, root_ends
+
+
+def _entanglement(
+    pipeline: Any, outer: Stripped, shared: Stripped, common: set[int], names: Sequence[str]
+) -> str | None:
+    """The path of something that is to be one object, but would be in both skeletons."""
+    if shared.has_pipeline:
+        below = (found for root, name in zip(outer.roots, names, strict=True) for found in paths.walk(root, name))
+        return next((path for path, obj in below if _is_pipeline(obj)), names[0])
+    if not common:
+        return None
+    name = paths.name_of(pipeline)
+    walked = paths.walk(pipeline, name)
+    return next((path for path, obj in walked if id(obj) in common and outer.seen[id(obj)] is obj), name)
+
+
+def _is_pipeline(obj: object) -> bool:
+    return is_pipeline_class(type(obj))
+
+
+def _lasting(stripped: Stripped) -> frozenset[int]:
+    """Ids of the mutable objects that live on after the pickling: not of what reducers made on the way."""
+    temporary: list[Any] = []  # referenced twice here, as others are by `seen` and by the pickler's memo
+    baseline = _reference_counts({0: temporary, 1: temporary})[0]
+    return frozenset(key for key, count in _reference_counts(stripped.seen).items() if count > baseline)
+
+
+def _reference_counts(objects: dict[int, Any]) -> dict[int, int]:
+    return {key: sys.getrefcount(obj) for key, obj in objects.items()}
+
+
+def _declared_devices(pipeline: Any, table: TensorTable) -> dict[int, tuple[str | None, ...]]:
+    """The declared devices of the shared fields that reach each storage, where any of them declares one."""
+    if not is_pipeline_class(type(pipeline)):
+        return {}
+    declared = fields(type(pipeline))
+    if not any(field.device for field in declared.values()):
+        return {}
+    devices: dict[int, dict[str, str | None]] = {}
+    for field_name, value in paths.attributes_of(pipeline).items():
+        field = declared.get(field_name)
+        try:
+            reached = _reach(value, table.index, field_name)
+        except CannotTravelError:  # left out by the class' own way to pickle itself
+            continue
+        for index in reached:
+            device = field.device if field is not None and field.policy == "shared" else None
+            devices.setdefault(table.specs[index].storage, {})[field_name] = device
+    for storage_devices in devices.values():
+        _require_one_device(storage_devices, paths.name_of(pipeline))
+    return {
+        storage: tuple(dict.fromkeys(by_field.values()))
+        for storage, by_field in devices.items()
+        if any(by_field.values())
+    }
+
+
+def _require_one_device(by_field: dict[str, str | None], name: str) -> None:
+    declared = {device: field for field, device in by_field.items() if device is not None}
+    if len(declared) > 1:
+        (one, first), (two, second), *_ = declared.items()
+        raise DeviceError(
+            f"Fields {first!r} and {second!r} of {name} share memory but declare the devices {one!r} and {two!r}.",
+            hint="give tied fields one device.",
+        )
+
+
+def _reach(value: Any, index: dict[int, int], name: str) -> set[int]:
+    """Indices of the tensors that can be reached from `value`."""
+    stripped = strip([value], zone=Zone.SHARED, split=Split.NOWHERE, names=[name])
+    return {index[id(obj)] for obj in stripped.externals if id(obj) in index}
+
+
+def reach(values: Sequence[Any], tensors: Sequence[Any]) -> set[int]:
+    """Positions in `tensors` of those that can be reached from `values`."""
+    index = {id(tensor): position for position, tensor in enumerate(tensors)}
+    memory = {
+        storage_of(tensor).key: position for position, tensor in enumerate(tensors)
+    }  # programs hold them by alias
+    stripped = strip(list(values), zone=Zone.SHARED, split=Split.NOWHERE, names=["fields"] * len(values))
+    found = [obj for obj in stripped.externals if is_tensor_or_array(obj)]
+    by_memory = {memory.get(storage_of(obj).key) for obj in found} | {index.get(id(obj)) for obj in found}
+    return {position for position in by_memory if position is not None}

@@ -1,0 +1,67 @@
+"""Which models does an object hold, and where."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from typing import Any
+
+from torch import nn
+from torch.export import ExportedProgram
+
+from zerocopy._split import paths
+from zerocopy._split.programs import PROGRAMS
+from zerocopy._split.roles import Zone
+from zerocopy._split.skeleton import Split, Stripped, strip
+
+
+def is_model(obj: object) -> bool:
+    return paths.is_module(obj) or isinstance(obj, (ExportedProgram, *PROGRAMS))
+
+
+def models_of(obj: Any, copied: Collection[str] = ()) -> dict[str, Any]:
+    """The models anywhere in `obj`, by path from it, as `encoder` or `stages['first'][0]`; of a bare one the path is `model`.
+
+    Args:
+        copied: attributes in which models do not count, beside those in `copied()` fields.
+
+    Raises:
+        CannotTravelError: something around the models cannot leave the process; the error names its path.
+    """
+    return {"model": obj} if is_model(obj) else {_path(obj, root): root for root in _found(obj, copied).roots}
+
+
+def callable_models(models: dict[str, Any]) -> dict[str, Any]:
+    """`models`, with their parts in the place of those that cannot be called: of a `ModuleList`, say."""
+    return {below: part for path, model in models.items() for below, part in _callable_parts(path, model)}
+
+
+def _callable_parts(path: str, model: Any) -> Iterator[tuple[str, Any]]:
+    forward = getattr(type(model), "forward", None)
+    if forward is not nn.Module.forward:
+        yield path, model
+        return
+    for name, part in model.named_children():
+        yield from _callable_parts(
+            f"{path}[{name!r}]" if isinstance(model, nn.ModuleDict) else path + paths.step(name), part
+        )
+
+
+def models_in_train_mode(obj: Any) -> list[nn.Module]:
+    """The outermost modules anywhere in `obj`, in copied fields too, if any module in them is in train mode."""
+    found = _found(obj, ())
+    modules = [module for module in (*found.roots, *found.seen.values(), obj) if paths.is_module(module)]
+    inner = {id(below) for module in modules for below in module.modules() if below is not module}
+    outermost = {id(module): module for module in modules if id(module) not in inner}.values()
+    return (
+        list(outermost)
+        if any(getattr(part, "training", False) for module in outermost for part in module.modules())
+        else []
+    )
+
+
+def _found(obj: Any, copied: Collection[str]) -> Stripped:
+    return strip([obj], zone=Zone.AUTO, split=Split.MODULES, names=[paths.name_of(obj)], copied={id(obj): copied})
+
+
+def _path(obj: Any, model: Any) -> str:
+    return (paths.find(obj, model, "") or f"<{type(model).__name__} {id(model):#x}>").removeprefix(".")

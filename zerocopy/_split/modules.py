@@ -1,0 +1,108 @@
+"""How does an ordinary `nn.Module` travel: as its class, and what tells it from a blank one.
+
+A module keeps a dozen dicts, most of them empty, and pickle would write and make each of them. What a blank module has too
+is left out, and made again where the module is rebuilt.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import itertools
+import operator
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from zerocopy._split import reducers
+
+_blank = nn.Module()
+_BLANK = vars(_blank)
+_NAMES = tuple(_BLANK)
+_CONTAINERS = {name: type(value) for name, value in _BLANK.items() if isinstance(value, (dict, set))}
+_SCALARS = [(name, value) for name, value in _BLANK.items() if name not in _CONTAINERS]  # True and None, today
+_FILLED = [(name, _CONTAINERS[name]) for name in ("_parameters", "_buffers", "_modules")]
+_HOOKS = tuple(
+    name for name in _CONTAINERS if (name, _CONTAINERS[name]) not in _FILLED
+)  # most modules have none of them
+_HOOK_TYPES = [_CONTAINERS[name] for name in _HOOKS]
+_hooks_of = operator.itemgetter(*_HOOKS)
+
+
+def _most_references(hooks: tuple[Any, ...]) -> int:
+    return max(map(sys.getrefcount, hooks))
+
+
+# More references to a container than these tell that something else holds it, too.
+_members = _blank.__getstate__()
+_OWN_HOOKS = _most_references(_hooks_of(_members))
+_OWN = sys.getrefcount(_members["_modules"])
+
+
+class Reducer:
+    """Reduces modules to their differences from a blank one; what it finds out of their classes holds for one pickling."""
+
+    def __init__(self) -> None:
+        self._fills: dict[type, Callable[..., None] | None] = {}
+
+    def __call__(self, module: nn.Module) -> tuple[Any, ...] | None:
+        """None where the module's class has a way of its own, or its difference would not tell all."""
+        cls = type(module)
+        if cls not in self._fills:
+            self._fills[cls] = _fill_of(cls)
+        fill = self._fills[cls]
+        if fill is None:
+            return None
+        members = module.__getstate__()
+        if type(members) is not dict or tuple(members)[: len(_NAMES)] != _NAMES:
+            return None
+        state = _differences(members)
+        return copyreg.__newobj__, (cls,), state, None, None, fill  # type: ignore[attr-defined]
+
+
+def _fill_of(cls: Any) -> Callable[..., None] | None:
+    """What rebuilds instances of `cls` that pickle as `object` does it: by their class and what `__getstate__` gives."""
+    own = ("__reduce_ex__", "__reduce__")
+    if any(getattr(cls, name) is not getattr(object, name) for name in own) or cls in copyreg.dispatch_table:
+        return None
+    if hasattr(cls, "__getnewargs_ex__") or hasattr(cls, "__getnewargs__") or reducers.packs_its_own(cls):
+        return None
+    slots: list[str] = copyreg._slotnames(cls)  # type: ignore[attr-defined]
+    if slots:
+        return None
+    return _fill if cls.__setstate__ is nn.Module.__setstate__ else _set_state
+
+
+def _differences(members: dict[str, Any]) -> dict[str, Any]:
+    """Members that a blank module has not, or that somebody else holds, too."""
+    hooks = _hooks_of(members)
+    if any(hooks) or list(map(type, hooks)) != _HOOK_TYPES or _most_references(hooks) > _OWN_HOOKS:
+        held = zip(_HOOKS, hooks, _HOOK_TYPES, list(map(sys.getrefcount, hooks)), strict=True)
+        state = {name: hook for name, hook, cls, count in held if hook or type(hook) is not cls or count > _OWN_HOOKS}
+    else:
+        state = {}
+    for name, cls in _FILLED:
+        if members[name] or type(members[name]) is not cls or sys.getrefcount(members[name]) > _OWN:
+            state[name] = members[name]
+    for name, value in _SCALARS:
+        if members[name] is not value:
+            state[name] = members[name]
+    if len(members) > len(_NAMES):
+        state.update(itertools.islice(members.items(), len(_NAMES), None))
+    return state
+
+
+def _compiled(name: str, code: str) -> Callable[..., None]:
+    """The function `name`, in whose code {} stands for the members of a blank module, in order: nothing makes them faster."""
+    made = {member: "{}" if cls is dict else f"c{i}()" for i, (member, cls) in enumerate(_CONTAINERS.items())}
+    names = {f"c{i}": cls for i, cls in enumerate(_CONTAINERS.values())}
+    members = ", ".join(f"{member!r}: {made.get(member, repr(_BLANK[member]))}" for member in _NAMES)
+    function = eval(code.format(members), {**names, "__name__": __name__, "set_attribute": object.__setattr__})
+    function.__name__ = function.__qualname__ = name  # under which pickle finds it
+    compiled: Callable[..., None] = function
+    return compiled
+
+
+_fill = _compiled("_fill", "lambda module, state: set_attribute(module, '__dict__', {{{}, **state}})")
+_set_state = _compiled("_set_state", "lambda module, state: module.__setstate__({{{}, **state}})")

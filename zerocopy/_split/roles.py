@@ -1,0 +1,135 @@
+"""What is an object to the pickler: how it travels depends on its type alone, and is looked up once for each."""
+
+from __future__ import annotations
+
+import datetime
+import decimal
+import enum
+import fractions
+import pathlib
+import pickle
+import types
+import weakref
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import ray
+import ray.actor
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+
+from zerocopy._declare.pipeline import is_pipeline_class, observe_pipeline_classes
+from zerocopy._split import programs, reducers
+
+
+class Zone(enum.Enum):
+    """Which policy rules the place that the pickler has reached."""
+
+    AUTO = "modules are shared, all else is copied"
+    SHARED = "tensors and arrays are shared"
+    COPIED = "all is copied"
+
+
+class Switch(NamedTuple):
+    """Written between objects, so that the pickler changes its state on the way; unpickled as None.
+
+    `zone` is the zone of what follows, None for no change. `whole` is the tensor that what follows is taken from, until a
+    switch without one.
+    """
+
+    zone: Zone | None
+    whole: Any = None
+
+
+class Slot(NamedTuple):
+    """Stands for a tensor that carries Python attributes, while its reducer writes those."""
+
+    tensor: Any
+
+
+class Role(enum.Enum):
+    """How instances of a type travel."""
+
+    ATOM = enum.auto()  # immutable: copies of it cannot be told apart
+    TENSOR = enum.auto()
+    PIPELINE = enum.auto()
+    MODULE = enum.auto()
+    PASSENGER = enum.auto()  # travels beside the skeleton, so that Ray counts its references
+    SWITCH = enum.auto()
+    SLOT = enum.auto()
+    BUFFER = enum.auto()
+    PARAMETRIZED = enum.auto()
+    PROGRAM = enum.auto()
+    WEAK_REFERENCE = enum.auto()
+    FILE = enum.auto()
+    OTHER = enum.auto()
+
+
+_ATOMS = (
+    str, bytes, int, float, complex, bool, type(None), type(...), type(NotImplemented), tuple, frozenset, range, slice, type,
+    types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType, types.CodeType, types.CellType,
+    types.MethodWrapperType, types.WrapperDescriptorType, types.MethodDescriptorType, types.GetSetDescriptorType, property,
+    torch.dtype, torch.layout, torch.memory_format, torch.device, torch.Size, np.dtype, np.generic, enum.Enum,
+    pathlib.PurePath, datetime.date, datetime.time, datetime.timedelta, datetime.tzinfo, decimal.Decimal,
+    fractions.Fraction,
+)  # fmt: skip
+
+# Found by the automatic rule.
+MODULES = frozenset({Role.MODULE, Role.PARAMETRIZED, Role.PROGRAM})
+
+# Not worth a memo, a zone or a path.
+SCALARS = frozenset({str, int, float, bool, type(None), bytes, complex})
+
+_passengers: list[type] = [ray.ObjectRef, ray.actor.ActorHandle]
+_roles: dict[type, Role] = {}
+
+
+def add_passenger(cls: type) -> None:
+    """Let instances of `cls` travel beside a skeleton instead of inside it."""
+    _passengers.append(cls)
+
+
+def role_of(cls: type) -> Role:
+    """The role of instances of `cls`."""
+    role = _roles.get(cls)
+    if role is None:
+        role = _classify(cls)
+        _roles[cls] = role
+    return role
+
+
+def _classify(cls: type) -> Role:
+    if issubclass(cls, (torch.Tensor, np.ndarray)):
+        return Role.TENSOR
+    if issubclass(cls, tuple(_passengers)):
+        return Role.PASSENGER
+    for bases, role in _roles_by_base():
+        if issubclass(cls, bases):
+            return role
+    if cls is weakref.ref:
+        return Role.WEAK_REFERENCE
+    if reducers.is_parametrized_class(cls):
+        return Role.PARAMETRIZED
+    if is_pipeline_class(cls):
+        return Role.PIPELINE
+    if issubclass(cls, nn.Module):
+        return Role.MODULE
+    return Role.ATOM if issubclass(cls, _ATOMS) else Role.OTHER
+
+
+def _roles_by_base() -> Iterator[tuple[Any, Role]]:
+    yield Switch, Role.SWITCH
+    yield Slot, Role.SLOT
+    yield pickle.PickleBuffer, Role.BUFFER
+    yield reducers.FILES, Role.FILE
+    yield programs.PROGRAMS, Role.PROGRAM
+    yield ExportedProgram, Role.PROGRAM
+
+
+def _forget(cls: type) -> None:
+    _roles.pop(cls, None)
+
+
+observe_pipeline_classes(_forget)  # a class may have been met before it was decorated

@@ -1,0 +1,1 @@
+"""How are objects shared whose classes one did not write?"""

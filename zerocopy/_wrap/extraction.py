@@ -1,0 +1,153 @@
+"""How are the tensors of a module taken out of it as arrays, and put back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import nn
+
+from zerocopy._split import paths
+from zerocopy._split.paths import is_module
+from zerocopy._split.roles import Zone
+from zerocopy._split.skeleton import Split, graft, strip
+from zerocopy._store.mapping import map_if_in_store
+from zerocopy._store.tensors import is_plain
+from zerocopy.errors import ArgumentError
+
+Tensors: TypeAlias = list[dict[str, dict[str, Any]]]
+
+_MEMBERS = {"params": "_parameters", "buffers": "_buffers"}
+
+
+def extract_tensors(module: nn.Module) -> tuple[nn.Module, Tensors]:
+    """Take the parameters and buffers out of a module. It stays as it is; nothing is copied.
+
+    Returns:
+        A copy of `module` whose parameters and buffers are on the meta device, and their contents: for each module, in the
+        order of `named_modules()`, `{"params": {name: array}, "buffers": {name: array}}`. Arrays have the shape of their
+        tensor and are views of it; where NumPy lacks the dtype (bfloat16, float8), or the tensor is not a plain strided one, a
+        tensor stands there. Tied tensors are one array.
+
+    Raises:
+        ArgumentError: not an `nn.Module`, or TorchScript, whose weights belong to its code.
+        CannotTravelError: something inside cannot be pickled; the error names its path.
+    """
+    if not is_module(module) or isinstance(module, torch.jit.ScriptModule):
+        raise ArgumentError(
+            f"extract_tensors expects an nn.Module, got {type(module).__name__!r}.",
+            hint="use ModelWrapper, or JITModelWrapper for TorchScript.",
+        )
+    name = paths.name_of(module)
+    # In the zone SHARED pieces of what is no plain tensor are told apart: these stay in the skeleton.
+    stripped = strip([module], zone=Zone.SHARED, split=Split.NOWHERE, names=[name], number_code=True)
+    contents: dict[int, Any] = {}
+    tensors: Tensors = []
+    for members in _members(module):
+        held = {kind: {name: t for name, t in slots.items() if t is not None} for kind, slots in members.items()}
+        for tensor in (tensor for slots in held.values() for tensor in slots.values()):
+            contents.setdefault(id(tensor), _content(tensor))
+        tensors.append({kind: {name: contents[id(t)] for name, t in slots.items()} for kind, slots in held.items()})
+    blanks = [_blank(obj) if id(obj) in contents else _private(obj) for obj in stripped.externals]
+    (skeleton,) = graft(stripped.payload, blanks)
+    return skeleton, tensors
+
+
+def replace_tensors(skeleton: nn.Module, tensors: Sequence[Mapping[str, Mapping[str, Any]]]) -> None:
+    """Put tensors back into the skeleton of `extract_tensors`, in place and without copying.
+
+    Arrays that lie in the object store are mapped once more, private to this process: writes stay here. Ties, parameter
+    classes, `requires_grad` and attributes are those of the module that was taken apart.
+
+    Raises:
+        ArgumentError: `tensors` are not those of this skeleton: another number of modules, or an unknown name.
+    """
+    if not is_module(skeleton):
+        raise ArgumentError(f"replace_tensors expects an nn.Module, got {type(skeleton).__name__!r}.")
+    modules = list(_members(skeleton))
+    if len(modules) != len(tensors):
+        raise ArgumentError(
+            f"{type(skeleton).__name__} has {len(modules)} modules, but there are tensors for {len(tensors)}.",
+            hint="pass both results of one call of extract_tensors.",
+        )
+    if misfits := [text for pair in zip(modules, tensors, strict=True) for text in _misfits(*pair)]:
+        raise ArgumentError(f"{type(skeleton).__name__} cannot take these tensors: {'; '.join(misfits)}.")
+    arrays = {id(value): value for entry in tensors for contents in entry.values() for value in contents.values()}
+    live = _live_tensors([value for value in arrays.values() if isinstance(value, np.ndarray)])
+    filled: dict[int, tuple[Any, Any]] = {}
+    for members, entry in zip(modules, tensors, strict=True):
+        for kind, contents in entry.items():
+            for name, value in contents.items():
+                blank = members[kind][name]
+                if id(blank) not in filled:
+                    filled[id(blank)] = _filled(blank, live.get(id(value), value)), blank
+                members[kind][name] = filled[id(blank)][0]
+
+
+def _misfits(members: Mapping[str, Mapping[str, Any]], entry: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """What tells that an entry is not that of a module."""
+    for kind in entry.keys() - members.keys():
+        yield f"{kind!r} is neither 'params' nor 'buffers'"
+    for kind, slots in members.items():
+        given = entry.get(kind, {})
+        present = {name for name, tensor in slots.items() if tensor is not None}
+        yield from (f"no {kind}[{name!r}] there" for name in sorted(given.keys() - slots.keys()))
+        yield from (f"{kind}[{name!r}] is missing" for name in sorted(present - given.keys()))
+        for name in sorted(present & given.keys()):
+            here, new = _form(slots[name]), _form(given[name])
+            if here != new:
+                yield f"{kind}[{name!r}] is {new[0]} of shape {new[1]}, not {here[0]} of {here[1]}"
+
+
+def _form(tensor: Any) -> tuple[str, tuple[int, ...]]:
+    return str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)
+
+
+def _members(module: nn.Module) -> Iterator[dict[str, MutableMapping[str, Any]]]:
+    """The dicts of parameters and buffers of each module; none of TorchScript, which keeps its own."""
+    for _, part in module.named_modules():
+        compiled = isinstance(part, torch.jit.ScriptModule)
+        yield {kind: {} if compiled else vars(part)[attribute] for kind, attribute in _MEMBERS.items()}
+
+
+def _blank(tensor: Any) -> Any:
+    """A tensor on the meta device that remembers all but the contents. Its attributes come with the skeleton."""
+    empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+    return torch.Tensor._make_subclass(type(tensor), empty, tensor.requires_grad)
+
+
+def _private(obj: Any) -> Any:
+    """What a skeleton keeps for itself: a tensor or an array that is no parameter or buffer, or a piece of one."""
+    if isinstance(obj, np.ndarray):
+        return obj.copy(order="K")
+    if not isinstance(obj, torch.Tensor):
+        return obj
+    copy = obj.detach().clone()
+    return torch.Tensor._make_subclass(type(obj), copy, obj.requires_grad)
+
+
+def _content(tensor: Any) -> Any:
+    if not is_plain(tensor):
+        return tensor
+    plain = tensor.detach().resolve_conj().resolve_neg()
+    try:
+        return plain.numpy() if plain.device.type == "cpu" else plain.cpu().numpy()
+    except TypeError:  # NumPy lacks the dtype
+        return plain
+
+
+def _filled(blank: Any, content: Any) -> Any:
+    if not is_plain(blank):
+        return content
+    tensor = torch.Tensor._make_subclass(type(blank), content, blank.requires_grad)
+    vars(tensor).update(vars(blank))
+    return tensor
+
+
+def _live_tensors(arrays: Sequence[np.ndarray[Any, Any]]) -> dict[int, torch.Tensor]:
+    """Tensors over arrays, by id of the array: those in the object store over a private mapping of it."""
+    read_only = [array for array in arrays if not array.flags.writeable]
+    private = {id(array): mapped for array, mapped in zip(read_only, map_if_in_store(read_only), strict=True)}
+    return {id(array): torch.from_numpy(private.get(id(array), array)) for array in arrays}

@@ -1,0 +1,139 @@
+"""What is published of an object that is wrapped: for actors the whole; for tasks each model, and the rest around them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import attrs
+from torch.export import ExportedProgram
+
+from zerocopy._load.publication import Publication
+from zerocopy._publish.publish import publish_subject
+from zerocopy._split import paths
+from zerocopy._split.introspect import Subject
+from zerocopy._split.models import callable_models, models_in_train_mode, models_of
+from zerocopy._split.programs import PROGRAMS
+from zerocopy._split.roles import Zone
+from zerocopy._split.skeleton import Split, strip
+from zerocopy._store import object_store
+from zerocopy._wrap.remote_model import RemoteModel, class_of, described
+from zerocopy.errors import ArgumentError
+
+
+@attrs.frozen
+class ModelInfo:
+    """One model of a wrapper: the name of its class, where its weights are, and the methods that run as tasks."""
+
+    kind: str
+    publication: Publication
+    methods: tuple[str, ...] = ()
+
+
+def prepare_for_actors(pipeline: Any, copied: Sequence[str]) -> tuple[Publication, dict[str, ModelInfo]]:
+    """Publish a pipeline, to be loaded with its models in eval mode; and what there is to know of each model, by path.
+
+    Raises:
+        As `publish`, but for ArgumentError.
+    """
+    models = models_of(pipeline, copied)
+    subject = Subject(pipeline, copied, to_eval=models_in_train_mode(pipeline))
+    publication = publish_subject(subject, *_anchored(pipeline, models, "actor", copied))
+    return publication, {path: ModelInfo(class_of(model).__name__, publication) for path, model in models.items()}
+
+
+def prepare_for_tasks(
+    pipeline: Any, copied: Sequence[str], method_names: Sequence[str] | None
+) -> tuple[Publication | RemoteModel, dict[str, ModelInfo]]:
+    """Publish each model, and the pipeline with something that calls them in tasks in their place.
+
+    Raises:
+        ArgumentError: no model has a method of these names.
+        As `publish`.
+    """
+    models = callable_models(models_of(pipeline, copied))
+    _require_methods(models, method_names)
+    object_store.require()
+    remote = {path: _remote_model(model, method_names) for path, model in models.items()}
+    info = {path: ModelInfo(class_of(models[path]).__name__, *described(model)) for path, model in remote.items()}
+    if models.get("model") is pipeline:
+        return remote["model"], info
+    replaced = {id(model): remote[path] for path, model in models.items()}
+    here = [
+        module
+        for module in models_in_train_mode(pipeline)
+        if not any(id(part) in replaced for part in module.modules())
+    ]
+    subject = Subject(pipeline, copied, replaced, here)
+    return publish_subject(subject, *_anchored(pipeline, models, "task", copied)), info
+
+
+def _anchored(pipeline: Any, models: Mapping[str, Any], *variant: Any) -> tuple[Any, tuple[str, ...]]:
+    """What publishing again is recognized by: the pipeline, or a model of one that cannot be referred to weakly."""
+    anchor = pipeline if type(pipeline).__weakrefoffset__ else next(iter(models.values()))
+    mode, copied = variant
+    return anchor, (type(pipeline).__name__, mode, *copied)
+
+
+def attributes_to_copy(pipeline: Any, model_attr_names: Sequence[str] | None) -> list[str]:
+    """The attributes that hold none of the models to share.
+
+    Raises:
+        ArgumentError: `pipeline` is a class, or has no such attribute, or that holds no model.
+    """
+    if isinstance(pipeline, type):
+        raise ArgumentError(f"Got the class {pipeline.__name__!r}.", hint="make an instance of it.")
+    if model_attr_names is None:
+        return []
+    if isinstance(model_attr_names, str):
+        raise ArgumentError(
+            f"model_attr_names={model_attr_names!r} is a string.", hint=f"write [{model_attr_names!r}]."
+        )
+    held = paths.attributes_of(pipeline)
+    holding = [name for name, value in held.items() if models_of(value)]
+    for name in model_attr_names:
+        if name not in holding:
+            problem = f"holds no model in {name!r}" if name in held else f"has no attribute {name!r}"
+            raise ArgumentError(
+                f"model_attr_names: this {type(pipeline).__name__} {problem}.",
+                hint=f"it holds models in {', '.join(map(repr, holding))}." if holding else None,
+            )
+    listed = {id(held[name]) for name in model_attr_names}  # a listed model may be there under another name, too
+    return [name for name, value in held.items() if name not in model_attr_names and id(value) not in listed]
+
+
+def _require_methods(models: Mapping[str, Any], method_names: Sequence[str] | None) -> None:
+    if isinstance(method_names, str):
+        raise ArgumentError(f"method_names={method_names!r} is a string.", hint=f"write [{method_names!r}].")
+    for name in method_names or ():
+        if not any(callable(getattr(model, name, None)) for model in models.values()):
+            kinds = ", ".join(dict.fromkeys(class_of(model).__name__ for model in models.values()))
+            raise ArgumentError(
+                f"No model has a method {name!r} ({kinds}).",
+                hint="name methods of the models, as in method_names=['encode'].",
+            )
+
+
+def _remote_model(model: Any, method_names: Sequence[str] | None) -> RemoteModel:
+    publication = publish_subject(Subject(model, to_eval=models_in_train_mode(model)), model, ("model",))
+    return RemoteModel(publication, class_of(model), _exposed(model, method_names))
+
+
+def _exposed(model: Any, method_names: Sequence[str] | None) -> tuple[str, ...]:
+    if isinstance(model, ExportedProgram):
+        return ("__call__",)
+    if method_names is None:
+        method_names = ("forward",) if isinstance(model, PROGRAMS) else ()
+    wanted = ("__call__", *method_names)
+    return tuple(dict.fromkeys(name for name in wanted if callable(getattr(model, name, None))))
+
+
+def moved(pipeline: Any, device: Any) -> Any:
+    """A task-mode pipeline, its models loaded on `device` in their tasks."""
+    if device is not None:
+        name = paths.name_of(pipeline)
+        inside = strip([pipeline], zone=Zone.AUTO, split=Split.NOWHERE, names=[name]).seen.values()
+        for found in inside:
+            if type(found) is RemoteModel:
+                found._device = device
+    return pipeline

@@ -1,0 +1,123 @@
+"""What stands in a pipeline for a model whose every call is a Ray task."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from torch.export import ExportedProgram
+
+from zerocopy._load.publication import Publication
+from zerocopy._run.task import Task
+from zerocopy._split import reducers
+from zerocopy.errors import NotExposedError
+
+
+class RemoteModel:
+    """Stands for a model: calls of its methods run as Ray tasks, with the model loaded there, and wait for the result.
+
+    It says of itself that it is an instance of the model's class, so that `isinstance` holds; `inspect.signature` shows that
+    of the model's `forward`. Nothing else of the model is here.
+    """
+
+    def __init__(self, publication: Publication, cls: type, methods: Sequence[str], device: Any = None) -> None:
+        self._publication = publication
+        self._cls = cls
+        self._methods = tuple(methods)
+        self._device = device
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        return self._cls
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return _signature_of(self._cls, "forward")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._run("__call__", args, kwargs)
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        if name in self._methods:
+            return _Method(self, name)
+        exposed = ", ".join(self._methods)
+        raise NotExposedError(
+            f"This {self._cls.__name__} runs in Ray tasks, which expose {exposed} and no {name!r}.",
+            hint=f"name it in method_names={(*self._methods, name)!r}, if it is a method of the model.",
+            attribute=name,
+        )
+
+    def _run(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if method not in self._methods:
+            self.__getattr__(method)
+        self._publication.reference  # noqa: B018 (raises what a task could tell only after it was scheduled)
+        task = _task(None if self._device is None else str(self._device))
+        result = ray.get(task.remote(self._publication, method, *args, **kwargs))
+        # Ray's arrays are read-only views of its store; the model's would not be.
+        return result.copy() if isinstance(result, np.ndarray) and not result.flags.writeable else result
+
+    def __repr__(self) -> str:
+        return f"<zerocopy: {self._cls.__name__} in Ray tasks: {', '.join(self._methods)}>"
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return RemoteModel, (self._publication, self._cls, self._methods, self._device)
+
+
+class _Method:
+    """A method of a model, to be called as a Ray task."""
+
+    def __init__(self, model: RemoteModel, name: str) -> None:
+        self._model = model
+        self.__name__ = name
+        self.__doc__ = getattr(inspect.getattr_static(model._cls, name, None), "__doc__", None)
+        self.__signature__ = _signature_of(model._cls, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._model._run(self.__name__, args, kwargs)
+
+
+def described(model: RemoteModel) -> tuple[Publication, tuple[str, ...]]:
+    """The weights of a model, and the methods that run as tasks."""
+    return model._publication, model._methods
+
+
+def on_device(model: RemoteModel, device: Any) -> RemoteModel:
+    """The same model, loaded on `device` in its tasks."""
+    return RemoteModel(model._publication, model._cls, model._methods, device)
+
+
+def class_of(model: Any) -> type:
+    """The class by which a model is known: not the one that a parametrization made for it alone."""
+    cls = type(model)
+    return cls.__bases__[0] if reducers.is_parametrized_class(cls) else cls
+
+
+def _signature_of(cls: type, method: str) -> inspect.Signature:
+    try:
+        signature = inspect.signature(getattr(cls, method))
+    except (AttributeError, TypeError, ValueError):  # a method of compiled code
+        return inspect.signature(_any_call)
+    if isinstance(inspect.getattr_static(cls, method), (staticmethod, classmethod)):
+        return signature
+    return signature.replace(parameters=list(signature.parameters.values())[1:])
+
+
+def _any_call(*args: Any, **kwargs: Any) -> Any: ...
+
+
+def _call(model: Any, method: str, /, *args: Any, **kwargs: Any) -> Any:
+    if isinstance(model, ExportedProgram):
+        model = model.module()
+    with torch.no_grad():
+        return getattr(model, method)(*args, **kwargs)
+
+
+@functools.cache
+def _task(device: str | None) -> Task[..., Any]:
+    # The caller waits for each call, and may hold the last CPU: its own is enough for both.
+    return Task(_call, {"name": "zerocopy.model", "num_cpus": 0}, device)
