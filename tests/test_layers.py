@@ -31,7 +31,7 @@ WINGS = [
 ]
 
 # Imports that still run upward.
-UPWARD = {("_store", "_split"), ("_declare", "_load")}
+UPWARD: set[tuple[str, str]] = set()
 
 
 def files() -> list[Path]:

@@ -40,13 +40,13 @@ def top_k_and_mode(search: pipelines.Search) -> tuple[int, bool, bool]:
 def publishings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows by the number of storages written, each time weights are put into the store."""
     writes: list[int] = []
-    real = weights.write
 
-    def counted(storages: Any, ends: Any, stored: Any, *rest: Any) -> Any:
-        writes.append(sum(storage.key not in stored for storage in storages))
-        return real(storages, ends, stored, *rest)
+    class Counted(weights.Writer):
+        def __init__(self, storages: Any, ends: Any, cut: Any, stored: Any, make_manifest: Any) -> None:
+            writes.append(sum(storage.key not in stored for storage in storages))
+            super().__init__(storages, ends, cut, stored, make_manifest)
 
-    monkeypatch.setattr(weights, "write", counted)
+    monkeypatch.setattr(weights, "Writer", Counted)
     return writes
 
 

@@ -96,7 +96,7 @@ def test_programs_share_their_weights(kind: str) -> None:
         torch.testing.assert_close(second, program.other(INPUT).detach())
     weights = WIDTH * WIDTH * 4
     assert publication.shared_bytes > (2 if kind != "frozen" else 1) * weights
-    assert len(publication._content[1].skeleton.payload) < 5000
+    assert len(publication.content().outer.skeleton.payload) < 5000
     assert grown < weights
 
 

@@ -9,14 +9,14 @@ from hypothesis import given
 
 from zerocopy._store.mapping import start_of, starts_of
 from zerocopy._store.tensors import storage_of
-from zerocopy._store.write import ALIGNMENT, FIELD_SHARD, MB, ORDINARY, PACKED, PACKS_PER_SHARD, _lay_out, group
+from zerocopy._store.write import ALIGNMENT, FIELD_SHARD, MB, ORDINARY, PACKED, PACKS_PER_SHARD, buffers_for, layout
 
 
 @given(st.lists(st.sampled_from([0, 1, 1000, PACKED, MB, 70 * MB]), max_size=60), st.data())
 def test_every_storage_has_one_place(sizes: list[int], data: st.DataObject) -> None:
     """Each storage with bytes is in exactly one shard, in order, and no shard is needlessly large."""
     ends = data.draw(st.lists(st.integers(0, len(sizes)), max_size=4))
-    shards = group(sizes, ends)
+    shards = layout(sizes, ends)
     flat = [index for shard in shards for index in shard]
     assert flat == sorted(set(flat))
     assert {index for index, size in enumerate(sizes) if size} <= set(flat)
@@ -28,15 +28,15 @@ def test_every_storage_has_one_place(sizes: list[int], data: st.DataObject) -> N
 
 def test_fields_get_shards_of_their_own() -> None:
     """A large field is cut from the next, so that each can be fetched alone; small ones lie together."""
-    assert group([FIELD_SHARD, 10, 20], [1, 2, 3]) == [[0], [1, 2]]
-    assert group([10, 20, 30], [1, 2, 3]) == [[0, 1, 2]]
+    assert layout([FIELD_SHARD, 10, 20], [1, 2, 3]) == [[0], [1, 2]]
+    assert layout([10, 20, 30], [1, 2, 3]) == [[0, 1, 2]]
 
 
 def test_layout_packs_small_storages() -> None:
     """Large storages are buffers of their own, without a copy; small ones share an aligned one."""
     large = torch.zeros(PACKED, dtype=torch.uint8)
     small = [torch.full((5,), number, dtype=torch.uint8) for number in range(3)]
-    buffers, places = _lay_out([storage_of(tensor) for tensor in (small[0], large, small[1], small[2])])
+    buffers, places = buffers_for([storage_of(tensor) for tensor in (small[0], large, small[1], small[2])])
     assert places == [(2, 0), (1, 0), (2, ALIGNMENT), (2, 2 * ALIGNMENT)]
     assert [bytes(buffers[2].raw()[offset : offset + 5]) for _, offset in (places[0], *places[2:])] == [
         bytes([number] * 5) for number in range(3)

@@ -3,10 +3,11 @@
 from zerocopy import errors
 from zerocopy._declare.fields import Copied, Field, Policy, Shared, copied, shared
 from zerocopy._declare.pipeline import fields, pipeline
+from zerocopy._load.live import unshare
 from zerocopy._load.publication import Publication
-from zerocopy._publish import passing  # noqa: F401 (registers reducers)
 from zerocopy._publish.checkpoint import publish_checkpoint
-from zerocopy._publish.publish import publish, unshare
+from zerocopy._publish.passing import install as _install
+from zerocopy._publish.publish import publish
 from zerocopy._run.actor import Actor, Pool, actor
 from zerocopy._run.task import Task, task
 from zerocopy._split.plan import PlanEntry, SharePlan, plan
@@ -67,3 +68,5 @@ __all__ = [
 for _public in map(globals().__getitem__, __all__):
     if isinstance(getattr(_public, "__module__", None), str) and _public.__module__.startswith("zerocopy."):
         _public.__module__ = "zerocopy"  # where it is found: pickles, help and errors name no private file
+
+_install()

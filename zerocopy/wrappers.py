@@ -8,7 +8,7 @@ from typing import Any, Generic, Literal, TypeVar
 
 import ray
 
-from zerocopy._load import devices
+from zerocopy._declare.fields import check_device_name
 from zerocopy._load.publication import Publication
 from zerocopy._split.models import is_model, models_of
 from zerocopy._split.programs import PROGRAMS
@@ -100,7 +100,7 @@ class ModelWrapper(Generic[T]):
             As `Publication.load`.
         """
         if self._mode == "task" and device is not None:
-            devices.check_device_name(str(device), "load()")
+            check_device_name(str(device), "load()")
         if isinstance(self._skeleton, RemoteModel):
             pipeline: Any = on_device(self._skeleton, device)
         elif self._mode == "actor":
@@ -227,7 +227,7 @@ class ActorWrapper(Generic[T]):
     _zerocopy_wrapper: type[ModelWrapper[Any]] = ModelWrapper
 
     def __init__(self, pipeline: T, device: str | None = None, model_attr_names: Sequence[str] | None = None) -> None:
-        devices.check_device_name(device, f"{type(self).__name__} of {type(pipeline).__name__}")
+        check_device_name(device, f"{type(self).__name__} of {type(pipeline).__name__}")
         self._skeleton: ModelWrapper[T] = self._zerocopy_wrapper.from_model(pipeline, model_attr_names=model_attr_names)
         self.device = device
         self.__doc__ = self._skeleton.__doc__

@@ -16,9 +16,9 @@ from torch import nn
 
 from zerocopy._changes.slots import Slots, has_slots
 from zerocopy._split.paths import modules_among
+from zerocopy._store.manifest import Manifest
 from zerocopy._store.mapping import Mapped, start_of
 from zerocopy._store.tensors import ARRAY, TensorTable
-from zerocopy._store.write import Manifest
 
 
 def _version(tensor: Any) -> int:

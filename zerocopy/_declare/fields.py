@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar, Union, get_args, get_origin, overload
 
 import attrs
+import torch
 
-from zerocopy.errors import DeclarationError
+from zerocopy.errors import DeclarationError, DeviceError
 
 T = TypeVar("T")
 Policy: TypeAlias = Literal["shared", "copied"]
@@ -210,3 +211,21 @@ def _marker_of(cls: type, name: str) -> Marker | None:
 def iter_fields(markers: Mapping[str, Marker]) -> Iterator[Field]:
     for name, marker in markers.items():
         yield Field(name, marker.policy, marker.device)
+
+
+def check_device_name(device: str | None, where: str) -> None:
+    """Refuse what can be no device anywhere, before any worker is asked.
+
+    Raises:
+        DeviceError: torch knows no such kind of device.
+    """
+    if device in (None, "auto"):
+        return
+    try:
+        torch.device(device)
+    except (RuntimeError, TypeError):
+        raise DeviceError(
+            f"{where} has device={device!r}, which torch does not know.",
+            hint="use 'auto', 'cpu' or 'cuda:0', say.",
+            device=str(device),
+        ) from None

@@ -14,8 +14,7 @@ import attr
 import attrs
 from torch import nn
 
-from zerocopy._declare.fields import Field, Marker, copied, declared_markers, iter_fields, shared
-from zerocopy._load.devices import check_device_name
+from zerocopy._declare.fields import Field, Marker, check_device_name, copied, declared_markers, iter_fields, shared
 from zerocopy.errors import DeclarationError
 
 C = TypeVar("C", bound=type)
@@ -24,16 +23,17 @@ C = TypeVar("C", bound=type)
 # record of the declaration lives there and a class carries a single attribute of ours.
 FOOTPRINT = "__init_subclass__"
 
-_observers: list[Callable[[type], None]] = []
+_register: Callable[[type], None]
 
 
-def observe_pipeline_classes(observer: Callable[[type], None]) -> None:
-    """Call `observer` with every pipeline class that this process makes or rebuilds, subclasses included."""
-    _observers.append(observer)
+def install(register: Callable[[type], None]) -> None:
+    """From now on call `register` with every pipeline class that this process makes or rebuilds, subclasses included."""
+    global _register  # noqa: PLW0603 (set once, when zerocopy is imported)
+    _register = register
 
 
 class Footprint:
-    """Records the fields that one class declares, and announces the classes derived from it."""
+    """Records the fields that one class declares, and registers the classes derived from it."""
 
     def __init__(self, cls: type, fields: tuple[Field, ...], previous: Any) -> None:
         self.cls = cls
@@ -48,7 +48,7 @@ class Footprint:
             super(self.cls, owner).__init_subclass__(**options)  # type: ignore[arg-type]
         else:
             self.previous.__get__(None, owner)(**options)
-        _announce(owner)
+        _register(owner)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild_footprint, (self.cls, self.fields, self.previous)
@@ -56,13 +56,8 @@ class Footprint:
 
 def _rebuild_footprint(cls: type, fields: tuple[Field, ...], previous: Any) -> Footprint:
     # A class pickled by value does not run its decorator again where it is rebuilt.
-    _announce(cls)
+    _register(cls)
     return Footprint(cls, fields, previous)
-
-
-def _announce(cls: type) -> None:
-    for observer in _observers:
-        observer(cls)
 
 
 def is_pipeline_class(cls: type) -> bool:
@@ -154,16 +149,16 @@ def _decorate(cls: Any, *, kw_only: bool) -> Any:
         _generate_init(cls, markers, defaults, kw_only)
     previous = vars(cls).get(FOOTPRINT)
     setattr(cls, FOOTPRINT, Footprint(cls, tuple(iter_fields(markers)), previous))
-    _announce_below(cls)
+    _register_with_subclasses(cls)
     return cls
 
 
-def _announce_below(cls: type) -> None:
-    """Announce `cls` and the classes that were derived from it before it was decorated."""
-    _announce(cls)
+def _register_with_subclasses(cls: type) -> None:
+    """Register `cls` and the classes that were derived from it before it was decorated."""
+    _register(cls)
     derived: type
     for derived in cls.__subclasses__():
-        _announce_below(derived)
+        _register_with_subclasses(derived)
 
 
 def _has_class_value(cls: type, name: str) -> bool:

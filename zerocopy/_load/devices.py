@@ -33,21 +33,3 @@ def resolve(device: str | torch.device | None) -> torch.device:
             device=str(device),
         ) from None
     return resolved
-
-
-def check_device_name(device: str | None, where: str) -> None:
-    """Refuse what can be no device anywhere, before any worker is asked.
-
-    Raises:
-        DeviceError: torch knows no such kind of device.
-    """
-    if device in (None, "auto"):
-        return
-    try:
-        torch.device(device)
-    except (RuntimeError, TypeError):
-        raise DeviceError(
-            f"{where} has device={device!r}, which torch does not know.",
-            hint="use 'auto', 'cpu' or 'cuda:0', say.",
-            device=str(device),
-        ) from None

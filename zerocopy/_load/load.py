@@ -9,12 +9,11 @@ from typing import Any
 import attrs
 import torch
 
-from zerocopy._load import partial
-from zerocopy._load.devices import CPU, resolve
-from zerocopy._split.introspect import Outer, Skeleton, reach
-from zerocopy._split.skeleton import Root, graft
+from zerocopy._load import devices, partial
+from zerocopy._split.skeleton import graft
+from zerocopy._store.manifest import Manifest, Outer, Root, Skeleton
+from zerocopy._store.read import StoredMemory
 from zerocopy._store.tensors import Region, TensorSpec, rebuild, stand_in
-from zerocopy._store.write import Manifest, StoredMemory
 from zerocopy.errors import DeviceError
 
 
@@ -59,7 +58,7 @@ def load(
 
 def is_separable(manifest: Manifest, outer: Outer) -> bool:
     """Whether what is shared can be loaded by itself: the copied part refers to it, but has no views of its memory."""
-    return _has_roots(outer) and all(spec.storage >= len(manifest.location_rows) for spec in outer.specs)
+    return outer.has_roots() and all(spec.storage >= len(manifest.location_rows) for spec in outer.specs)
 
 
 def load_shared(manifest: Manifest, target: torch.device, *, require_isolation: bool) -> Shared:
@@ -70,8 +69,8 @@ def load_shared(manifest: Manifest, target: torch.device, *, require_isolation: 
     """
     rows: Any = manifest.spec_rows
     memory = StoredMemory(manifest, range(len(manifest.location_rows)), require_isolation=require_isolation)
-    devices = _devices_of(range(len(manifest.location_rows)), manifest.devices, target)
-    tensors = dict(enumerate(rebuild(rows, memory.regions(devices), devices)))
+    by_storage = _devices_of(range(len(manifest.location_rows)), manifest.devices, target)
+    tensors = dict(enumerate(rebuild(rows, memory.regions(by_storage), by_storage)))
     return Shared(tensors, graft_skeleton(manifest.skeleton, tensors, ()), memory)
 
 
@@ -85,8 +84,8 @@ def join(manifest: Manifest, outer: Outer, shared: Shared, target: torch.device)
 
 def _private(manifest: Manifest, outer: Outer, target: torch.device) -> dict[int, Any]:
     regions = _private_regions(manifest, outer)
-    devices = {} if target == CPU else dict.fromkeys(regions, target)
-    return dict(enumerate(rebuild(outer.specs, regions, devices), start=len(manifest.spec_rows)))
+    by_storage = {} if target == devices.CPU else dict.fromkeys(regions, target)
+    return dict(enumerate(rebuild(outer.specs, regions, by_storage), start=len(manifest.spec_rows)))
 
 
 def _private_regions(manifest: Manifest, outer: Outer) -> dict[int, Region]:
@@ -102,27 +101,23 @@ def _live(
     manifest: Manifest, outer: Outer, specs: Mapping[int, TensorSpec], memory: StoredMemory, target: torch.device
 ) -> dict[int, Any]:
     storages = dict.fromkeys(spec.storage for spec in specs.values())
-    devices = _devices_of(storages, manifest.devices, target)
-    regions = {**memory.regions(devices), **_private_regions(manifest, outer)}
-    return dict(zip(specs, rebuild(specs.values(), regions, devices), strict=True))
+    by_storage = _devices_of(storages, manifest.devices, target)
+    regions = {**memory.regions(by_storage), **_private_regions(manifest, outer)}
+    return dict(zip(specs, rebuild(specs.values(), regions, by_storage), strict=True))
 
 
 def _referenced(manifest: Manifest, outer: Outer) -> Sequence[int]:
     """Indices of the tensors that a whole load needs: an entangled pipeline, or one passed on, may use some only."""
-    if _has_roots(outer):
+    if outer.has_roots():
         return range(len(manifest.spec_rows) + len(outer.specs))
     return sorted({external for external in outer.skeleton.externals if type(external) is int})
-
-
-def _has_roots(outer: Outer) -> bool:
-    return any(isinstance(external, Root) for external in outer.skeleton.externals)
 
 
 def _needed_by(fields: Sequence[str], manifest: Manifest, outer: Outer, referenced: Sequence[int]) -> list[int]:
     """Indices of the tensors below `fields`, found on a pipeline of stand-ins that takes no memory."""
     stand_ins = [stand_in(spec) for spec in (*manifest.specs, *outer.specs)]
     blank = _join(manifest, outer, stand_ins)
-    return sorted(reach(partial.values_of(blank, fields), stand_ins) & set(referenced))
+    return sorted(partial.reach(partial.values_of(blank, fields), stand_ins) & set(referenced))
 
 
 def _devices_of(
@@ -130,24 +125,24 @@ def _devices_of(
 ) -> dict[int, torch.device]:
     """Where storages belong, of those that do not stay in main memory."""
     if not declared:
-        return {} if target == CPU else dict.fromkeys(storages, target)
+        return {} if target == devices.CPU else dict.fromkeys(storages, target)
     found = {storage: _one_device(declared.get(storage, ()), target) for storage in storages}
-    return {storage: device for storage, device in found.items() if device != CPU}
+    return {storage: device for storage, device in found.items() if device != devices.CPU}
 
 
 def _one_device(declared: Sequence[str | None], target: torch.device) -> torch.device:
     """The device of a storage whose fields declare `declared`, None for those that follow the load."""
-    devices = {target if name is None else resolve(name) for name in declared} or {target}
-    if len(devices) > 1:
-        names = " and ".join(sorted(map(str, devices)))
+    wanted = {target if name is None else devices.resolve(name) for name in declared} or {target}
+    if len(wanted) > 1:
+        names = " and ".join(sorted(map(str, wanted)))
         raise DeviceError(
             f"Fields that share memory would be loaded on {names}.", hint="give tied fields one device, or load on it."
         )
-    return devices.pop()
+    return wanted.pop()
 
 
 def _join(manifest: Manifest, outer: Outer, tensors: Sequence[Any]) -> Any:
-    roots = graft_skeleton(manifest.skeleton, tensors, ()) if _has_roots(outer) else ()
+    roots = graft_skeleton(manifest.skeleton, tensors, ()) if outer.has_roots() else ()
     return _in_eval_mode(graft_skeleton(outer.skeleton, tensors, roots))
 
 

@@ -7,6 +7,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
 from zerocopy._split import paths
+from zerocopy._split.roles import Zone
+from zerocopy._split.skeleton import Split, strip
+from zerocopy._store.tensors import is_tensor_or_array, storage_of
 from zerocopy.errors import ArgumentError
 
 _loaded_names: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
@@ -67,3 +70,15 @@ def keep_only(pipeline: Any, fields: Sequence[str]) -> None:
     _names[id(pipeline)] = tuple(fields)
     _loaded_names[id(pipeline)] = pipeline
     weakref.finalize(pipeline, _names.pop, id(pipeline), None).atexit = False
+
+
+def reach(values: Sequence[Any], tensors: Sequence[Any]) -> set[int]:
+    """Positions in `tensors` of those that can be reached from `values`."""
+    index = {id(tensor): position for position, tensor in enumerate(tensors)}
+    memory = {
+        storage_of(tensor).key: position for position, tensor in enumerate(tensors)
+    }  # programs hold them by alias
+    stripped = strip(list(values), zone=Zone.SHARED, split=Split.NOWHERE, names=["fields"] * len(values))
+    found = [obj for obj in stripped.externals if is_tensor_or_array(obj)]
+    by_memory = {memory.get(storage_of(obj).key) for obj in found} | {index.get(id(obj)) for obj in found}
+    return {position for position in by_memory if position is not None}

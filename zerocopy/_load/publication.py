@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import functools
 import pickle
-import platform
-from collections.abc import Callable, Sequence
-from importlib.metadata import version
+from collections.abc import Sequence
 from types import TracebackType
-from typing import Any, Self, TypeAlias
+from typing import Any, Protocol, Self
 
 import attrs
 import ray
@@ -16,87 +14,49 @@ import torch
 
 from zerocopy._changes.snapshot import LoadedMarks
 from zerocopy._compat.cpython import collector_paused
-from zerocopy._load import devices, partial
+from zerocopy._load import devices, live, partial
 from zerocopy._load.load import load
-from zerocopy._split.introspect import Outer
-from zerocopy._split.roles import add_passenger
-from zerocopy._split.skeleton import Root
 from zerocopy._store import object_store
-from zerocopy._store.write import manifest_of
-from zerocopy.errors import PublicationClosedError, PublicationLostError, VersionError
+from zerocopy._store.manifest import Handle, Outer, Root, Versions
+from zerocopy._store.read import manifest_of
+from zerocopy.errors import PublicationClosedError, PublicationLostError
 
 MOST_PACKED = 16 << 10  # bytes: more are not worth a place in a cache
 MOST_REMEMBERED = 256  # loads
-FORMAT = 3  # of manifests and handles; raised when either changes
+
+
+class Lease(Protocol):
+    """What the handles of one pipeline have in common in the process that published it. As long as one has it, the process
+    remembers the weights.
+    """
+
+    def close(self, reference: ray.ObjectRef[Any]) -> None:
+        """One of the handles to these weights was closed."""
+
+
+@attrs.frozen(eq=False)
+class Open:
+    """A handle that can be used, as long as this process has the connection to Ray that it was made for."""
+
+    reference: ray.ObjectRef[Any]  # to the manifest
+    outer: Outer
+    session: object = attrs.field(factory=object_store.session)
 
 
 @attrs.frozen
-class Versions:
-    """What wrote a publication."""
+class Sealed:
+    """A handle that plain pickle brought: pickled by Ray's pickle inside, and opened when it is used."""
 
-    format: int
-    zerocopy: str
-    torch: str
-    python: str
-
-    @classmethod
-    @functools.cache
-    def here(cls) -> Versions:
-        return cls(FORMAT, version("zerocopy-ray"), torch.__version__, platform.python_version())
-
-    def require_agreement(self) -> None:
-        """Refuse a publication that this process would misread.
-
-        The format must be the same; of Python and torch the first two numbers: code is pickled by value between equal
-        Pythons only, and the insides of modules change between minor releases of torch.
-
-        Raises:
-            VersionError: they differ.
-        """
-        here = Versions.here()
-        for name, theirs, ours in (
-            ("Python", _minor(self.python), _minor(here.python)),
-            ("torch", _minor(self.torch), _minor(here.torch)),
-            ("zerocopy's format", self.format, here.format),
-        ):
-            if theirs != ours:
-                raise VersionError(
-                    f"This publication was written with {name} {theirs}, but this process has {ours} "
-                    f"(zerocopy {self.zerocopy} there, {here.zerocopy} here).",
-                    hint="install the same versions on every node.",
-                )
-
-
-def _minor(release: str) -> str:
-    return ".".join(release.split(".")[:2])
+    cluster: str
+    content: bytes
 
 
 @attrs.frozen
-class Loaded:
-    """What a load made: the pipeline, and how the shared tensors are that it has."""
-
-    pipeline: Any
-    manifest: ray.ObjectRef[Any]
-    marks: LoadedMarks
+class Closed:
+    """A handle after `close()`."""
 
 
-Content: TypeAlias = tuple[ray.ObjectRef[Any], Outer]  # the reference to the manifest, and the outer skeleton
-
-_load_observers: list[Callable[[Publication, Loaded], None]] = []
-
-
-def observe_loads(observer: Callable[[Publication, Loaded], None]) -> None:
-    """Call `observer` with every pipeline loaded in this process, and the publication it came from."""
-    _load_observers.append(observer)
-
-
-def announce_load(publication: Publication, loaded: Loaded) -> None:
-    """Tell those who observe loads of one."""
-    for observer in _load_observers:
-        observer(publication, loaded)
-
-
-class Publication:
+class Publication(Handle):
     """A published pipeline: load it in any process of the cluster, pass it to tasks and actors, close it when done.
 
     Made by `zerocopy.publish`. Pickles to a few hundred bytes and what the pipeline copies.
@@ -110,28 +70,27 @@ class Publication:
 
     def __init__(
         self,
-        content: Content | bytes,
+        state: Open | Sealed | Closed,
         kind: str,
         shared_bytes: int,
-        require_isolation: bool,
+        requires_isolation: bool,
         versions: Versions,
+        *,
+        cls: type | None = None,
+        lease: Lease | None = None,
     ) -> None:
-        # Bytes: sealed for plain pickle, until it is used. None: closed.
-        self._content: Content | bytes | None = content
+        self._state = state
         self.kind = kind
         self.shared_bytes = shared_bytes
-        self.requires_isolation = require_isolation
+        self.requires_isolation = requires_isolation
         self._versions = versions
-        self._session = object_store.session()
-        # Set where it was published: what its weights are there, and what else to let go of when it is closed.
-        self.cls: type | None = None
-        self._lease: object = None  # as long as it lives, publishing the same pipeline again shares these weights
-        self._close: Callable[[ray.ObjectRef[Any]], None] | None = None
+        self.cls = cls
+        self._lease = lease
 
     @property
     def closed(self) -> bool:
         """Whether `close` was called on this handle."""
-        return self._content is None
+        return isinstance(self._state, Closed)
 
     @property
     def reference(self) -> ray.ObjectRef[Any]:
@@ -140,7 +99,7 @@ class Publication:
         Raises:
             As `load`, where the publication means nothing any more.
         """
-        return self.content()[0]
+        return self.content().reference
 
     def load(self, device: str | torch.device | None = None, fields: Sequence[str] | None = None) -> Any:
         """Make a live pipeline whose tensors are views of the store, private to this process when written.
@@ -161,44 +120,46 @@ class Publication:
             ArgumentError: `fields` names an attribute that the pipeline does not have.
         """
         names = None if fields is None else partial.names_of(fields)
-        reference, outer = self.content()
-        self.require_agreement()
-        with collector_paused(promote=_is_first_load(reference)):
-            manifest = manifest_of(reference)
+        content = self.content()
+        self.check_agreement()
+        with collector_paused(promote=_is_first_load(content.reference)):
+            manifest = manifest_of(content.reference)
             target = devices.resolve(device)
-            pipeline, tensors, memory = load(manifest, outer, target, names, require_isolation=self.requires_isolation)
-            announce_load(self, Loaded(pipeline, reference, LoadedMarks(tensors, memory.mapped)))
+            pipeline, tensors, memory = load(
+                manifest, content.outer, target, names, require_isolation=self.requires_isolation
+            )
+            marks = LoadedMarks(tensors, memory.mapped)
+            live.note_load(pipeline, live.Origin(content.reference, self.shared_bytes, marks))
         return pipeline
 
-    def content(self) -> Content:
-        """The content, if it still means something.
+    def content(self) -> Open:
+        """What the handle refers to, if that still means something.
 
         Raises:
             PublicationClosedError: the publication was closed.
             PublicationLostError: the connection to the cluster that it belongs to has ended, or it is another one.
             ZeroCopyError: plain pickle brought it here, where Ray is not running.
         """
-        if isinstance(self._content, bytes):
+        if isinstance(self._state, Sealed):
             object_store.require_running(f"This publication of {self.kind}")
-            self._content, self._session = self._opened(*pickle.loads(self._content)), object_store.session()
-        if self._content is None:
+            self._state = self._opened(self._state)
+        if isinstance(self._state, Closed):
             raise PublicationClosedError(
                 f"This publication of {self.kind} was closed.", hint="load before close(), or publish again."
             )
-        if self._session is None or self._session is not object_store.session():
+        if self._state.session is None or self._state.session is not object_store.session():
             raise PublicationLostError(
                 f"This publication of {self.kind} belongs to a connection to Ray that has ended.",
                 hint="publish the pipeline again.",
             )
-        return self._content
+        return self._state
 
     def close(self) -> None:
         """Let go of the weights. Loaded pipelines keep what they use; closing twice is fine."""
-        content, self._content = self._content, None
-        close, self._close = self._close, None
-        self._lease = None
-        if isinstance(content, tuple) and close is not None:
-            close(content[0])
+        state, self._state = self._state, Closed()
+        lease, self._lease = self._lease, None
+        if isinstance(state, Open) and lease is not None:
+            lease.close(state.reference)
 
     def __enter__(self) -> Self:
         return self
@@ -210,9 +171,7 @@ class Publication:
 
     def __copy__(self) -> Publication:
         """Another handle to the same weights, to be closed by itself."""
-        twin = Publication(*self.parts())
-        twin.cls, twin._lease, twin._close = self.cls, self._lease, self._close
-        return twin
+        return Publication(self.content(), *self._description(), cls=self.cls, lease=self._lease)
 
     def __deepcopy__(self, memo: object) -> Publication:
         return self.__copy__()
@@ -221,21 +180,13 @@ class Publication:
         state = "closed" if self.closed else f"{self.shared_bytes:,} bytes"
         return f"<zerocopy.Publication of {self.kind}: {state}>"
 
-    def require_agreement(self) -> None:
+    def check_agreement(self) -> None:
         """Refuse what this process would misread.
 
         Raises:
             VersionError: it was written by versions that cannot agree with these.
         """
-        self._versions.require_agreement()
-
-    def parts(self) -> tuple[Any, ...]:
-        """What another handle is made of.
-
-        Raises:
-            As `load`, where the publication means nothing any more.
-        """
-        return self.content(), *self._description()
+        self._versions.check_agreement()
 
     def _description(self) -> tuple[Any, ...]:
         return self.kind, self.shared_bytes, self.requires_isolation, self._versions
@@ -246,33 +197,43 @@ class Publication:
         Raises:
             As `load`, where the publication means nothing any more.
         """
-        outer = self.content()[1]
+        outer = self.content().outer
         if outer.nbytes > MOST_PACKED or not all(
             type(obj) in (int, Root, type(None)) for obj in outer.skeleton.externals
         ):
             return None
         return _pack(outer, *self._description())
 
+    def reduce(self) -> tuple[Any, ...]:
+        """How Ray's pickle takes it apart: the reference is counted.
+
+        Raises:
+            As `load`, where the publication means nothing any more.
+        """
+        content = self.content()
+        packed = self.packed()
+        if packed is None:
+            return rebuilt, (content.reference, content.outer, *self._description())
+        return unpacked, (content.reference, packed)
+
     def __reduce__(self) -> tuple[Any, ...]:
         """For plain pickle, which knows nothing of references and their owners: Ray's pickle seals them."""
-        content = self._content if isinstance(self._content, bytes) else self._sealed()
-        return Publication, (content, *self._description())
+        state = self._state if isinstance(self._state, Sealed) else self._sealed()
+        return Publication, (state, *self._description())
 
-    def _sealed(self) -> bytes:
+    def _sealed(self) -> Sealed:
         content = self.content()
         object_store.refuse_out_of_band(f"A publication of {self.kind}")
-        object_store.count_pin(content[0])
-        sealed: bytes = pickle.dumps((object_store.cluster(), ray.cloudpickle.dumps(content)))
-        return sealed
+        object_store.count_pin(content.reference)
+        return Sealed(object_store.cluster(), ray.cloudpickle.dumps((content.reference, content.outer)))
 
-    def _opened(self, cluster: str, sealed: bytes) -> Content:
-        if cluster != object_store.cluster():
+    def _opened(self, sealed: Sealed) -> Open:
+        if sealed.cluster != object_store.cluster():
             raise PublicationLostError(
                 f"This publication of {self.kind} belongs to another cluster than this process.",
                 hint="publish the pipeline again.",
             )
-        content: Content = pickle.loads(sealed)
-        return content
+        return Open(*pickle.loads(sealed.content))
 
 
 _loaded: dict[bytes, None] = {}  # manifests, oldest first
@@ -302,8 +263,9 @@ def _unpack(packed: bytes) -> tuple[Any, ...]:
 
 def unpacked(reference: ray.ObjectRef[Any], packed: bytes) -> Publication:
     """The handle that `packed` gave, and its reference."""
-    outer, *description = _unpack(packed)
-    return Publication((reference, outer), *description)
+    return rebuilt(reference, *_unpack(packed))
 
 
-add_passenger(Publication)
+def rebuilt(reference: ray.ObjectRef[Any], outer: Outer, *description: Any) -> Publication:
+    """A handle in the process that it arrived in."""
+    return Publication(Open(reference, outer), *description)

@@ -14,10 +14,12 @@ from typing import Any
 import ray
 import torch
 
+from zerocopy._changes.snapshot import LoadedMarks
 from zerocopy._split.introspect import Introspection
 from zerocopy._store.mapping import Mapped, map_private
+from zerocopy._store.read import buffers_of, manifest_of
 from zerocopy._store.tensors import Storage, TensorSpec, base_over, describe, strided
-from zerocopy._store.write import Placement, buffers_of
+from zerocopy._store.write import Placement
 
 _use_count: Callable[[int], int] = torch._C._storage_Use_Count
 
@@ -37,7 +39,7 @@ class Adoption:
                     id(base), (base, describe(base, spec.storage, self._storages[spec.storage]))
                 )
         self._movable = {i for i, storage in enumerate(self._storages) if self._is_movable(i, storage)}
-        self.mapped: list[tuple[ray.ObjectRef[Any], Mapped]] = []
+        self._mapped: list[tuple[ray.ObjectRef[Any], Mapped]] = []
 
     def is_possible(self) -> bool:
         """Whether any memory could be given back: none can where all of it was adopted before."""
@@ -66,7 +68,7 @@ class Adoption:
             return
         shard = next(iter(movable.values())).shard
         memory, offsets = mapped = map_private(buffers_of(shard), required=True)
-        self.mapped.append((shard, mapped))
+        self._mapped.append((shard, mapped))
         with torch.inference_mode(False), torch.no_grad():
             for index, place in movable.items():
                 self._point(index, (memory, offsets[place.buffer] + place.offset, self._storages[index].nbytes))
@@ -79,14 +81,16 @@ class Adoption:
             tensor.data = strided(base, spec)
         self._storages[index].forget()
 
-    def tensors(self) -> dict[int, Any]:
-        """The tensors that were re-pointed, by index."""
+    def marks(self, manifest: ray.ObjectRef[Any]) -> LoadedMarks:
+        """The re-pointed tensors, as a load from `manifest` would have made them."""
         moved = {key for index in self._movable for key in self._views[index]}
-        return {index: tensor for index, tensor in enumerate(self._known) if id(tensor) in moved}
+        tensors = {index: tensor for index, tensor in enumerate(self._known) if id(tensor) in moved}
+        shards = [manifest, *manifest_of(manifest).shards]  # as locations number them
+        return LoadedMarks(tensors, {shards.index(shard): mapped for shard, mapped in self._mapped})
 
     def undo(self) -> None:
         """Give what was adopted so far private memory again, that needs no store."""
-        for _, mapped in self.mapped:
+        for _, mapped in self._mapped:
             mapped.memory.detach()
 
 

@@ -13,7 +13,7 @@ import math
 import mmap
 import os
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -22,7 +22,7 @@ from torch import nn
 
 from zerocopy._load.publication import Publication
 from zerocopy._publish.publish import put_once
-from zerocopy._split.introspect import Subject, introspect, require_pipeline
+from zerocopy._split.introspect import Subject, check_pipeline, introspect
 from zerocopy._split.models import models_of
 from zerocopy._split.paths import is_module
 from zerocopy._store import object_store
@@ -85,7 +85,7 @@ def publish_checkpoint(
     entries = _read(files)
     with _parameters_on_meta():
         pipeline = build()
-    require_pipeline(pipeline, "zerocopy.publish_checkpoint")
+    check_pipeline(pipeline, "zerocopy.publish_checkpoint")
     slots = _slots(pipeline, entries)
     _require_fit(slots, entries)
     pages = _Pages()
@@ -221,14 +221,14 @@ class _Pages:
         self._converted[_key(tensor)] = tensor, entry
         return tensor
 
-    def fill(self, storages: Iterable[Storage]) -> None:
+    def fill(self, storages: Sequence[Storage]) -> None:
         for storage in storages:
             if storage.key in self._converted:
                 tensor, entry = self._converted[storage.key]
                 tensor.copy_(entry.tensor())
                 _let_go(entry.memory, entry.start, entry.end)
 
-    def drop(self, storages: Iterable[Storage]) -> None:
+    def drop(self, storages: Sequence[Storage]) -> None:
         for storage in storages:
             if storage.key in self._mapped:
                 _let_go(*self._mapped[storage.key])

@@ -6,8 +6,8 @@ from typing import Any
 
 import ray.cloudpickle
 
-from zerocopy._declare.pipeline import observe_pipeline_classes
-from zerocopy._load.publication import Publication, unpacked
+from zerocopy._declare import pipeline
+from zerocopy._load.publication import Publication
 from zerocopy._publish.publish import publish_automatically
 from zerocopy._split.introspect import Subject, introspect
 from zerocopy._store import object_store
@@ -32,11 +32,11 @@ def _load(publication: Publication) -> Any:
 
 
 def _reduce_publication(publication: Publication) -> Any:
-    packed = publication.packed()
+    reduced = publication.reduce()
     if object_store.is_running():
         object_store.refuse_out_of_band(f"A publication of {publication.kind}")
         object_store.count_pin(publication.reference)  # which Ray pickles next
-    return (Publication, publication.parts()) if packed is None else (unpacked, (publication.reference, packed))
+    return reduced
 
 
 def _register(cls: type) -> None:
@@ -44,5 +44,7 @@ def _register(cls: type) -> None:
     ray.cloudpickle.CloudPickler.dispatch[cls] = _reduce
 
 
-ray.cloudpickle.CloudPickler.dispatch[Publication] = _reduce_publication
-observe_pipeline_classes(_register)
+def install() -> None:
+    """Let Ray's pickle know publications, and every pipeline class from now on."""
+    ray.cloudpickle.CloudPickler.dispatch[Publication] = _reduce_publication
+    pipeline.install(_register)

@@ -1,34 +1,42 @@
-"""What are the published weights of a pipeline, and how are they written."""
+"""What are the published weights of a live pipeline, does it still have them, and how are they written?"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Self, TypeAlias
 
 import attrs
 import ray
+import torch
 
 from zerocopy._changes.snapshot import Snapshot
+from zerocopy._load.live import Origin
 from zerocopy._publish.adoption import Adoption
-from zerocopy._split.introspect import Introspection, Known, Outer, Skeleton, Subject, introspect, is_reusable
+from zerocopy._split import paths
+from zerocopy._split.introspect import Introspection, Known, Subject, UnknownRoot, introspect, make_outer
 from zerocopy._store import object_store
-from zerocopy._store.tensors import Storage, TensorSpec, rows_of
-from zerocopy._store.write import ORDINARY, STREAMED, Cut, Manifest, Placement, StoredMemory, manifest_of, write
+from zerocopy._store.manifest import Manifest, Outer, Skeleton
+from zerocopy._store.read import StoredMemory, manifest_of
+from zerocopy._store.tensors import ARRAY, Storage, TensorSpec, rows_of
+from zerocopy._store.write import ORDINARY, STREAMED, Cut, LocationRow, Placement, Writer
 
 
-@attrs.frozen(eq=False)
-class Weights:
-    """Published weights, and the state of the live pipeline that they are the weights of. Keeps no part of it alive."""
+@attrs.frozen(eq=False, kw_only=True)
+class _Weights:
+    """Weights in the store, and the state of the live pipeline that they are the weights of. Keeps no part of it alive.
+
+    Attributes:
+        placements: where storages are, by their key, in the process that wrote them.
+        pieces: of tensors that were taken apart. They stay alive, so that their ids and storages mean them.
+    """
 
     manifest: ray.ObjectRef[Any]
     shared_bytes: int
     known: Known
     snapshot: Snapshot
-    placements: Mapping[object, Placement]  # by storage key; empty where another process published
-    skeleton: Skeleton | None  # the shared one; None where another process published
-    specs: tuple[TensorSpec, ...]
-    session: object
-    pieces: list[Any]  # of tensors taken apart: alive, so that their ids and storages mean them
+    pieces: list[Any]
+    placements: Mapping[object, Placement] = attrs.field(factory=dict)
+    session: object = attrs.field(factory=object_store.session)
 
     def are_in_store(self) -> bool:
         return self.session is not None and self.session is object_store.session()
@@ -37,12 +45,24 @@ class Weights:
         """Whether the live pipeline still has these weights, as far as versions, slots and modes tell."""
         return self.are_in_store() and self.snapshot.weights.are_same() and self.snapshot.has_same_structure()
 
-    def unchanged(self) -> Mapping[object, Placement]:
-        """Places of storages that need not be written again, though the structure around them changed."""
+    def outer_of(self, pipeline: Any) -> Outer | None:
+        """The outer skeleton of `pipeline` as it is now, if these weights hold all that it shares."""
+        try:
+            return make_outer(pipeline, self.known)
+        except UnknownRoot:
+            return None
+
+    def unchanged_places(self) -> Mapping[object, Placement]:
+        """Where storages are that have not changed, as far as version counters tell."""
         return self.placements if self.are_in_store() and self.snapshot.weights.are_same() else {}
 
-    def verified(self, found: Introspection) -> set[object]:
-        """Keys of the storages of `found` of which the store has exactly the bytes. Reads all of them."""
+    def verified_places(self, found: Introspection) -> Mapping[object, Placement]:
+        """Where those storages of `found` are of which the store has exactly the bytes. Reads all of them."""
+        verified = self._verified(found) if self.placements else ()
+        return {key: self.placements[key] for key in verified if key in self.placements}
+
+    def _verified(self, found: Introspection) -> set[object]:
+        """Keys of the storages of `found` of which the store has exactly the bytes."""
         storages = [storage for storage in found.table.storages if storage.key in self.known.storages]
         if not storages or not self.are_in_store() or not self.snapshot.weights.are_same():
             return set()
@@ -50,85 +70,158 @@ class Weights:
         memory = StoredMemory(manifest, range(len(manifest.locations)), require_isolation=False)
         return {s.key for s in storages if memory.holds(self.known.storages[s.key], s.to_bytes())}
 
-    def describe(self, found: Introspection) -> bool:
-        """Whether the published skeleton is that of `found`: the same objects in the same places."""
-        if self.skeleton is None:  # passed on: the outer skeleton holds all but the tensors
-            return self.are_current()
+    def _have_all_of(self, found: Introspection) -> bool:
+        return self.are_in_store() and len(self._verified(found)) == len(found.table.storages)
+
+
+@attrs.frozen(eq=False, kw_only=True)
+class OwnWeights(_Weights):
+    """Weights that this process wrote, and what it wrote."""
+
+    skeleton: Skeleton
+    specs: tuple[TensorSpec, ...]
+
+    @classmethod
+    def written(cls, found: Introspection, snapshot: Snapshot, writer: Writer) -> Self:
+        """What `writer` wrote of `found`; the manifest is written now, if it does not lie beside a shard."""
+        return cls(
+            manifest=writer.finish(),
+            shared_bytes=_shared_bytes(found),
+            known=found.known,
+            snapshot=snapshot,
+            pieces=found.pieces,
+            placements={found.table.storages[index].key: place for index, place in writer.placements.items()},
+            skeleton=found.shared,
+            specs=tuple(found.table.specs),
+        )
+
+    def outer_if_same(self, found: Introspection) -> Outer | None:
+        """The outer skeleton of `found` over these weights, if they are those of `found`, byte by byte."""
         same_objects = (self.known.tensors, self.known.storages) == (found.known.tensors, found.known.storages)
-        return same_objects and (self.skeleton, self.specs) == (found.shared, tuple(found.table.specs))
+        same_form = (self.skeleton, self.specs) == (found.shared, tuple(found.table.specs))
+        return found.outer if same_objects and same_form and self._have_all_of(found) else None
 
 
-def put(found: Introspection, stored: Mapping[object, Placement]) -> Weights:
+class ForeignWeights(_Weights):
+    """Weights that a pipeline was loaded with. It has them still, so it is passed on as what it came from.
+
+    The outer skeleton holds everything but the tensors: the shared one is about other objects.
+    """
+
+    @classmethod
+    def of_loaded(cls, found: Introspection, origin: Origin | None) -> Self | None:
+        """The weights that a pipeline came from, if it still has all of them and no others."""
+        if origin is None or origin.session is not object_store.session():
+            return None
+        manifest = manifest_of(origin.manifest)
+        if not origin.marks.are_same(manifest):
+            return None
+        index = origin.marks.index()
+        if not all(key in index for key in found.table.index):
+            return None
+        storages = {}
+        for obj, spec in zip(found.table.objects, found.table.specs, strict=True):
+            published = manifest.specs[index[id(obj)]]
+            if spec.flag != published.flag:
+                return None
+            storages[found.table.storages[spec.storage].key] = published.storage
+        known = Known(
+            index, storages, found.known.roots, frozenset(), found.known.loose, len(manifest.specs), len(manifest.locations),
+            whole=True,
+        )  # fmt: skip
+        return cls(
+            manifest=origin.manifest,
+            shared_bytes=origin.shared_bytes,
+            known=known,
+            snapshot=_snapshot(found),
+            pieces=found.pieces,
+        )
+
+    def outer_if_same(self, found: Introspection) -> Outer | None:
+        """The outer skeleton of `found` over these weights, if it has all of them still, byte by byte."""
+        return self.outer_of(found.pipeline) if self._have_all_of(found) and self.are_current() else None
+
+
+Weights: TypeAlias = OwnWeights | ForeignWeights
+
+
+def put(found: Introspection, stored: Mapping[object, Placement]) -> OwnWeights:
     """Write what `found` shares into the store, but for what is `stored`. Every refusal comes before the first byte."""
-    _require_room(found)
-    written = object_store.meanwhile(lambda: _write(found, stored))
+    writer = _writer_of(found, stored, ORDINARY)
+
+    def write() -> None:
+        for shard in writer.shards:
+            writer.write(shard)
+
+    wait_until_written = object_store.in_background(write)
     try:
-        snapshot = Snapshot(found.table, found.wholes, found.mutable)
+        snapshot = _snapshot(found)
     finally:
-        done = written()
-    return _weights(found, snapshot, *done)
+        wait_until_written()
+    return OwnWeights.written(found, snapshot, writer)
 
 
 def put_and_adopt(
     subject: Subject, found: Introspection, stored: Mapping[object, Placement], adoption: Adoption
-) -> tuple[Weights, Outer]:
+) -> tuple[OwnWeights, Outer]:
     """The same, and the tensors of the pipeline re-pointed at the store. An error leaves them private memory."""
-    _require_room(found)
+    writer = _writer_of(found, stored, STREAMED)
     try:
-        placements, manifest = _write(found, stored, STREAMED, written=adoption.take)
+        for placed in writer.stored:
+            adoption.take(placed)
+        for shard in writer.shards:
+            adoption.take(writer.write(shard))
         adopted = introspect(subject)  # the same tensors, in other memory
+        weights = OwnWeights.written(adopted, _snapshot(adopted), writer)
     except BaseException:
         adoption.undo()
         raise
-    snapshot = Snapshot(adopted.table, adopted.wholes, adopted.mutable)
-    return _weights(adopted, snapshot, placements, manifest), adopted.outer
+    return weights, adopted.outer
 
 
 def put_streaming(
-    found: Introspection,
-    about_to_write: Callable[[Iterable[Storage]], None],
-    written: Callable[[Iterable[Storage]], None],
-) -> Weights:
+    found: Introspection, fill: Callable[[Sequence[Storage]], None], drop: Callable[[Sequence[Storage]], None]
+) -> OwnWeights:
     """Write shard by shard what has to be made ready, and can be let go of afterwards.
 
     Args:
-        about_to_write: called with the storages of each shard before their bytes are read.
-        written: called with them afterwards.
+        fill: called with the storages of each shard before their bytes are read.
+        drop: called with them when they are written.
     """
-    _require_room(found)
-    storages = found.table.storages
-    snapshot = Snapshot(found.table, found.wholes, found.mutable)
-    done = _write(found, {}, STREAMED, about_to_write, lambda placed: written([storages[index] for index in placed]))
-    return _weights(found, snapshot, *done)
+    snapshot = _snapshot(found)
+    writer = _writer_of(found, {}, STREAMED)
+    for shard in writer.shards:
+        sources = [found.table.storages[index] for index in shard]
+        fill(sources)
+        writer.write(shard)
+        drop(sources)
+    return OwnWeights.written(found, snapshot, writer)
 
 
-def _write(
-    found: Introspection,
-    stored: Mapping[object, Placement],
-    cut: Cut = ORDINARY,
-    about_to_write: Callable[[list[Storage]], None] = lambda _: None,
-    written: Callable[[Mapping[int, Placement]], None] = lambda _: None,
-) -> tuple[list[Placement | None], ray.ObjectRef[Any]]:
-    """As `write`, what `found` shares."""
-
-    def make_manifest(locations: Sequence[tuple[int, int, int, int]], shards: Sequence[ray.ObjectRef[Any]]) -> Manifest:
-        return Manifest(rows_of(found.table.specs), locations, found.devices, found.shared, shards, is_reusable(found))
-
-    return write(found.table.storages, found.root_ends, stored, make_manifest, cut, about_to_write, written)
-
-
-def _weights(
-    found: Introspection, snapshot: Snapshot, placements: Sequence[Placement | None], manifest: ray.ObjectRef[Any]
-) -> Weights:
-    places = {s.key: place for s, place in zip(found.table.storages, placements, strict=True) if place is not None}
-    return Weights(
-        manifest, _shared_bytes(found), found.known, snapshot, places, found.shared, tuple(found.table.specs),
-        object_store.session(), found.pieces,
-    )  # fmt: skip
-
-
-def _require_room(found: Introspection) -> None:
+def _writer_of(found: Introspection, stored: Mapping[object, Placement], cut: Cut) -> Writer:
     object_store.require_room(_shared_bytes(found), type(found.pipeline).__name__)
+
+    def make_manifest(locations: Sequence[LocationRow], shards: Sequence[ray.ObjectRef[Any]]) -> Manifest:
+        return Manifest(rows_of(found.table.specs), locations, found.devices, found.shared, shards, _is_reusable(found))
+
+    return Writer(found.table.storages, found.root_ends, cut, stored, make_manifest)
+
+
+def _is_reusable(found: Introspection) -> bool:
+    """Whether one can tell, by versions, slots and modes, that what is shared was not changed since it was loaded.
+
+    One cannot where NumPy arrays or inference tensors are shared, or modules that no other module has registered.
+    """
+    if not all(paths.is_module(root) or type(root) is torch.Tensor for root in found.roots):
+        return False
+    if any(spec.kind == ARRAY or spec.is_inference for spec in found.table.specs):
+        return False
+    registered = paths.registered_below(paths.modules_among(found.roots))
+    return registered.keys() >= set(map(id, paths.modules_among(found.mutable)))
+
+
+def _snapshot(found: Introspection) -> Snapshot:
+    return Snapshot(found.table, found.wholes, found.mutable)
 
 
 def _shared_bytes(found: Introspection) -> int:

@@ -13,9 +13,8 @@ import attr
 import ray
 from ray.actor import ActorHandle
 
-from zerocopy._declare.fields import Marker
+from zerocopy._declare.fields import Marker, check_device_name
 from zerocopy._declare.pipeline import class_with_own_init, describe, is_pipeline_class
-from zerocopy._load.devices import check_device_name
 from zerocopy._run.remote import Parameters, check_in_flight, check_options, in_order, receive, send
 from zerocopy._store import object_store
 from zerocopy.errors import ArgumentError, DeclarationError

@@ -63,7 +63,7 @@ def travelling(value: Any) -> Any:
     if is_shareable(value):
         return publish_automatically(value)
     if isinstance(value, Publication) and value.closed:
-        value.parts()  # raises what pickling it would
+        value.content()  # raises what pickling it would
     return value
 
 

@@ -19,14 +19,13 @@ import torch
 from zerocopy._changes.slots import HeldSlots, has_slots
 from zerocopy._changes.snapshot import LoadedMarks
 from zerocopy._compat.cpython import collector_paused
-from zerocopy._load import devices
+from zerocopy._load import devices, live
 from zerocopy._load.load import Shared, is_separable, join, load_shared
-from zerocopy._load.publication import Loaded, Publication, announce_load, unpacked
-from zerocopy._publish import publish
+from zerocopy._load.publication import Publication, unpacked
 from zerocopy._run.short_calls import Name
 from zerocopy._split import paths, programs
-from zerocopy._split.introspect import Outer
-from zerocopy._store.write import Manifest, manifest_of
+from zerocopy._store.manifest import Manifest, Outer
+from zerocopy._store.read import manifest_of
 
 MOST_KEPT = 4  # publications
 COPIES = 2  # of each: one is looked through while a call uses the other
@@ -169,14 +168,15 @@ class Loans:
 
     def load(self, publication: Publication, device: str | None) -> Any:
         """As `publication.load(device)`, around a shared part that this process has already, if nothing tells against it."""
-        reference, outer = publication.content()
+        content = publication.content()
+        reference, outer = content.reference, content.outer
         key = reference.binary(), devices.resolve(device), publication.requires_isolation
         kept = _borrow(key)
         if kept is None:
             manifest = manifest_of(reference)
             if not (manifest.is_reusable and is_separable(manifest, outer)):
                 return publication.load(device)
-            publication.require_agreement()
+            publication.check_agreement()
             kept = _new(key, reference, manifest)
         return (
             self._around(kept, key, publication, outer)
@@ -196,7 +196,7 @@ class Loans:
         if kept is None:
             raise NotKept
         publication = unpacked(kept.reference, packed)
-        _, outer = publication.content()
+        outer = publication.content().outer
         if not is_separable(kept.manifest, outer):
             raise NotKept
         return self._around(kept, key, publication, outer)
@@ -204,7 +204,7 @@ class Loans:
     def _around(self, kept: Kept, key: _Key, publication: Publication, outer: Outer) -> Any:
         pipeline = join(kept.manifest, outer, kept.shared, key[1])
         kept.note_state_once()
-        announce_load(publication, Loaded(pipeline, kept.reference, kept.marks))
+        live.note_load(pipeline, live.Origin(kept.reference, publication.shared_bytes, kept.marks))
         self._taken.append((key, kept))
         return pipeline
 
@@ -212,7 +212,7 @@ class Loans:
         """Keep what was used for the next call."""
         for key, kept in self._taken:
             for root in kept.shared.roots:
-                publish.forget(root)  # holds references that would keep the weights from being freed
+                live.forget(root)  # holds references that would keep the weights from being freed
             kept.take_back()
             with _lock:
                 copies = _kept.pop(key, [])

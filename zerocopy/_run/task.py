@@ -11,8 +11,8 @@ import ray
 import ray.cloudpickle
 import wrapt
 
+from zerocopy._declare.fields import check_device_name
 from zerocopy._declare.pipeline import describe
-from zerocopy._load.devices import check_device_name
 from zerocopy._run import short_calls
 from zerocopy._run.remote import (
     UNKNOWN,

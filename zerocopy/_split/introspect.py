@@ -13,46 +13,18 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import attrs
-import torch
 from torch import nn
 from torch.export import ExportedProgram
 
 from zerocopy._declare.pipeline import fields, is_pipeline_class
 from zerocopy._split import paths
 from zerocopy._split.roles import Zone
-from zerocopy._split.skeleton import Root, Split, Stripped, strip
-from zerocopy._store.tensors import ARRAY, TensorSpec, TensorTable, is_tensor_or_array, storage_of
+from zerocopy._split.skeleton import Split, Stripped, strip
+from zerocopy._store.manifest import Outer, Root, Skeleton
+from zerocopy._store.tensors import TensorTable, is_tensor_or_array, storage_of
 from zerocopy.errors import ArgumentError, CannotTravelError, DeviceError
 
 SMALL_PIECE = 4096
-
-
-@attrs.frozen
-class Skeleton:
-    """Pickled bytes, and what they refer to by number: an int is a tensor's index, the rest travels as it is."""
-
-    payload: bytes
-    externals: tuple[Any, ...]
-    count: int = 1
-
-
-@attrs.frozen
-class Outer:
-    """The outer skeleton, and the tensors that it does not share: each load copies their bytes anew.
-
-    The skeleton is of the pipeline, and of a list of its modules to be put into eval mode, if there are any.
-
-    Indices from the number of shared tensors on are those of `specs`; storages from the number of shared storages on are
-    those of `storages`.
-    """
-
-    skeleton: Skeleton
-    specs: tuple[TensorSpec, ...]
-    storages: tuple[bytes, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return len(self.skeleton.payload) + sum(map(len, self.storages))
 
 
 @attrs.frozen
@@ -92,7 +64,7 @@ class UnknownRoot(Exception):
     """The pipeline has a shared root that its publication does not hold, or holds in another form."""
 
 
-def require_pipeline(obj: object, what: str) -> None:
+def check_pipeline(obj: object, what: str) -> None:
     """Refuse what holds no models by any declaration.
 
     Raises:
@@ -175,19 +147,6 @@ def introspect(subject: Subject) -> Introspection:
         shared.wholes,
         shared.pieces,
     )
-
-
-def is_reusable(found: Introspection) -> bool:
-    """Whether one can tell, by versions, slots and modes, that what is shared was not changed since it was loaded.
-
-    One cannot where NumPy arrays or inference tensors are shared, or modules that no other module has registered.
-    """
-    if not all(paths.is_module(root) or type(root) is torch.Tensor for root in found.roots):
-        return False
-    if any(spec.kind == ARRAY or spec.is_inference for spec in found.table.specs):
-        return False
-    registered = paths.registered_below(paths.modules_among(found.roots))
-    return registered.keys() >= set(map(id, paths.modules_among(found.mutable)))
 
 
 def make_outer(pipeline: Any, known: Known) -> Outer:
@@ -332,15 +291,3 @@ def _reach(value: Any, index: dict[int, int], name: str) -> set[int]:
     """Indices of the tensors that can be reached from `value`."""
     stripped = strip([value], zone=Zone.SHARED, split=Split.NOWHERE, names=[name])
     return {index[id(obj)] for obj in stripped.externals if id(obj) in index}
-
-
-def reach(values: Sequence[Any], tensors: Sequence[Any]) -> set[int]:
-    """Positions in `tensors` of those that can be reached from `values`."""
-    index = {id(tensor): position for position, tensor in enumerate(tensors)}
-    memory = {
-        storage_of(tensor).key: position for position, tensor in enumerate(tensors)
-    }  # programs hold them by alias
-    stripped = strip(list(values), zone=Zone.SHARED, split=Split.NOWHERE, names=["fields"] * len(values))
-    found = [obj for obj in stripped.externals if is_tensor_or_array(obj)]
-    by_memory = {memory.get(storage_of(obj).key) for obj in found} | {index.get(id(obj)) for obj in found}
-    return {position for position in by_memory if position is not None}

@@ -16,7 +16,7 @@ import ray.cloudpickle
 
 from zerocopy._split import reducers
 from zerocopy._split.modules import Reducer
-from zerocopy._split.roles import SCALARS, Role, role_of
+from zerocopy._split.roles import SCALARS, Role, Roles
 from zerocopy._store.tensors import is_meta, is_plain
 
 CloudPickler: Any = ray.cloudpickle.CloudPickler  # not typed
@@ -68,7 +68,7 @@ def strip_ordinary(objects: Sequence[Any]) -> Ordinary:
 def _seen(stripper: Any) -> dict[int, Any]:
     """Mutable objects that were written, by id."""
     written = [obj for _, obj in stripper.memo.copy().values()]
-    mutable = {cls for cls in set(map(type, written)) if cls not in SCALARS and role_of(cls) not in _IMMUTABLE}
+    mutable = {cls for cls in set(map(type, written)) if cls not in SCALARS and stripper.roles[cls] not in _IMMUTABLE}
     return {id(obj): obj for obj in written if type(obj) in mutable}
 
 
@@ -76,10 +76,11 @@ class _Stripper(CloudPickler):  # type: ignore[misc]
     def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file, protocol=5, buffer_callback=_refuse)
         self.externals: list[Any] = [None]
+        self.roles = Roles()
         self._reduce_module = Reducer()
 
     def reducer_override(self, obj: Any) -> Any:
-        role = role_of(type(obj))
+        role = self.roles[type(obj)]
         if role is Role.MODULE:
             reduced = self._reduce_module(obj)
             if reduced is not None:

@@ -13,7 +13,7 @@ import torch
 from zerocopy._declare.fields import Policy
 from zerocopy._declare.pipeline import fields, is_pipeline_class
 from zerocopy._split import paths
-from zerocopy._split.introspect import Introspection, Subject, introspect, require_pipeline
+from zerocopy._split.introspect import Introspection, Subject, check_pipeline, introspect
 from zerocopy._split.roles import Zone
 from zerocopy._split.skeleton import Split, strip
 from zerocopy._store.tensors import is_tensor_or_array
@@ -106,7 +106,7 @@ def plan(pipeline: Any) -> SharePlan:
         ArgumentError: `pipeline` is neither an instance of a pipeline class nor an `nn.Module`.
         CannotTravelError: something inside cannot leave the process; the error names its path.
     """
-    require_pipeline(pipeline, "zerocopy.plan")
+    check_pipeline(pipeline, "zerocopy.plan")
     found = introspect(Subject(pipeline))
     entries = (*_shared_entries(found), *_copied_entries(found))
     shared_bytes = sum(storage.nbytes for storage in found.table.storages)

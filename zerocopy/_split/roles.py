@@ -20,8 +20,9 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from zerocopy._declare.pipeline import is_pipeline_class, observe_pipeline_classes
+from zerocopy._declare.pipeline import is_pipeline_class
 from zerocopy._split import programs, reducers
+from zerocopy._store.manifest import Handle
 
 
 class Zone(enum.Enum):
@@ -82,28 +83,19 @@ MODULES = frozenset({Role.MODULE, Role.PARAMETRIZED, Role.PROGRAM})
 # Not worth a memo, a zone or a path.
 SCALARS = frozenset({str, int, float, bool, type(None), bytes, complex})
 
-_passengers: list[type] = [ray.ObjectRef, ray.actor.ActorHandle]
-_roles: dict[type, Role] = {}
 
+class Roles(dict[type, Role]):
+    """The roles of instances by type, each looked up once. Made anew for each pickling: it would keep users' classes alive."""
 
-def add_passenger(cls: type) -> None:
-    """Let instances of `cls` travel beside a skeleton instead of inside it."""
-    _passengers.append(cls)
-
-
-def role_of(cls: type) -> Role:
-    """The role of instances of `cls`."""
-    role = _roles.get(cls)
-    if role is None:
-        role = _classify(cls)
-        _roles[cls] = role
-    return role
+    def __missing__(self, cls: type) -> Role:
+        role = self[cls] = _classify(cls)
+        return role
 
 
 def _classify(cls: type) -> Role:
     if issubclass(cls, (torch.Tensor, np.ndarray)):
         return Role.TENSOR
-    if issubclass(cls, tuple(_passengers)):
+    if issubclass(cls, (ray.ObjectRef, ray.actor.ActorHandle, Handle)):
         return Role.PASSENGER
     for bases, role in _roles_by_base():
         if issubclass(cls, bases):
@@ -126,10 +118,3 @@ def _roles_by_base() -> Iterator[tuple[Any, Role]]:
     yield reducers.FILES, Role.FILE
     yield programs.PROGRAMS, Role.PROGRAM
     yield ExportedProgram, Role.PROGRAM
-
-
-def _forget(cls: type) -> None:
-    _roles.pop(cls, None)
-
-
-observe_pipeline_classes(_forget)  # a class may have been met before it was decorated

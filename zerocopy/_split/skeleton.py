@@ -13,7 +13,7 @@ import io
 import pickle
 import types
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import attrs
 import numpy as np
@@ -28,7 +28,7 @@ from zerocopy._declare.pipeline import fields, is_pipeline_class
 from zerocopy._split import export, paths, programs, reducers
 from zerocopy._split.modules import Reducer
 from zerocopy._split.ordinary import Ordinary, external, set_attributes, strip_ordinary
-from zerocopy._split.roles import MODULES, SCALARS, Role, Slot, Switch, Zone, role_of
+from zerocopy._split.roles import MODULES, SCALARS, Role, Roles, Slot, Switch, Zone
 from zerocopy._store.tensors import is_meta, is_plain
 from zerocopy.errors import CannotTravelError, ZeroCopyError
 
@@ -45,12 +45,6 @@ class Split(enum.Enum):
     NOWHERE = "everything is in the payload"
     ROOTS = "at shared roots: at values of `shared()` fields, and at modules in the zone AUTO"
     MODULES = "at modules in the zone AUTO, also inside the values of `shared()` fields"
-
-
-class Root(NamedTuple):
-    """An external that is the object number `position` of the shared skeleton."""
-
-    position: int
 
 
 @attrs.frozen
@@ -198,6 +192,7 @@ class _Stripper(CloudPickler):  # type: ignore[misc]
         self.refused: object = None
         self._numbers: dict[int, int] = {}
         self._declared_roots: set[int] = set()
+        self._roles = Roles()
         self._visits: dict[int, int] = {}
         self._whole: Any = None
         self._reduce_module = Reducer()
@@ -206,7 +201,7 @@ class _Stripper(CloudPickler):  # type: ignore[misc]
         cls = type(obj)
         if cls in SCALARS:
             return None
-        role = role_of(cls)
+        role = self._roles[cls]
         if role is Role.SWITCH:
             self.zone = obj.zone or self.zone
             self._whole = obj.whole
@@ -282,7 +277,7 @@ class _Stripper(CloudPickler):  # type: ignore[misc]
         return self._number(content)
 
     def reducer_override(self, obj: Any) -> Any:
-        role = role_of(type(obj))
+        role = self._roles[type(obj)]
         if self.replaced and (reduced := self._replacement(obj)):
             return reduced
         if id(obj) in self.copied:
@@ -372,7 +367,7 @@ class _Stripper(CloudPickler):  # type: ignore[misc]
         ):  # its own parameters and buffers belong to a module, as those of any module below it
             own = {**obj._parameters, **obj._buffers}
             roots += [value for name, value in own.items() if value is not None and name not in declared]
-        return [value for value in roots if role_of(type(value)) is not Role.PIPELINE]
+        return [value for value in roots if self._roles[type(value)] is not Role.PIPELINE]
 
 
 def _values_of(state: Any) -> list[Any]:

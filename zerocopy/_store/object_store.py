@@ -72,7 +72,7 @@ def put(value: object) -> ray.ObjectRef[Any]:
     A put while this thread serializes would count the references inside `value`, and its own, as captured out of band and
     never free them; the same put on another thread does not.
     """
-    return meanwhile(lambda: ray.put(value))() if is_serializing() else ray.put(value)
+    return in_background(lambda: ray.put(value))() if is_serializing() else ray.put(value)
 
 
 def get(ref: ray.ObjectRef[Any]) -> Any:
@@ -98,7 +98,7 @@ def get_all(refs: list[ray.ObjectRef[Any]]) -> list[Any]:
         ) from error
 
 
-def meanwhile(call: Callable[[], R]) -> Callable[[], R]:
+def in_background(call: Callable[[], R]) -> Callable[[], R]:
     """Start `call` on a thread of its own; what is returned waits for its result, or raises its error.
 
     While the store copies bytes, other threads may run.

@@ -1,0 +1,103 @@
+"""Which live pipelines of this process are known: where were they loaded from, and as what are they published?"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any, TypeAlias
+
+import attrs
+import ray
+
+from zerocopy._changes.snapshot import LoadedMarks
+from zerocopy._store import object_store
+from zerocopy._store.mapping import PrivateMap
+from zerocopy.errors import ArgumentError, IsolationError
+
+
+@attrs.frozen(eq=False)
+class Origin:
+    """Where a loaded pipeline came from. The reference keeps the weights in the store."""
+
+    manifest: ray.ObjectRef[Any]
+    shared_bytes: int
+    marks: LoadedMarks
+    session: object = attrs.field(factory=object_store.session)
+
+
+@attrs.define(eq=False)
+class Entry:
+    """What is known of one live pipeline.
+
+    Attributes:
+        pipeline: gives it as long as it lives.
+        origin: where it was loaded from, if it was loaded.
+        published: as what it is published, if it is. Kept for `_publish`, which alone looks into it.
+    """
+
+    pipeline: Callable[[], Any]
+    origin: Origin | None = None
+    published: Any = None
+
+
+_Key: TypeAlias = tuple[int, tuple[str, ...]]
+_entries: dict[_Key, Entry] = {}
+
+
+def entry_of(pipeline: Any, variant: tuple[str, ...] = ()) -> Entry:
+    """What is known of `pipeline`, published in some way. Of a dict, say, nothing can be remembered."""
+    key = id(pipeline), variant
+    entry = _entries.get(key)
+    if entry is None or entry.pipeline() is not pipeline:
+        if not type(pipeline).__weakrefoffset__:
+            return Entry(lambda: pipeline)
+        entry = _entries[key] = Entry(weakref.ref(pipeline, lambda ref: _remove(key, ref)))
+    return entry
+
+
+def _remove(key: _Key, ref: weakref.ref[Any]) -> None:
+    entry = _entries.get(key)
+    if entry is not None and entry.pipeline is ref:
+        del _entries[key]
+
+
+def entries() -> Iterable[Entry]:
+    """Those of all live pipelines."""
+    return list(_entries.values())
+
+
+def note_load(pipeline: Any, origin: Origin) -> None:
+    """Remember where a pipeline was loaded from, as long as it lives."""
+    entry_of(pipeline).origin = origin
+
+
+def forget(pipeline: Any) -> None:
+    """Let go of what is known of a live pipeline, and so of the references to its weights."""
+    _entries.pop((id(pipeline), ()), None)
+
+
+def unshare(pipeline: Any) -> None:
+    """Give a loaded pipeline private memory of its own: it needs the object store no longer.
+
+    Tensors and arrays keep their identity, their ties and their contents. Takes the bytes of the weights in memory. Call it
+    before `ray.shutdown()` in a process that keeps using the pipeline.
+
+    Raises:
+        ArgumentError: `pipeline` was not loaded from a publication in this process.
+        IsolationError: it was loaded where private mappings are not possible; `copy.deepcopy` it instead.
+    """
+    entry = _entries.get((id(pipeline), ()))
+    if entry is None or entry.pipeline() is not pipeline or entry.origin is None:
+        raise ArgumentError(
+            f"This {type(pipeline).__name__} was not loaded from a publication in this process.",
+            hint="unshare() takes what publication.load() returned, or what arrived in a task or an actor.",
+        )
+    memories = entry.origin.marks.memories()
+    if not all(isinstance(memory, PrivateMap) for memory in memories):
+        raise IsolationError(
+            f"This {type(pipeline).__name__} uses Ray's own mapping, which cannot be taken over.",
+            hint="use copy.deepcopy(pipeline).",
+        )
+    for memory in memories:
+        memory.detach()
+    entry.origin = entry.published = None

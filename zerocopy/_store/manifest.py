@@ -1,0 +1,151 @@
+"""What does a publication consist of: the records that a publisher writes and a loader reads."""
+
+from __future__ import annotations
+
+import functools
+import platform
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from typing import Any, NamedTuple
+
+import attrs
+import ray
+import torch
+
+from zerocopy._store.tensors import TensorSpec
+from zerocopy.errors import VersionError
+
+FORMAT = 3  # of manifests and handles; raised when either changes
+
+NOWHERE, BESIDE = -1, 0  # instead of the number of a shard: there are no bytes, or they are beside the manifest
+
+
+class Location(NamedTuple):
+    """Where a manifest says that the bytes of a storage are: from `offset` on in a buffer of a shard."""
+
+    shard: int
+    buffer: int
+    offset: int
+    nbytes: int
+
+
+class Root(NamedTuple):
+    """An external of the outer skeleton that is the object number `position` of the shared skeleton."""
+
+    position: int
+
+
+@attrs.frozen
+class Skeleton:
+    """Pickled bytes, and what they refer to by number: an int is a tensor's index, the rest travels as it is."""
+
+    payload: bytes
+    externals: tuple[Any, ...]
+    count: int = 1
+
+
+@attrs.frozen
+class Outer:
+    """The outer skeleton, and the tensors that it does not share: each load copies their bytes anew.
+
+    The skeleton is of the pipeline, and of a list of its modules to be put into eval mode, if there are any.
+
+    Indices from the number of shared tensors on are those of `specs`; storages from the number of shared storages on are
+    those of `storages`.
+    """
+
+    skeleton: Skeleton
+    specs: tuple[TensorSpec, ...]
+    storages: tuple[bytes, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.skeleton.payload) + sum(map(len, self.storages))
+
+    def has_roots(self) -> bool:
+        """Whether it refers to objects of the shared skeleton, not to tensors alone."""
+        return any(isinstance(external, Root) for external in self.skeleton.externals)
+
+
+class Manifest:
+    """What a publication keeps in the store: descriptions of all shared tensors, the shared skeleton, and where bytes are.
+
+    Attributes:
+        spec_rows: of each tensor a row as `rows_of` makes it.
+        location_rows: of each storage a `Location` as a plain tuple.
+        beside: in a process that got the manifest, the buffers of the object of the store that it came in.
+    """
+
+    def __init__(
+        self,
+        spec_rows: Sequence[tuple[Any, ...]],
+        location_rows: Sequence[tuple[int, int, int, int]],
+        devices: Mapping[int, tuple[str | None, ...]],
+        skeleton: Skeleton,
+        shards: Sequence[ray.ObjectRef[Any]],
+        is_reusable: bool,
+    ) -> None:
+        self.spec_rows = spec_rows
+        self.location_rows = location_rows
+        self.devices = devices
+        self.skeleton = skeleton
+        self.shards = shards
+        self.is_reusable = is_reusable
+        self.beside: Sequence[Any] = ()
+
+    @functools.cached_property
+    def specs(self) -> tuple[TensorSpec, ...]:
+        return tuple(map(TensorSpec.of_row, self.spec_rows))
+
+    @functools.cached_property
+    def locations(self) -> tuple[Location, ...]:
+        return tuple(map(Location._make, self.location_rows))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        rows = self.spec_rows, self.location_rows
+        return Manifest, (*rows, self.devices, self.skeleton, self.shards, self.is_reusable)
+
+
+class Handle:
+    """Base of what refers to the store. It travels beside a skeleton instead of inside it, so that Ray counts the references."""
+
+
+@attrs.frozen
+class Versions:
+    """What wrote a publication."""
+
+    format: int
+    zerocopy: str
+    torch: str
+    python: str
+
+    @classmethod
+    @functools.cache
+    def here(cls) -> Versions:
+        return cls(FORMAT, version("zerocopy-ray"), torch.__version__, platform.python_version())
+
+    def check_agreement(self) -> None:
+        """Refuse a publication that this process would misread.
+
+        The format must be the same; of Python and torch the first two numbers: code is pickled by value between equal
+        Pythons only, and the insides of modules change between minor releases of torch.
+
+        Raises:
+            VersionError: they differ.
+        """
+        here = Versions.here()
+        for name, theirs, ours in (
+            ("Python", _minor(self.python), _minor(here.python)),
+            ("torch", _minor(self.torch), _minor(here.torch)),
+            ("zerocopy's format", self.format, here.format),
+        ):
+            if theirs != ours:
+                raise VersionError(
+                    f"This publication was written with {name} {theirs}, but this process has {ours} "
+                    f"(zerocopy {self.zerocopy} there, {here.zerocopy} here).",
+                    hint="install the same versions on every node.",
+                )
+
+
+def _minor(release: str) -> str:
+    return ".".join(release.split(".")[:2])

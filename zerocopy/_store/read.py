@@ -1,0 +1,82 @@
+"""How are the bytes of a publication found in the store and mapped into this process."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Container, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import ray
+
+from zerocopy._store import object_store
+from zerocopy._store.manifest import BESIDE, NOWHERE, Manifest
+from zerocopy._store.mapping import Mapped, map_private, start_of, starts_of
+from zerocopy._store.tensors import Region
+
+
+def buffers_of(shard: ray.ObjectRef[Any]) -> Sequence[Any]:
+    """The buffers of a shard; see `object_store.get`."""
+    buffers: Sequence[Any] = object_store.get(shard)[0]
+    return buffers
+
+
+def manifest_of(reference: ray.ObjectRef[Any]) -> Manifest:
+    """The manifest of a publication; see `object_store.get`."""
+    buffers, manifest = object_store.get(reference)
+    manifest.beside = buffers
+    result: Manifest = manifest
+    return result
+
+
+class StoredMemory:
+    """The memory of a manifest's storages in this process: mapped anew for each load."""
+
+    def __init__(self, manifest: Manifest, needed: Iterable[int], *, require_isolation: bool) -> None:
+        self._locations = manifest.location_rows
+        self._require_isolation = require_isolation
+        self._needed = list(needed)
+        shards = sorted({self._locations[storage][0] for storage in self._needed} - {NOWHERE, BESIDE})
+        others = object_store.get_all([manifest.shards[shard - 1] for shard in shards]) if shards else []
+        self._buffers = {
+            BESIDE: manifest.beside,
+            **{n: buffers for n, (buffers, _) in zip(shards, others, strict=True)},
+        }
+        self.mapped: dict[int, Mapped] = {}  # writable memory, by shard
+
+    def regions(self, on_devices: Container[int]) -> dict[int, Region]:
+        """The bytes of each storage, private to this load; of those `on_devices` the source to copy from."""
+        read_only: dict[int, Mapped] = {}
+        regions: dict[int, Region] = {}
+        locations, mapped = self._locations, self.mapped
+        for storage in self._needed:
+            shard, buffer, offset, nbytes = locations[storage]
+            if shard == NOWHERE:
+                regions[storage] = bytearray(), 0, 0
+                continue
+            maps = read_only if storage in on_devices else mapped
+            if shard not in maps:
+                maps[shard] = self._map(shard, writable=maps is mapped)
+            memory, offsets = maps[shard]
+            regions[storage] = memory, offsets[buffer] + offset, nbytes
+        return regions
+
+    def _map(self, shard: int, *, writable: bool) -> Mapped:
+        buffers = self._buffers[shard]
+        return map_private(buffers, starts_of(buffers), writable=writable, required=self._require_isolation)
+
+    def holds(self, storage: int, content: np.ndarray[Any, Any]) -> bool:
+        """Whether a storage has exactly these bytes in the store."""
+        shard, buffer, offset, nbytes = self._locations[storage]
+        if nbytes != content.nbytes:
+            return False
+        if nbytes == 0:
+            return True
+        return _is_equal(start_of(self._buffers[shard][buffer]) + offset, start_of(content), nbytes)
+
+
+_memcmp: Callable[[ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t], int] = ctypes.CDLL(None).memcmp
+
+
+def _is_equal(first: int, second: int, nbytes: int) -> bool:
+    return _memcmp(ctypes.c_void_p(first), ctypes.c_void_p(second), ctypes.c_size_t(nbytes)) == 0
