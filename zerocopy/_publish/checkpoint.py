@@ -1,25 +1,23 @@
-"""How do weights go from safetensors files to the store without passing through private memory.
+"""How do weights go from safetensors files to the store without passing through private memory?
 
-The files are mapped; tensors over the mapping are published shard by shard, and the pages of a shard are let go of when it is
-written. The format: https://github.com/huggingface/safetensors#format
+The files are mapped; tensors over the mapping are published shard by shard, and the pages of a shard are dropped when it is
+written.
 """
 
 from __future__ import annotations
 
 import contextlib
 import glob
-import json
 import math
 import mmap
 import os
-import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 
+from zerocopy._compat.linux import drop_pages
 from zerocopy._load.publication import Publication
 from zerocopy._publish.publish import put_once
 from zerocopy._split.introspect import Subject, check_pipeline, introspect
@@ -30,33 +28,8 @@ from zerocopy._store.tensors import Storage, storage_of
 from zerocopy.errors import CheckpointError
 
 PathLike: TypeAlias = str | os.PathLike[str]
-
-_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool, "U16": torch.uint16,
-    "U32": torch.uint32, "U64": torch.uint64, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-    "C64": torch.complex64,
-}  # fmt: skip
-
-
-class _Entry(NamedTuple):
-    """A tensor of a file, and where its bytes are in the mapping of it."""
-
-    memory: mmap.mmap
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    start: int
-    end: int
-
-    def tensor(self) -> torch.Tensor:
-        """A view of the mapping."""
-        if self.start == self.end:
-            return torch.empty(self.shape, dtype=self.dtype)
-        count = (self.end - self.start) // self.dtype.itemsize
-        return torch.frombuffer(self.memory, dtype=self.dtype, count=count, offset=self.start).view(self.shape)
-
-
-Slots: TypeAlias = dict[str, tuple[dict[str, Any], str]]  # where a module holds what its state dict has under a name
+Tensors: TypeAlias = Mapping[str, torch.Tensor]  # of the files, by name: views of the mapped files
+Targets: TypeAlias = dict[str, tuple[dict[str, Any], str]]  # where a module holds what its state dict has under a name
 
 
 def publish_checkpoint(
@@ -82,52 +55,42 @@ def publish_checkpoint(
         CannotTravelError, StoreTooSmallError, RayClientError: as `publish`.
     """
     object_store.require()
-    entries = _read(files)
+    tensors = _read(files)
     with _parameters_on_meta():
         pipeline = build()
     check_pipeline(pipeline, "zerocopy.publish_checkpoint")
-    slots = _slots(pipeline, entries)
-    _require_fit(slots, entries)
+    targets = _targets(pipeline, tensors)
+    _check_fit(targets, tensors)
     pages = _Pages()
-    _attach(slots, entries, dtype, pages)
+    _attach(targets, tensors, dtype, pages)
     return put_once(pipeline, introspect(Subject(pipeline)), pages.fill, pages.drop)
 
 
-def _read(files: PathLike | Iterable[PathLike]) -> dict[str, _Entry]:
-    """The tensors of all files by name."""
+def _read(files: PathLike | Iterable[PathLike]) -> Tensors:
     patterns = [files] if isinstance(files, (str, os.PathLike)) else list(files)
-    entries: dict[str, _Entry] = {}
+    tensors: dict[str, torch.Tensor] = {}
     for pattern in [os.fspath(pattern) for pattern in patterns]:
         paths = sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern]  # noqa: PTH207 (patterns may be absolute)
         if not paths:
             raise CheckpointError(f"No file matches {pattern!r}.")
         for path in paths:
             found = _read_one(path)
-            if twice := sorted(found.keys() & entries.keys()):
+            if twice := sorted(found.keys() & tensors.keys()):
                 raise CheckpointError(f"{path!r} has {', '.join(map(repr, twice))} again.")
-            entries.update(found)
-    return entries
+            tensors.update(found)
+    return tensors
 
 
-def _read_one(path: str) -> dict[str, _Entry]:
+def _read_one(path: str) -> Tensors:
+    from safetensors import SafetensorError, safe_open
+
     try:
-        with Path(path).open("rb") as file:
-            memory = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
-        (length,) = struct.unpack("<Q", memory[:8])
-        header = json.loads(memory[8 : 8 + length])
-        header.pop("__metadata__", None)
-        return {name: _entry(memory, 8 + length, **described) for name, described in header.items()}
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
     except OSError as error:
-        raise CheckpointError(f"{path!r} cannot be read: {error.strerror}.") from None
-    except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+        raise CheckpointError(f"{path!r} cannot be read: {error}.") from None
+    except SafetensorError as error:
         raise CheckpointError(f"{path!r} is not a safetensors file: {error}.") from None
-
-
-def _entry(memory: mmap.mmap, data: int, dtype: str, shape: list[int], data_offsets: tuple[int, int]) -> _Entry:
-    start, end = data_offsets
-    if end - start != math.prod(shape) * _DTYPES[dtype].itemsize or data + end > len(memory):
-        raise ValueError("its header does not fit its size")
-    return _Entry(memory, _DTYPES[dtype], tuple(shape), data + start, data + end)
 
 
 @contextlib.contextmanager
@@ -148,30 +111,30 @@ def _parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
-def _slots(pipeline: Any, entries: Mapping[str, _Entry]) -> Slots:
+def _targets(pipeline: Any, tensors: Tensors) -> Targets:
     models = {"": pipeline} if is_module(pipeline) else models_of(pipeline)
-    if len(models) == 1 and not any(name.startswith(f"{path}.") for path in models for name in entries):
+    if len(models) == 1 and not any(name.startswith(f"{path}.") for path in models for name in tensors):
         models = dict(zip([""], models.values(), strict=True))
-    slots: Slots = {}
+    targets: Targets = {}
     for path, model in models.items():
         for below, module in model.named_modules(remove_duplicate=False):
             start = "".join(f"{part}." for part in (path, below) if part)
             hidden = module._non_persistent_buffers_set
             for members in (module._parameters, module._buffers):
                 held = (name for name, tensor in members.items() if tensor is not None and name not in hidden)
-                slots.update({start + name: (members, name) for name in held})
-    return slots
+                targets.update({start + name: (members, name) for name in held})
+    return targets
 
 
-def _require_fit(slots: Slots, entries: Mapping[str, _Entry]) -> None:
-    tensors = {name: members[key] for name, (members, key) in slots.items()}
-    present = {id(tensors[name]) for name in entries.keys() & tensors.keys()}
-    missing = [name for name, tensor in tensors.items() if id(tensor) not in present]
-    unexpected = [name for name in entries if name not in tensors]
+def _check_fit(targets: Targets, tensors: Tensors) -> None:
+    wanted = {name: members[key] for name, (members, key) in targets.items()}
+    present = {id(wanted[name]) for name in tensors.keys() & wanted.keys()}
+    missing = [name for name, tensor in wanted.items() if id(tensor) not in present]
+    unexpected = [name for name in tensors if name not in wanted]
     misshapen = [
-        f"{name} is {list(entry.shape)}, not {list(tensors[name].shape)}"
-        for name, entry in entries.items()
-        if name in tensors and tuple(tensors[name].shape) != entry.shape
+        f"{name} is {list(tensor.shape)}, not {list(wanted[name].shape)}"
+        for name, tensor in tensors.items()
+        if name in wanted and wanted[name].shape != tensor.shape
     ]
     if missing or unexpected or misshapen:
         lists = (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen))
@@ -181,17 +144,14 @@ def _require_fit(slots: Slots, entries: Mapping[str, _Entry]) -> None:
         )
 
 
-def _attach(slots: Slots, entries: Mapping[str, _Entry], dtype: torch.dtype | None, pages: _Pages) -> None:
+def _attach(targets: Targets, tensors: Tensors, dtype: torch.dtype | None, pages: _Pages) -> None:
     """Put tensors over the files in the place of the pipeline's, once for those that are tied."""
-    made: dict[int, tuple[Any, Any]] = {}
-    for name in [name for name in slots if name in entries] + [name for name in slots if name not in entries]:
-        members, key = slots[name]
+    made: dict[int, tuple[Any, Any]] = {}  # with the old one, which stays alive: no id is used twice
+    for name in sorted(targets, key=lambda name: name not in tensors):
+        members, key = targets[name]
         old = members[key]
         if id(old) not in made:
-            made[id(old)] = (
-                _like(old, pages.tensor(entries[name], dtype)),
-                old,
-            )  # the old one alive: no id is used twice
+            made[id(old)] = _like(old, pages.tensor(tensors[name], dtype)), old
         members[key] = made[id(old)][0]
 
 
@@ -202,43 +162,33 @@ def _like(old: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
 
 
 class _Pages:
-    """Memory that is filled when it is about to be written to the store, and let go of afterwards."""
+    """Memory that is filled when it is about to be written to the store, and dropped afterwards."""
 
     def __init__(self) -> None:
-        self._mapped: dict[object, tuple[mmap.mmap, int, int]] = {}
-        self._converted: dict[object, tuple[torch.Tensor, _Entry]] = {}
+        self._ours: set[object] = set()  # keys of the storages over files, and over memory to convert into
+        self._converted: dict[object, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def tensor(self, entry: _Entry, dtype: torch.dtype | None) -> torch.Tensor:
-        """A tensor over the bytes of a file, or over memory in which they will be converted."""
-        if dtype in (None, entry.dtype) or not entry.dtype.is_floating_point or entry.start == entry.end:
-            tensor = entry.tensor()
-            self._mapped[_key(tensor)] = entry.memory, entry.start, entry.end
-            return tensor
-        nbytes = math.prod(entry.shape) * dtype.itemsize
-        memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        tensor = torch.frombuffer(memory, dtype=dtype).view(entry.shape)
-        self._mapped[_key(tensor)] = memory, 0, nbytes
-        self._converted[_key(tensor)] = tensor, entry
+    def tensor(self, source: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+        """`source`, which is a view of a file, or a tensor that it will be converted into."""
+        if dtype in (None, source.dtype) or not source.is_floating_point() or not source.numel():
+            self._ours.add(storage_of(source).key)
+            return source
+        memory = mmap.mmap(-1, math.prod(source.shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        tensor = torch.frombuffer(memory, dtype=dtype).view(source.shape)
+        key = storage_of(tensor).key
+        self._ours.add(key)
+        self._converted[key] = tensor, source
         return tensor
 
     def fill(self, storages: Sequence[Storage]) -> None:
         for storage in storages:
             if storage.key in self._converted:
-                tensor, entry = self._converted[storage.key]
-                tensor.copy_(entry.tensor())
-                _let_go(entry.memory, entry.start, entry.end)
+                tensor, source = self._converted[storage.key]
+                tensor.copy_(source)
+                drop_pages(source.data_ptr(), source.nbytes)
 
     def drop(self, storages: Sequence[Storage]) -> None:
         for storage in storages:
-            if storage.key in self._mapped:
-                _let_go(*self._mapped[storage.key])
-
-
-def _let_go(memory: mmap.mmap, start: int, end: int) -> None:
-    """Take pages out of this process: what is in a file can be read again, what was converted is in the store."""
-    first = start - start % mmap.PAGESIZE
-    memory.madvise(mmap.MADV_DONTNEED, first, end - first)
-
-
-def _key(tensor: torch.Tensor) -> object:
-    return storage_of(tensor).key
+            if storage.key in self._ours and storage.address is not None:
+                # What is in a file can be read again, and what was converted is in the store.
+                drop_pages(storage.address, storage.nbytes)
