@@ -1,6 +1,8 @@
 """Share PyTorch models between Ray workers without copying them."""
 
-from zerocopy import errors
+from importlib.metadata import version as _version
+
+from zerocopy import errors, testing
 from zerocopy._declare.fields import Copied, Field, Policy, Shared, copied, shared
 from zerocopy._declare.pipeline import fields, pipeline
 from zerocopy._load.live import unshare
@@ -8,11 +10,11 @@ from zerocopy._load.publication import Publication
 from zerocopy._publish.checkpoint import publish_checkpoint
 from zerocopy._publish.passing import install as _install
 from zerocopy._publish.publish import publish
-from zerocopy._run.actor import Actor, Pool, actor
-from zerocopy._run.task import Task, task
+from zerocopy._run.actor import Actor, Launcher, Pool, actor
+from zerocopy._run.task import BoundTask, Task, task
 from zerocopy._split.plan import PlanEntry, SharePlan, plan
 from zerocopy._wrap.extraction import extract_tensors, replace_tensors
-from zerocopy.memory import memory_report
+from zerocopy.memory import MemoryReport, ProcessMemory, memory_report
 from zerocopy.wrappers import (
     ActorWrapper,
     JITActorWrapper,
@@ -27,42 +29,53 @@ from zerocopy.wrappers import (
     rewrite_pipeline_for_actors,
 )
 
+__version__ = _version("zerocopy-ray")
+
 __all__ = [
     "Actor",
-    "ActorWrapper",
+    "BoundTask",
     "Copied",
     "Field",
-    "JITActorWrapper",
-    "JITModelWrapper",
-    "JITTaskWrapper",
-    "ModelWrapper",
+    "Launcher",
+    "MemoryReport",
     "PlanEntry",
     "Policy",
     "Pool",
+    "ProcessMemory",
     "Publication",
     "SharePlan",
     "Shared",
     "Task",
-    "TaskWrapper",
     "actor",
     "copied",
     "errors",
-    "extract_tensors",
     "fields",
-    "load_model_in_actor",
-    "load_pipeline_in_actor",
     "memory_report",
     "pipeline",
     "plan",
-    "prepare_model_for_actors",
     "publish",
     "publish_checkpoint",
+    "shared",
+    "task",
+    "testing",
+    "unshare",
+]
+
+# The imperative face, for models one did not write.
+__all__ += [
+    "ActorWrapper",
+    "JITActorWrapper",
+    "JITModelWrapper",
+    "JITTaskWrapper",
+    "ModelWrapper",
+    "TaskWrapper",
+    "extract_tensors",
+    "load_model_in_actor",
+    "load_pipeline_in_actor",
+    "prepare_model_for_actors",
     "replace_tensors",
     "rewrite_pipeline",
     "rewrite_pipeline_for_actors",
-    "shared",
-    "task",
-    "unshare",
 ]
 
 for _public in map(globals().__getitem__, __all__):

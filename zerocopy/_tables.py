@@ -9,19 +9,16 @@ from collections.abc import Iterable, Sequence
 
 def format_bytes(count: int) -> str:
     """`count` bytes in the largest decimal unit that leaves a number of at least one."""
-    size = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} TB"
+    # Rich is imported where it is used: it would double the time that importing zerocopy takes.
+    from rich.filesize import decimal
+
+    return decimal(count)
 
 
 def as_text(
     headers: Sequence[str], rows: Iterable[Sequence[str]], *, right: Iterable[str], title: str = "", caption: str = ""
 ) -> str:
     """A table for a terminal; the columns named in `right` hold numbers."""
-    # Imported here: rich would double the time that importing zerocopy takes.
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
