@@ -1,4 +1,4 @@
-"""Which device does a name mean here, and is it there."""
+"""Which device does a name mean in this process, and does it exist?"""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ _entries: dict[_Key, Entry] = {}
 
 
 def entry_of(pipeline: Any, variant: tuple[str, ...] = ()) -> Entry:
-    """What is known of `pipeline`, published in some way. Of a dict, say, nothing can be remembered."""
+    """What is known of `pipeline`, published in the way `variant`. A dict, for example, is not remembered."""
     key = id(pipeline), variant
     entry = _entries.get(key)
     if entry is None or entry.pipeline() is not pipeline:
@@ -62,7 +62,7 @@ def _remove(key: _Key, ref: weakref.ref[Any]) -> None:
 
 
 def entries() -> Iterable[Entry]:
-    """Those of all live pipelines."""
+    """The entries of all live pipelines."""
     return list(_entries.values())
 
 
@@ -72,12 +72,12 @@ def note_load(pipeline: Any, origin: Origin) -> None:
 
 
 def forget(pipeline: Any) -> None:
-    """Let go of what is known of a live pipeline, and so of the references to its weights."""
+    """Drop what is known of a live pipeline, and with it the references to its weights."""
     _entries.pop((id(pipeline), ()), None)
 
 
 def unshare(pipeline: Any) -> None:
-    """Give a loaded pipeline private memory of its own: it needs the object store no longer.
+    """Give a loaded pipeline its own private memory. It no longer needs the object store.
 
     Tensors and arrays keep their identity, their ties and their contents. Takes the bytes of the weights in memory. Call it
     before `ray.shutdown()` in a process that keeps using the pipeline.

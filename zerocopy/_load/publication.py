@@ -1,4 +1,4 @@
-"""What is a publication: a small handle to weights in the object store."""
+"""What is a publication? A small handle to weights in the object store."""
 
 from __future__ import annotations
 
@@ -21,14 +21,12 @@ from zerocopy._store.manifest import Handle, Outer, Root, Versions
 from zerocopy._store.read import manifest_of
 from zerocopy.errors import PublicationClosedError, PublicationLostError
 
-MOST_PACKED = 16 << 10  # bytes: more are not worth a place in a cache
+MOST_PACKED = 16 << 10  # bytes: larger ones are not worth a place in a cache
 MOST_REMEMBERED = 256  # loads
 
 
 class Lease(Protocol):
-    """What the handles of one pipeline have in common in the process that published it. As long as one has it, the process
-    remembers the weights.
-    """
+    """The handles of one pipeline share it in the process that published it: see `_publish.publish`."""
 
     def close(self, reference: ray.ObjectRef[Any]) -> None:
         """One of the handles to these weights was closed."""
@@ -36,7 +34,7 @@ class Lease(Protocol):
 
 @attrs.frozen(eq=False)
 class Open:
-    """A handle that can be used, as long as this process has the connection to Ray that it was made for."""
+    """A handle that can be used as long as its connection to Ray lasts."""
 
     reference: ray.ObjectRef[Any]  # to the manifest
     outer: Outer
@@ -45,7 +43,7 @@ class Open:
 
 @attrs.frozen
 class Sealed:
-    """A handle that plain pickle brought: pickled by Ray's pickle inside, and opened when it is used."""
+    """A handle that came by plain pickle. Inside, Ray's pickle wrote it; it is opened when it is first used."""
 
     cluster: str
     content: bytes
@@ -133,7 +131,7 @@ class Publication(Handle):
         return pipeline
 
     def content(self) -> Open:
-        """What the handle refers to, if that still means something.
+        """What the handle refers to.
 
         Raises:
             PublicationClosedError: the publication was closed.
@@ -170,7 +168,7 @@ class Publication(Handle):
         self.close()
 
     def __copy__(self) -> Publication:
-        """Another handle to the same weights, to be closed by itself."""
+        """Another handle to the same weights. It is closed on its own."""
         return Publication(self.content(), *self._description(), cls=self.cls, lease=self._lease)
 
     def __deepcopy__(self, memo: object) -> Publication:
@@ -192,7 +190,7 @@ class Publication(Handle):
         return self.kind, self.shared_bytes, self.requires_isolation, self._versions
 
     def packed(self) -> bytes | None:
-        """All but the reference, pickled: for Ray's slower pickle. None where there are things that only Ray can pickle.
+        """All but the reference, pickled: that spares work to Ray's slower pickle. None where only Ray's pickle can do it.
 
         Raises:
             As `load`, where the publication means nothing any more.
@@ -205,7 +203,7 @@ class Publication(Handle):
         return _pack(outer, *self._description())
 
     def reduce(self) -> tuple[Any, ...]:
-        """How Ray's pickle takes it apart: the reference is counted.
+        """How Ray's pickle takes it apart, so that Ray counts the reference.
 
         Raises:
             As `load`, where the publication means nothing any more.
@@ -217,7 +215,7 @@ class Publication(Handle):
         return unpacked, (content.reference, packed)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """For plain pickle, which knows nothing of references and their owners: Ray's pickle seals them."""
+        """For plain pickle, which knows nothing of references and their owners: Ray's pickle seals them inside."""
         state = self._state if isinstance(self._state, Sealed) else self._sealed()
         return Publication, (state, *self._description())
 

@@ -1,4 +1,4 @@
-"""How is a published pipeline re-pointed at the store, so that its process keeps no second copy of the weights.
+"""How is a published pipeline re-pointed at the store, so that its process keeps no second copy of the weights?
 
 Each tensor keeps its identity: `.data` is assigned, to views of a private mapping of what the store has by then. A storage
 that somebody else has a view of stays where it is, since that view could not follow.
@@ -34,7 +34,7 @@ class Adoption:
         for tensor, spec in zip(found.table.objects, found.table.specs, strict=True):
             self._views[spec.storage][id(tensor)] = tensor, spec
             base = tensor._base if isinstance(tensor, torch.Tensor) else None
-            if base is not None:  # a tensor that only its views know
+            if base is not None:  # only its views refer to this tensor
                 self._views[spec.storage].setdefault(
                     id(base), (base, describe(base, spec.storage, self._storages[spec.storage]))
                 )
@@ -42,11 +42,11 @@ class Adoption:
         self._mapped: list[tuple[ray.ObjectRef[Any], Mapped]] = []
 
     def is_possible(self) -> bool:
-        """Whether any memory could be given back: none can where all of it was adopted before."""
+        """Whether any memory can be given back. Memory that was adopted before cannot."""
         return bool(self._movable)
 
     def _is_movable(self, index: int, storage: Storage) -> bool:
-        """Whether nothing but the known tensors has a view of a storage: neither other tensors, nor NumPy."""
+        """Whether only the known tensors have a view of a storage: no other tensor, no NumPy array."""
         source = storage.source
         if not isinstance(source, torch.UntypedStorage) or source.device.type != "cpu" or not source.nbytes():
             return False
@@ -89,7 +89,7 @@ class Adoption:
         return LoadedMarks(tensors, {shards.index(shard): mapped for shard, mapped in self._mapped})
 
     def undo(self) -> None:
-        """Give what was adopted so far private memory again, that needs no store."""
+        """Give private memory back to what was adopted so far."""
         for _, mapped in self._mapped:
             mapped.memory.detach()
 

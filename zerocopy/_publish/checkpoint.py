@@ -162,7 +162,7 @@ def _like(old: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
 
 
 class _Pages:
-    """Memory that is filled when it is about to be written to the store, and dropped afterwards."""
+    """Memory that is filled just before it is written to the store, and dropped afterwards."""
 
     def __init__(self) -> None:
         self._ours: set[object] = set()  # keys of the storages over files, and over memory to convert into

@@ -1,4 +1,4 @@
-"""What happens when Ray serializes a pipeline: it travels as a publication and arrives loaded."""
+"""What happens when Ray serializes a pipeline? It travels as a publication and arrives loaded."""
 
 from __future__ import annotations
 
@@ -45,6 +45,6 @@ def _register(cls: type) -> None:
 
 
 def install() -> None:
-    """Let Ray's pickle know publications, and every pipeline class from now on."""
+    """Register publications, and every pipeline class from now on, with Ray's pickle."""
     ray.cloudpickle.CloudPickler.dispatch[Publication] = _reduce_publication
     pipeline.install(_register)

@@ -1,4 +1,4 @@
-"""As what is a live pipeline published: introspect it, compare it with what is in the store, write what is not."""
+"""How is a live pipeline published? Introspect it, compare it with what is in the store, write what is not there."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ _lock = threading.RLock()
 
 
 class Lease:
-    """Held by the publications that were made by hand of one pipeline: while one lives, its weights are remembered."""
+    """Shared by the explicit publications of one pipeline. While one of them lives, this process remembers the weights."""
 
     def close(self, manifest: ray.ObjectRef[Any]) -> None:
-        """Give up automatic publishing's hold on closed weights as well, and what closures have pinned."""
+        """Automatic publishing no longer holds these weights either, and pins of closures are released."""
         with _lock:
             for entry in live.entries():
                 if entry.published is not None and entry.published.weights.manifest == manifest:
@@ -40,7 +40,7 @@ class Lease:
 
 @attrs.define(eq=False)
 class _Published:
-    """As what a live pipeline is published. It is remembered while a handle made by hand has the lease; always, if automatic."""
+    """The weights of a live pipeline. They are remembered while an explicit publication holds the lease; always, if automatic."""
 
     weights: Weights
     automatic: bool = False
@@ -122,7 +122,7 @@ def publish_subject(
 
 
 def publish_automatically(pipeline: Any) -> Publication:
-    """A handle to the weights of `pipeline`, which are published now if they never were, or have changed since.
+    """A handle to the weights of `pipeline`. Publishes them if they are new or have changed.
 
     The weights stay in the store as long as the pipeline lives.
     """
@@ -151,7 +151,7 @@ def put_once(
     fill: Callable[[Sequence[Storage]], None],
     drop: Callable[[Sequence[Storage]], None],
 ) -> Publication:
-    """Publish a pipeline that nobody will change or publish again; see `put_streaming`.
+    """Publish a pipeline that nobody changes or publishes again; see `put_streaming`.
 
     Raises:
         StoreTooSmallError: the weights are larger than this node's object store.
@@ -160,7 +160,7 @@ def put_once(
 
 
 def _weights_to_compare(entry: live.Entry, found: Introspection) -> Weights | None:
-    """What `found` may be published as already: what it was published as, or what it was loaded from."""
+    """The weights that `found` may already have in the store: those it was published as, or was loaded from."""
     published: Weights | None = entry.published.weights if entry.published is not None else None
     if published is not None and published.are_current():
         return published
@@ -173,7 +173,7 @@ def _published() -> list[Weights]:
 
 
 def _unchanged_places() -> dict[object, Placement]:
-    """Where storages are that need not be written again, as far as version counters tell; whatever pipeline they are of."""
+    """Where storages of any pipeline lie that need not be written again, as far as version counters tell."""
     return {key: place for weights in _published() for key, place in weights.unchanged_places().items()}
 
 

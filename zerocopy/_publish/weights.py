@@ -57,12 +57,12 @@ class _Weights:
         return self.placements if self.are_in_store() and self.snapshot.weights.are_same() else {}
 
     def verified_places(self, found: Introspection) -> Mapping[object, Placement]:
-        """Where those storages of `found` are of which the store has exactly the bytes. Reads all of them."""
+        """Where those storages of `found` lie whose exact bytes the store has. Reads all of them."""
         verified = self._verified(found) if self.placements else ()
         return {key: self.placements[key] for key in verified if key in self.placements}
 
     def _verified(self, found: Introspection) -> set[object]:
-        """Keys of the storages of `found` of which the store has exactly the bytes."""
+        """Keys of those storages of `found` whose exact bytes the store has."""
         storages = [storage for storage in found.table.storages if storage.key in self.known.storages]
         if not storages or not self.are_in_store() or not self.snapshot.weights.are_same():
             return set()
@@ -103,9 +103,9 @@ class OwnWeights(_Weights):
 
 
 class ForeignWeights(_Weights):
-    """Weights that a pipeline was loaded with. It has them still, so it is passed on as what it came from.
+    """Weights that a pipeline was loaded with and still has: it is passed on as the publication it came from.
 
-    The outer skeleton holds everything but the tensors: the shared one is about other objects.
+    The outer skeleton holds everything but the tensors: the shared skeleton describes objects of another process.
     """
 
     @classmethod
@@ -146,7 +146,7 @@ Weights: TypeAlias = OwnWeights | ForeignWeights
 
 
 def put(found: Introspection, stored: Mapping[object, Placement]) -> OwnWeights:
-    """Write what `found` shares into the store, but for what is `stored`. Every refusal comes before the first byte."""
+    """Write what `found` shares into the store, except what is `stored`. Whatever is refused is refused before the first byte."""
     writer = _writer_of(found, stored, ORDINARY)
 
     def write() -> None:
@@ -164,7 +164,7 @@ def put(found: Introspection, stored: Mapping[object, Placement]) -> OwnWeights:
 def put_and_adopt(
     subject: Subject, found: Introspection, stored: Mapping[object, Placement], adoption: Adoption
 ) -> tuple[OwnWeights, Outer]:
-    """The same, and the tensors of the pipeline re-pointed at the store. An error leaves them private memory."""
+    """The same, and re-point the tensors of the pipeline at the store. After an error they have private memory."""
     writer = _writer_of(found, stored, STREAMED)
     try:
         for placed in writer.stored:
@@ -182,7 +182,7 @@ def put_and_adopt(
 def put_streaming(
     found: Introspection, fill: Callable[[Sequence[Storage]], None], drop: Callable[[Sequence[Storage]], None]
 ) -> OwnWeights:
-    """Write shard by shard what has to be made ready, and can be let go of afterwards.
+    """Write shard by shard. Each shard is filled before it is written, and dropped afterwards.
 
     Args:
         fill: called with the storages of each shard before their bytes are read.

@@ -17,7 +17,10 @@ from zerocopy.errors import VersionError
 
 FORMAT = 3  # of manifests and handles; raised when either changes
 
-NOWHERE, BESIDE = -1, 0  # instead of the number of a shard: there are no bytes, or they are beside the manifest
+NOWHERE, BESIDE = (
+    -1,
+    0,
+)  # stand for the number of a shard where there are no bytes, or where they lie beside the manifest
 
 
 class Location(NamedTuple):
@@ -71,9 +74,9 @@ class Manifest:
     """What a publication keeps in the store: descriptions of all shared tensors, the shared skeleton, and where bytes are.
 
     Attributes:
-        spec_rows: of each tensor a row as `rows_of` makes it.
-        location_rows: of each storage a `Location` as a plain tuple.
-        beside: in a process that got the manifest, the buffers of the object of the store that it came in.
+        spec_rows: one row per tensor, as `rows_of` makes it.
+        location_rows: one `Location` per storage, as a plain tuple.
+        beside: the other buffers of the store object that held this manifest. Set in the process that read it.
     """
 
     def __init__(

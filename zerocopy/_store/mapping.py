@@ -1,4 +1,4 @@
-"""How is store memory mapped privately: copy-on-write, so that the operating system keeps workers apart.
+"""How is store memory mapped privately? Copy-on-write: the operating system keeps workers apart.
 
 Ray maps the store's file shared and writable into every process and closes the descriptor. The raylet keeps it open, so
 a process of the same user can open it again through `/proc/<raylet>/fd` and map the same bytes with `MAP_PRIVATE`.
@@ -51,7 +51,7 @@ def start_of(memory: Any) -> int:
 def starts_of(buffers: Sequence[Any]) -> list[int]:
     """Where the buffers of one object of the store start in this process.
 
-    Ray lays them out in order, each at a multiple of 64: if the last one is where it is then, so are all of them.
+    Ray lays them out in order, each at a multiple of 64. If the last one lies where this rule puts it, all of them do.
     """
     start = start_of(buffers[0])
     starts = []
@@ -78,7 +78,7 @@ class PrivateMap(mmap.mmap):
     pinned: Sequence[Any]
 
     def detach(self) -> None:
-        """Put anonymous memory with the same bytes in the place of the mapping: views of it stay as they are."""
+        """Replace the mapping by anonymous memory with the same bytes. Views of it stay valid."""
         start = start_of(self)
         for offset in range(0, len(self), DETACH_BYTES):
             content = self[offset : offset + DETACH_BYTES]
@@ -97,7 +97,7 @@ def _map_anonymous(address: int, nbytes: int) -> None:
 
 
 def _alias(address: int, nbytes: int, keep: object) -> Any:
-    """Memory that `keep` owns, seen through ctypes, for which no memory is read-only: so torch has nothing to warn of."""
+    """Memory that `keep` owns, seen through ctypes. For ctypes no memory is read-only, so torch does not warn."""
     alias = (ctypes.c_char * nbytes).from_address(address)
     alias.keep = keep  # type: ignore[attr-defined]
     return alias
@@ -139,7 +139,7 @@ def map_private(
 
 
 def map_if_in_store(arrays: Sequence[np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
-    """Writable twins of `arrays`, private to this process: mapped where these lie in the object store, else copied.
+    """Writable twins of `arrays`, private to this process. Arrays in the object store are mapped, others are copied.
 
     Raises:
         IsolationError: as `map_private`.
@@ -147,7 +147,7 @@ def map_if_in_store(arrays: Sequence[np.ndarray[Any, Any]]) -> list[np.ndarray[A
     stored: dict[_Interval, list[int]] = {}
     for position, array in sorted(
         enumerate(arrays), key=lambda item: item[1].nbytes
-    ):  # the first one is read as a proof
+    ):  # the smallest comes first: it is read as a proof
         interval = _interval_around(array)
         if interval is not None:
             stored.setdefault(interval, []).append(position)
@@ -200,7 +200,7 @@ def _report(reason: str, required: bool) -> None:
 
 
 def _map_checked(start: int, end: int, writable: bool, proof_start: int, proof: bytes) -> tuple[PrivateMap, int]:
-    """Map [start, end) of this process' address space anew; also the address that the new memory's first byte stands for."""
+    """Map [start, end) of this process' address space once more. Also returns the address of which the new memory is a copy."""
     if sys.platform != "linux":
         raise MappingImpossible(f"{sys.platform} has no /proc")
     while True:
@@ -211,7 +211,7 @@ def _map_checked(start: int, end: int, writable: bool, proof_start: int, proof: 
                 return memory, first
             raise MappingImpossible("the store's file does not hold the expected bytes")
         except MappingImpossible:
-            _intervals.clear()  # they were those of a store that is gone: of an earlier connection, say
+            _intervals.clear()  # they may describe a store that is gone, for example that of an earlier connection
             if not was_known:
                 raise
 
@@ -258,7 +258,7 @@ def _open(interval: _Interval) -> int:
     for path in itertools.chain(candidates, _raylet_descriptors()):
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError:  # closed meanwhile, or a socket
+        except OSError:  # it was closed in the meantime, or it is a socket
             continue
         status = os.fstat(descriptor)
         if (status.st_dev, status.st_ino) == key:
@@ -277,7 +277,7 @@ def _raylet_descriptors() -> Iterator[str]:
             if Path(f"/proc/{pid}/comm").read_text().strip() != "raylet":
                 continue
             entries = list(os.scandir(f"/proc/{pid}/fd"))
-        except OSError:  # ended meanwhile, or another user's
+        except OSError:  # the process ended in the meantime, or belongs to another user
             continue
         for entry in entries:
             try:

@@ -1,4 +1,4 @@
-"""The only file that puts and gets Ray objects, and asks Ray about itself."""
+"""How does zerocopy talk to Ray's object store? Only this file puts and gets objects, and asks Ray about itself."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ global_worker: Any = ray_worker.global_worker  # has more than its class declare
 
 
 def is_running() -> bool:
-    """Whether this process is connected to a cluster, by whatever way."""
+    """Whether this process is connected to a cluster, in any way."""
     return bool(ray.is_initialized())
 
 
 def require() -> None:
-    """Connect as Ray's own calls do, where that was not done yet.
+    """Connect to Ray if this process has not done so, as Ray's own calls do.
 
     Raises:
         RayClientError: the connection is Ray Client's.
@@ -49,7 +49,7 @@ def require() -> None:
 
 
 def require_running(what: str) -> None:
-    """Refuse what only the cluster that this process belongs to can give.
+    """Refuse what needs a connection to the cluster.
 
     Raises:
         ZeroCopyError: Ray is not running in this process.
@@ -99,7 +99,7 @@ def get_all(refs: list[ray.ObjectRef[Any]]) -> list[Any]:
 
 
 def in_background(call: Callable[[], R]) -> Callable[[], R]:
-    """Start `call` on a thread of its own; what is returned waits for its result, or raises its error.
+    """Start `call` on its own thread. The function returned waits for the result, or raises the error of `call`.
 
     While the store copies bytes, other threads may run.
     """
@@ -150,7 +150,7 @@ def capacity() -> int | None:
 
 @functools.lru_cache(8)
 def _capacity_of(node_id: str) -> int | None:
-    """It never changes, and the answer takes a millisecond."""
+    """Cached: it never changes, and Ray takes a millisecond to answer."""
     for node in ray.nodes():
         if node["NodeID"] == node_id:
             size = node["Resources"].get("object_store_memory")
@@ -159,7 +159,7 @@ def _capacity_of(node_id: str) -> int | None:
 
 
 def require_room(needed: int, what: str) -> None:
-    """Refuse what can never fit: Ray itself would accept it, onto disk.
+    """Refuse weights that can never fit. Ray itself would accept them, and spill them to disk.
 
     Raises:
         StoreTooSmallError: `needed` bytes are more than this node's object store has.
@@ -180,12 +180,12 @@ def assigned_gpu() -> bool:
 
 
 def session() -> object:
-    """Identifies the connection of this process: objects of another one mean nothing here."""
+    """Identifies the connection of this process. References of another connection mean nothing here."""
     return global_worker.core_worker if is_running() else None
 
 
 def cluster() -> str:
-    """Identifies the cluster: references of another one may have the same ids, and mean other objects."""
+    """Identifies the cluster. References of another cluster may have equal ids and mean other objects."""
     identity: str = global_worker.gcs_client.cluster_id.hex()
     return identity
 

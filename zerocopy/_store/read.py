@@ -1,4 +1,4 @@
-"""How are the bytes of a publication found in the store and mapped into this process."""
+"""How are the bytes of a publication found in the store and mapped into this process?"""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def manifest_of(reference: ray.ObjectRef[Any]) -> Manifest:
 
 
 class StoredMemory:
-    """The memory of a manifest's storages in this process: mapped anew for each load."""
+    """The memory of a manifest's storages in this process. Each load maps it anew."""
 
     def __init__(self, manifest: Manifest, needed: Iterable[int], *, require_isolation: bool) -> None:
         self._locations = manifest.location_rows
@@ -45,7 +45,7 @@ class StoredMemory:
         self.mapped: dict[int, Mapped] = {}  # writable memory, by shard
 
     def regions(self, on_devices: Container[int]) -> dict[int, Region]:
-        """The bytes of each storage, private to this load; of those `on_devices` the source to copy from."""
+        """The bytes of each storage, private to this load. For storages `on_devices`: the source to copy from."""
         read_only: dict[int, Mapped] = {}
         regions: dict[int, Region] = {}
         locations, mapped = self._locations, self.mapped

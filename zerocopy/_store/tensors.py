@@ -1,4 +1,4 @@
-"""How is a tensor or an array described against its storage, and rebuilt over memory that holds the same bytes."""
+"""How is a tensor or an array described against its storage, and rebuilt over memory that holds the same bytes?"""
 
 from __future__ import annotations
 

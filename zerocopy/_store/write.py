@@ -1,4 +1,4 @@
-"""How do storages get into the store: which of them lie together, and in which form."""
+"""How do storages get into the store: which of them lie together, and in which form?"""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from zerocopy._store.manifest import BESIDE, NOWHERE, Manifest
 from zerocopy._store.tensors import Storage
 
 MB = 1 << 20
-FIELD_SHARD = 4 * MB  # ... or at the end of a shared root, when it has at least this
-PACKED = MB // 32  # a storage below this is copied into a pack: every buffer of its own costs microseconds
+FIELD_SHARD = 4 * MB  # a shard also ends at the end of a shared root, if it has at least this many bytes
+PACKED = MB // 32  # a storage below this is copied into a pack: each further buffer costs microseconds
 PACKS_PER_SHARD = 64 * MB  # bounds the heap that packs take while publishing
 ALIGNMENT = 64
 NONCE_BYTES = 16
 
 
 class Placement(NamedTuple):
-    """A storage's place in the store, good as long as `shard` is referenced."""
+    """A storage's place in the store. Valid as long as `shard` is referenced."""
 
     shard: ray.ObjectRef[Any]
     buffer: int
@@ -66,7 +66,7 @@ def layout(sizes: Sequence[int], root_ends: Iterable[int], cut: Cut = ORDINARY) 
 
 
 class Writer:
-    """Writes storages to the store, shard by shard, each from where it is; then the manifest that tells where they are.
+    """Writes storages to the store, shard by shard, without another copy; then the manifest that says where they are.
 
     Where one shard is enough, the manifest lies beside it, in the same object.
 
@@ -94,7 +94,7 @@ class Writer:
         self.shards = layout(sizes, root_ends, cut)
 
     def write(self, shard: Sequence[int]) -> Placements:
-        """Write one of `shards`; where its storages are then."""
+        """Write one of `shards`. Returns the places of its storages."""
         buffers, places = buffers_for([self._storages[index] for index in shard])
         manifest = self._describe(dict(zip(shard, places, strict=True))) if len(self.shards) == 1 else None
         ref = object_store.put((buffers, manifest))
@@ -105,7 +105,7 @@ class Writer:
         return placed
 
     def finish(self) -> ray.ObjectRef[Any]:
-        """The reference to the manifest, when all shards are written."""
+        """Call it when all shards are written. Returns the reference to the manifest."""
         if self._manifest is None:
             self._manifest = object_store.put((buffers_for([])[0], self._describe({})))
         return self._manifest
