@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from benchmarks import figures, measures, models, report, runner, systems
+from benchmarks.__main__ import main
+from benchmarks.memory import Peak, resident, tree
+from benchmarks.process import said
+from benchmarks.trial import Trial
 from conftest import run_python
 
-from zerocopy.bench import figures, measures, models, report, runner, systems
-from zerocopy.bench.__main__ import main
-from zerocopy.bench.memory import Peak, resident, tree
-from zerocopy.bench.trial import Trial, said
 from zerocopy.errors import ArgumentError
 
 BUILD = """
@@ -48,8 +50,9 @@ LARGE = 5000 * 5000 * 4
 def bench(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     (folder / "own_models.py").write_text(BUILD)
     return subprocess.run(
-        [sys.executable, "-m", "zerocopy.bench", *arguments],
+        [sys.executable, "-m", "benchmarks", *arguments],
         cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
         capture_output=True,
         text=True,
         timeout=200,
@@ -245,7 +248,7 @@ def test_the_page_says_what_did_not_fit() -> None:
 
 def test_the_page_says_how_to_repeat_it() -> None:
     """By the options that the run was given, as the command line takes them."""
-    from zerocopy.bench.__main__ import _parser
+    from benchmarks.__main__ import _parser
 
     page = report.page(results())
     start = page.index("nox -s bench -- ")
@@ -264,7 +267,7 @@ def test_the_terminal_shows_the_same() -> None:
 
 def test_plots_are_drawn(tmp_path: Path) -> None:
     """What has figures is drawn, as PNG and SVG, and nothing else."""
-    from zerocopy.bench import plots
+    from benchmarks import plots
 
     assert plots.draw(results(), tmp_path) == [tmp_path / "bars-mlp.png"]
     assert {path.name for path in tmp_path.iterdir()} == {"bars-mlp.png", "bars-mlp.svg"}
@@ -280,8 +283,6 @@ def test_errors_are_told_in_one_line() -> None:
 
 def test_the_peak_is_seen_from_outside() -> None:
     """A process that took memory and gave it back is seen at its largest."""
-    import os
-
     before = resident([os.getpid()])
     with Peak([os.getpid()]) as peak:
         taken = bytearray(os.urandom(1) * 50_000_000)
@@ -302,8 +303,8 @@ def test_importing_is_light() -> None:
     """`import zerocopy` brings no benchmark, and the benchmark none of what it compares."""
     done = run_python(
         "import sys, zerocopy\n"
-        "assert not any(name.startswith('zerocopy.bench') for name in sys.modules)\n"
-        "import zerocopy.bench.__main__, zerocopy.bench.measures\n"
+        "assert not any(name.startswith('benchmarks') for name in sys.modules)\n"
+        "import benchmarks.__main__, benchmarks.measures\n"
         "assert not {'transformers', 'safetensors', 'matplotlib', 'ray.data'} & set(sys.modules)\n"
     )
     assert done.returncode == 0, done.stderr

@@ -89,7 +89,7 @@ def test_the_face_is_complete() -> None:
     """`__all__` is sorted, every name is there, and nothing else is public."""
     assert zerocopy.__all__ == sorted(zerocopy.__all__)
     public = {name for name in vars(zerocopy) if not name.startswith("_")}
-    assert public - {"bench", "memory", "testing", "wrappers"} == set(zerocopy.__all__)
+    assert public - {"memory", "testing", "wrappers"} == set(zerocopy.__all__)
 
 
 def test_importing_starts_nothing() -> None:

@@ -8,18 +8,16 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import ray
 import torch
 from torch import nn
 
-from zerocopy.bench import memory as processes
-from zerocopy.bench import models, systems, workers
-
-if TYPE_CHECKING:
-    from zerocopy.bench.trial import Trial
+from benchmarks import memory as processes
+from benchmarks import models, systems, workers
+from benchmarks.trial import Trial
 
 ROUNDS = 6  # calls are timed in rounds, each kind in turn
 CALLS = 50  # in a round, unless they are so slow that

@@ -76,8 +76,8 @@ class Peak:
 
     def __enter__(self) -> Self:
         command = [sys.executable, "-S", __file__, *map(str, self._pids)]
-        self._sampler = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)  # noqa: S603
-        assert self._sampler.stdout is not None  # noqa: S101
+        self._sampler = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert self._sampler.stdout is not None
         self._sampler.stdout.readline()
         return self
 

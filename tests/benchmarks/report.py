@@ -10,9 +10,9 @@ from typing import Any
 
 import attrs
 
+from benchmarks import figures
+from benchmarks.figures import Figure, Results
 from zerocopy._tables import as_text, format_bytes
-from zerocopy.bench import figures
-from zerocopy.bench.figures import Figure, Results
 from zerocopy.errors import ArgumentError
 
 FILE = "results.json"
@@ -26,7 +26,7 @@ Every figure is from a run of this command, on the machine below:
 ```
 
 `nox -s bench` takes all that there is, for hours, and goes on with the same options and `--resume` if it was broken off;
-`nox -s bench -- --quick` takes a little of it in minutes; `python -m zerocopy.bench module:build` measures a model of your
+`nox -s bench -- --quick` takes a little of it in minutes; `nox -s bench -- module:build` measures a model of your
 own, where `build` is a function without arguments that returns it. Figures are medians over fresh processes, with the lowest
 and the highest in parentheses; loads and publishing are taken in three workers of each trial. Systems take turns. A system
 that cannot do something has its own words below the tables; where the copies of so many workers do not fit the memory, it is

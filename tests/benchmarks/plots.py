@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from zerocopy.bench import figures
-from zerocopy.bench.figures import Figure, Results, Summary
-from zerocopy.bench.report import measured, slug
+from benchmarks import figures
+from benchmarks.figures import Figure, Results, Summary
+from benchmarks.report import measured, slug
 
 BARS = (figures.PEAK, figures.PUBLISH_RATIO, figures.FIRST_LOAD, figures.FORWARD, figures.CALL, figures.ROWS)
 WIDE = 30  # bars that differ by more are told on a logarithmic scale
