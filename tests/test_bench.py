@@ -266,11 +266,25 @@ def test_the_terminal_shows_the_same() -> None:
 
 
 def test_plots_are_drawn(tmp_path: Path) -> None:
-    """What has figures is drawn, as PNG and SVG, and nothing else."""
+    """What has figures is drawn, as PNG, and nothing else."""
     from benchmarks import plots
 
     assert plots.draw(results(), tmp_path) == [tmp_path / "bars-mlp.png"]
-    assert {path.name for path in tmp_path.iterdir()} == {"bars-mlp.png", "bars-mlp.svg"}
+    assert {path.name for path in tmp_path.iterdir()} == {"bars-mlp.png"}
+
+
+def test_results_are_kept_a_trial_on_each_line(tmp_path: Path) -> None:
+    """And read again as they were."""
+    path = report.save(results(), tmp_path)
+    assert report.load(path) == results()
+    trials = [line.strip().rstrip(",") for line in path.read_text().splitlines() if '"repeat":' in line]
+    assert list(map(json.loads, trials)) == results()["trials"]
+
+
+def test_results_of_no_trial_are_kept(tmp_path: Path) -> None:
+    """As what they are: JSON."""
+    nothing = results(trials=[], models={})
+    assert report.load(report.save(nothing, tmp_path)) == nothing
 
 
 def test_errors_are_told_in_one_line() -> None:

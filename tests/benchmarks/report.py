@@ -48,12 +48,29 @@ WHAT = """\
 
 
 def save(results: Results, folder: Path) -> Path:
-    """Write the results as JSON; a run that is broken off meanwhile leaves those that were there."""
+    """Write the results as JSON; a run that is interrupted meanwhile leaves those that were there."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / FILE
     fresh = path.with_suffix(".tmp")
-    fresh.write_text(json.dumps(results, indent=1) + "\n")
+    fresh.write_text(_lines(results))
     return fresh.replace(path)
+
+
+def _lines(results: Results) -> str:
+    """JSON with a line for each trial and each model: short enough to keep, and people can read and search it."""
+    parts = [f" {json.dumps(name)}: {_member(value)}" for name, value in results.items()]
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+def _member(value: Any) -> str:
+    if isinstance(value, list):
+        entries = [json.dumps(entry) for entry in value]
+    elif all(isinstance(entry, dict) for entry in value.values()):
+        entries = [f"{json.dumps(name)}: {json.dumps(entry)}" for name, entry in value.items()]
+    else:
+        return json.dumps(value)
+    opening, closing = "[]" if isinstance(value, list) else "{}"
+    return f"{opening}\n  " + ",\n  ".join(entries) + f"\n {closing}"
 
 
 def load(path: Path) -> dict[str, Any]:
