@@ -68,7 +68,7 @@ def memory(trial: Trial, folder: Path) -> Samples:
     stage, root = Stage(trial, folder), os.getpid()
     gc.collect()
     base = processes.settled(root)
-    publishing = [root, *_raylets(root)]
+    publishing = [root, *processes.raylets(root)]
     alone = processes.resident(publishing)
     model = stage.model.build() if stage.system.publishes else nn.Module()
     with processes.Peak(publishing) as peak:
@@ -199,8 +199,3 @@ def _wait_until_empty(seconds: float = 20) -> None:
         if reply.store_stats.object_store_bytes_used < 2**20:
             return
         time.sleep(0.05)
-
-
-def _raylets(root: int) -> list[int]:
-    named = [(pid, Path(f"/proc/{pid}/comm")) for pid in processes.tree(root)]
-    return [pid for pid, path in named if path.exists() and path.read_text().strip() == "raylet"]
