@@ -1,5 +1,8 @@
 """The project's chores. `nox -l` lists them."""
 
+import os
+from pathlib import Path
+
 import nox
 
 nox.options.sessions = ["lint", "typing", "tests"]
@@ -43,7 +46,8 @@ def bench(session: nox.Session) -> None:
     _install(session, "-e", ".[bench]", "ray-zerocopy==0.2.0")
     is_full = not {*session.posargs} - {"--resume"}
     arguments = [*session.posargs, *(["--output", "docs"] if is_full else [])]
-    session.run("python", "-m", "zerocopy.bench", *arguments, env={"HF_HUB_OFFLINE": "1"})
+    path = os.pathsep.join([str(Path(__file__).parent / "tests"), os.environ.get("PYTHONPATH", "")])
+    session.run("python", "-m", "benchmarks", *arguments, env={"HF_HUB_OFFLINE": "1", "PYTHONPATH": path})
 
 
 @nox.session

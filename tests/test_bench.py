@@ -3,58 +3,113 @@
 from __future__ import annotations
 
 import json
+import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from benchmarks import figures, measures, models, process, report, runner, systems
+from benchmarks.__main__ import main
+from benchmarks.memory import Peak, resident, tree
+from benchmarks.process import said
+from benchmarks.trial import Trial
 from conftest import run_python
 
-from zerocopy.bench import figures, measures, models, report, runner, systems
-from zerocopy.bench.__main__ import main
-from zerocopy.bench.memory import Peak, resident, tree
-from zerocopy.bench.trial import Trial, said
 from zerocopy.errors import ArgumentError
 
 BUILD = """
 import torch
 from torch import nn
 
-class Small(nn.Module):
-    example_input_array = torch.ones(1, 256)
-    def __init__(self):
+class Stack(nn.Module):
+    def __init__(self, layers, width):
         super().__init__()
-        self.layers = nn.Sequential(*[nn.Linear(256, 256) for _ in range(40)])
+        self.example_input_array = torch.ones(1, width)
+        self.layers = nn.Sequential(*[nn.Linear(width, width) for _ in range(layers)])
     def forward(self, rows):
         return self.layers(rows)
 
-def large():
-    return nn.Linear(5000, 5000, bias=False)
-
 def build():
-    return Small()
+    return Stack(25, 1000)
+
+def small():
+    return Stack(4, 16)
 
 def wrong():
     return 5
 
 number = 5
 """
+SIZE = 25 * (1000 * 1000 + 1000) * 4  # so large that the memory that processes take besides is little beside it
+TIMES = {"put", "publish", "first_load", "second_load", "forward"}
 
 
-LARGE = 5000 * 5000 * 4
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, with models of a user's own, for commands that run in this process and draw no plots."""
+    (tmp_path / "own_models.py").write_text(BUILD)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    monkeypatch.setattr("benchmarks.plots.draw", lambda *_: [])
+    return tmp_path
 
 
-def bench(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    (folder / "own_models.py").write_text(BUILD)
-    return subprocess.run(
-        [sys.executable, "-m", "zerocopy.bench", *arguments],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
+def read(folder: Path) -> dict[str, Any]:
+    """The results that a command left."""
+    found: dict[str, Any] = json.loads((folder / "out/benchmarks/results.json").read_text())
+    return found
+
+
+def invented(trial: Trial, environment: dict[str, str]) -> dict[str, Any]:
+    """Stands for `runner.take`: what a trial could have told."""
+    if trial.measure == "facts":
+        return {"bytes": 1000, "modules": 3, "runs": True}
+    if trial.measure == "memory":
+        return {"samples": [{"workers": count, "figures": {"taken": 1000}} for count in trial.counts]}
+    return {"samples": [{"sample": number, "figures": {"first_load": 0.5}} for number in range(trial.workers)]}
+
+
+def in_this_process(trial: Trial, environment: dict[str, str]) -> dict[str, Any]:
+    """Stands for `runner.take`: a true trial, in no process of its own."""
+    return process.outcome(trial)
+
+
+class InstantRay:
+    """Stands for Ray: what an actor is asked runs here and at once, and what is put is pickled."""
+
+    def init(self, *_: Any, **__: Any) -> None: ...
+
+    shutdown = wait = kill = init
+
+    def remote(self, **_: Any) -> Any:
+        return lambda cls: SimpleNamespace(remote=lambda *arguments: InstantActor(cls(*arguments)))
+
+    def put(self, value: Any) -> bytes:
+        return pickle.dumps(value)
+
+    def get(self, value: Any) -> Any:
+        return pickle.loads(value) if isinstance(value, bytes) else value
+
+
+class InstantActor:
+    def __init__(self, instance: Any) -> None:
+        self.instance = instance
+
+    def __getattr__(self, name: str) -> Any:
+        return SimpleNamespace(remote=getattr(self.instance, name))
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """What the command says as it ends with status 2."""
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    return " ".join(capsys.readouterr().err.split())
 
 
 def results(**changed: Any) -> dict[str, Any]:
@@ -86,14 +141,10 @@ def results(**changed: Any) -> dict[str, Any]:
     ],
 )
 def test_unknown_names_are_refused(
-    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    arguments: list[str], words: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """They end the command with words and status 2, before anything starts."""
-    monkeypatch.setattr("signal.signal", lambda *_: None)
-    with pytest.raises(SystemExit) as stopped:
-        main(arguments)
-    assert stopped.value.code == 2
-    assert words in " ".join(capsys.readouterr().err.split())
+    assert words in refused(capsys, *arguments)
 
 
 @pytest.mark.parametrize(
@@ -105,60 +156,103 @@ def test_unknown_names_are_refused(
         ("own_models:wrong", "'own_models:wrong' returned int, not an nn.Module"),
     ],
 )
-def test_functions_that_give_no_module_are_refused(
-    name: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_functions_that_give_no_module_are_refused(name: str, words: str, folder: Path) -> None:
     """In words that say what is missing."""
-    (tmp_path / "own_models.py").write_text(BUILD)
-    monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ArgumentError, match=words):
         measures.facts(name)
 
 
-def test_a_model_that_cannot_be_made_ends_the_command(tmp_path: Path) -> None:
+def test_a_model_that_cannot_be_made_ends_the_command(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With its words, and status 2."""
-    done = bench(tmp_path, "own_models:wrong")
-    assert done.returncode == 2
-    assert "'own_models:wrong' returned int, not an nn.Module" in done.stderr
+    monkeypatch.setattr(runner, "take", in_this_process)
+    assert "'own_models:wrong' returned int, not an nn.Module" in refused(capsys, "own_models:wrong")
 
 
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="memory is asked of Linux")
 def test_a_model_of_ones_own_is_measured(tmp_path: Path) -> None:
-    """A short run over a user's model leaves figures, tables and a page, and nothing that it did not measure."""
-    chosen = ["--systems", "zerocopy,plain", "--repeats", "1", "--figures", "times"]
-    done = bench(tmp_path, "own_models:build", "--output", "out", *chosen)
+    """The one true run: of the command, in fresh processes. It leaves figures, tables and a page.
+
+    Memory is of a tree whose workers share one model, and do not see each other's writes.
+    """
+    (tmp_path / "own_models.py").write_text(BUILD)
+    chosen = ["--systems", "zerocopy", "--figures", "memory,times", "--workers", "1,2", "--repeats", "1"]
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks", "own_models:build", "--output", "out", *chosen],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
-    told = json.loads((tmp_path / "out/benchmarks/results.json").read_text())
-    taken = {(trial["system"], trial["measure"], trial["repeat"]): trial["figures"] for trial in told["trials"]}
-    assert set(taken) == {(system, "times", sample) for system in ("zerocopy", "plain") for sample in range(3)}
+    told = read(tmp_path)
+    assert report.failures(told, "own_models:build") == []
+    assert told["models"]["own_models:build"]["bytes"] == SIZE
+    one, two, *samples = told["trials"]
+    assert (one["workers"], two["workers"]) == (1, 2)
+    assert two["figures"]["seen"] is False
+    assert 0.9 < two["figures"]["peak"] / SIZE < 2.5
+    assert 1.7 < one["figures"]["taken"] / SIZE < two["figures"]["taken"] / SIZE + 0.1 < 2.5
+    assert 0 < two["figures"]["load"] < 60
+    taken = {(trial["system"], trial["measure"], trial["repeat"]): trial["figures"] for trial in samples}
+    assert set(taken) == {("zerocopy", "times", sample) for sample in range(3)}
     for seconds in taken.values():
-        assert seconds.keys() == {"put", "publish", "first_load", "second_load", "forward"}
+        assert seconds.keys() == TIMES
         assert all(0 < value < 60 for value in seconds.values())
-    assert told["models"]["own_models:build"]["bytes"] == 40 * (256 * 256 + 256) * 4
     assert "first load, ms" in " ".join(done.stdout.split())
     page = (tmp_path / "out/benchmarks.md").read_text()
     assert "second load, ms" in page
+    assert "Memory over" in page
     assert "no-op call" not in page
-    assert "Memory over" not in page
     assert str(tmp_path) not in page
 
 
-def test_a_run_that_was_broken_off_goes_on(tmp_path: Path) -> None:
+def test_the_page_tells_only_what_was_measured(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of times alone, by two systems: their figures, and no table of memory or calls."""
+    monkeypatch.setattr(runner, "take", in_this_process)
+    for module in (process, measures, systems):
+        monkeypatch.setattr(module, "ray", InstantRay())
+    monkeypatch.setattr(measures, "_wait_until_empty", lambda: None)
+    chosen = ["--systems", "plain,ray-tensors", "--repeats", "1", "--figures", "times"]
+    assert main(["own_models:small", "--output", "out", *chosen]) == 0
+    told = read(folder)
+    taken = {(trial["system"], trial["measure"], trial["repeat"]): trial["figures"] for trial in told["trials"]}
+    assert set(taken) == {(system, "times", sample) for system in ("plain", "ray-tensors") for sample in range(3)}
+    for seconds in taken.values():
+        assert seconds.keys() == TIMES
+        assert all(0 < value < 60 for value in seconds.values())
+    assert told["models"]["own_models:small"]["bytes"] == 4 * (16 * 16 + 16) * 4
+    assert "first load, ms" in " ".join(capsys.readouterr().out.split())
+    page = (folder / "out/benchmarks.md").read_text()
+    assert "second load, ms" in page
+    assert "no-op call" not in page
+    assert "Memory over" not in page
+    assert str(folder) not in page
+
+
+def test_an_interrupted_run_goes_on(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With the trials that it has not taken; with other options it is refused."""
+    monkeypatch.setattr(runner, "take", invented)
     chosen = ["own_models:build", "--output", "out", "--systems", "zerocopy", "--repeats", "1", "--workers", "1"]
-    path = tmp_path / "out/benchmarks/results.json"
-    nothing = bench(tmp_path, *chosen, "--figures", "memory,times", "--resume")
-    assert nothing.returncode == 2
-    assert "There are no results in 'out/benchmarks/results.json'" in nothing.stderr
-    bench(tmp_path, *chosen, "--figures", "memory,times")
-    told = json.loads(path.read_text())
+    both, path = ["--figures", "memory,times"], folder / "out/benchmarks/results.json"
+    assert "There are no results in 'out/benchmarks/results.json'" in refused(capsys, *chosen, *both, "--resume")
+    assert main([*chosen, *both]) == 0
+    told = read(folder)
     memory = [trial for trial in told["trials"] if trial["measure"] == "memory"]
     path.write_text(json.dumps({**told, "trials": memory}))
-    refused = bench(tmp_path, *chosen, "--figures", "times", "--resume")
-    assert refused.returncode == 2
-    assert "The run that was broken off had other measures." in refused.stderr
-    done = bench(tmp_path, *chosen, "--figures", "memory,times", "--resume")
-    assert [line[:5] for line in done.stderr.splitlines() if line.startswith("[")] == ["[2/2]"]
-    trials = json.loads(path.read_text())["trials"]
+    words = refused(capsys, *chosen, "--figures", "times", "--resume")
+    assert "The run that was broken off had other measures." in words
+    assert main([*chosen, *both, "--resume"]) == 0
+    errors = capsys.readouterr().err
+    assert [line[:5] for line in errors.splitlines() if line.startswith("[")] == ["[2/2]"]
+    trials = read(folder)["trials"]
     assert trials[:1] == memory
     assert [trial["measure"] for trial in trials] == ["memory", "times", "times", "times"]
 
@@ -171,20 +265,6 @@ def test_a_comparison_is_of_one_sitting() -> None:
     assert runner._finished(planned, told) == told
     assert runner._finished(planned, told[:7]) == told[:6]
     assert runner._finished(planned, told[:1]) == []
-
-
-@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="memory is asked of Linux")
-def test_memory_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a tree whose workers share one model, and do not see each other's writes."""
-    (tmp_path / "own_models.py").write_text(BUILD)
-    monkeypatch.chdir(tmp_path)
-    trial = Trial("own_models:large", "zerocopy", "memory", workers=2, counts=[1, 2], store=400_000_000)
-    one, two = runner.take(trial, {})["samples"]
-    assert (one["workers"], two["workers"]) == (1, 2)
-    assert two["figures"]["seen"] is False
-    assert 0.9 < two["figures"]["peak"] / LARGE < 2.5
-    assert 1.7 < one["figures"]["taken"] / LARGE < two["figures"]["taken"] / LARGE + 0.1 < 2.5
-    assert 0 < two["figures"]["load"] < 60
 
 
 def test_names_lead_to_models() -> None:
@@ -245,7 +325,7 @@ def test_the_page_says_what_did_not_fit() -> None:
 
 def test_the_page_says_how_to_repeat_it() -> None:
     """By the options that the run was given, as the command line takes them."""
-    from zerocopy.bench.__main__ import _parser
+    from benchmarks.__main__ import _parser
 
     page = report.page(results())
     start = page.index("nox -s bench -- ")
@@ -263,11 +343,25 @@ def test_the_terminal_shows_the_same() -> None:
 
 
 def test_plots_are_drawn(tmp_path: Path) -> None:
-    """What has figures is drawn, as PNG and SVG, and nothing else."""
-    from zerocopy.bench import plots
+    """What has figures is drawn, as PNG, and nothing else."""
+    from benchmarks import plots
 
     assert plots.draw(results(), tmp_path) == [tmp_path / "bars-mlp.png"]
-    assert {path.name for path in tmp_path.iterdir()} == {"bars-mlp.png", "bars-mlp.svg"}
+    assert {path.name for path in tmp_path.iterdir()} == {"bars-mlp.png"}
+
+
+def test_results_are_kept_a_trial_on_each_line(tmp_path: Path) -> None:
+    """And read again as they were."""
+    path = report.save(results(), tmp_path)
+    assert report.load(path) == results()
+    trials = [line.strip().rstrip(",") for line in path.read_text().splitlines() if '"repeat":' in line]
+    assert list(map(json.loads, trials)) == results()["trials"]
+
+
+def test_results_of_no_trial_are_kept(tmp_path: Path) -> None:
+    """As what they are: JSON."""
+    nothing = results(trials=[], models={})
+    assert report.load(report.save(nothing, tmp_path)) == nothing
 
 
 def test_errors_are_told_in_one_line() -> None:
@@ -280,8 +374,6 @@ def test_errors_are_told_in_one_line() -> None:
 
 def test_the_peak_is_seen_from_outside() -> None:
     """A process that took memory and gave it back is seen at its largest."""
-    import os
-
     before = resident([os.getpid()])
     with Peak([os.getpid()]) as peak:
         taken = bytearray(os.urandom(1) * 50_000_000)
@@ -302,8 +394,8 @@ def test_importing_is_light() -> None:
     """`import zerocopy` brings no benchmark, and the benchmark none of what it compares."""
     done = run_python(
         "import sys, zerocopy\n"
-        "assert not any(name.startswith('zerocopy.bench') for name in sys.modules)\n"
-        "import zerocopy.bench.__main__, zerocopy.bench.measures\n"
+        "assert not any(name.startswith('benchmarks') for name in sys.modules)\n"
+        "import benchmarks.__main__, benchmarks.measures\n"
         "assert not {'transformers', 'safetensors', 'matplotlib', 'ray.data'} & set(sys.modules)\n"
     )
     assert done.returncode == 0, done.stderr

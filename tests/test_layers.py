@@ -37,7 +37,7 @@ UPWARD: set[tuple[str, str]] = set()
 
 
 def files() -> list[Path]:
-    return [path for path in PACKAGE.rglob("*.py") if "bench" not in path.parts]
+    return list(PACKAGE.rglob("*.py"))
 
 
 def wing_of(path: Path) -> str:
@@ -76,7 +76,7 @@ def test_the_face_is_complete() -> None:
     others, wrappers = zerocopy.__all__[:start], zerocopy.__all__[start:]
     assert (others, wrappers) == (sorted(others), sorted(wrappers))
     public = {name for name in vars(zerocopy) if not name.startswith("_")}
-    assert public - {"bench", "memory", "wrappers"} == set(zerocopy.__all__)
+    assert public - {"memory", "wrappers"} == set(zerocopy.__all__)
 
 
 def test_public_names_name_no_private_file() -> None:

@@ -10,9 +10,9 @@ from typing import Any
 
 import attrs
 
+from benchmarks import figures
+from benchmarks.figures import Figure, Results
 from zerocopy._tables import as_text, format_bytes
-from zerocopy.bench import figures
-from zerocopy.bench.figures import Figure, Results
 from zerocopy.errors import ArgumentError
 
 FILE = "results.json"
@@ -26,7 +26,7 @@ Every figure is from a run of this command, on the machine below:
 ```
 
 `nox -s bench` takes all that there is, for hours, and goes on with the same options and `--resume` if it was broken off;
-`nox -s bench -- --quick` takes a little of it in minutes; `python -m zerocopy.bench module:build` measures a model of your
+`nox -s bench -- --quick` takes a little of it in minutes; `nox -s bench -- module:build` measures a model of your
 own, where `build` is a function without arguments that returns it. Figures are medians over fresh processes, with the lowest
 and the highest in parentheses; loads and publishing are taken in three workers of each trial. Systems take turns. A system
 that cannot do something has its own words below the tables; where the copies of so many workers do not fit the memory, it is
@@ -48,12 +48,29 @@ WHAT = """\
 
 
 def save(results: Results, folder: Path) -> Path:
-    """Write the results as JSON; a run that is broken off meanwhile leaves those that were there."""
+    """Write the results as JSON; a run that is interrupted meanwhile leaves those that were there."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / FILE
     fresh = path.with_suffix(".tmp")
-    fresh.write_text(json.dumps(results, indent=1) + "\n")
+    fresh.write_text(_lines(results))
     return fresh.replace(path)
+
+
+def _lines(results: Results) -> str:
+    """JSON with a line for each trial and each model: short enough to keep, and people can read and search it."""
+    parts = [f" {json.dumps(name)}: {_member(value)}" for name, value in results.items()]
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+def _member(value: Any) -> str:
+    if isinstance(value, list):
+        entries = [json.dumps(entry) for entry in value]
+    elif all(isinstance(entry, dict) for entry in value.values()):
+        entries = [f"{json.dumps(name)}: {json.dumps(entry)}" for name, entry in value.items()]
+    else:
+        return json.dumps(value)
+    opening, closing = "[]" if isinstance(value, list) else "{}"
+    return f"{opening}\n  " + ",\n  ".join(entries) + f"\n {closing}"
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -6,47 +6,28 @@ import json
 import logging
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import attrs
+import ray
 
-MARK = "zerocopy-bench: "  # starts the line that counts: Ray and Ray Data may print too
-
-
-@attrs.frozen
-class Trial:
-    """What to measure.
-
-    Attributes:
-        model: a name that `models.find` knows.
-        system: a name that `systems.find` knows.
-        measure: a function of `measures`, or `facts`, which needs no system.
-        workers: how many workers.
-        counts: how many of them use the model, one after the other, when memory is measured.
-        store: bytes of the object store.
-        effort: a factor for how often short things are repeated: 1 in a full run.
-    """
-
-    model: str
-    system: str = ""
-    measure: str = "facts"
-    workers: int = 1
-    counts: Sequence[int] = ()
-    store: int = 0
-    effort: float = 1.0
+from benchmarks import measures
+from benchmarks.trial import MARK, Trial
 
 
 def main() -> None:
-    """Measure what the first argument says, and print what came of it: figures, or a failure's words."""
-    trial = Trial(**json.loads(sys.argv[1]))
+    """Take the trial that the first argument describes, and print its result."""
+    print(MARK + json.dumps(outcome(Trial(**json.loads(sys.argv[1])))), flush=True)
+
+
+def outcome(trial: Trial) -> dict[str, Any]:
+    """The figures of the trial, or a failure's words."""
     try:
-        told = _measure(trial)
+        return _measure(trial)
     except Exception as error:  # whatever a system raises is its result
-        told = {"failure": said(error)}
-    print(MARK + json.dumps(told), flush=True)
+        return {"failure": said(error)}
 
 
 def said(error: BaseException) -> str:
@@ -59,8 +40,6 @@ def said(error: BaseException) -> str:
 
 
 def _measure(trial: Trial) -> dict[str, Any]:
-    from zerocopy.bench import measures
-
     if trial.measure == "facts":
         return measures.facts(trial.model)
     measure = getattr(measures, trial.measure)
@@ -70,8 +49,6 @@ def _measure(trial: Trial) -> dict[str, Any]:
 
 @contextmanager
 def _ray(trial: Trial) -> Iterator[None]:
-    import ray
-
     ray.init(
         "local",
         num_cpus=trial.workers,

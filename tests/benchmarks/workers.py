@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from zerocopy.bench import models, systems
+from benchmarks import models, systems
 
 MARK = 7.0  # what one worker writes, and another looks for
 

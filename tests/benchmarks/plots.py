@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from zerocopy.bench import figures
-from zerocopy.bench.figures import Figure, Results, Summary
-from zerocopy.bench.report import measured, slug
+from benchmarks import figures
+from benchmarks.figures import Figure, Results, Summary
+from benchmarks.report import measured, slug
 
 BARS = (figures.PEAK, figures.PUBLISH_RATIO, figures.FIRST_LOAD, figures.FORWARD, figures.CALL, figures.ROWS)
 WIDE = 30  # bars that differ by more are told on a logarithmic scale
@@ -16,10 +16,10 @@ COLORS = ("#0b5fa5", "#56a0d3", "#d1495b", "#edae49", "#66605a", "#3b8c6e", "#9b
 
 
 def draw(results: Results, folder: Path) -> list[Path]:
-    """Write all plots that the results have figures for, as PNG and SVG.
+    """Write all plots that the results have figures for.
 
     Returns:
-        The PNG files.
+        The files, which are PNG: the page shows these.
     """
     folder.mkdir(parents=True, exist_ok=True)
     written = []
@@ -148,6 +148,6 @@ def _color(results: Results, system: str) -> str:
 def _write(canvas: Any, path: Path) -> Path | None:
     if canvas is None:
         return None
-    canvas.savefig(path.with_suffix(".svg"), metadata={"Date": None})
-    canvas.savefig(path.with_suffix(".png"), dpi=130)
-    return path.with_suffix(".png")
+    written = path.with_suffix(".png")
+    canvas.savefig(written, dpi=130)
+    return written

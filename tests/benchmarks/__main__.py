@@ -1,4 +1,4 @@
-"""The command line: `python -m zerocopy.bench [module:build ...]`."""
+"""The command line: `nox -s bench -- [module:build ...]`, which runs `python -m benchmarks` with `tests` on `PYTHONPATH`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from zerocopy.bench import models, report, runner, systems
+from benchmarks import models, report, runner, systems
 from zerocopy.errors import ZeroCopyError
 
 T = TypeVar("T")
@@ -63,7 +63,7 @@ def _write(results: dict[str, Any], output: Path) -> None:
     report.save(results, folder)
     images = []
     if importlib.util.find_spec("matplotlib"):
-        from zerocopy.bench import plots
+        from benchmarks import plots
 
         images = [path.relative_to(output).as_posix() for path in plots.draw(results, folder)]
     else:
@@ -79,7 +79,7 @@ def _tell(line: str) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m zerocopy.bench",
+        prog="nox -s bench --",
         description="Compare zerocopy with the other ways to give a model to Ray workers, in fresh processes taken in turn.",
     )
     parser.add_argument(

@@ -16,8 +16,8 @@ from typing import Any
 
 import attrs
 
-from zerocopy.bench import memory, models, systems
-from zerocopy.bench.trial import MARK, Trial
+from benchmarks import memory, models, systems
+from benchmarks.trial import MARK, Trial
 from zerocopy.errors import ArgumentError, ZeroCopyError
 
 MEASURES = ("memory", "times", "calls", "rows", "scale")
@@ -25,6 +25,7 @@ DEPTHS = (10, 20, 40, 80)  # of the Llamas whose loads are told against their mo
 SAMPLES = 3  # of times in a trial, each in a worker of its own
 SECONDS = 900  # that a trial may take
 PROCESS_BYTES = 350_000_000  # of a worker with torch and transformers imported, generously
+FOLDER = Path(__file__).parents[1]  # which a trial, and the Ray workers that it starts, import this package from
 PACKAGES = ("zerocopy-ray", "torch", "ray", "ray-zerocopy", "transformers", "safetensors", "numpy")
 
 
@@ -216,9 +217,9 @@ def _most_workers(system: systems.System, size: int) -> int:
 
 def take(trial: Trial, environment: dict[str, str]) -> dict[str, Any]:
     """Take a trial in a process of its own, and end all that it started if it takes too long; what it told."""
-    path = os.pathsep.join([str(Path.cwd()), os.environ.get("PYTHONPATH", "")])
-    process = subprocess.Popen(  # noqa: S603  # this Python, and a module of this package
-        [sys.executable, "-m", "zerocopy.bench.trial", json.dumps(attrs.asdict(trial))],
+    path = os.pathsep.join([str(Path.cwd()), str(FOLDER), os.environ.get("PYTHONPATH", "")])
+    process = subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.process", json.dumps(attrs.asdict(trial))],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -8,18 +8,16 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import ray
 import torch
 from torch import nn
 
-from zerocopy.bench import memory as processes
-from zerocopy.bench import models, systems, workers
-
-if TYPE_CHECKING:
-    from zerocopy.bench.trial import Trial
+from benchmarks import memory as processes
+from benchmarks import models, systems, workers
+from benchmarks.trial import Trial
 
 ROUNDS = 6  # calls are timed in rounds, each kind in turn
 CALLS = 50  # in a round, unless they are so slow that
@@ -70,7 +68,7 @@ def memory(trial: Trial, folder: Path) -> Samples:
     stage, root = Stage(trial, folder), os.getpid()
     gc.collect()
     base = processes.settled(root)
-    publishing = [root, *_raylets(root)]
+    publishing = [root, *processes.raylets(root)]
     alone = processes.resident(publishing)
     model = stage.model.build() if stage.system.publishes else nn.Module()
     with processes.Peak(publishing) as peak:
@@ -201,8 +199,3 @@ def _wait_until_empty(seconds: float = 20) -> None:
         if reply.store_stats.object_store_bytes_used < 2**20:
             return
         time.sleep(0.05)
-
-
-def _raylets(root: int) -> list[int]:
-    named = [(pid, Path(f"/proc/{pid}/comm")) for pid in processes.tree(root)]
-    return [pid for pid, path in named if path.exists() and path.read_text().strip() == "raylet"]

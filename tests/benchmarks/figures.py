@@ -8,7 +8,7 @@ from typing import Any
 
 import attrs
 
-from zerocopy.bench.models import STATED
+from benchmarks.models import STATED
 
 Results = Mapping[str, Any]  # what `runner` collects, and what the JSON file holds
 Read = Callable[[Mapping[str, Any], int], float]  # from a trial's figures and the model's bytes

@@ -1,4 +1,4 @@
-"""How much memory does a process tree take, now and at its peak: asked of the kernel (Linux).
+"""How much memory does a process tree take, now and at its peak: asked of the kernel (Linux), by psutil.
 
 Run as a file it samples the processes named as arguments until its input closes, then prints the largest sum. It is a process
 of its own, without torch, because a thread would wait while the publisher holds the interpreter.
@@ -6,33 +6,31 @@ of its own, without torch, because a thread would wait while the publisher holds
 
 from __future__ import annotations
 
+import contextlib
 import select
 import subprocess
 import sys
 import time
 from collections.abc import Iterable
-from pathlib import Path
 from types import TracebackType
 from typing import Self
+
+import psutil
 
 
 def tree(root: int) -> list[int]:
     """The process `root` and all that descend from it."""
-    children: dict[int, list[int]] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            children.setdefault(_parent(entry), []).append(int(entry.name))
-    found = [root]
-    for pid in found:  # grows while it is walked
-        found += children.get(pid, [])
+    return [root, *(process.pid for process in psutil.Process(root).children(recursive=True))]
+
+
+def raylets(root: int) -> list[int]:
+    """Of the tree, the processes that hold Ray's object store."""
+    found = []
+    for process in psutil.Process(root).children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # ended meanwhile
+            if process.name() == "raylet":
+                found.append(process.pid)
     return found
-
-
-def _parent(entry: Path) -> int:
-    try:
-        return int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
-    except OSError:  # ended meanwhile
-        return -1
 
 
 def resident(pids: Iterable[int]) -> int:
@@ -42,10 +40,9 @@ def resident(pids: Iterable[int]) -> int:
 
 def _proportional(pid: int) -> int:
     try:
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    except OSError:  # ended, or another user's
+        return int(psutil.Process(pid).memory_full_info().pss)
+    except psutil.Error:  # ended, or another user's
         return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:")), 0)
 
 
 def settled(root: int, seconds: float = 20, calm: float = 1.5) -> int:
@@ -61,10 +58,7 @@ def settled(root: int, seconds: float = 20, calm: float = 1.5) -> int:
 
 def available() -> int:
     """Bytes of memory that new processes may take on this machine."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return 0
+    return int(psutil.virtual_memory().available)
 
 
 class Peak:
@@ -75,9 +69,9 @@ class Peak:
         self.bytes = 0
 
     def __enter__(self) -> Self:
-        command = [sys.executable, "-S", __file__, *map(str, self._pids)]
-        self._sampler = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)  # noqa: S603
-        assert self._sampler.stdout is not None  # noqa: S101
+        command = [sys.executable, "-P", __file__, *map(str, self._pids)]
+        self._sampler = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert self._sampler.stdout is not None
         self._sampler.stdout.readline()
         return self
 

@@ -1,1 +1,0 @@
-"""Measures zerocopy against the other ways to give a model to Ray workers: `python -m zerocopy.bench --help`."""
