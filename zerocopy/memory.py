@@ -7,8 +7,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import attrs
+import psutil
 
-from zerocopy._store.mapping import is_store_file
+from zerocopy._compat.ray import WORKER_TITLE, is_store_file, raylets, workers_of
 from zerocopy._tables import as_html, as_text, format_bytes
 
 
@@ -97,26 +98,18 @@ def private_bytes(pid: int | None = None) -> int:
 
 
 def _ray_processes() -> Iterator[int]:
-    parents = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                name, fields = (entry / "stat").read_text().split("(", 1)[1].rsplit(")", 1)
-            except OSError:  # ended meanwhile
-                continue
-            parents[int(entry.name)] = name, int(fields.split()[1])
-    raylets = [pid for pid, (name, _) in parents.items() if name == "raylet"]
-    yield from raylets
-    yield from (pid for pid, (name, parent) in parents.items() if parent in raylets and name.startswith("ray::"))
+    found = list(raylets())
+    yield from (raylet.pid for raylet in found)
+    yield from (worker.pid for raylet in found for worker in workers_of(raylet))
 
 
 def _measure(pid: int) -> ProcessMemory | None:
     private = mapped = share = total = 0
     in_store = False
     try:
-        name = _name(pid)
+        name = _name(psutil.Process(pid))
         smaps = Path(f"/proc/{pid}/smaps").read_text()
-    except OSError:  # ended, or another user's
+    except (OSError, psutil.Error):  # ended, or another user's
         return None
     if not smaps:  # ended, but not yet waited for
         return None
@@ -140,8 +133,9 @@ def _measure(pid: int) -> ProcessMemory | None:
     return ProcessMemory(pid, name, private, mapped, share, total)
 
 
-def _name(pid: int) -> str:
-    words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
-    if pid == os.getpid():
+def _name(process: psutil.Process) -> str:
+    if process.pid == os.getpid():
         return "this process"
-    return words[0] if words[0].startswith("ray::") else Path(words[0]).name
+    words = process.cmdline() or [""]
+    title = " ".join(words).rstrip()  # Ray's may have spaces, at which psutil splits them
+    return title if title.startswith(WORKER_TITLE) else Path(words[0]).name

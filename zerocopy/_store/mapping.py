@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from zerocopy._compat.ray import BUFFER_ALIGNMENT, raylets
 from zerocopy.errors import IsolationError, IsolationWarning
 
 REQUIRE_ISOLATION = "ZEROCOPY_REQUIRE_ISOLATION"
@@ -27,7 +28,6 @@ MAP_NORESERVE = (
 )
 
 MAP_FIXED = 0x10
-BUFFER_ALIGNMENT = 64  # of buffers in an object of the store
 DETACH_BYTES = 16 << 20  # copied at a time when a mapping is detached; a multiple of every page size
 
 
@@ -51,7 +51,7 @@ def start_of(memory: Any) -> int:
 def starts_of(buffers: Sequence[Any]) -> list[int]:
     """Where the buffers of one object of the store start in this process.
 
-    Ray lays them out in order, each at a multiple of 64: if the last one is where it is then, so are all of them.
+    Ray lays them out in order, all but small ones at multiples of 64: if the last one is where it is then, so are all of them.
     """
     start = start_of(buffers[0])
     starts = []
@@ -178,11 +178,6 @@ def _interval_around(array: np.ndarray[Any, Any]) -> _Interval | None:
         return None
 
 
-def is_store_file(path: str) -> bool:
-    """Whether a path in a process' memory maps is a file of Ray's object store, be it a fallback allocation."""
-    return "/plasma" in path
-
-
 def _report(reason: str, required: bool) -> None:
     if required or os.environ.get(REQUIRE_ISOLATION, "0") not in ("", "0"):
         raise IsolationError(
@@ -270,13 +265,9 @@ def _open(interval: _Interval) -> int:
 
 def _raylet_descriptors() -> Iterator[str]:
     """Paths of the open files of every raylet, this process' parent first."""
-    parent = os.getppid()
-    others = sorted(int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit())
-    for pid in sorted(others, key=lambda pid: pid != parent):
+    for raylet in raylets():
         try:
-            if Path(f"/proc/{pid}/comm").read_text().strip() != "raylet":
-                continue
-            entries = list(os.scandir(f"/proc/{pid}/fd"))
+            entries = list(os.scandir(f"/proc/{raylet.pid}/fd"))
         except OSError:  # ended meanwhile, or another user's
             continue
         for entry in entries:
