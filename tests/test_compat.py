@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import os
 import pickle
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,9 +15,13 @@ import psutil
 import pytest
 import ray
 import ray.cloudpickle
+import torch
 from conftest import run_python
+from torch import nn
+from torch.nn.utils import parametrize
 
 from zerocopy._compat import ray as compat_ray
+from zerocopy._compat import torch as compat_torch
 
 # Of Ray:
 
@@ -201,3 +207,218 @@ def test_processes_of_ray_are_found(cluster: None) -> None:
     assert pid in [child.pid for child in compat_ray.workers_of(raylet)]
     assert psutil.Process(pid).cmdline()[0].startswith(compat_ray.WORKER_TITLE)
     assert list(compat_ray.workers_of(psutil.Process())) == []
+
+
+# Of torch:
+
+
+def test_versions_count_writes() -> None:
+    """Writes in place count, also through views and detached twins, but not through `.data`; inference tensors do not count."""
+    tensor = torch.zeros(4)
+    view, detached, data = tensor[1:], tensor.detach(), tensor.data
+    assert list(map(compat_torch.version_of, (tensor, view, detached, data))) == [0, 0, 0, 0]
+    view.add_(1)
+    detached.add_(1)
+    assert list(map(compat_torch.version_of, (tensor, view, detached, data))) == [2, 2, 2, 0]
+    data.add_(1)
+    assert (compat_torch.version_of(tensor), compat_torch.version_of(data)) == (2, 1)
+    with torch.inference_mode():
+        uncounted = torch.zeros(4)
+    with pytest.raises(RuntimeError, match="version counter"):
+        compat_torch.version_of(uncounted)
+
+
+def test_views_know_their_base() -> None:
+    """A view refers to the tensor that it was made from, a view of a view to the same; others refer to none."""
+    tensor = torch.zeros(4)
+    assert compat_torch.base_of(tensor) is None
+    assert compat_torch.base_of(tensor[1:][1:]) is tensor
+
+
+@pytest.mark.parametrize("requires_grad", [True, False])
+def test_leaves_of_a_class(requires_grad: bool) -> None:
+    """A leaf of any class is made over a view: it shares its memory and its version, and is no view."""
+
+    class Special(nn.Parameter): ...
+
+    tensor = torch.zeros(4)
+    for cls in (torch.Tensor, nn.Parameter, Special):
+        leaf = compat_torch.leaf_of_class(cls, tensor[1:], requires_grad)
+        assert (type(leaf), leaf.requires_grad, leaf.is_leaf, leaf._is_view()) == (cls, requires_grad, True, False)
+        assert leaf.data_ptr() == tensor.data_ptr() + 4
+        before = compat_torch.version_of(leaf)
+        tensor.add_(1)
+        assert compat_torch.version_of(leaf) == before + 1
+
+
+def test_negated_views() -> None:
+    """A negated view shows its memory with the other sign, and says that it does."""
+    tensor = torch.ones(2)
+    view = compat_torch.negated_view(tensor)
+    assert view.tolist() == [-1, -1]
+    assert view.is_neg()
+    assert view.data_ptr() == tensor.data_ptr()
+    assert torch.complex(tensor, tensor).conj().imag.is_neg()
+
+
+def test_mkldnn_has_a_layout() -> None:
+    """The layout is that of tensors of MKLDNN, and of no others."""
+    assert torch.ones(2, 2).to_mkldnn().layout is compat_torch.MKLDNN
+    assert torch.ones(2, 2).layout is not compat_torch.MKLDNN
+
+
+def test_storages_have_numbers() -> None:
+    """Views of one storage have one number, which the storage tells too; `.data` assigned is another storage."""
+    tensor, other = torch.zeros(4), torch.zeros(4)
+    assert compat_torch.storage_id(tensor) == compat_torch.storage_id(tensor[1:])
+    assert compat_torch.storage_id(tensor) == compat_torch.id_of_storage(tensor.untyped_storage())
+    assert compat_torch.storage_id(tensor) != compat_torch.storage_id(other)
+    tensor.data = other
+    assert compat_torch.storage_id(tensor) == compat_torch.storage_id(other)
+
+
+def test_uses_of_a_storage_are_counted() -> None:
+    """Each tensor counts, one that nobody knows below a NumPy array too, and the storage object that was asked for."""
+    tensor = torch.zeros(4)
+    storage = tensor.untyped_storage()
+
+    def count() -> int:
+        return compat_torch.storage_use_count(compat_torch.id_of_storage(storage))
+
+    assert count() == 2
+    view = tensor[1:]
+    assert count() == 3
+    array = view.numpy()
+    del view
+    assert count() == 3
+    del array
+    assert count() == 2
+
+
+def test_numbers_of_storages_can_be_held() -> None:
+    """A storage that is gone lends its number to no other while it is held; its memory is given back at once."""
+    tensor = torch.zeros(10_000_000)
+    number = compat_torch.storage_id(tensor)
+    (held,) = compat_torch.hold_storage_ids([tensor])
+    assert held == number
+    before = psutil.Process().memory_info().rss
+    del tensor
+    assert before - psutil.Process().memory_info().rss > 30_000_000
+    others = [torch.zeros(1) for _ in range(1000)]
+    assert number not in map(compat_torch.storage_id, others)
+    compat_torch.release_storage_id(held)
+
+
+def test_registered_hooks_are_counted() -> None:
+    """The number grows with a hook of any kind, on any module."""
+    before = compat_torch.hooks_registered()
+    module = nn.Linear(2, 2)
+    assert compat_torch.hooks_registered() == before
+    module.register_forward_hook(lambda *_: None)
+    module.register_forward_pre_hook(lambda *_: None)
+    module.register_state_dict_pre_hook(lambda *_: None)
+    assert compat_torch.hooks_registered() >= before + 3
+
+
+def test_parametrizations_can_be_made_again() -> None:
+    """A module with parametrizations has a class of its own; from its members it is made again, and works as before."""
+
+    class Double(nn.Module):
+        def forward(self, weight: torch.Tensor) -> torch.Tensor:
+            return 2 * weight
+
+    module = nn.Linear(2, 2)
+    parametrize.register_parametrization(module, "weight", Double())
+    assert compat_torch.is_parametrized_class(type(module))
+    assert not compat_torch.is_parametrized_class(nn.Linear)
+    assert type(module).__bases__ == (nn.Linear,)
+    twin: Any = nn.Linear.__new__(nn.Linear)
+    vars(twin).update(vars(module))
+    compat_torch.parametrize_again(twin, twin._modules["parametrizations"])
+    assert compat_torch.is_parametrized_class(type(twin))
+    assert torch.equal(twin.weight, 2 * module.parametrizations.weight.original)
+
+
+QUANTIZED = {
+    "by tensor": lambda: torch.quantize_per_tensor(torch.arange(4.0), 0.5, 1, torch.quint8),
+    "by channel": lambda: torch.quantize_per_channel(
+        torch.ones(2, 2), torch.tensor([0.1, 0.2]), torch.tensor([0, 1]), 0, torch.qint8
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:TypedStorage", "ignore:torch.quantize_per_tensor")  # torch's own, about itself
+@pytest.mark.parametrize("make", QUANTIZED.values(), ids=QUANTIZED)
+def test_quantized_tensors_are_rebuilt_over_memory(make: Callable[[], torch.Tensor]) -> None:
+    """A quantized tensor is rebuilt over the storage that it is given, with its quantizer."""
+    tensor = make()
+    if tensor.qscheme() is torch.per_tensor_affine:
+        quantizer: tuple[Any, ...] = tensor.qscheme(), tensor.q_scale(), tensor.q_zero_point()
+    else:
+        channels = tensor.q_per_channel_scales(), tensor.q_per_channel_zero_points(), tensor.q_per_channel_axis()
+        quantizer = tensor.qscheme(), *channels
+    place = tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
+    rebuilt = compat_torch.rebuild_quantized(tensor.untyped_storage(), tensor.dtype, *place, quantizer, False)
+    assert torch.equal(rebuilt.dequantize(), tensor.dequantize())
+    assert rebuilt.data_ptr() == tensor.data_ptr()
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(2, 2)
+        self.register_buffer("scale", torch.full((2,), 3.0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x) * self.scale + torch.tensor([10.0, 20.0])
+
+
+def test_tensors_of_exported_programs() -> None:
+    """A program runs on the tensors in its dicts; a shallow copy can be given others, and leaves the original its own."""
+    program = torch.export.export(Scaled(), (torch.ones(1, 2),))
+    expected = program.module()(torch.ones(1, 2))
+    state, constants = compat_torch.tensors_of_exported(program)
+    assert state is program.state_dict
+    assert constants is program.constants
+    assert set(state) == {"linear.weight", "linear.bias", "scale"}
+    assert len(constants) == 1
+    twin = copy.copy(program)
+    compat_torch.set_tensors_of_exported(
+        twin, {**state, "scale": torch.zeros(2)}, {name: torch.zeros(2) for name in constants}
+    )
+    assert twin.module()(torch.ones(1, 2)).tolist() == [[0, 0]]
+    assert torch.equal(program.module()(torch.ones(1, 2)), expected)
+    state["scale"] = torch.zeros(2)
+    assert program.module()(torch.ones(1, 2)).tolist() == [[10, 20]]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, about TorchScript
+def test_compiled_modules_tell_their_parts() -> None:
+    """A compiled module names its tensors and its submodules; `.data` assigned holds for its code; a shallow copy is saved with
+    other tensors, and leaves the original its own."""
+    program = torch.jit.script(Scaled().eval())
+    module = compat_torch.compiled_module(program)
+    assert {"scale", "training"} <= set(compat_torch.attribute_names(module))
+    assert "linear" not in compat_torch.attribute_names(module)
+    assert compat_torch.attribute_names(module) == sorted(compat_torch.attribute_names(module))
+    ((name, linear),) = compat_torch.submodules(module)
+    assert name == "linear"
+    assert {"weight", "bias"} <= set(compat_torch.attribute_names(linear))
+    linear.getattr("weight").data = torch.zeros(2, 2)
+    linear.getattr("bias").data = torch.ones(2)
+    assert program(torch.ones(1, 2)).tolist() == [[13, 23]]
+    twin = copy.copy(module)
+    twin.setattr("scale", torch.zeros(2))
+    assert program(torch.ones(1, 2)).tolist() == [[13, 23]]
+    assert torch.jit.load(io.BytesIO(twin.save_to_buffer()))(torch.ones(1, 2)).tolist() == [[10, 20]]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_frozen_code_holds_constants() -> None:
+    """The weights of a frozen program are constants of its code; `.data` assigned to them holds for it."""
+    frozen = torch.jit.freeze(torch.jit.script(Scaled().eval()))
+    module = compat_torch.compiled_module(frozen)
+    tensors = [value for value in compat_torch.constants_in_code(module) if isinstance(value, torch.Tensor)]
+    (weight,) = (tensor for tensor in tensors if tensor.shape == (2, 2))
+    weight.data = torch.zeros(2, 2)
+    assert torch.equal(frozen(torch.ones(1, 2)), frozen(torch.zeros(1, 2)))

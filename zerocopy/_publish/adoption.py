@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import ctypes
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import ray
 import torch
 
+from zerocopy._compat.torch import base_of, id_of_storage, storage_use_count
 from zerocopy._split.introspect import Introspection
 from zerocopy._store.mapping import Mapped, map_private
 from zerocopy._store.tensors import Storage, TensorSpec, base_over, describe, strided
 from zerocopy._store.write import Placement, buffers_of
-
-_use_count: Callable[[int], int] = torch._C._storage_Use_Count
 
 
 class Adoption:
@@ -31,7 +30,7 @@ class Adoption:
         self._views: dict[int, dict[int, tuple[Any, TensorSpec]]] = defaultdict(dict)
         for tensor, spec in zip(found.table.objects, found.table.specs, strict=True):
             self._views[spec.storage][id(tensor)] = tensor, spec
-            base = tensor._base if isinstance(tensor, torch.Tensor) else None
+            base = base_of(tensor) if isinstance(tensor, torch.Tensor) else None
             if base is not None:  # a tensor that only its views know
                 self._views[spec.storage].setdefault(
                     id(base), (base, describe(base, spec.storage, self._storages[spec.storage]))
@@ -53,7 +52,8 @@ class Adoption:
             isinstance(t, torch.Tensor) and not (t.is_inference() or t.is_conj() or t.is_neg()) for t in tensors
         ):
             return False
-        return source.resizable() and _use_count(source._cdata) == len(tensors) + 1  # and `source` itself
+        users = len(tensors) + 1  # and `source` itself
+        return source.resizable() and storage_use_count(id_of_storage(source)) == users
 
     def take(self, placed: Mapping[int, Placement]) -> None:
         """Re-point the tensors of storages that are in one shard, given the place of each.

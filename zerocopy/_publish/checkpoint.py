@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import nn
 
+from zerocopy._compat.torch import leaf_of_class
 from zerocopy._load.publication import Publication
 from zerocopy._publish.publish import put_once
 from zerocopy._split.introspect import Subject, introspect, require_pipeline
@@ -196,7 +197,7 @@ def _attach(slots: Slots, entries: Mapping[str, _Entry], dtype: torch.dtype | No
 
 
 def _like(old: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
-    new: torch.Tensor = torch.Tensor._make_subclass(type(old), tensor, old.requires_grad)
+    new: torch.Tensor = leaf_of_class(type(old), tensor, old.requires_grad)
     vars(new).update(vars(old))
     return new
 
