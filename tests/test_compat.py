@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import io
+import mmap
 import os
 import pickle
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,10 +18,11 @@ import pytest
 import ray
 import ray.cloudpickle
 import torch
-from conftest import run_python
+from conftest import run_python, wait_until
 from torch import nn
 from torch.nn.utils import parametrize
 
+from zerocopy._compat import linux
 from zerocopy._compat import ray as compat_ray
 from zerocopy._compat import torch as compat_torch
 
@@ -43,6 +46,7 @@ def test_a_driver_and_a_worker_have_different_modes(cluster: None) -> None:
 
 RECONNECTING = """
 import ray
+from zerocopy._compat import linux
 from zerocopy._compat import ray as compat_ray
 
 def start():
@@ -422,3 +426,175 @@ def test_frozen_code_holds_constants() -> None:
     (weight,) = (tensor for tensor in tensors if tensor.shape == (2, 2))
     weight.data = torch.zeros(2, 2)
     assert torch.equal(frozen(torch.ones(1, 2)), frozen(torch.zeros(1, 2)))
+
+
+# Of Linux:
+
+PAGE = mmap.PAGESIZE
+
+
+@pytest.fixture
+def file() -> Iterator[int]:
+    """The descriptor of a file of 256 pages in memory, without a name: like the store's."""
+    descriptor = os.memfd_create("zerocopy-test")
+    os.write(descriptor, b"7" * 256 * PAGE)
+    yield descriptor
+    os.close(descriptor)
+
+
+def address_of(memory: mmap.mmap) -> int:
+    return addresses([memory])[0]
+
+
+def test_mappings_tell_their_files(file: int) -> None:
+    """A mapping tells its place, the file's device and inode, from where on it shows it, and whether writes reach it."""
+    status = os.fstat(file)
+    for flag, letter in ((mmap.MAP_SHARED, "s"), (mmap.MAP_PRIVATE, "p")):
+        with mmap.mmap(file, 4 * PAGE, flags=flag, offset=2 * PAGE) as memory:
+            start = address_of(memory)
+            (found,) = (mapping for mapping in linux.mappings() if mapping.start <= start < mapping.end)
+            assert found.file_offset + start - found.start == 2 * PAGE
+            assert found.end >= start + 4 * PAGE
+            assert (found.device, found.inode) == (status.st_dev, status.st_ino)
+            assert found.mode == f"rw-{letter}"
+            assert found.path == "/memfd:zerocopy-test (deleted)"
+            assert (found in list(linux.shared_files())) == (letter == "s")
+
+
+def test_anonymous_memory_has_no_file() -> None:
+    """Private memory of no file has the inode 0, and is not among the shared files."""
+    with mmap.mmap(-1, PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+        start = address_of(memory)
+        (found,) = (mapping for mapping in linux.mappings() if mapping.start <= start < mapping.end)
+        assert (found.inode, found.path) == (0, "")
+    assert all(mapping.inode for mapping in linux.shared_files())
+
+
+def test_a_system_without_mappings_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On Linux nothing is said against it, elsewhere why."""
+    assert linux.why_no_mappings() is None
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert linux.why_no_mappings() == "darwin has no /proc"
+
+
+def usage_around(address: int) -> linux.Usage:
+    (found,) = (
+        usage for mapping, usage in linux.usage(os.getpid()) if mapping.start <= address < mapping.end and mapping.inode
+    )
+    return found
+
+
+def test_usage_of_mappings(file: int) -> None:
+    """Touched pages of a file are resident, and shared by those who have it mapped; those written in private are anonymous."""
+    with mmap.mmap(file, 256 * PAGE, flags=mmap.MAP_SHARED) as memory:
+        assert memory[:] == b"7" * 256 * PAGE
+        memory[:] = b"8" * 256 * PAGE
+        assert usage_around(address_of(memory)) == (256 * PAGE, 256 * PAGE, 0)
+        with mmap.mmap(file, 256 * PAGE, flags=mmap.MAP_PRIVATE) as private:
+            assert private[:] == memory[:]
+            assert usage_around(address_of(private)) == (256 * PAGE, 128 * PAGE, 0)
+            private[: 64 * PAGE] = b"9" * 64 * PAGE
+            assert usage_around(address_of(private)) == (256 * PAGE, (192 // 2 + 64) * PAGE, 64 * PAGE)
+        assert memory[0] == ord("8")
+
+
+def test_usage_is_that_of_psutil() -> None:
+    """The shares of all mappings add up to what psutil tells, their anonymous memory to what the kernel tells of all together."""
+    used = [usage for _, usage in linux.usage(os.getpid())]
+    assert sum(usage.share for usage in used) == pytest.approx(psutil.Process().memory_full_info().pss, rel=0.05)
+    assert sum(usage.anonymous for usage in used) == pytest.approx(linux.anonymous_bytes(os.getpid()), rel=0.05)
+
+
+def test_anonymous_memory_grows_when_written() -> None:
+    """Memory counts when it is written, not when it is asked for."""
+    with mmap.mmap(-1, 2000 * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+        before = linux.anonymous_bytes(os.getpid())
+        memory[:] = b"1" * len(memory)
+        after = linux.anonymous_bytes(os.getpid())
+    assert before is not None
+    assert after is not None
+    assert 1900 * PAGE < after - before < 2500 * PAGE
+
+
+def test_processes_that_have_ended() -> None:
+    """Nothing is told of a process that has ended, and was waited for or not."""
+    ended = os.spawnv(os.P_NOWAIT, "/bin/true", ["true"])
+    assert wait_until(lambda: psutil.Process(ended).status() == psutil.STATUS_ZOMBIE)
+    assert linux.usage(ended) == []
+    assert list(linux.open_files(ended)) == []
+    os.waitpid(ended, 0)
+    for ask in (linux.usage, linux.anonymous_bytes):
+        with pytest.raises(OSError, match=str(ended)):
+            ask(ended)
+    assert list(linux.open_files(ended)) == []
+
+
+def test_written_pages_are_told(file: int) -> None:
+    """Of a private mapping the pages that were written are told from those that are the file's, or were not touched yet."""
+    with mmap.mmap(file, 8 * PAGE, flags=mmap.MAP_PRIVATE) as memory:
+        start = address_of(memory)
+        assert not linux.has_pages_of_its_own(start, 8 * PAGE)
+        assert memory[:PAGE] == b"7" * PAGE
+        assert not linux.has_pages_of_its_own(start, 8 * PAGE)
+        memory[3 * PAGE + 5] = 1
+        assert linux.has_pages_of_its_own(start, 8 * PAGE)
+        assert linux.has_pages_of_its_own(start + 3 * PAGE + 100, 1)
+        assert not linux.has_pages_of_its_own(start, 3 * PAGE)
+        assert not linux.has_pages_of_its_own(start + 4 * PAGE, 4 * PAGE)
+
+
+def test_open_files_can_be_opened_again(file: int) -> None:
+    """A deleted file that a process has open is opened once more; pipes are not listed. psutil leaves deleted files out."""
+    paths = list(linux.open_files(os.getpid()))
+    (found,) = (path for path in paths if os.path.samestat(Path(path).stat(), os.fstat(file)))
+    with Path(found).open("rb") as again:
+        assert again.read(3) == b"777"
+    assert not any("zerocopy-test" in entry.path for entry in psutil.Process().open_files())
+    read, write = os.pipe()
+    assert set(linux.open_files(os.getpid())) <= set(paths)
+    os.close(read)
+    os.close(write)
+
+
+def test_memory_is_put_in_the_place_of_a_mapping(file: int) -> None:
+    """Fresh zeros take the place of some pages of a mapping, and the file is left as it is."""
+    with mmap.mmap(file, 4 * PAGE, flags=mmap.MAP_SHARED) as memory:
+        linux.map_anonymous(address_of(memory) + PAGE, PAGE)
+        assert memory[:] == b"7" * PAGE + bytes(PAGE) + b"7" * 2 * PAGE
+        memory[PAGE : 2 * PAGE] = b"1" * PAGE
+        assert os.pread(file, 4 * PAGE, 0) == b"7" * 4 * PAGE
+        with pytest.raises(OSError, match="private memory"):
+            linux.map_anonymous(address_of(memory) + 1, PAGE)
+
+
+def test_memory_is_not_reserved() -> None:
+    """A mapping made with this flag says so: the kernel does not count it against what it may promise."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | linux.MAP_NORESERVE
+    with mmap.mmap(-1, PAGE, flags=flags) as memory:
+        start = address_of(memory)
+        lines = iter(Path("/proc/self/smaps").read_text().splitlines())
+        header = next(line for line in lines if line.startswith(f"{start:08x}-"))
+        told = next(line for line in lines if line.startswith("VmFlags:"))
+        assert "nr" in told.split(), header
+    assert getattr(mmap, "MAP_NORESERVE", linux.MAP_NORESERVE) == linux.MAP_NORESERVE
+
+
+def test_bytes_are_compared() -> None:
+    """Bytes at two addresses are equal if all of them are; none always are."""
+    one, other = np.arange(100, dtype=np.uint8), np.arange(100, dtype=np.uint8)
+    other[99] = 0
+    first, second = addresses([one, other])
+    assert linux.is_equal(first, second, 99)
+    assert not linux.is_equal(first, second, 100)
+    assert linux.is_equal(first, second + 5, 0)
+
+
+def test_freed_memory_is_given_back() -> None:
+    """What lies freed below memory in use goes back to the system when the C library is asked for it."""
+    blocks = [bytearray(100_000) for _ in range(500)]
+    last = bytearray(100_000)
+    del blocks
+    before = psutil.Process().memory_info().rss
+    linux.give_back_heap()
+    assert before - psutil.Process().memory_info().rss > 20_000_000
+    assert len(last) == 100_000

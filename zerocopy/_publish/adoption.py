@@ -6,7 +6,6 @@ that somebody else has a view of stays where it is, since that view could not fo
 
 from __future__ import annotations
 
-import ctypes
 from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import ray
 import torch
 
+from zerocopy._compat.linux import give_back_heap
 from zerocopy._compat.torch import base_of, id_of_storage, storage_use_count
 from zerocopy._split.introspect import Introspection
 from zerocopy._store.mapping import Mapped, map_private
@@ -70,7 +70,7 @@ class Adoption:
         with torch.inference_mode(False), torch.no_grad():
             for index, place in movable.items():
                 self._point(index, (memory, offsets[place.buffer] + place.offset, self._storages[index].nbytes))
-        _give_back_heap()
+        give_back_heap()
 
     def _point(self, index: int, region: tuple[Any, int, int]) -> None:
         views = self._views[index].values()
@@ -88,10 +88,3 @@ class Adoption:
         """Give what was adopted so far private memory again, that needs no store."""
         for _, mapped in self.mapped:
             mapped.memory.detach()
-
-
-def _give_back_heap() -> None:
-    """Let the C library return freed memory to the system, where it can be asked to."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)

@@ -1,7 +1,7 @@
 """How is store memory mapped privately: copy-on-write, so that the operating system keeps workers apart.
 
 Ray maps the store's file shared and writable into every process and closes the descriptor. The raylet keeps it open, so
-a process of the same user can open it again through `/proc/<raylet>/fd` and map the same bytes with `MAP_PRIVATE`.
+a process of the same user can open it again by way of the raylet's open files, and map the same bytes with `MAP_PRIVATE`.
 """
 
 from __future__ import annotations
@@ -11,23 +11,17 @@ import itertools
 import mmap
 import operator
 import os
-import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from zerocopy._compat import linux
 from zerocopy._compat.ray import BUFFER_ALIGNMENT, raylets
 from zerocopy.errors import IsolationError, IsolationWarning
 
 REQUIRE_ISOLATION = "ZEROCOPY_REQUIRE_ISOLATION"
-MAP_NORESERVE = (
-    0x4000  # not in Python's mmap module before 3.13; the same on every Linux architecture that Ray supports
-)
-
-MAP_FIXED = 0x10
 DETACH_BYTES = 16 << 20  # copied at a time when a mapping is detached; a multiple of every page size
 
 
@@ -62,16 +56,6 @@ def starts_of(buffers: Sequence[Any]) -> list[int]:
     return starts if starts[-1] == start_of(buffers[-1]) else list(map(start_of, buffers))
 
 
-class _Interval(NamedTuple):
-    """A line of /proc/self/maps."""
-
-    start: int
-    end: int
-    file_offset: int
-    device: int
-    inode: int
-
-
 class PrivateMap(mmap.mmap):
     """A private mapping that keeps Ray's buffers referenced: that pins the object in the store."""
 
@@ -82,18 +66,9 @@ class PrivateMap(mmap.mmap):
         start = start_of(self)
         for offset in range(0, len(self), DETACH_BYTES):
             content = self[offset : offset + DETACH_BYTES]
-            _map_anonymous(start + offset, len(content))
+            linux.map_anonymous(start + offset, len(content))
             self[offset : offset + len(content)] = content
         self.pinned = ()
-
-
-def _map_anonymous(address: int, nbytes: int) -> None:
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.mmap.restype = ctypes.c_void_p
-    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_FIXED
-    if libc.mmap(address, nbytes, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0) != address:
-        raise OSError(ctypes.get_errno(), "mmap refused private memory")
 
 
 def _alias(address: int, nbytes: int, keep: object) -> Any:
@@ -103,7 +78,7 @@ def _alias(address: int, nbytes: int, keep: object) -> Any:
     return alias
 
 
-_intervals: list[_Interval] = []
+_intervals: list[linux.Mapping] = []
 _descriptors: dict[tuple[int, int], str] = {}
 _warned: set[str] = set()
 
@@ -144,7 +119,7 @@ def map_if_in_store(arrays: Sequence[np.ndarray[Any, Any]]) -> list[np.ndarray[A
     Raises:
         IsolationError: as `map_private`.
     """
-    stored: dict[_Interval, list[int]] = {}
+    stored: dict[linux.Mapping, list[int]] = {}
     for position, array in sorted(
         enumerate(arrays), key=lambda item: item[1].nbytes
     ):  # the first one is read as a proof
@@ -164,9 +139,9 @@ def map_if_in_store(arrays: Sequence[np.ndarray[Any, Any]]) -> list[np.ndarray[A
     return [private[i] if i in private else array.copy(order="K") for i, array in enumerate(arrays)]
 
 
-def _interval_around(array: np.ndarray[Any, Any]) -> _Interval | None:
+def _interval_around(array: np.ndarray[Any, Any]) -> linux.Mapping | None:
     """The shared file that an array lies in, if any."""
-    if sys.platform != "linux" or not array.nbytes:
+    if linux.why_no_mappings() is not None or not array.nbytes:
         return None
     try:
         return _interval_of(*np.lib.array_utils.byte_bounds(array))
@@ -196,8 +171,9 @@ def _report(reason: str, required: bool) -> None:
 
 def _map_checked(start: int, end: int, writable: bool, proof_start: int, proof: bytes) -> tuple[PrivateMap, int]:
     """Map [start, end) of this process' address space anew; also the address that the new memory's first byte stands for."""
-    if sys.platform != "linux":
-        raise MappingImpossible(f"{sys.platform} has no /proc")
+    reason = linux.why_no_mappings()
+    if reason is not None:
+        raise MappingImpossible(reason)
     while True:
         was_known = bool(_intervals)
         try:
@@ -220,7 +196,7 @@ def _map(start: int, end: int, writable: bool) -> tuple[PrivateMap, int]:
         memory = PrivateMap(
             descriptor,
             length,
-            flags=mmap.MAP_PRIVATE | MAP_NORESERVE,
+            flags=mmap.MAP_PRIVATE | linux.MAP_NORESERVE,
             prot=mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0),
             offset=interval.file_offset + first - interval.start,
         )
@@ -229,25 +205,16 @@ def _map(start: int, end: int, writable: bool) -> tuple[PrivateMap, int]:
     return memory, first
 
 
-def _interval_of(start: int, end: int) -> _Interval:
+def _interval_of(start: int, end: int) -> linux.Mapping:
     if not _intervals:
-        _intervals[:] = _read_intervals()
+        _intervals[:] = linux.shared_files()
     for interval in _intervals:
         if interval.start <= start and end <= interval.end:
             return interval
     raise MappingImpossible("the object does not lie in a mapped file")
 
 
-def _read_intervals() -> Iterator[_Interval]:
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        addresses, mode, offset, device, inode = line.split(maxsplit=5)[:5]
-        if mode.endswith("s") and inode != "0":
-            start, end = (int(address, 16) for address in addresses.split("-"))
-            major, minor = (int(part, 16) for part in device.split(":"))
-            yield _Interval(start, end, int(offset, 16), os.makedev(major, minor), int(inode))
-
-
-def _open(interval: _Interval) -> int:
+def _open(interval: linux.Mapping) -> int:
     key = interval.device, interval.inode
     candidates = [_descriptors[key]] if key in _descriptors else []
     for path in itertools.chain(candidates, _raylet_descriptors()):
@@ -266,13 +233,4 @@ def _open(interval: _Interval) -> int:
 def _raylet_descriptors() -> Iterator[str]:
     """Paths of the open files of every raylet, this process' parent first."""
     for raylet in raylets():
-        try:
-            entries = list(os.scandir(f"/proc/{raylet.pid}/fd"))
-        except OSError:  # ended meanwhile, or another user's
-            continue
-        for entry in entries:
-            try:
-                if str(Path(entry.path).readlink()).startswith("/"):
-                    yield entry.path
-            except OSError:
-                continue
+        yield from linux.open_files(raylet.pid)
