@@ -7,8 +7,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import attrs
+import psutil
 
-from zerocopy._store.mapping import is_store_file
+from zerocopy._compat import linux
+from zerocopy._compat.ray import WORKER_TITLE, is_store_file, raylets, workers_of
 from zerocopy._tables import as_html, as_text, format_bytes
 
 
@@ -81,7 +83,7 @@ _HEADERS = ("process", "pid", "private", "shared", "saved", "PSS")
 def memory_report(pids: Iterable[int] | None = None) -> MemoryReport:
     """Measure this process, the raylets of this node and their workers, or the processes `pids`.
 
-    Processes that have ended, or that belong to another user, are left out. Linux only: it reads `/proc/<pid>/smaps`.
+    Processes that have ended, or that belong to another user, are left out. Linux only: its kernel tells what each mapping takes.
     """
     wanted = list(pids) if pids is not None else [os.getpid(), *_ray_processes()]
     measured = (_measure(pid) for pid in dict.fromkeys(wanted))
@@ -90,58 +92,39 @@ def memory_report(pids: Iterable[int] | None = None) -> MemoryReport:
 
 def private_bytes(pid: int | None = None) -> int:
     """Anonymous memory of a process (this one by default), in bytes."""
-    for line in Path(f"/proc/{pid or os.getpid()}/smaps_rollup").read_text().splitlines():
-        if line.startswith("Anonymous:"):
-            return int(line.split()[1]) * 1024
-    raise ValueError(f"the kernel does not tell the anonymous memory of process {pid}")
+    anonymous = linux.anonymous_bytes(pid or os.getpid())
+    if anonymous is None:
+        raise ValueError(f"the kernel does not tell the anonymous memory of process {pid}")
+    return anonymous
 
 
 def _ray_processes() -> Iterator[int]:
-    parents = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                name, fields = (entry / "stat").read_text().split("(", 1)[1].rsplit(")", 1)
-            except OSError:  # ended meanwhile
-                continue
-            parents[int(entry.name)] = name, int(fields.split()[1])
-    raylets = [pid for pid, (name, _) in parents.items() if name == "raylet"]
-    yield from raylets
-    yield from (pid for pid, (name, parent) in parents.items() if parent in raylets and name.startswith("ray::"))
+    found = list(raylets())
+    yield from (raylet.pid for raylet in found)
+    yield from (worker.pid for raylet in found for worker in workers_of(raylet))
 
 
 def _measure(pid: int) -> ProcessMemory | None:
-    private = mapped = share = total = 0
-    in_store = False
     try:
-        name = _name(pid)
-        smaps = Path(f"/proc/{pid}/smaps").read_text()
-    except OSError:  # ended, or another user's
+        name = _name(psutil.Process(pid))
+        # All figures from one reading, so that they are of one moment: psutil would tell the total, of another one.
+        used = linux.usage(pid)
+    except (OSError, psutil.Error):  # ended, or another user's
         return None
-    if not smaps:  # ended, but not yet waited for
+    if not used:  # ended, but not yet waited for
         return None
-    for line in smaps.splitlines():
-        key, _, rest = line.partition(" ")
-        if not key.endswith(":"):
-            in_store = is_store_file(rest)
-            continue
-        if key == "Anonymous:":
-            anonymous = int(rest.split()[0]) * 1024
-            private += anonymous
-            if in_store:
-                mapped -= anonymous
-                share -= anonymous
-        elif key == "Pss:":
-            pss = int(rest.split()[0]) * 1024
-            total += pss
-            share += pss if in_store else 0
-        elif key == "Rss:" and in_store:
-            mapped += int(rest.split()[0]) * 1024
+    private = sum(usage.anonymous for _, usage in used)
+    total = sum(usage.share for _, usage in used)
+    of_store = [usage for mapping, usage in used if is_store_file(mapping.path)]
+    # Written pages of a private mapping are no longer the store's.
+    mapped = sum(usage.resident - usage.anonymous for usage in of_store)
+    share = sum(usage.share - usage.anonymous for usage in of_store)
     return ProcessMemory(pid, name, private, mapped, share, total)
 
 
-def _name(pid: int) -> str:
-    words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
-    if pid == os.getpid():
+def _name(process: psutil.Process) -> str:
+    if process.pid == os.getpid():
         return "this process"
-    return words[0] if words[0].startswith("ray::") else Path(words[0]).name
+    words = process.cmdline() or [""]
+    title = " ".join(words).rstrip()  # Ray's may have spaces, at which psutil splits them
+    return title if title.startswith(WORKER_TITLE) else Path(words[0]).name

@@ -12,7 +12,8 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
+
+from zerocopy._compat.torch import hooks_registered
 
 Own: TypeAlias = dict[str, Any]  # the `__dict__` of a module
 
@@ -38,10 +39,10 @@ class Hooks:
 
     def __init__(self, owns: Iterable[Own]) -> None:
         self._state = _hooks(owns)
-        self._registered = RemovableHandle.next_id
+        self._registered = hooks_registered()
 
     def are_same(self, owns: Iterable[Own]) -> bool:
-        registered = RemovableHandle.next_id
+        registered = hooks_registered()
         if registered == self._registered:
             return True
         if _hooks(owns) != self._state:

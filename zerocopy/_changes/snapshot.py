@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from zerocopy._changes.slots import Slots, has_slots
+from zerocopy._compat.torch import hold_storage_ids, release_storage_id, storage_id, version_of
 from zerocopy._split.paths import modules_among
 from zerocopy._store.manifest import Manifest
 from zerocopy._store.mapping import Mapped, start_of
@@ -22,7 +23,7 @@ from zerocopy._store.tensors import ARRAY, TensorTable
 
 
 def _version(tensor: Any) -> int:
-    return int(tensor._version) if _counts_versions(tensor) else 0
+    return int(version_of(tensor)) if _counts_versions(tensor) else 0
 
 
 def _counts_versions(tensor: Any) -> bool:
@@ -50,22 +51,19 @@ class _StorageIdentities:
     """Keeps the identities of some tensors' storages from being used again, but not their memory."""
 
     def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
-        self._weak = [tensor.untyped_storage()._weak_ref() for tensor in tensors]
-        self._free: Any = torch.UntypedStorage._free_weak_ref  # torch may be gone when it is needed
+        self._held = hold_storage_ids(tensors)
+        self._release: Any = release_storage_id  # this module may be gone when it is needed
 
     def __del__(self) -> None:
-        for reference in self._weak:
-            self._free(reference)
-
-
-_storage_id = torch._C._storage_id  # type: ignore[attr-defined]
+        for held in self._held:
+            self._release(held)
 
 
 def _state(tensors: list[Any]) -> tuple[list[Any], ...]:
     """Versions, storages and places of plain tensors: whole lists at a time, for it is asked at every pass."""
     return (
-        [tensor._version for tensor in tensors],
-        list(map(_storage_id, tensors)),
+        list(map(version_of, tensors)),
+        list(map(storage_id, tensors)),
         list(map(torch.Tensor.data_ptr, tensors)),
         list(map(torch.Tensor.stride, tensors)),
         list(map(torch.Tensor.numel, tensors)),
@@ -96,7 +94,7 @@ class TensorMarks:
 
 def _describe(tensor: Any) -> tuple[object, ...]:
     """As `_state`, what tells a change of any tensor or array."""
-    storage = _storage_id(tensor) if _has_storage(tensor) else None
+    storage = storage_id(tensor) if _has_storage(tensor) else None
     return _version(tensor), storage, _place(tensor)
 
 

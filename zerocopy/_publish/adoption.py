@@ -6,22 +6,21 @@ that somebody else has a view of stays where it is, since that view could not fo
 
 from __future__ import annotations
 
-import ctypes
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import ray
 import torch
 
 from zerocopy._changes.snapshot import LoadedMarks
+from zerocopy._compat.linux import give_back_heap
+from zerocopy._compat.torch import base_of, id_of_storage, storage_use_count
 from zerocopy._split.introspect import Introspection
 from zerocopy._store.mapping import Mapped, map_private
 from zerocopy._store.read import buffers_of, manifest_of
 from zerocopy._store.tensors import Storage, TensorSpec, base_over, describe, strided
 from zerocopy._store.write import Placement
-
-_use_count: Callable[[int], int] = torch._C._storage_Use_Count
 
 
 class Adoption:
@@ -33,7 +32,7 @@ class Adoption:
         self._views: dict[int, dict[int, tuple[Any, TensorSpec]]] = defaultdict(dict)
         for tensor, spec in zip(found.table.objects, found.table.specs, strict=True):
             self._views[spec.storage][id(tensor)] = tensor, spec
-            base = tensor._base if isinstance(tensor, torch.Tensor) else None
+            base = base_of(tensor) if isinstance(tensor, torch.Tensor) else None
             if base is not None:  # only its views refer to this tensor
                 self._views[spec.storage].setdefault(
                     id(base), (base, describe(base, spec.storage, self._storages[spec.storage]))
@@ -55,7 +54,8 @@ class Adoption:
             isinstance(t, torch.Tensor) and not (t.is_inference() or t.is_conj() or t.is_neg()) for t in tensors
         ):
             return False
-        return source.resizable() and _use_count(source._cdata) == len(tensors) + 1  # and `source` itself
+        users = len(tensors) + 1  # and `source` itself
+        return source.resizable() and storage_use_count(id_of_storage(source)) == users
 
     def take(self, placed: Mapping[int, Placement]) -> None:
         """Re-point the tensors of storages that are in one shard, given the place of each.
@@ -72,7 +72,7 @@ class Adoption:
         with torch.inference_mode(False), torch.no_grad():
             for index, place in movable.items():
                 self._point(index, (memory, offsets[place.buffer] + place.offset, self._storages[index].nbytes))
-        _give_back_heap()
+        give_back_heap()
 
     def _point(self, index: int, region: tuple[Any, int, int]) -> None:
         views = self._views[index].values()
@@ -92,10 +92,3 @@ class Adoption:
         """Give private memory back to what was adopted so far."""
         for _, mapped in self._mapped:
             mapped.memory.detach()
-
-
-def _give_back_heap() -> None:
-    """Let the C library return freed memory to the system, where it can be asked to."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)

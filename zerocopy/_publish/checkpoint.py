@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from zerocopy._compat.linux import drop_pages
+from zerocopy._compat.torch import leaf_of_class
 from zerocopy._load.publication import Publication
 from zerocopy._publish.publish import put_once
 from zerocopy._split.introspect import Subject, check_pipeline, introspect
@@ -156,7 +157,7 @@ def _attach(targets: Targets, tensors: Tensors, dtype: torch.dtype | None, pages
 
 
 def _like(old: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
-    new: torch.Tensor = torch.Tensor._make_subclass(type(old), tensor, old.requires_grad)
+    new: torch.Tensor = leaf_of_class(type(old), tensor, old.requires_grad)
     vars(new).update(vars(old))
     return new
 

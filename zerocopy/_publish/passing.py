@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import ray.cloudpickle
-
+from zerocopy._compat.ray import register_reducer
 from zerocopy._declare import pipeline
 from zerocopy._load.publication import Publication
 from zerocopy._publish.publish import publish_automatically
@@ -40,11 +39,10 @@ def _reduce_publication(publication: Publication) -> Any:
 
 
 def _register(cls: type) -> None:
-    # What ray.util.register_serializer does, for a process that is not connected yet; receivers need no registration.
-    ray.cloudpickle.CloudPickler.dispatch[cls] = _reduce
+    register_reducer(cls, _reduce)
 
 
 def install() -> None:
     """Register publications, and every pipeline class from now on, with Ray's pickle."""
-    ray.cloudpickle.CloudPickler.dispatch[Publication] = _reduce_publication
+    register_reducer(Publication, _reduce_publication)
     pipeline.install(_register)

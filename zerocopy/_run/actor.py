@@ -13,6 +13,7 @@ import attr
 import ray
 from ray.actor import ActorHandle
 
+from zerocopy._compat.ray import is_ray_actor_class
 from zerocopy._declare.fields import Marker, check_device_name
 from zerocopy._declare.pipeline import class_with_own_init, describe, is_pipeline_class
 from zerocopy._run.remote import Parameters, check_in_flight, check_options, in_order, receive, send
@@ -142,7 +143,7 @@ def _let_go(*arguments: object) -> None:
 
 class _Remote:
     def __get__(self, instance: object, owner: Callable[P, T]) -> Callable[P, ActorHandle[T]]:
-        if hasattr(owner, "__ray_actor_class__"):
+        if is_ray_actor_class(owner):
             # Ray derives a class of its own from each actor class, and warns if that has a `remote` already.
             raise AttributeError("remote")
         return Launcher[P, T](cast("type[T]", owner), {}).remote
@@ -226,7 +227,7 @@ def _decorate(cls: Any, options: dict[str, Any], device: str | None) -> Any:
 
 def _prepare(cls: type) -> None:
     """Check a class that is to be an actor, give it an `__init__` if it has none, and make its own one load."""
-    if hasattr(cls, "__ray_actor_class__"):  # Ray's own, derived from one that was prepared
+    if is_ray_actor_class(cls):  # derived from one that was prepared
         return
     for name in _GENERATED:
         if not isinstance(inspect.getattr_static(cls, name, _Remote()), (_Remote, _Options, _Pool)):

@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeAlias, TypeVar
 
 import ray
-from ray._common import ray_option_utils
 from torch import nn
 from torch.export import ExportedProgram
 
+from zerocopy._compat.ray import OPTIONS, check_values
 from zerocopy._declare.pipeline import is_pipeline_class
 from zerocopy._load import devices
 from zerocopy._load.publication import Publication
@@ -35,7 +35,7 @@ def check_options(options: Mapping[str, Any], kind: Kind, *, late: bool = False)
     Raises:
         DeclarationError: an unknown name, or a value that Ray refuses.
     """
-    known = ray_option_utils.actor_options if kind == "actor" else ray_option_utils.task_options
+    known = OPTIONS[kind]
     for name in options:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
@@ -46,10 +46,7 @@ def check_options(options: Mapping[str, Any], kind: Kind, *, late: bool = False)
                 option=name,
             )
     try:
-        if kind == "actor":
-            ray_option_utils.validate_actor_options(dict(options), in_options=late)
-        else:
-            ray_option_utils.validate_task_options(dict(options), in_options=late)
+        check_values(options, kind, late=late)
     except (ValueError, TypeError) as error:
         raise DeclarationError(f"Ray refuses an option of this {kind}: {error}") from error
 

@@ -19,6 +19,7 @@ import torch
 from zerocopy._changes.slots import HeldSlots, has_slots
 from zerocopy._changes.snapshot import LoadedMarks
 from zerocopy._compat.cpython import collector_paused
+from zerocopy._compat.torch import version_of
 from zerocopy._load import devices, live
 from zerocopy._load.load import Shared, is_separable, join, load_shared
 from zerocopy._load.publication import Publication, unpacked
@@ -106,7 +107,8 @@ class Kept:
     def _look(self) -> object:
         return (
             [getattr(module, "training", None) for module in self._others],  # a frozen program has none
-            [(tensor._version, tensor.requires_grad, tensor.grad is None) for tensor in self._tensors],
+            list(map(version_of, self._tensors)),
+            [(tensor.requires_grad, tensor.grad is None) for tensor in self._tensors],
         )
 
     def _count_references(self) -> list[int]:

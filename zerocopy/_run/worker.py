@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import ray
-import ray.cloudpickle
 
+from zerocopy._compat.ray import is_pickled_by_value
 from zerocopy._load.publication import Publication
 from zerocopy._run import short_calls
 from zerocopy._run.remote import receive
@@ -71,7 +71,7 @@ def _function_of(target: Any) -> Any:
 
 def address_of(obj: object, module: str, qualname: str) -> tuple[str, str] | None:
     """The module and qualified name under which importing finds this very object in a worker too, if it does."""
-    if module == "__main__" or module not in sys.modules or module in ray.cloudpickle.list_registry_pickle_by_value():
+    if module == "__main__" or module not in sys.modules or is_pickled_by_value(module):
         return None
     try:
         return (module, qualname) if find(module, qualname) is obj else None

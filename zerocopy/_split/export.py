@@ -11,13 +11,18 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
+from zerocopy._compat.torch import set_tensors_of_exported, tensors_of_exported
+
 
 def reduce_exported(program: ExportedProgram) -> tuple[Any, ...]:
     """An exported program: its graph, and the tensors of its state and its constants by name."""
     constants = {name: value for name, value in program.constants.items() if isinstance(value, torch.Tensor)}
-    twin: Any = copy.copy(program)
-    twin._state_dict = {name: _stand_in(value) for name, value in program.state_dict.items()}
-    twin._constants = {**program.constants, **{name: _stand_in(value) for name, value in constants.items()}}
+    twin = copy.copy(program)
+    set_tensors_of_exported(
+        twin,
+        {name: _stand_in(value) for name, value in program.state_dict.items()},
+        {**program.constants, **{name: _stand_in(value) for name, value in constants.items()}},
+    )
     graph = io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "No complete tensor found")  # of the stand-ins: no tensor covers its storage
@@ -31,8 +36,7 @@ def _stand_in(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _load(graph: bytes, state: dict[str, torch.Tensor], constants: dict[str, torch.Tensor]) -> ExportedProgram:
-    program: Any = torch.export.load(io.BytesIO(graph))
-    program._state_dict.update(state)
-    program._constants.update(constants)
-    loaded: ExportedProgram = program
-    return loaded
+    program = torch.export.load(io.BytesIO(graph))
+    for held, tensors in zip(tensors_of_exported(program), (state, constants), strict=True):
+        held.update(tensors)
+    return program

@@ -12,14 +12,11 @@ import pickle
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import ray.cloudpickle
-
+from zerocopy._compat.ray import CloudPickler
 from zerocopy._split import reducers
 from zerocopy._split.modules import Reducer
 from zerocopy._split.roles import SCALARS, Role, Roles
 from zerocopy._store.tensors import is_meta, is_plain
-
-CloudPickler: Any = ray.cloudpickle.CloudPickler  # not typed
 
 _DATA = (Role.OTHER, Role.ATOM)
 _IMMUTABLE = (Role.ATOM, Role.TENSOR)

@@ -15,6 +15,8 @@ from typing import Any, TypeAlias
 
 import torch
 
+from zerocopy._compat.torch import attribute_names, compiled_module, constants_in_code, submodules
+
 PROGRAMS = (torch.jit.ScriptModule, torch.jit.ScriptFunction)
 
 SMALL = 1024  # constants below so many bytes stay in the code
@@ -26,7 +28,7 @@ _saving = threading.Lock()
 
 def reduce_program(program: Any) -> tuple[Any, ...]:
     """A scripted, traced or frozen module, or a scripted function: its code, and its tensors in the order of a walk."""
-    module = program._c if isinstance(program, torch.jit.ScriptModule) else None
+    module = compiled_module(program) if isinstance(program, torch.jit.ScriptModule) else None
     if module is None:
         return _load_function, (_saved(program),)
     constants = _numbered(_constants(module))
@@ -45,7 +47,7 @@ def reduce_program(program: Any) -> tuple[Any, ...]:
 
 def tensors_of(program: torch.jit.ScriptModule) -> Iterator[torch.Tensor]:
     """Parameters, buffers and tensors in other attributes of a program, as its code sees them."""
-    yield from _slots(program._c)
+    yield from _slots(compiled_module(program))
 
 
 def _saved(function: Any) -> bytes:
@@ -61,9 +63,10 @@ def _load_function(code: bytes) -> Any:
 def _load_module(code: bytes, slots: list[torch.Tensor], constants: dict[_Key, torch.Tensor]) -> Any:
     placed = [*slots, *constants.values()]
     program = torch.jit.load(io.BytesIO(code), map_location=placed[0].device if placed else None)
-    for own, shared in zip(_slots(program._c), slots, strict=True):
+    module = compiled_module(program)
+    for own, shared in zip(_slots(module), slots, strict=True):
         own.data = shared
-    for own in _constants(program._c):
+    for own in _constants(module):
         if own.numel() and not any(own.stride()):
             own.data = constants.get(_key(own, int(own.flatten()[0].item())), own)
     return program
@@ -74,21 +77,11 @@ def _stand_in(tensor: torch.Tensor, number: int) -> torch.Tensor:
     return torch.full((), number, dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
 
 
-def _names(module: Any) -> list[str]:
-    concrete: Any = torch._C.ConcreteModuleType
-    attributes = concrete.from_jit_type(module._type()).get_attributes()
-    return sorted(attributes)
-
-
-def _submodules(module: Any) -> list[tuple[str, Any]]:
-    return list(torch._C.ModuleDict(module).items())
-
-
 def _slots(module: Any) -> Iterator[torch.Tensor]:
     """Parameters, buffers and tensors in other attributes, of `module` and below."""
-    for name in _names(module):
+    for name in attribute_names(module):
         yield from _tensors_in(module.getattr(name))
-    for _, child in _submodules(module):
+    for _, child in submodules(module):
         yield from _slots(child)
 
 
@@ -116,11 +109,11 @@ def _replaced(value: Any) -> Any:
 
 def _copy_with_stand_ins(module: Any) -> Any:
     twin = copy.copy(module)
-    for name in _names(module):
+    for name in attribute_names(module):
         value = module.getattr(name)
         if next(_tensors_in(value), None) is not None:
             twin.setattr(name, _replaced(value))
-    for name, child in _submodules(module):
+    for name, child in submodules(module):
         twin.setattr(name, _copy_with_stand_ins(child))
     return twin
 
@@ -128,20 +121,13 @@ def _copy_with_stand_ins(module: Any) -> Any:
 def _constants(module: Any) -> list[torch.Tensor]:
     """Plain tensors of at least a kilobyte that are constants of the code of `module` and below, each once."""
     found: dict[int, torch.Tensor] = {}
-    for name in module._method_names():
-        for node in module._get_method(name).graph.findAllNodes("prim::Constant", recurse=True):
-            for constant in _constants_of(node):
-                if constant.layout is torch.strided and constant.nbytes >= SMALL:
-                    found.setdefault(constant.data_ptr(), constant)
-    for _, child in _submodules(module):
+    for constant in _tensors_in(list(constants_in_code(module))):
+        if constant.layout is torch.strided and constant.nbytes >= SMALL:
+            found.setdefault(constant.data_ptr(), constant)
+    for _, child in submodules(module):
         for constant in _constants(child):
             found.setdefault(constant.data_ptr(), constant)
     return list(found.values())
-
-
-def _constants_of(node: Any) -> list[torch.Tensor]:
-    kind = node.kindOf("value") if node.hasAttribute("value") else ""
-    return list(_tensors_in(getattr(node, kind)("value"))) if kind in ("t", "ts", "ival") else []
 
 
 def _key(constant: torch.Tensor, number: int) -> _Key:

@@ -8,25 +8,15 @@ from __future__ import annotations
 
 import io
 import weakref
-from collections import OrderedDict
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
+
+from zerocopy._compat.torch import MKLDNN, leaf_of_class, parametrize_again, rebuild_quantized
 
 FILES = (io.FileIO, io.TextIOWrapper, io.BufferedReader, io.BufferedWriter, io.BufferedRandom)
-
-
-def is_parametrized_class(cls: type) -> bool:
-    """Whether `cls` was made on the fly by `torch.nn.utils.parametrize`, for one module."""
-    return (
-        issubclass(cls, nn.Module)
-        and cls.__module__ == parametrize.__name__
-        and cls.__name__.startswith("Parametrized")
-    )
 
 
 def reduce_parametrized(module: nn.Module) -> tuple[Any, ...]:
@@ -41,9 +31,7 @@ def _blank(cls: Any) -> Any:
 
 def _set_parametrized(module: nn.Module, state: dict[str, Any]) -> None:
     vars(module).update(state)
-    parametrize._inject_new_class(module)
-    for name in state["_modules"]["parametrizations"]:
-        parametrize._inject_property(module, name)
+    parametrize_again(module, state["_modules"]["parametrizations"])
 
 
 def reduce_weak_reference(reference: weakref.ref[Any]) -> tuple[Any, ...]:
@@ -72,7 +60,7 @@ def reduce_array(array: np.ndarray[Any, Any]) -> Any:
 
 def reduce_tensor(tensor: torch.Tensor) -> Any:
     """A tensor that is not a plain view of a storage."""
-    if tensor.layout is torch._mkldnn:  # type: ignore[attr-defined]
+    if tensor.layout is MKLDNN:
         return torch.Tensor.to_mkldnn, (tensor.to_dense(),)
     if tensor.is_quantized and type(tensor) is torch.Tensor:
         return _reduce_quantized(tensor)
@@ -94,7 +82,8 @@ def _is_view_of_storage(tensor: torch.Tensor) -> bool:
 
 
 def _as_class(plain: torch.Tensor, cls: type[torch.Tensor], requires_grad: bool) -> torch.Tensor:
-    return torch.Tensor._make_subclass(cls, plain, requires_grad)
+    result: torch.Tensor = leaf_of_class(cls, plain, requires_grad)
+    return result
 
 
 def _set_attributes(tensor: torch.Tensor, attributes: dict[str, Any]) -> None:
@@ -116,9 +105,7 @@ def _quantizer(tensor: torch.Tensor) -> tuple[Any, ...]:
 
 
 def _rebuild_quantized(content: torch.Tensor, dtype: torch.dtype, *description: Any) -> torch.Tensor:
-    storage = torch.storage.TypedStorage(wrap_storage=content.untyped_storage(), dtype=dtype, _internal=True)
-    rebuild: Callable[..., torch.Tensor] = torch._utils._rebuild_qtensor
-    return rebuild(storage, *description, OrderedDict())
+    return rebuild_quantized(content.untyped_storage(), dtype, *description)
 
 
 def why_copied(obj: Any) -> str | None:
@@ -126,7 +113,7 @@ def why_copied(obj: Any) -> str | None:
     if isinstance(obj, np.ndarray):
         return "an array of Python objects" if obj.dtype.hasobject else None
     if isinstance(obj, torch.Tensor):
-        return "MKLDNN has a memory format of its own" if obj.layout is torch._mkldnn else None  # type: ignore[attr-defined]
+        return "MKLDNN has a memory format of its own" if obj.layout is MKLDNN else None
     return "packed parameters of a quantized module" if packs_its_own(type(obj)) else None
 
 

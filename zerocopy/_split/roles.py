@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
+from zerocopy._compat.torch import is_parametrized_class
 from zerocopy._declare.pipeline import is_pipeline_class
 from zerocopy._split import programs, reducers
 from zerocopy._store.manifest import Handle
@@ -102,7 +103,7 @@ def _classify(cls: type) -> Role:
             return role
     if cls is weakref.ref:
         return Role.WEAK_REFERENCE
-    if reducers.is_parametrized_class(cls):
+    if is_parametrized_class(cls):
         return Role.PARAMETRIZED
     if is_pipeline_class(cls):
         return Role.PIPELINE

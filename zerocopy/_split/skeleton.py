@@ -17,12 +17,10 @@ from typing import Any
 
 import attrs
 import numpy as np
-import ray
-import ray.actor
-import ray.cloudpickle
 from torch import nn
 from torch.export import ExportedProgram
 
+from zerocopy._compat.ray import CloudPickler
 from zerocopy._declare.fields import Field
 from zerocopy._declare.pipeline import fields, is_pipeline_class
 from zerocopy._split import export, paths, programs, reducers
@@ -31,9 +29,6 @@ from zerocopy._split.ordinary import Ordinary, external, set_attributes, strip_o
 from zerocopy._split.roles import MODULES, SCALARS, Role, Roles, Slot, Switch, Zone
 from zerocopy._store.tensors import is_meta, is_plain
 from zerocopy.errors import CannotTravelError, ZeroCopyError
-
-CloudPickler: Any = ray.cloudpickle.CloudPickler  # not typed
-
 
 _CODE = (type, types.FunctionType)
 _BESIDE = (Role.TENSOR, Role.PASSENGER, Role.BUFFER)

@@ -1,7 +1,7 @@
 """How is store memory mapped privately? Copy-on-write: the operating system keeps workers apart.
 
 Ray maps the store's file shared and writable into every process and closes the descriptor. The raylet keeps it open, so
-a process of the same user can open it again through `/proc/<raylet>/fd` and map the same bytes with `MAP_PRIVATE`.
+a process of the same user can open it again by way of the raylet's open files, and map the same bytes with `MAP_PRIVATE`.
 """
 
 from __future__ import annotations
@@ -11,23 +11,17 @@ import itertools
 import mmap
 import operator
 import os
-import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from zerocopy._compat import linux
+from zerocopy._compat.ray import BUFFER_ALIGNMENT, raylets
 from zerocopy.errors import IsolationError, IsolationWarning
 
 REQUIRE_ISOLATION = "ZEROCOPY_REQUIRE_ISOLATION"
-MAP_NORESERVE = (
-    0x4000  # not in Python's mmap module before 3.13; the same on every Linux architecture that Ray supports
-)
-
-MAP_FIXED = 0x10
-BUFFER_ALIGNMENT = 64  # of buffers in an object of the store
 DETACH_BYTES = 16 << 20  # copied at a time when a mapping is detached; a multiple of every page size
 
 
@@ -51,7 +45,7 @@ def start_of(memory: Any) -> int:
 def starts_of(buffers: Sequence[Any]) -> list[int]:
     """Where the buffers of one object of the store start in this process.
 
-    Ray lays them out in order, each at a multiple of 64. If the last one lies where this rule puts it, all of them do.
+    Ray lays them out in order, all but small ones at multiples of 64. If the last one lies where this puts it, so do all.
     """
     start = start_of(buffers[0])
     starts = []
@@ -60,16 +54,6 @@ def starts_of(buffers: Sequence[Any]) -> list[int]:
         starts.append(start)
         start += len(buffer)
     return starts if starts[-1] == start_of(buffers[-1]) else list(map(start_of, buffers))
-
-
-class _Interval(NamedTuple):
-    """A line of /proc/self/maps."""
-
-    start: int
-    end: int
-    file_offset: int
-    device: int
-    inode: int
 
 
 class PrivateMap(mmap.mmap):
@@ -82,18 +66,9 @@ class PrivateMap(mmap.mmap):
         start = start_of(self)
         for offset in range(0, len(self), DETACH_BYTES):
             content = self[offset : offset + DETACH_BYTES]
-            _map_anonymous(start + offset, len(content))
+            linux.map_anonymous(start + offset, len(content))
             self[offset : offset + len(content)] = content
         self.pinned = ()
-
-
-def _map_anonymous(address: int, nbytes: int) -> None:
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.mmap.restype = ctypes.c_void_p
-    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_FIXED
-    if libc.mmap(address, nbytes, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0) != address:
-        raise OSError(ctypes.get_errno(), "mmap refused private memory")
 
 
 def _alias(address: int, nbytes: int, keep: object) -> Any:
@@ -103,7 +78,7 @@ def _alias(address: int, nbytes: int, keep: object) -> Any:
     return alias
 
 
-_intervals: list[_Interval] = []
+_intervals: list[linux.Mapping] = []
 _descriptors: dict[tuple[int, int], str] = {}
 _warned: set[str] = set()
 
@@ -144,7 +119,7 @@ def map_if_in_store(arrays: Sequence[np.ndarray[Any, Any]]) -> list[np.ndarray[A
     Raises:
         IsolationError: as `map_private`.
     """
-    stored: dict[_Interval, list[int]] = {}
+    stored: dict[linux.Mapping, list[int]] = {}
     for position, array in sorted(
         enumerate(arrays), key=lambda item: item[1].nbytes
     ):  # the smallest comes first: it is read as a proof
@@ -164,23 +139,13 @@ def map_if_in_store(arrays: Sequence[np.ndarray[Any, Any]]) -> list[np.ndarray[A
     return [private[i] if i in private else array.copy(order="K") for i, array in enumerate(arrays)]
 
 
-def _interval_around(array: np.ndarray[Any, Any]) -> _Interval | None:
+def _interval_around(array: np.ndarray[Any, Any]) -> linux.Mapping | None:
     """The shared file that an array lies in, if any."""
-    if sys.platform != "linux" or not array.nbytes:
+    if linux.why_no_mappings() is not None or not array.nbytes:
         return None
-    try:
-        return _interval_of(*np.lib.array_utils.byte_bounds(array))
-    except MappingImpossible:
-        _intervals.clear()  # a file may have been mapped since they were read
-    try:
-        return _interval_of(*np.lib.array_utils.byte_bounds(array))
-    except MappingImpossible:
-        return None
-
-
-def is_store_file(path: str) -> bool:
-    """Whether a path in a process' memory maps is a file of Ray's object store, be it a fallback allocation."""
-    return "/plasma" in path
+    low, high = np.lib.array_utils.byte_bounds(array)
+    found = (_around(low, high, intervals) for intervals in _cached_then_fresh())
+    return next(filter(None, found), None)
 
 
 def _report(reason: str, required: bool) -> None:
@@ -201,23 +166,39 @@ def _report(reason: str, required: bool) -> None:
 
 def _map_checked(start: int, end: int, writable: bool, proof_start: int, proof: bytes) -> tuple[PrivateMap, int]:
     """Map [start, end) of this process' address space once more. Also returns the address of which the new memory is a copy."""
-    if sys.platform != "linux":
-        raise MappingImpossible(f"{sys.platform} has no /proc")
-    while True:
-        was_known = bool(_intervals)
+    if (reason := linux.why_no_mappings()) is not None:
+        raise MappingImpossible(reason)
+    failure: Exception = MappingImpossible("the object does not lie in a mapped file")
+    for intervals in _cached_then_fresh():
+        interval = _around(start, end, intervals)
+        if interval is None:
+            continue
         try:
-            memory, first = _map(start, end, writable)
+            memory, first = _map(interval, start, end, writable)
             if memory[proof_start - first : proof_start - first + len(proof)] == proof:
                 return memory, first
-            raise MappingImpossible("the store's file does not hold the expected bytes")
-        except MappingImpossible:
-            _intervals.clear()  # they may describe a store that is gone, for example that of an earlier connection
-            if not was_known:
-                raise
+            failure = MappingImpossible("the store's file does not hold the expected bytes")
+        except (MappingImpossible, OSError, ValueError) as error:
+            failure = error
+    raise failure
 
 
-def _map(start: int, end: int, writable: bool) -> tuple[PrivateMap, int]:
-    interval = _interval_of(start, end)
+def _cached_then_fresh() -> Iterator[list[linux.Mapping]]:
+    """The shared files of this process: as they were read before, then as they are now.
+
+    The cache may describe a store that is gone, for example that of an earlier connection, and lack a new one.
+    """
+    if _intervals:
+        yield list(_intervals)
+    _intervals[:] = linux.shared_files()
+    yield list(_intervals)
+
+
+def _around(start: int, end: int, intervals: Sequence[linux.Mapping]) -> linux.Mapping | None:
+    return next((interval for interval in intervals if interval.start <= start and end <= interval.end), None)
+
+
+def _map(interval: linux.Mapping, start: int, end: int, writable: bool) -> tuple[PrivateMap, int]:
     descriptor = _open(interval)
     try:
         first = start - start % mmap.PAGESIZE
@@ -225,7 +206,7 @@ def _map(start: int, end: int, writable: bool) -> tuple[PrivateMap, int]:
         memory = PrivateMap(
             descriptor,
             length,
-            flags=mmap.MAP_PRIVATE | MAP_NORESERVE,
+            flags=mmap.MAP_PRIVATE | linux.MAP_NORESERVE,
             prot=mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0),
             offset=interval.file_offset + first - interval.start,
         )
@@ -234,28 +215,11 @@ def _map(start: int, end: int, writable: bool) -> tuple[PrivateMap, int]:
     return memory, first
 
 
-def _interval_of(start: int, end: int) -> _Interval:
-    if not _intervals:
-        _intervals[:] = _read_intervals()
-    for interval in _intervals:
-        if interval.start <= start and end <= interval.end:
-            return interval
-    raise MappingImpossible("the object does not lie in a mapped file")
-
-
-def _read_intervals() -> Iterator[_Interval]:
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        addresses, mode, offset, device, inode = line.split(maxsplit=5)[:5]
-        if mode.endswith("s") and inode != "0":
-            start, end = (int(address, 16) for address in addresses.split("-"))
-            major, minor = (int(part, 16) for part in device.split(":"))
-            yield _Interval(start, end, int(offset, 16), os.makedev(major, minor), int(inode))
-
-
-def _open(interval: _Interval) -> int:
+def _open(interval: linux.Mapping) -> int:
     key = interval.device, interval.inode
     candidates = [_descriptors[key]] if key in _descriptors else []
-    for path in itertools.chain(candidates, _raylet_descriptors()):
+    opened = (path for raylet in raylets() for path in linux.open_files(raylet.pid))
+    for path in itertools.chain(candidates, opened):
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError:  # it was closed in the meantime, or it is a socket
@@ -266,22 +230,3 @@ def _open(interval: _Interval) -> int:
             return descriptor
         os.close(descriptor)
     raise MappingImpossible("no raylet of this user has the store's file open")
-
-
-def _raylet_descriptors() -> Iterator[str]:
-    """Paths of the open files of every raylet, this process' parent first."""
-    parent = os.getppid()
-    others = sorted(int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit())
-    for pid in sorted(others, key=lambda pid: pid != parent):
-        try:
-            if Path(f"/proc/{pid}/comm").read_text().strip() != "raylet":
-                continue
-            entries = list(os.scandir(f"/proc/{pid}/fd"))
-        except OSError:  # the process ended in the meantime, or belongs to another user
-            continue
-        for entry in entries:
-            try:
-                if str(Path(entry.path).readlink()).startswith("/"):
-                    yield entry.path
-            except OSError:
-                continue

@@ -10,9 +10,16 @@ from typing import Any, TypeVar
 
 import ray
 import ray.exceptions
-from ray._private import serialization as ray_serialization
-from ray._private import worker as ray_worker
 
+from zerocopy._compat.ray import (
+    OWNER_UNKNOWN,
+    allows_out_of_band,
+    cluster_id,
+    connection,
+    drop_reference,
+    is_serializing,
+    mode,
+)
 from zerocopy.errors import (
     OutOfBandError,
     PublicationLostError,
@@ -22,8 +29,6 @@ from zerocopy.errors import (
 )
 
 R = TypeVar("R")
-
-global_worker: Any = ray_worker.global_worker  # has more than its class declares
 
 
 def is_running() -> bool:
@@ -63,7 +68,7 @@ def require_running(what: str) -> None:
 
 def is_worker() -> bool:
     """Whether this process runs Ray tasks or an actor."""
-    return bool(global_worker.mode == ray.WORKER_MODE)
+    return mode() == ray.WORKER_MODE
 
 
 def put(value: object) -> ray.ObjectRef[Any]:
@@ -89,7 +94,7 @@ def get_all(refs: list[ray.ObjectRef[Any]]) -> list[Any]:
     try:
         return ray.get(refs)
     except (ray.exceptions.ObjectLostError, ray.exceptions.ObjectFetchTimedOutError, ValueError) as error:
-        if isinstance(error, ValueError) and "owner is unknown" not in str(error):
+        if isinstance(error, ValueError) and OWNER_UNKNOWN not in str(error):
             raise
         raise PublicationLostError(
             "The weights of this publication are gone from the cluster: the process that published them ended, or the "
@@ -124,18 +129,13 @@ def in_background(call: Callable[[], R]) -> Callable[[], R]:
     return wait
 
 
-def is_serializing() -> bool:
-    """Whether this thread is inside Ray's serialization of an argument, a result or a put."""
-    return bool(global_worker.get_serialization_context().is_in_band_serialization())
-
-
 def refuse_out_of_band(what: str) -> None:
     """Refuse to pickle object references where Ray was told not to let them escape its counting.
 
     Raises:
         OutOfBandError: this pickling is not Ray's own, and RAY_allow_out_of_band_object_ref_serialization is 0.
     """
-    if not ray_serialization.ALLOW_OUT_OF_BAND_OBJECT_REF_SERIALIZATION and not is_serializing():
+    if not allows_out_of_band() and not is_serializing():
         raise OutOfBandError(
             f"{what} was captured by a closure, a global or a pickle outside of Ray's arguments, where "
             "RAY_allow_out_of_band_object_ref_serialization=0 forbids references to the object store.",
@@ -181,13 +181,12 @@ def assigned_gpu() -> bool:
 
 def session() -> object:
     """Identifies the connection of this process. References of another connection mean nothing here."""
-    return global_worker.core_worker if is_running() else None
+    return connection() if is_running() else None
 
 
 def cluster() -> str:
     """Identifies the cluster. References of another cluster may have equal ids and mean other objects."""
-    identity: str = global_worker.gcs_client.cluster_id.hex()
-    return identity
+    return cluster_id()
 
 
 _pins: dict[ray.ObjectRef[Any], int] = {}
@@ -202,4 +201,4 @@ def count_pin(ref: ray.ObjectRef[Any]) -> None:
 def unpin(ref: ray.ObjectRef[Any]) -> None:
     """Take back what picklings of `ref` out of band have pinned in this process."""
     for _ in range(_pins.pop(ref, 0) if is_running() else 0):
-        global_worker.core_worker.remove_object_ref_reference(ref)
+        drop_reference(ref)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import ray
 
+from zerocopy._compat.linux import is_equal
 from zerocopy._store import object_store
 from zerocopy._store.manifest import BESIDE, NOWHERE, Manifest
 from zerocopy._store.mapping import Mapped, map_private, start_of, starts_of
@@ -72,11 +72,4 @@ class StoredMemory:
             return False
         if nbytes == 0:
             return True
-        return _is_equal(start_of(self._buffers[shard][buffer]) + offset, start_of(content), nbytes)
-
-
-_memcmp: Callable[[ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t], int] = ctypes.CDLL(None).memcmp
-
-
-def _is_equal(first: int, second: int, nbytes: int) -> bool:
-    return _memcmp(ctypes.c_void_p(first), ctypes.c_void_p(second), ctypes.c_size_t(nbytes)) == 0
+        return is_equal(start_of(self._buffers[shard][buffer]) + offset, start_of(content), nbytes)

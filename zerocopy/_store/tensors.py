@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from zerocopy._compat.torch import id_of_storage, leaf_of_class, negated_view
+
 Bytes: TypeAlias = np.ndarray[Any, np.dtype[np.uint8]]
 
 TENSOR, PARAMETER, ARRAY = range(3)
@@ -139,7 +141,7 @@ def storage_of(obj: torch.Tensor | np.ndarray[Any, Any]) -> Storage:
         if nbytes and obj.is_cpu:
             address = storage.data_ptr()
             return Storage((address, nbytes), nbytes, storage, address)
-        return Storage(("storage", storage._cdata), nbytes, storage, None)
+        return Storage(("storage", id_of_storage(storage)), nbytes, storage, None)
     root = _root_array(obj)
     if isinstance(root.base, torch.Tensor):
         return storage_of(root.base)
@@ -319,9 +321,9 @@ def _as_published(view: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
     if spec.is_conj:
         view = view.conj()
     if spec.is_neg:
-        view = torch._neg_view(view)
+        view = negated_view(view)
     # As a subclass of itself a view becomes a plain leaf: `_is_view()` is False, as it was for the original.
-    finished: torch.Tensor = torch.Tensor._make_subclass(CLASSES[spec.kind], view, spec.flag)
+    finished: torch.Tensor = leaf_of_class(CLASSES[spec.kind], view, spec.flag)
     return finished
 
 
@@ -331,4 +333,4 @@ def stand_in(spec: TensorSpec) -> Any:
         return np.broadcast_to(np.zeros((), spec.dtype), spec.shape)
     with torch.inference_mode(False), torch.no_grad():
         zero = torch.zeros((), dtype=spec.dtype, device="cpu").expand(spec.shape)
-        return torch.Tensor._make_subclass(CLASSES[spec.kind], zero, spec.flag)
+        return leaf_of_class(CLASSES[spec.kind], zero, spec.flag)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from zerocopy._compat.torch import leaf_of_class
 from zerocopy._split import paths
 from zerocopy._split.paths import is_module
 from zerocopy._split.roles import Zone
@@ -115,7 +116,7 @@ def _members(module: nn.Module) -> Iterator[dict[str, MutableMapping[str, Any]]]
 def _blank(tensor: Any) -> Any:
     """A tensor on the meta device that remembers all but the contents. Its attributes come with the skeleton."""
     empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-    return torch.Tensor._make_subclass(type(tensor), empty, tensor.requires_grad)
+    return leaf_of_class(type(tensor), empty, tensor.requires_grad)
 
 
 def _private(obj: Any) -> Any:
@@ -125,7 +126,7 @@ def _private(obj: Any) -> Any:
     if not isinstance(obj, torch.Tensor):
         return obj
     copy = obj.detach().clone()
-    return torch.Tensor._make_subclass(type(obj), copy, obj.requires_grad)
+    return leaf_of_class(type(obj), copy, obj.requires_grad)
 
 
 def _content(tensor: Any) -> Any:
@@ -141,7 +142,7 @@ def _content(tensor: Any) -> Any:
 def _filled(blank: Any, content: Any) -> Any:
     if not is_plain(blank):
         return content
-    tensor = torch.Tensor._make_subclass(type(blank), content, blank.requires_grad)
+    tensor = leaf_of_class(type(blank), content, blank.requires_grad)
     vars(tensor).update(vars(blank))
     return tensor
 

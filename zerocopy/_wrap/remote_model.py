@@ -12,9 +12,9 @@ import ray
 import torch
 from torch.export import ExportedProgram
 
+from zerocopy._compat.torch import is_parametrized_class
 from zerocopy._load.publication import Publication
 from zerocopy._run.task import Task
-from zerocopy._split import reducers
 from zerocopy.errors import NotExposedError
 
 
@@ -94,7 +94,7 @@ def on_device(model: RemoteModel, device: Any) -> RemoteModel:
 def class_of(model: Any) -> type:
     """The class by which a model is known: not the one that a parametrization made for it alone."""
     cls = type(model)
-    return cls.__bases__[0] if reducers.is_parametrized_class(cls) else cls
+    return cls.__bases__[0] if is_parametrized_class(cls) else cls
 
 
 def _signature_of(cls: type, method: str) -> inspect.Signature:

@@ -1,0 +1,600 @@
+"""What the package uses that nobody promises is still so: a new Ray, torch, Linux or Python that changes it fails here."""
+
+from __future__ import annotations
+
+import copy
+import io
+import mmap
+import os
+import pickle
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import ray
+import ray.cloudpickle
+import torch
+from conftest import run_python, wait_until
+from torch import nn
+from torch.nn.utils import parametrize
+
+from zerocopy._compat import linux
+from zerocopy._compat import ray as compat_ray
+from zerocopy._compat import torch as compat_torch
+
+# Of Ray:
+
+
+def addresses(buffers: list[Any]) -> list[int]:
+    return [np.frombuffer(buffer, np.uint8).__array_interface__["data"][0] for buffer in buffers]
+
+
+def test_a_driver_and_a_worker_have_different_modes(cluster: None) -> None:
+    """The mode of this process is that of a script, the mode where a task runs that of a worker."""
+
+    @ray.remote
+    def mode() -> int | None:
+        return compat_ray.mode()
+
+    assert compat_ray.mode() == ray.SCRIPT_MODE
+    assert ray.get(mode.remote()) == ray.WORKER_MODE
+
+
+RECONNECTING = """
+import ray
+from zerocopy._compat import linux
+from zerocopy._compat import ray as compat_ray
+
+def start():
+    ray.init("local", num_cpus=1, object_store_memory=100_000_000, include_dashboard=False, logging_level="ERROR",
+             log_to_driver=False)
+
+print(compat_ray.allows_out_of_band())
+start()
+first, cluster = compat_ray.connection(), compat_ray.cluster_id()
+print(compat_ray.connection() is first, compat_ray.cluster_id() == cluster)
+ref = ray.put(1)
+ray.shutdown()
+start()
+print(compat_ray.connection() is first, compat_ray.cluster_id() == cluster)
+try:
+    ray.get(ref, timeout=10)
+except ValueError as error:
+    print(compat_ray.OWNER_UNKNOWN in str(error))
+"""
+
+
+def test_connections_and_clusters_are_told_apart() -> None:
+    """Connection and cluster stay the same until Ray is shut down, and are others afterwards; objects of before have an unknown
+    owner. Whether references may be pickled out of band is what the environment said."""
+    done = run_python(RECONNECTING, RAY_allow_out_of_band_object_ref_serialization="0")
+    assert done.stdout.splitlines() == ["False", "True True", "False False", "True"], done.stderr
+
+
+def test_workers_are_told_the_same_cluster(cluster: None) -> None:
+    """A worker has a connection of its own, to the cluster of the driver."""
+
+    @ray.remote
+    def cluster_id() -> str:
+        assert compat_ray.connection() is not None
+        return compat_ray.cluster_id()
+
+    assert ray.get(cluster_id.remote()) == compat_ray.cluster_id()
+
+
+def test_references_out_of_band_are_counted(cluster: None) -> None:
+    """Pickling a reference outside of Ray's own serialization counts one more, which nothing but dropping it takes away."""
+    ref = ray.put(1)
+    worker: Any = ray._private.worker.global_worker
+
+    def count() -> int:
+        return worker.core_worker.get_all_reference_counts()[ref.hex().encode()]["local"]
+
+    before = count()
+    if compat_ray.allows_out_of_band():
+        ray.cloudpickle.dumps(ref)
+        assert count() == before + 1
+        compat_ray.drop_reference(ref)
+    assert count() == before
+
+
+def test_serialization_is_noticed(cluster: None) -> None:
+    """A reducer is told apart by whether Ray called it, for an argument or a put, or somebody else."""
+    seen: list[bool] = []
+
+    class Noticing:
+        def __reduce__(self) -> tuple[Any, ...]:
+            seen.append(compat_ray.is_serializing())
+            return int, ()
+
+    ray.put(Noticing())
+    ray.cloudpickle.dumps(Noticing())
+    assert seen == [True, False]
+    assert not compat_ray.is_serializing()
+
+
+def test_an_unknown_owner_is_told_by_these_words(cluster: None) -> None:
+    """A reference that nobody knows is refused with the words by which the package knows it."""
+    with pytest.raises(ValueError, match=compat_ray.OWNER_UNKNOWN):
+        ray.put([ray.ObjectRef(os.urandom(28))])
+
+
+def test_buffers_are_aligned(cluster: None) -> None:
+    """Ray lays the buffers of an object out in order, large ones at the next multiple of the alignment."""
+    sizes = [16, 5000, 2048, 3001, 70_000]
+    starts = addresses(ray.get(ray.put([pickle.PickleBuffer(os.urandom(size)) for size in sizes])))
+    assert not any(start % compat_ray.BUFFER_ALIGNMENT for start in starts)
+    gaps = [following - start - size for start, following, size in zip(starts, starts[1:], sizes, strict=False)]
+    assert all(0 <= gap < compat_ray.BUFFER_ALIGNMENT for gap in gaps)
+
+
+def test_options_are_known_by_name_and_checked() -> None:
+    """Ray tells its options by name, and refuses values, some only before `.options()` or only there."""
+    assert {"num_cpus", "max_restarts", "max_concurrency", "lifetime"} <= compat_ray.OPTIONS["actor"].keys()
+    assert {"num_cpus", "num_returns", "max_retries"} <= compat_ray.OPTIONS["task"].keys()
+    assert "max_restarts" not in compat_ray.OPTIONS["task"]
+    compat_ray.check_values({"num_cpus": 1}, "actor", late=False)
+    compat_ray.check_values({"num_returns": 2}, "task", late=True)
+    for kind in ("actor", "task"):
+        with pytest.raises(ValueError, match="num_cpus"):
+            compat_ray.check_values({"num_cpus": -1}, kind, late=False)
+    with pytest.raises(ValueError, match="concurrency_groups"):
+        compat_ray.check_values({"concurrency_groups": {}}, "actor", late=True)
+
+
+def test_classes_derived_by_ray_are_known() -> None:
+    """Ray derives a class from the one that it is given, and marks it."""
+
+    class Plain: ...
+
+    made: Any = ray.remote(Plain)
+    derived = made.__ray_metadata__.modified_class
+    assert issubclass(derived, Plain)
+    assert compat_ray.is_ray_actor_class(derived)
+    assert not compat_ray.is_ray_actor_class(Plain)
+
+
+class Registered: ...
+
+
+class BelowRegistered(Registered): ...
+
+
+def test_a_registered_reducer_is_used_by_ray_alone() -> None:
+    """A reducer holds for exactly one class, in Ray's pickle and in subclasses of its pickler, without a connection."""
+    compat_ray.register_reducer(Registered, lambda _: (str, ("reduced",)))
+    assert pickle.loads(ray.cloudpickle.dumps(Registered())) == "reduced"
+    assert type(pickle.loads(pickle.dumps(Registered()))) is Registered
+    assert type(pickle.loads(ray.cloudpickle.dumps(BelowRegistered()))) is BelowRegistered
+
+
+def test_the_pickler_can_be_derived_from() -> None:
+    """A pickler derived from Ray's overrides how single objects travel, and leaves functions and classes to it."""
+
+    class Pickler(compat_ray.CloudPickler):
+        def reducer_override(self, obj: Any) -> Any:
+            return (int, ("7",)) if isinstance(obj, Registered) else super().reducer_override(obj)
+
+    file = io.BytesIO()
+    Pickler(file, protocol=5).dump([Registered(), lambda: 5])
+    number, function = pickle.loads(file.getvalue())
+    assert (number, function()) == (7, 5)
+
+
+def test_modules_pickled_by_value_are_known() -> None:
+    """What a user registers to be pickled by value is told by name, until it is taken back."""
+    this = sys.modules[__name__]
+    assert not compat_ray.is_pickled_by_value(__name__)
+    ray.cloudpickle.register_pickle_by_value(this)
+    try:
+        assert compat_ray.is_pickled_by_value(__name__)
+    finally:
+        ray.cloudpickle.unregister_pickle_by_value(this)
+
+
+def test_processes_of_ray_are_found(cluster: None) -> None:
+    """The raylet of this node is found by name, from a worker first of all as its parent; and its workers by their titles."""
+
+    @ray.remote
+    class Worker:
+        def pids(self) -> tuple[int, int, int]:
+            return os.getpid(), os.getppid(), next(compat_ray.raylets()).pid
+
+    worker = Worker.remote()
+    pid, parent, found = ray.get(worker.pids.remote())
+    assert found == parent
+    raylet = next(raylet for raylet in compat_ray.raylets() if raylet.pid == parent)
+    assert pid in [child.pid for child in compat_ray.workers_of(raylet)]
+    assert psutil.Process(pid).cmdline()[0].startswith(compat_ray.WORKER_TITLE)
+    assert list(compat_ray.workers_of(psutil.Process())) == []
+
+
+# Of torch:
+
+
+def test_versions_count_writes() -> None:
+    """Writes in place count, also through views and detached twins, but not through `.data`; inference tensors do not count."""
+    tensor = torch.zeros(4)
+    view, detached, data = tensor[1:], tensor.detach(), tensor.data
+    assert list(map(compat_torch.version_of, (tensor, view, detached, data))) == [0, 0, 0, 0]
+    view.add_(1)
+    detached.add_(1)
+    assert list(map(compat_torch.version_of, (tensor, view, detached, data))) == [2, 2, 2, 0]
+    data.add_(1)
+    assert (compat_torch.version_of(tensor), compat_torch.version_of(data)) == (2, 1)
+    with torch.inference_mode():
+        uncounted = torch.zeros(4)
+    with pytest.raises(RuntimeError, match="version counter"):
+        compat_torch.version_of(uncounted)
+
+
+def test_views_know_their_base() -> None:
+    """A view refers to the tensor that it was made from, a view of a view to the same; others refer to none."""
+    tensor = torch.zeros(4)
+    assert compat_torch.base_of(tensor) is None
+    assert compat_torch.base_of(tensor[1:][1:]) is tensor
+
+
+@pytest.mark.parametrize("requires_grad", [True, False])
+def test_leaves_of_a_class(requires_grad: bool) -> None:
+    """A leaf of any class is made over a view: it shares its memory and its version, and is no view."""
+
+    class Special(nn.Parameter): ...
+
+    tensor = torch.zeros(4)
+    for cls in (torch.Tensor, nn.Parameter, Special):
+        leaf = compat_torch.leaf_of_class(cls, tensor[1:], requires_grad)
+        assert (type(leaf), leaf.requires_grad, leaf.is_leaf, leaf._is_view()) == (cls, requires_grad, True, False)
+        assert leaf.data_ptr() == tensor.data_ptr() + 4
+        before = compat_torch.version_of(leaf)
+        tensor.add_(1)
+        assert compat_torch.version_of(leaf) == before + 1
+
+
+def test_negated_views() -> None:
+    """A negated view shows its memory with the other sign, and says that it does."""
+    tensor = torch.ones(2)
+    view = compat_torch.negated_view(tensor)
+    assert view.tolist() == [-1, -1]
+    assert view.is_neg()
+    assert view.data_ptr() == tensor.data_ptr()
+    assert torch.complex(tensor, tensor).conj().imag.is_neg()
+
+
+def test_mkldnn_has_a_layout() -> None:
+    """The layout is that of tensors of MKLDNN, and of no others."""
+    assert torch.ones(2, 2).to_mkldnn().layout is compat_torch.MKLDNN
+    assert torch.ones(2, 2).layout is not compat_torch.MKLDNN
+
+
+def test_storages_have_numbers() -> None:
+    """Views of one storage have one number, which the storage tells too; `.data` assigned is another storage."""
+    tensor, other = torch.zeros(4), torch.zeros(4)
+    assert compat_torch.storage_id(tensor) == compat_torch.storage_id(tensor[1:])
+    assert compat_torch.storage_id(tensor) == compat_torch.id_of_storage(tensor.untyped_storage())
+    assert compat_torch.storage_id(tensor) != compat_torch.storage_id(other)
+    tensor.data = other
+    assert compat_torch.storage_id(tensor) == compat_torch.storage_id(other)
+
+
+def test_uses_of_a_storage_are_counted() -> None:
+    """Each tensor counts, one that nobody knows below a NumPy array too, and the storage object that was asked for."""
+    tensor = torch.zeros(4)
+    storage = tensor.untyped_storage()
+
+    def count() -> int:
+        return compat_torch.storage_use_count(compat_torch.id_of_storage(storage))
+
+    assert count() == 2
+    view = tensor[1:]
+    assert count() == 3
+    array = view.numpy()
+    del view
+    assert count() == 3
+    del array
+    assert count() == 2
+
+
+def test_numbers_of_storages_can_be_held() -> None:
+    """A storage that is gone lends its number to no other while it is held; its memory is given back at once."""
+    tensor = torch.zeros(10_000_000)
+    number = compat_torch.storage_id(tensor)
+    (held,) = compat_torch.hold_storage_ids([tensor])
+    assert held == number
+    before = psutil.Process().memory_info().rss
+    del tensor
+    assert before - psutil.Process().memory_info().rss > 30_000_000
+    others = [torch.zeros(1) for _ in range(1000)]
+    assert number not in map(compat_torch.storage_id, others)
+    compat_torch.release_storage_id(held)
+
+
+def test_registered_hooks_are_counted() -> None:
+    """The number grows with a hook of any kind, on any module."""
+    before = compat_torch.hooks_registered()
+    module = nn.Linear(2, 2)
+    assert compat_torch.hooks_registered() == before
+    module.register_forward_hook(lambda *_: None)
+    module.register_forward_pre_hook(lambda *_: None)
+    module.register_state_dict_pre_hook(lambda *_: None)
+    assert compat_torch.hooks_registered() >= before + 3
+
+
+def test_parametrizations_can_be_made_again() -> None:
+    """A module with parametrizations has a class of its own; from its members it is made again, and works as before."""
+
+    class Double(nn.Module):
+        def forward(self, weight: torch.Tensor) -> torch.Tensor:
+            return 2 * weight
+
+    module = nn.Linear(2, 2)
+    parametrize.register_parametrization(module, "weight", Double())
+    assert compat_torch.is_parametrized_class(type(module))
+    assert not compat_torch.is_parametrized_class(nn.Linear)
+    assert type(module).__bases__ == (nn.Linear,)
+    twin: Any = nn.Linear.__new__(nn.Linear)
+    vars(twin).update(vars(module))
+    compat_torch.parametrize_again(twin, twin._modules["parametrizations"])
+    assert compat_torch.is_parametrized_class(type(twin))
+    assert torch.equal(twin.weight, 2 * module.parametrizations.weight.original)
+
+
+QUANTIZED = {
+    "by tensor": lambda: torch.quantize_per_tensor(torch.arange(4.0), 0.5, 1, torch.quint8),
+    "by channel": lambda: torch.quantize_per_channel(
+        torch.ones(2, 2), torch.tensor([0.1, 0.2]), torch.tensor([0, 1]), 0, torch.qint8
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:TypedStorage", "ignore:torch.quantize_per_tensor")  # torch's own, about itself
+@pytest.mark.parametrize("make", QUANTIZED.values(), ids=QUANTIZED)
+def test_quantized_tensors_are_rebuilt_over_memory(make: Callable[[], torch.Tensor]) -> None:
+    """A quantized tensor is rebuilt over the storage that it is given, with its quantizer."""
+    tensor = make()
+    if tensor.qscheme() is torch.per_tensor_affine:
+        quantizer: tuple[Any, ...] = tensor.qscheme(), tensor.q_scale(), tensor.q_zero_point()
+    else:
+        channels = tensor.q_per_channel_scales(), tensor.q_per_channel_zero_points(), tensor.q_per_channel_axis()
+        quantizer = tensor.qscheme(), *channels
+    place = tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
+    rebuilt = compat_torch.rebuild_quantized(tensor.untyped_storage(), tensor.dtype, *place, quantizer, False)
+    assert torch.equal(rebuilt.dequantize(), tensor.dequantize())
+    assert rebuilt.data_ptr() == tensor.data_ptr()
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(2, 2)
+        self.register_buffer("scale", torch.full((2,), 3.0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x) * self.scale + torch.tensor([10.0, 20.0])
+
+
+def test_tensors_of_exported_programs() -> None:
+    """A program runs on the tensors in its dicts; a shallow copy can be given others, and leaves the original its own."""
+    program = torch.export.export(Scaled(), (torch.ones(1, 2),))
+    expected = program.module()(torch.ones(1, 2))
+    state, constants = compat_torch.tensors_of_exported(program)
+    assert state is program.state_dict
+    assert constants is program.constants
+    assert set(state) == {"linear.weight", "linear.bias", "scale"}
+    assert len(constants) == 1
+    twin = copy.copy(program)
+    compat_torch.set_tensors_of_exported(
+        twin, {**state, "scale": torch.zeros(2)}, {name: torch.zeros(2) for name in constants}
+    )
+    assert twin.module()(torch.ones(1, 2)).tolist() == [[0, 0]]
+    assert torch.equal(program.module()(torch.ones(1, 2)), expected)
+    state["scale"] = torch.zeros(2)
+    assert program.module()(torch.ones(1, 2)).tolist() == [[10, 20]]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, about TorchScript
+def test_compiled_modules_tell_their_parts() -> None:
+    """A compiled module names its tensors and its submodules; `.data` assigned holds for its code; a shallow copy is saved with
+    other tensors, and leaves the original its own."""
+    program = torch.jit.script(Scaled().eval())
+    module = compat_torch.compiled_module(program)
+    assert {"scale", "training"} <= set(compat_torch.attribute_names(module))
+    assert "linear" not in compat_torch.attribute_names(module)
+    assert compat_torch.attribute_names(module) == sorted(compat_torch.attribute_names(module))
+    ((name, linear),) = compat_torch.submodules(module)
+    assert name == "linear"
+    assert {"weight", "bias"} <= set(compat_torch.attribute_names(linear))
+    linear.getattr("weight").data = torch.zeros(2, 2)
+    linear.getattr("bias").data = torch.ones(2)
+    assert program(torch.ones(1, 2)).tolist() == [[13, 23]]
+    twin = copy.copy(module)
+    twin.setattr("scale", torch.zeros(2))
+    assert program(torch.ones(1, 2)).tolist() == [[13, 23]]
+    assert torch.jit.load(io.BytesIO(twin.save_to_buffer()))(torch.ones(1, 2)).tolist() == [[10, 20]]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_frozen_code_holds_constants() -> None:
+    """The weights of a frozen program are constants of its code; `.data` assigned to them holds for it."""
+    frozen = torch.jit.freeze(torch.jit.script(Scaled().eval()))
+    module = compat_torch.compiled_module(frozen)
+    tensors = [value for value in compat_torch.constants_in_code(module) if isinstance(value, torch.Tensor)]
+    (weight,) = (tensor for tensor in tensors if tensor.shape == (2, 2))
+    weight.data = torch.zeros(2, 2)
+    assert torch.equal(frozen(torch.ones(1, 2)), frozen(torch.zeros(1, 2)))
+
+
+# Of Linux:
+
+PAGE = mmap.PAGESIZE
+
+
+@pytest.fixture
+def file() -> Iterator[int]:
+    """The descriptor of a file of 256 pages in memory, without a name: like the store's."""
+    descriptor = os.memfd_create("zerocopy-test")
+    os.write(descriptor, b"7" * 256 * PAGE)
+    yield descriptor
+    os.close(descriptor)
+
+
+def address_of(memory: mmap.mmap) -> int:
+    return addresses([memory])[0]
+
+
+def test_mappings_tell_their_files(file: int) -> None:
+    """A mapping tells its place, the file's device and inode, from where on it shows it, and whether writes reach it."""
+    status = os.fstat(file)
+    for flag, letter in ((mmap.MAP_SHARED, "s"), (mmap.MAP_PRIVATE, "p")):
+        with mmap.mmap(file, 4 * PAGE, flags=flag, offset=2 * PAGE) as memory:
+            start = address_of(memory)
+            (found,) = (mapping for mapping in linux.mappings() if mapping.start <= start < mapping.end)
+            assert found.file_offset + start - found.start == 2 * PAGE
+            assert found.end >= start + 4 * PAGE
+            assert (found.device, found.inode) == (status.st_dev, status.st_ino)
+            assert found.mode == f"rw-{letter}"
+            assert found.path == "/memfd:zerocopy-test (deleted)"
+            assert (found in list(linux.shared_files())) == (letter == "s")
+
+
+def test_anonymous_memory_has_no_file() -> None:
+    """Private memory of no file has the inode 0, and is not among the shared files."""
+    with mmap.mmap(-1, PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+        start = address_of(memory)
+        (found,) = (mapping for mapping in linux.mappings() if mapping.start <= start < mapping.end)
+        assert (found.inode, found.path) == (0, "")
+    assert all(mapping.inode for mapping in linux.shared_files())
+
+
+def test_a_system_without_mappings_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On Linux nothing is said against it, elsewhere why."""
+    assert linux.why_no_mappings() is None
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert linux.why_no_mappings() == "darwin has no /proc"
+
+
+def usage_around(address: int) -> linux.Usage:
+    (found,) = (
+        usage for mapping, usage in linux.usage(os.getpid()) if mapping.start <= address < mapping.end and mapping.inode
+    )
+    return found
+
+
+def test_usage_of_mappings(file: int) -> None:
+    """Touched pages of a file are resident, and shared by those who have it mapped; those written in private are anonymous."""
+    with mmap.mmap(file, 256 * PAGE, flags=mmap.MAP_SHARED) as memory:
+        assert memory[:] == b"7" * 256 * PAGE
+        memory[:] = b"8" * 256 * PAGE
+        assert usage_around(address_of(memory)) == (256 * PAGE, 256 * PAGE, 0)
+        with mmap.mmap(file, 256 * PAGE, flags=mmap.MAP_PRIVATE) as private:
+            assert private[:] == memory[:]
+            assert usage_around(address_of(private)) == (256 * PAGE, 128 * PAGE, 0)
+            private[: 64 * PAGE] = b"9" * 64 * PAGE
+            assert usage_around(address_of(private)) == (256 * PAGE, (192 // 2 + 64) * PAGE, 64 * PAGE)
+        assert memory[0] == ord("8")
+
+
+def test_usage_is_that_of_psutil() -> None:
+    """The shares of all mappings add up to what psutil tells, their anonymous memory to what the kernel tells of all together."""
+    used = [usage for _, usage in linux.usage(os.getpid())]
+    assert sum(usage.share for usage in used) == pytest.approx(psutil.Process().memory_full_info().pss, rel=0.05)
+    assert sum(usage.anonymous for usage in used) == pytest.approx(linux.anonymous_bytes(os.getpid()), rel=0.05)
+
+
+def test_anonymous_memory_grows_when_written() -> None:
+    """Memory counts when it is written, not when it is asked for."""
+    with mmap.mmap(-1, 2000 * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+        before = linux.anonymous_bytes(os.getpid())
+        memory[:] = b"1" * len(memory)
+        after = linux.anonymous_bytes(os.getpid())
+    assert before is not None
+    assert after is not None
+    assert 1900 * PAGE < after - before < 2500 * PAGE
+
+
+def test_processes_that_have_ended() -> None:
+    """Nothing is told of a process that has ended, and was waited for or not."""
+    ended = os.spawnv(os.P_NOWAIT, "/bin/true", ["true"])
+    assert wait_until(lambda: psutil.Process(ended).status() == psutil.STATUS_ZOMBIE)
+    assert linux.usage(ended) == []
+    assert list(linux.open_files(ended)) == []
+    os.waitpid(ended, 0)
+    for ask in (linux.usage, linux.anonymous_bytes):
+        with pytest.raises(OSError, match=str(ended)):
+            ask(ended)
+    assert list(linux.open_files(ended)) == []
+
+
+def test_written_pages_are_told(file: int) -> None:
+    """Of a private mapping the pages that were written are told from those that are the file's, or were not touched yet."""
+    with mmap.mmap(file, 8 * PAGE, flags=mmap.MAP_PRIVATE) as memory:
+        start = address_of(memory)
+        assert not linux.has_pages_of_its_own(start, 8 * PAGE)
+        assert memory[:PAGE] == b"7" * PAGE
+        assert not linux.has_pages_of_its_own(start, 8 * PAGE)
+        memory[3 * PAGE + 5] = 1
+        assert linux.has_pages_of_its_own(start, 8 * PAGE)
+        assert linux.has_pages_of_its_own(start + 3 * PAGE + 100, 1)
+        assert not linux.has_pages_of_its_own(start, 3 * PAGE)
+        assert not linux.has_pages_of_its_own(start + 4 * PAGE, 4 * PAGE)
+
+
+def test_open_files_can_be_opened_again(file: int) -> None:
+    """A deleted file that a process has open is opened once more; pipes are not listed. psutil leaves deleted files out."""
+    paths = list(linux.open_files(os.getpid()))
+    (found,) = (path for path in paths if os.path.samestat(Path(path).stat(), os.fstat(file)))
+    with Path(found).open("rb") as again:
+        assert again.read(3) == b"777"
+    assert not any("zerocopy-test" in entry.path for entry in psutil.Process().open_files())
+    read, write = os.pipe()
+    assert set(linux.open_files(os.getpid())) <= set(paths)
+    os.close(read)
+    os.close(write)
+
+
+def test_memory_is_put_in_the_place_of_a_mapping(file: int) -> None:
+    """Fresh zeros take the place of some pages of a mapping, and the file is left as it is."""
+    with mmap.mmap(file, 4 * PAGE, flags=mmap.MAP_SHARED) as memory:
+        linux.map_anonymous(address_of(memory) + PAGE, PAGE)
+        assert memory[:] == b"7" * PAGE + bytes(PAGE) + b"7" * 2 * PAGE
+        memory[PAGE : 2 * PAGE] = b"1" * PAGE
+        assert os.pread(file, 4 * PAGE, 0) == b"7" * 4 * PAGE
+        with pytest.raises(OSError, match="private memory"):
+            linux.map_anonymous(address_of(memory) + 1, PAGE)
+
+
+def test_memory_is_not_reserved() -> None:
+    """A mapping made with this flag says so: the kernel does not count it against what it may promise."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | linux.MAP_NORESERVE
+    with mmap.mmap(-1, PAGE, flags=flags) as memory:
+        start = address_of(memory)
+        lines = iter(Path("/proc/self/smaps").read_text().splitlines())
+        header = next(line for line in lines if line.startswith(f"{start:08x}-"))
+        told = next(line for line in lines if line.startswith("VmFlags:"))
+        assert "nr" in told.split(), header
+    assert getattr(mmap, "MAP_NORESERVE", linux.MAP_NORESERVE) == linux.MAP_NORESERVE
+
+
+def test_bytes_are_compared() -> None:
+    """Bytes at two addresses are equal if all of them are; none always are."""
+    one, other = np.arange(100, dtype=np.uint8), np.arange(100, dtype=np.uint8)
+    other[99] = 0
+    first, second = addresses([one, other])
+    assert linux.is_equal(first, second, 99)
+    assert not linux.is_equal(first, second, 100)
+    assert linux.is_equal(first, second + 5, 0)
+
+
+def test_freed_memory_is_given_back() -> None:
+    """What lies freed below memory in use goes back to the system when the C library is asked for it."""
+    blocks = [bytearray(100_000) for _ in range(500)]
+    last = bytearray(100_000)
+    del blocks
+    before = psutil.Process().memory_info().rss
+    linux.give_back_heap()
+    assert before - psutil.Process().memory_info().rss > 20_000_000
+    assert len(last) == 100_000

@@ -1,0 +1,159 @@
+"""What of Ray does the package use that Ray does not promise. Read in Ray 2.60.0; a link says where.
+
+psutil is asked for what any process may know of others; only what Ray's processes are called is here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal, TypeAlias
+
+import psutil
+import ray
+import ray.cloudpickle
+from ray._common import ray_option_utils
+from ray._private import serialization, worker
+
+Kind: TypeAlias = Literal["actor", "task"]
+
+# The connection of this process; it has more than its class declares.
+# https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/_private/worker.py
+_worker: Any = worker.global_worker
+
+
+def mode() -> int | None:
+    """What this process is to the cluster: `ray.WORKER_MODE` where it runs tasks or an actor. In the same file: `Worker.mode`."""
+    found: int | None = _worker.mode
+    return found
+
+
+def connection() -> object:
+    """What is made anew each time that this process connects. In the same file: `Worker.core_worker`."""
+    return _worker.core_worker
+
+
+def cluster_id() -> str:
+    """Tells the cluster that this process is connected to from any other.
+
+    https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/includes/gcs_client.pxi
+    """
+    return str(_worker.gcs_client.cluster_id.hex())
+
+
+def drop_reference(ref: ray.ObjectRef[Any]) -> None:
+    """Count one reference of this process less: what pickling out of band has added, and nothing else takes away.
+
+    https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/_raylet.pyx: `CoreWorker.remove_object_ref_reference`.
+    """
+    _worker.core_worker.remove_object_ref_reference(ref)
+
+
+def is_serializing() -> bool:
+    """Whether this thread is inside Ray's serialization of an argument, a result or a put.
+
+    https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/_private/serialization.py: `is_in_band_serialization`.
+    """
+    return bool(_worker.get_serialization_context().is_in_band_serialization())
+
+
+def allows_out_of_band() -> bool:
+    """Whether references may be pickled outside of that: what RAY_allow_out_of_band_object_ref_serialization said at import.
+
+    https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/_private/serialization.py
+    """
+    return bool(serialization.ALLOW_OUT_OF_BAND_OBJECT_REF_SERIALIZATION)
+
+
+# Of the `ValueError` that getting an object raises of which this process knows neither owner nor place.
+# https://github.com/ray-project/ray/blob/ray-2.60.0/src/ray/core_worker/core_worker.cc: `GetOwnerAddress`
+OWNER_UNKNOWN = "owner is unknown"
+
+# Each buffer of at least 2048 bytes starts at a multiple of so many in its object: `kMajorBufferAlign`.
+# https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/includes/serialization.pxi
+BUFFER_ALIGNMENT = 64
+
+# The options that Ray knows by name, those with an underscore among them, and what checks their values.
+# https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/_common/ray_option_utils.py
+OPTIONS: Mapping[Kind, Mapping[str, object]] = {
+    "actor": ray_option_utils.actor_options,
+    "task": ray_option_utils.task_options,
+}
+
+
+def check_values(options: Mapping[str, Any], kind: Kind, *, late: bool) -> None:
+    """Let Ray check the values of options. `late` ones are given by `.options()`.
+
+    Raises:
+        ValueError, TypeError: Ray refuses one.
+    """
+    if kind == "actor":
+        ray_option_utils.validate_actor_options(dict(options), in_options=late)
+    else:
+        ray_option_utils.validate_task_options(dict(options), in_options=late)
+
+
+def is_ray_actor_class(cls: object) -> bool:
+    """Whether Ray derived `cls` from a user's class, to make actors of it: it has methods of Ray's own.
+
+    https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/actor.py: `_modify_class`.
+    """
+    return hasattr(cls, "__ray_actor_class__")
+
+
+# The pickler of arguments and results; its `reducer_override` knows functions and classes. Not typed.
+# https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/cloudpickle/cloudpickle.py
+CloudPickler: Any = ray.cloudpickle.CloudPickler
+
+
+def register_reducer(cls: type, reduce: Callable[[Any], Any]) -> None:
+    """Let Ray pickle instances of exactly `cls` by `reduce`, in this process. Receivers need no registration.
+
+    What `ray.util.register_serializer` does, for a process that is not connected yet:
+    https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/_private/serialization.py
+    """
+    CloudPickler.dispatch[cls] = reduce
+
+
+def is_pickled_by_value(module: str) -> bool:
+    """Whether a user asked for what is in `module` to be pickled by value.
+
+    https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/cloudpickle/cloudpickle.py: `register_pickle_by_value`.
+    """
+    return module in ray.cloudpickle.list_registry_pickle_by_value()
+
+
+def is_store_file(path: str) -> bool:
+    """Whether a path in a process' memory maps is a file of the object store, be it a fallback allocation.
+
+    https://github.com/ray-project/ray/blob/ray-2.60.0/src/ray/object_manager/plasma/dlmalloc.cc: `create_and_mmap_buffer`.
+    """
+    return "/plasma" in path
+
+
+# What Ray's processes are called: `PROCESS_TYPE_RAYLET`, and how every title of a process that runs user code starts.
+# https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/_private/ray_constants.py
+RAYLET, WORKER_TITLE = "raylet", "ray::"
+
+
+def raylets() -> Iterator[psutil.Process]:
+    """The raylets of this node. First the one that started this process, as they do with workers."""
+    parent = psutil.Process().parent()
+    if parent is not None and _name_of(parent) == RAYLET:
+        yield parent
+    yield from (found for found in psutil.process_iter() if found != parent and _name_of(found) == RAYLET)
+
+
+def workers_of(raylet: psutil.Process) -> Iterator[psutil.Process]:
+    """The processes in which a raylet runs user code."""
+    try:
+        children = raylet.children()
+    except psutil.Error:  # ended meanwhile
+        return
+    yield from (child for child in children if _name_of(child).startswith(WORKER_TITLE))
+
+
+def _name_of(process: psutil.Process) -> str:
+    try:
+        return str(process.name())
+    except psutil.Error:  # ended meanwhile, or another user's
+        return ""
