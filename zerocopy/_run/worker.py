@@ -14,7 +14,7 @@ import ray.cloudpickle
 
 from zerocopy._load.publication import Publication
 from zerocopy._run import short_calls
-from zerocopy._run.remote import receive
+from zerocopy._run.arguments import load_arguments
 from zerocopy._run.reuse import Loans, NotKept
 
 
@@ -25,10 +25,10 @@ def run(target: Any, device: str | None, reuse: bool, *args: Any, **kwargs: Any)
 def call(function: Any, device: str | None, reuse: bool, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Call `function` with its arguments as they arrive; after an error nothing is kept for the next call."""
     if not reuse or inspect.isgeneratorfunction(function):
-        values, named = receive(args, kwargs, device)
+        values, named = load_arguments(args, kwargs, device)
         return function(*values, **named)
     loans = Loans()
-    values, named = receive(args, kwargs, device, loans.load)
+    values, named = load_arguments(args, kwargs, device, loans.load)
     result = function(*values, **named)
     del values, named
     loans.give_back()
@@ -58,7 +58,7 @@ def run_short(target: Any, device: str | None, _: bool, call: bytes) -> Any:
 
 def run_generator(target: Any, device: str | None, reuse: bool, *args: Any, **kwargs: Any) -> Iterator[Any]:
     loans = Loans()
-    values, named = receive(args, kwargs, device, loans.load if reuse else Publication.load)
+    values, named = load_arguments(args, kwargs, device, loans.load if reuse else Publication.load)
     yield from _function_of(target)(*values, **named)
     del values, named
     loans.give_back()
@@ -85,10 +85,3 @@ def find(module: str, qualname: str) -> Any:
     for name in qualname.split("."):
         found = inspect.getattr_static(found, name)
     return found
-
-
-def resolved(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
-    """Arguments with the objects behind references, as Ray hands them to a task."""
-    values = [ray.get(value) if isinstance(value, ray.ObjectRef) else value for value in args]
-    named = {name: ray.get(value) if isinstance(value, ray.ObjectRef) else value for name, value in kwargs.items()}
-    return values, named
