@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 import ray
 import torch
 
-from zerocopy._changes.slots import HeldSlots, has_slots
+from zerocopy._changes.members import HeldMembers, has_members
 from zerocopy._changes.snapshot import LoadedMarks
 from zerocopy._compat.cpython import collector_paused
 from zerocopy._load import devices, live
@@ -47,8 +47,8 @@ class Kept:
         self.marks = LoadedMarks(shared.tensors, shared.memory.mapped)
         self._modules = list(paths.registered_below(paths.modules_among(shared.roots)).values())
         self._tensors = _each_once([*shared.tensors.values(), *_tensors_of(self._modules)])
-        self._slots = HeldSlots([vars(module) for module in self._modules if has_slots(module)])
-        self._others = [module for module in self._modules if not has_slots(module)]
+        self._members = HeldMembers([vars(module) for module in self._modules if has_members(module)])
+        self._others = [module for module in self._modules if not has_members(module)]
         self._references = self._count_references()
         self._state: object = None
         self._lock = threading.Lock()
@@ -83,7 +83,7 @@ class Kept:
         """Note how everything is, but for who refers to it: that was noted before anybody else could."""
         if self._state is not None:
             return
-        self._slots.note_modes()
+        self._members.record_modes()
         self._state = self._look()
 
     def _is_untouched(self, breath: float) -> bool:
@@ -99,7 +99,7 @@ class Kept:
         return True
 
     def _comparisons(self) -> Iterator[bool]:
-        yield from self._slots.are_same()
+        yield from self._members.parts_unchanged()
         yield self._look() == self._state
         yield self._count_references() == self._references
 

@@ -266,7 +266,7 @@ def task(function: Any = None, *, device: str | None = None, reuse: bool = True,
     Args:
         device: where pipelines are loaded; a field's own device wins.
         reuse: whether calls may share the modules that their worker process has loaded already, one call at a time, if
-            versions, slots and modes tell that nobody has changed them. Copied fields are fresh in every call.
+            versions, members and modes tell that nobody has changed them. Copied fields are fresh in every call.
         options: Ray's options for a task, such as `num_cpus`.
 
     Raises:
