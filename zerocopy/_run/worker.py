@@ -15,7 +15,7 @@ import ray.cloudpickle
 from zerocopy._load.publication import Publication
 from zerocopy._run import short_calls
 from zerocopy._run.arguments import load_arguments
-from zerocopy._run.reuse import Loans, NotKept
+from zerocopy._run.reuse import CallLoads, NotCached
 
 
 def run(target: Any, device: str | None, reuse: bool, *args: Any, **kwargs: Any) -> Any:
@@ -27,22 +27,22 @@ def call(function: Any, device: str | None, reuse: bool, args: Sequence[Any], kw
     if not reuse or inspect.isgeneratorfunction(function):
         values, named = load_arguments(args, kwargs, device)
         return function(*values, **named)
-    loans = Loans()
-    values, named = load_arguments(args, kwargs, device, loans.load)
+    loads = CallLoads()
+    values, named = load_arguments(args, kwargs, device, loads.load)
     result = function(*values, **named)
     del values, named
-    loans.give_back()
+    loads.release()
     return result
 
 
 def run_short(target: Any, device: str | None, _: bool, call: bytes) -> Any:
     """The same for a call that names its publications: the answer to it, or that they are not known here."""
     values, named, names = short_calls.parts_of(call)
-    loans = Loans()
+    loads = CallLoads()
     try:
-        loaded = {place: loans.load_kept(name, device) for place, name in names.items()}
-    except NotKept:
-        loans.give_back()
+        loaded = {place: loads.load_named(name, device) for place, name in names.items()}
+    except NotCached:
+        loads.release()
         return short_calls.UNKNOWN
     for place, pipeline in loaded.items():
         if isinstance(place, int):
@@ -52,16 +52,16 @@ def run_short(target: Any, device: str | None, _: bool, call: bytes) -> Any:
     del loaded
     result = _function_of(target)(*values, **named)
     del values, named, pipeline
-    loans.give_back()
+    loads.release()
     return short_calls.answer_of(result)
 
 
 def run_generator(target: Any, device: str | None, reuse: bool, *args: Any, **kwargs: Any) -> Iterator[Any]:
-    loans = Loans()
-    values, named = load_arguments(args, kwargs, device, loans.load if reuse else Publication.load)
+    loads = CallLoads()
+    values, named = load_arguments(args, kwargs, device, loads.load if reuse else Publication.load)
     yield from _function_of(target)(*values, **named)
     del values, named
-    loans.give_back()
+    loads.release()
 
 
 @functools.lru_cache(256)
