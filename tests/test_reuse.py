@@ -15,7 +15,7 @@ from torch import nn
 
 import zerocopy
 from zerocopy import copied, shared
-from zerocopy._run.reuse import Loans
+from zerocopy._run.reuse import CACHE, CallLoads, Event, Limits, LoadCache, State, next_state
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
@@ -94,7 +94,7 @@ class Process:
     def kept(self) -> int:
         from zerocopy._run import reuse
 
-        return len(reuse._kept)
+        return len(reuse.CACHE._entries)
 
     def escaped_sum(self) -> float:
         import test_reuse
@@ -178,18 +178,52 @@ def test_one_call_at_a_time(process: Any) -> None:
     assert outer != inner
 
 
-def test_nothing_is_looked_through_while_it_is_used() -> None:
-    """What a call does counts, though the process looked through what it keeps while the call had it."""
+def test_a_load_in_use_is_not_validated() -> None:
+    """What a call changes counts, though the process validated its loads while the call had one."""
     publication = zerocopy.publish(modules())
     before = float(publication.load()[0].weight.detach().sum())
-    loans = Loans()
-    reference = weakref.ref(loans.load(publication, None))  # so the call seems to have let go of the model
-    for _, kept in loans._taken:
-        kept.look_through()
+    loads = CallLoads()
+    reference = weakref.ref(loads.load(publication, None))  # so nobody seems to refer to the model any more
+    CACHE.validate()
+    for entry in loads._entries:
+        with pytest.raises(RuntimeError, match="IN_USE cannot be CHECK_STARTED"):
+            entry.note(Event.CHECK_STARTED)
     write(reference())
-    loans.give_back()
-    again = Loans().load(publication, None)
+    loads.release()
+    again = CallLoads().load(publication, None)
     assert float(again[0].weight.detach().sum()) == before
+
+
+def test_states_follow_one_another() -> None:
+    """From each state the events lead on that can happen there, and no others."""
+    possible = {}
+    for state in State:
+        for event in Event:
+            try:
+                possible[state.name, event.name] = next_state(state, event).name
+            except RuntimeError:
+                continue
+    assert possible == {
+        ("NEW", "JOINED"): "IN_USE",
+        ("IN_USE", "RELEASED"): "UNCHECKED",
+        ("UNCHECKED", "CHECK_STARTED"): "CHECKING",
+        ("CHECKING", "FOUND_UNCHANGED"): "UNCHANGED",
+        ("CHECKING", "FOUND_CHANGED"): "CHANGED",
+        ("UNCHANGED", "ACQUIRED"): "IN_USE",
+    }
+
+
+def test_a_cache_keeps_to_its_limits() -> None:
+    """It keeps so many publications, so many copies of each, and drops them when they have been idle for so long."""
+    cache = LoadCache(Limits(publications=2, copies=1, idle_seconds=0.2))
+    for publication in [zerocopy.publish(modules()) for _ in range(3)]:
+        calls = [CallLoads(cache), CallLoads(cache)]
+        for loads in calls:
+            loads.load(publication, None)
+        for loads in calls:
+            loads.release()
+    assert [len(copies) for copies in cache._entries.values()] == [1, 1]
+    assert wait_until(lambda: not cache._entries, seconds=5)
 
 
 def test_an_error_keeps_nothing() -> None:

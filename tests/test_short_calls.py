@@ -49,7 +49,7 @@ def forget(model: nn.Module) -> None:
     """Lets go of all that this worker keeps, as it does after some seconds."""
     from zerocopy._run import reuse
 
-    reuse._kept.clear()
+    reuse.CACHE._entries.clear()
 
 
 @zerocopy.task(num_cpus=1)

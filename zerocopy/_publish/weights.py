@@ -42,8 +42,8 @@ class _Weights:
         return self.session is not None and self.session is object_store.session()
 
     def are_current(self) -> bool:
-        """Whether the live pipeline still has these weights, as far as versions, slots and modes tell."""
-        return self.are_in_store() and self.snapshot.weights.are_same() and self.snapshot.has_same_structure()
+        """Whether the live pipeline still has these weights, as far as versions, members and modes tell."""
+        return self.are_in_store() and self.snapshot.is_unchanged()
 
     def outer_of(self, pipeline: Any) -> Outer | None:
         """The outer skeleton of `pipeline` as it is now, if these weights hold all that it shares."""
@@ -54,7 +54,7 @@ class _Weights:
 
     def unchanged_places(self) -> Mapping[object, Placement]:
         """Where storages are that have not changed, as far as version counters tell."""
-        return self.placements if self.are_in_store() and self.snapshot.weights.are_same() else {}
+        return self.placements if self.are_in_store() and self.snapshot.tensors.is_unchanged() else {}
 
     def verified_places(self, found: Introspection) -> Mapping[object, Placement]:
         """Where those storages of `found` lie whose exact bytes the store has. Reads all of them."""
@@ -64,7 +64,7 @@ class _Weights:
     def _verified(self, found: Introspection) -> set[object]:
         """Keys of those storages of `found` whose exact bytes the store has."""
         storages = [storage for storage in found.table.storages if storage.key in self.known.storages]
-        if not storages or not self.are_in_store() or not self.snapshot.weights.are_same():
+        if not storages or not self.are_in_store() or not self.snapshot.tensors.is_unchanged():
             return set()
         manifest = manifest_of(self.manifest)
         memory = StoredMemory(manifest, range(len(manifest.locations)), require_isolation=False)
@@ -114,7 +114,7 @@ class ForeignWeights(_Weights):
         if origin is None or origin.session is not object_store.session():
             return None
         manifest = manifest_of(origin.manifest)
-        if not origin.marks.are_same(manifest):
+        if not origin.marks.is_unchanged(manifest):
             return None
         index = origin.marks.index()
         if not all(key in index for key in found.table.index):
@@ -208,7 +208,7 @@ def _writer_of(found: Introspection, stored: Mapping[object, Placement], cut: Cu
 
 
 def _is_reusable(found: Introspection) -> bool:
-    """Whether one can tell, by versions, slots and modes, that what is shared was not changed since it was loaded.
+    """Whether one can tell, by versions, members and modes, that what is shared was not changed since it was loaded.
 
     One cannot where NumPy arrays or inference tensors are shared, or modules that no other module has registered.
     """

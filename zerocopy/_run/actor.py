@@ -16,7 +16,9 @@ from ray.actor import ActorHandle
 from zerocopy._compat.ray import is_ray_actor_class
 from zerocopy._declare.fields import Marker, check_device_name
 from zerocopy._declare.pipeline import class_with_own_init, describe, is_pipeline_class
-from zerocopy._run.remote import Parameters, check_in_flight, check_options, in_order, receive, send
+from zerocopy._run.arguments import load_arguments, pack_arguments
+from zerocopy._run.checks import Parameters, check_in_flight, check_options
+from zerocopy._run.results import in_order
 from zerocopy._store import object_store
 from zerocopy.errors import ArgumentError, DeclarationError
 
@@ -127,7 +129,7 @@ class Launcher(Generic[P, T]):
         parameters, actor_class = getattr(cls, _SPEC).made_of(cls)
         parameters.check(args, kwargs)
         object_store.require()
-        sent, named = send(args, kwargs)
+        sent, named = pack_arguments(args, kwargs)
         if self._options:
             actor_class = actor_class.options(**self._options)
         actors = [actor_class.remote(*sent, **named) for _ in range(count)]
@@ -256,7 +258,7 @@ def _prepare(cls: type) -> None:
 def _loading(init: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(init)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        values, named = receive(args, kwargs, getattr(type(self), _SPEC).device)
+        values, named = load_arguments(args, kwargs, getattr(type(self), _SPEC).device)
         init(self, *values, **named)
 
     setattr(__init__, _SPEC, True)

@@ -1,277 +1,296 @@
-"""What does a worker process keep of the pipelines that it has loaded: calls of tasks reuse the shared part, one at a time.
+"""Which loads does a worker process keep, so that calls of tasks reuse the shared part of a pipeline?
 
-What was loaded is reused if nobody has changed it: its tensors have the versions, its modules the members and modes that they
-had, and nobody else refers to any of them. That is looked into between calls, while the process has nothing else to do.
+One call at a time has a load. After the call it is compared with what it was, ahead of the next call and while the process has
+nothing else to do. If it is unchanged the next call acquires it, else it is dropped.
 """
 
 from __future__ import annotations
 
+import enum
 import gc
+import itertools
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
-from typing import Any, TypeAlias
+from collections.abc import Iterable
+from typing import Any, NamedTuple, Self
 
+import attrs
 import ray
 import torch
 
-from zerocopy._changes.slots import HeldSlots, has_slots
+from zerocopy._changes.kept import Kept
 from zerocopy._changes.snapshot import LoadedMarks
 from zerocopy._compat.cpython import collector_paused
-from zerocopy._compat.torch import version_of
 from zerocopy._load import devices, live
 from zerocopy._load.load import Shared, is_separable, join, load_shared
 from zerocopy._load.publication import Publication, unpacked
 from zerocopy._run.short_calls import Name
-from zerocopy._split import paths, programs
 from zerocopy._store.manifest import Manifest, Outer
 from zerocopy._store.read import manifest_of
 
-MOST_KEPT = 4  # publications
-COPIES = 2  # of each: one is looked through while a call uses the other
-IDLE_SECONDS = 3.0  # a publication that is closed is freed by its workers so long after their last call
-REPLY_SECONDS = 0.0004  # a call's result is on its way so long after the call has ended
-BREATH_SECONDS = 0.00002
 
-_Key: TypeAlias = tuple[bytes, torch.device, bool]  # of a manifest its id, where it was loaded, whether in isolation
+@attrs.frozen
+class Limits:
+    """How many loads a process keeps, and for how long.
+
+    Attributes:
+        publications: of how many publications loads are kept.
+        copies: how many loads of each. With two of them one is compared while a call uses the other.
+        idle_seconds: after this time without a call loads are evicted: nobody tells a worker that a publication was closed.
+        reply_seconds: how long comparisons wait after a call, until its result is on its way.
+        breath_seconds: how long a comparison pauses after each part, for other threads.
+    """
+
+    publications: int = 4
+    copies: int = 2
+    idle_seconds: float = 3.0
+    reply_seconds: float = 0.0004
+    breath_seconds: float = 0.00002
 
 
-class Kept:
-    """A loaded shared part, and how it was."""
+class State(enum.Enum):
+    """Who has a load, and what is known of it."""
 
-    def __init__(self, reference: ray.ObjectRef[Any], manifest: Manifest, shared: Shared) -> None:
+    NEW = "a call has loaded it, and not joined it to a pipeline yet"
+    IN_USE = "a call has it"
+    UNCHECKED = "the cache has it: a call has used it since it was last compared"
+    CHECKING = "it is being compared, and left to the thread that does so"
+    UNCHANGED = "the cache has it: nobody has changed it, and nobody else refers to it"
+    CHANGED = "it is not used again"
+
+
+class Event(enum.Enum):
+    """What happens to a load."""
+
+    JOINED = enum.auto()
+    RELEASED = enum.auto()
+    CHECK_STARTED = enum.auto()
+    FOUND_UNCHANGED = enum.auto()
+    FOUND_CHANGED = enum.auto()
+    ACQUIRED = enum.auto()
+
+
+_NEXT = {
+    (State.NEW, Event.JOINED): State.IN_USE,
+    (State.IN_USE, Event.RELEASED): State.UNCHECKED,
+    (State.UNCHECKED, Event.CHECK_STARTED): State.CHECKING,
+    (State.CHECKING, Event.FOUND_UNCHANGED): State.UNCHANGED,
+    (State.CHECKING, Event.FOUND_CHANGED): State.CHANGED,
+    (State.UNCHANGED, Event.ACQUIRED): State.IN_USE,
+}
+
+
+def next_state(state: State, event: Event) -> State:
+    """The state that follows.
+
+    Raises:
+        RuntimeError: the event cannot happen in this state.
+    """
+    following = _NEXT.get((state, event))
+    if following is None:
+        raise RuntimeError(f"a load that is {state.name} cannot be {event.name}")
+    return following
+
+
+class Key(NamedTuple):
+    """What loads must agree in to replace each other. `manifest` is the id of its reference."""
+
+    manifest: bytes
+    device: torch.device
+    requires_isolation: bool
+
+
+class Entry:
+    """A loaded shared part, and the state that it is in."""
+
+    def __init__(self, key: Key, reference: ray.ObjectRef[Any], manifest: Manifest, shared: Shared) -> None:
+        self.key = key
         self.reference = reference
         self.manifest = manifest
         self.shared = shared
-        self.last_used = 0.0
         self.marks = LoadedMarks(shared.tensors, shared.memory.mapped)
-        self._modules = list(paths.registered_below(paths.modules_among(shared.roots)).values())
-        self._tensors = _each_once([*shared.tensors.values(), *_tensors_of(self._modules)])
-        self._slots = HeldSlots([vars(module) for module in self._modules if has_slots(module)])
-        self._others = [module for module in self._modules if not has_slots(module)]
-        self._references = self._count_references()
-        self._state: object = None
+        self.kept = Kept(shared.roots, shared.tensors.values())
+        self.state = State.NEW
+        self.last_used = 0.0
+
+    @classmethod
+    def load(cls, key: Key, reference: ray.ObjectRef[Any], manifest: Manifest) -> Self:
+        """Load the shared part of a publication."""
+        imported = len(sys.modules)
+        with collector_paused():
+            shared = load_shared(manifest, key.device, require_isolation=key.requires_isolation)
+            if len(sys.modules) > imported:
+                gc.collect(0)  # what failed during an import may refer to this call, and so to all that was loaded
+            return cls(key, reference, manifest, shared)
+
+    def note(self, event: Event) -> None:
+        """Go on to the state that follows `event`."""
+        self.state = next_state(self.state, event)
+
+    def check(self, breath: float = 0.0) -> bool:
+        """Whether it is as it was; see `Kept.is_unchanged`."""
+        is_unchanged = self.kept.is_unchanged(breath)
+        self.note(Event.FOUND_UNCHANGED if is_unchanged else Event.FOUND_CHANGED)
+        return is_unchanged
+
+
+class LoadCache:
+    """The loads that a process keeps, except those that calls have."""
+
+    def __init__(self, limits: Limits | None = None) -> None:
+        self.limits = limits or Limits()
+        self._entries: dict[Key, list[Entry]] = {}  # keys and copies in the order of their last release
         self._lock = threading.Lock()
-        self._is_out = True
-        self._was_untouched = False  # and so it is as long as nobody but us has it
+        self._evictor: _Evictor | None = None
 
-    @property
-    def is_ready(self) -> bool:
-        """Whether it is known already that this may be used again."""
-        return self._was_untouched
-
-    def lend(self) -> bool:
-        """Whether this may be used again: if everything is as it was noted."""
+    def acquire(self, key: Key) -> Entry | None:
+        """An unchanged load for the caller alone: a kept one, or a new one of the same publication. None if none is kept."""
         with self._lock:
-            untouched = self._was_untouched or self._is_untouched(0)
-            self._is_out, self._was_untouched = True, False
-            return untouched
+            copies = self._entries.get(key)
+            if not copies:
+                return None
+            entry = self._best_of(copies)
+            if entry is None:
+                reference, manifest = copies[0].reference, copies[0].manifest
+            else:
+                copies.remove(entry)
+        if entry is None:
+            return Entry.load(key, reference, manifest)
+        if entry.state is State.UNCHECKED:
+            entry.note(Event.CHECK_STARTED)
+            if not entry.check():
+                return None
+        entry.note(Event.ACQUIRED)
+        return entry
 
-    def take_back(self) -> None:
-        """A call that used this has ended."""
-        self.last_used = time.monotonic()
-        self._is_out = False
+    def _best_of(self, copies: list[Entry]) -> Entry | None:
+        """An unchanged copy. An unchecked one only if no further copy may be loaded, to be compared while another is used."""
+        unchanged = (entry for entry in copies if entry.state is State.UNCHANGED)
+        unchecked = (entry for entry in copies if entry.state is State.UNCHECKED and len(copies) >= self.limits.copies)
+        return next(itertools.chain(unchanged, unchecked), None)
 
-    def look_through(self) -> bool:
-        """Find out ahead of the next call what that would have to wait for; whether this is worth keeping."""
+    def release(self, entries: Iterable[Entry]) -> None:
+        """Keep the loads that a call has used, within the limits."""
+        evicted = []  # freed outside of the lock: it takes a while
         with self._lock:
-            if not (self._is_out or self._was_untouched):
-                self._was_untouched = self._is_untouched(BREATH_SECONDS)
-            return self._is_out or self._was_untouched
+            for entry in entries:
+                entry.note(Event.RELEASED)
+                entry.last_used = time.monotonic()
+                copies = [*self._entries.pop(entry.key, []), entry]
+                evicted.append(copies[: -self.limits.copies])
+                self._entries[entry.key] = copies[-self.limits.copies :]
+            while len(self._entries) > self.limits.publications:
+                evicted.append(self._entries.pop(next(iter(self._entries))))
+            if self._evictor is None or not self._evictor.is_alive():
+                self._evictor = _Evictor(self)
+                self._evictor.start()
+            self._evictor.released.set()
 
-    def note_state_once(self) -> None:
-        """Note how everything is, but for who refers to it: that was noted before anybody else could."""
-        if self._state is not None:
-            return
-        self._slots.note_modes()
-        self._state = self._look()
+    def validate(self) -> None:
+        """Compare what calls have released, so that the next call need not, and drop what was changed."""
+        with self._lock:
+            entries = [entry for copies in self._entries.values() for entry in copies]
+        for entry in entries:
+            with self._lock:
+                if entry.state is not State.UNCHECKED or entry not in self._entries.get(entry.key, ()):
+                    continue
+                entry.note(Event.CHECK_STARTED)
+            if not entry.check(self.limits.breath_seconds):
+                with self._lock:
+                    if entry in (copies := self._entries.get(entry.key, [])):
+                        copies.remove(entry)
 
-    def _is_untouched(self, breath: float) -> bool:
-        """`breath`: seconds for other threads between parts of this. The interpreter itself would make them wait for longer."""
-        try:
-            for is_same in self._comparisons():
-                if not is_same:
-                    return False
-                if breath:
-                    time.sleep(breath)
-        except Exception:  # members that are not the same were compared, as they like it
-            return False
-        return True
-
-    def _comparisons(self) -> Iterator[bool]:
-        yield from self._slots.are_same()
-        yield self._look() == self._state
-        yield self._count_references() == self._references
-
-    def _look(self) -> object:
-        return (
-            [getattr(module, "training", None) for module in self._others],  # a frozen program has none
-            list(map(version_of, self._tensors)),
-            [(tensor.requires_grad, tensor.grad is None) for tensor in self._tensors],
-        )
-
-    def _count_references(self) -> list[int]:
-        return list(map(sys.getrefcount, (*self._modules, *self._tensors)))
-
-
-def _each_once(tensors: Iterable[torch.Tensor | None]) -> list[torch.Tensor]:
-    return list({id(tensor): tensor for tensor in tensors if tensor is not None}.values())
-
-
-def _tensors_of(modules: Iterable[torch.nn.Module]) -> Iterable[torch.Tensor | None]:
-    for module in modules:
-        if isinstance(module, torch.jit.ScriptModule):
-            yield from programs.tensors_of(module)
-        else:
-            yield from module._parameters.values()
-            yield from module._buffers.values()
-
-
-_kept: dict[_Key, list[Kept]] = {}
-_lock = threading.Lock()
-
-
-class NotKept(Exception):
-    """This process has not kept what a call needs."""
-
-
-def _borrow(key: _Key) -> Kept | None:
-    """What is kept under `key`, for the caller alone: one that nobody has changed, or a new one like it."""
-    with _lock:
-        copies = _kept.get(key, [])
-        found = next((kept for kept in copies if kept.is_ready or len(copies) == COPIES), None)
-        if found is not None:
-            copies.remove(found)
-        elif copies:
-            model = copies[0].reference, copies[0].manifest
-        else:
-            return None
-    if found is not None:
-        return found if found.lend() else None
-    return _new(key, *model)
-
-
-def _new(key: _Key, reference: ray.ObjectRef[Any], manifest: Manifest) -> Kept:
-    _, target, requires_isolation = key
-    imported = len(sys.modules)
-    with collector_paused():
-        shared = load_shared(manifest, target, require_isolation=requires_isolation)
-        if len(sys.modules) > imported:
-            gc.collect(0)  # what failed during an import may refer to this call, and so to all that was loaded
-        return Kept(reference, manifest, shared)
-
-
-class Loans:
-    """The shared parts that one call uses, given back at its end."""
-
-    def __init__(self) -> None:
-        self._taken: list[tuple[_Key, Kept]] = []
-
-    def load(self, publication: Publication, device: str | None) -> Any:
-        """As `publication.load(device)`, around a shared part that this process has already, if nothing tells against it."""
-        content = publication.content()
-        reference, outer = content.reference, content.outer
-        key = reference.binary(), devices.resolve(device), publication.requires_isolation
-        kept = _borrow(key)
-        if kept is None:
-            manifest = manifest_of(reference)
-            if not (manifest.is_reusable and is_separable(manifest, outer)):
-                return publication.load(device)
-            publication.check_agreement()
-            kept = _new(key, reference, manifest)
-        return (
-            self._around(kept, key, publication, outer)
-            if is_separable(kept.manifest, outer)
-            else publication.load(device)
-        )
-
-    def load_kept(self, name: Name, device: str | None) -> Any:
-        """The same of a publication that is told by its name.
-
-        Raises:
-            NotKept: this process has not got it, or somebody changed it.
-        """
-        manifest, requires_isolation, packed = name
-        key = manifest, devices.resolve(device), requires_isolation
-        kept = _borrow(key)
-        if kept is None:
-            raise NotKept
-        publication = unpacked(kept.reference, packed)
-        outer = publication.content().outer
-        if not is_separable(kept.manifest, outer):
-            raise NotKept
-        return self._around(kept, key, publication, outer)
-
-    def _around(self, kept: Kept, key: _Key, publication: Publication, outer: Outer) -> Any:
-        pipeline = join(kept.manifest, outer, kept.shared, key[1])
-        kept.note_state_once()
-        live.note_load(pipeline, live.Origin(kept.reference, publication.shared_bytes, kept.marks))
-        self._taken.append((key, kept))
-        return pipeline
-
-    def give_back(self) -> None:
-        """Keep what was used for the next call."""
-        for key, kept in self._taken:
-            for root in kept.shared.roots:
-                live.forget(root)  # holds references that would keep the weights from being freed
-            kept.take_back()
-            with _lock:
-                copies = _kept.pop(key, [])
-                _kept[key] = [*copies, kept][-COPIES:]
-                while len(_kept) > MOST_KEPT:
-                    del _kept[next(iter(_kept))]
-        if self._taken:
-            _caretaker.wake()
-        self._taken = []
-
-
-class _Caretaker:
-    """A thread that looks through what was given back, and drops what was not used for a while: nobody tells a worker that a
-    publication was closed. It ends when nothing is kept.
-    """
-
-    def __init__(self) -> None:
-        self._thread: threading.Thread | None = None
-        self._given_back = threading.Event()
-
-    def wake(self) -> None:
-        self._given_back.set()
-        if self._thread is None or not self._thread.is_alive():
-            self._thread = threading.Thread(target=self._run, name="zerocopy-reuse", daemon=True)
-            self._thread.start()
-
-    def _run(self) -> None:
-        while self._drop_idle():
-            if self._given_back.wait(IDLE_SECONDS / 4):
-                self._given_back.clear()
-                time.sleep(REPLY_SECONDS)
-                self._look_through()
-
-    def _look_through(self) -> None:
-        with _lock:
-            found = [(key, kept) for key, copies in _kept.items() for kept in copies]
-        for key, kept in found:
-            if not kept.look_through():
-                _drop(key, kept)
-
-    def _drop_idle(self) -> bool:
-        """Whether anything is left to take care of."""
-        oldest = time.monotonic() - IDLE_SECONDS
-        with _lock:
-            idle = [key for key, copies in _kept.items() if all(kept.last_used < oldest for kept in copies)]
-            dropped = [_kept.pop(key) for key in idle]
-            if not _kept:
-                self._thread = None
-            is_left = bool(_kept)
-        del dropped  # outside of the lock: whatever goes with it takes its time
+    def evict_idle(self) -> bool:
+        """Drop the publications that no call has used recently. Returns whether any is left; without any the evictor ends."""
+        oldest = time.monotonic() - self.limits.idle_seconds
+        with self._lock:
+            idle = [key for key, copies in self._entries.items() if all(entry.last_used < oldest for entry in copies)]
+            evicted = [self._entries.pop(key) for key in idle]
+            is_left = bool(self._entries)
+            if not is_left:
+                self._evictor = None
+        del evicted  # outside of the lock: it takes a while
         return is_left
 
 
-def _drop(key: _Key, kept: Kept) -> None:
-    with _lock:
-        if kept in (copies := _kept.get(key, [])):
-            copies.remove(kept)
+class _Evictor(threading.Thread):
+    """Validates what calls have released, and evicts what is idle, until nothing is kept."""
+
+    def __init__(self, cache: LoadCache) -> None:
+        super().__init__(name="zerocopy-reuse", daemon=True)
+        self.released = threading.Event()
+        self._cache = cache
+
+    def run(self) -> None:
+        limits = self._cache.limits
+        while self._cache.evict_idle():
+            if self.released.wait(limits.idle_seconds / 4):
+                self.released.clear()
+                time.sleep(limits.reply_seconds)
+                self._cache.validate()
 
 
-_caretaker = _Caretaker()
+CACHE = LoadCache()
+
+
+class NotCached(Exception):
+    """This process keeps no unchanged load of the publication that a call names."""
+
+
+class CallLoads:
+    """The loads that one call uses. They are released at its end, unless it failed."""
+
+    def __init__(self, cache: LoadCache = CACHE) -> None:
+        self._cache = cache
+        self._entries: list[Entry] = []
+
+    def load(self, publication: Publication, device: str | None) -> Any:
+        """As `publication.load(device)`, but around a shared part that this process keeps, where it can be reused."""
+        content = publication.content()
+        reference, outer = content.reference, content.outer
+        key = Key(reference.binary(), devices.resolve(device), publication.requires_isolation)
+        entry = self._cache.acquire(key)
+        if entry is None:
+            manifest = manifest_of(reference)
+            if manifest.is_reusable and is_separable(manifest, outer):
+                publication.check_agreement()
+                entry = Entry.load(key, reference, manifest)
+        if entry is None or not is_separable(entry.manifest, outer):
+            return publication.load(device)
+        return self._join(entry, publication, outer)
+
+    def load_named(self, name: Name, device: str | None) -> Any:
+        """The same of a publication that is given by its name.
+
+        Raises:
+            NotCached: it cannot be loaded from what this process keeps.
+        """
+        manifest, requires_isolation, packed = name
+        entry = self._cache.acquire(Key(manifest, devices.resolve(device), requires_isolation))
+        if entry is None:
+            raise NotCached
+        publication = unpacked(entry.reference, packed)
+        outer = publication.content().outer
+        if not is_separable(entry.manifest, outer):
+            raise NotCached
+        return self._join(entry, publication, outer)
+
+    def _join(self, entry: Entry, publication: Publication, outer: Outer) -> Any:
+        pipeline = join(entry.manifest, outer, entry.shared, entry.key.device)
+        if entry.state is State.NEW:
+            entry.kept.record()  # now: joining may put modules into eval mode
+            entry.note(Event.JOINED)
+        live.note_load(pipeline, live.Origin(entry.reference, publication.shared_bytes, entry.marks))
+        self._entries.append(entry)
+        return pipeline
+
+    def release(self) -> None:
+        """Let later calls have the loads. Nothing may refer to the pipelines any more."""
+        if not self._entries:
+            return
+        for entry in self._entries:
+            for root in entry.shared.roots:
+                live.forget(root)  # what is known of it keeps the weights in the store
+        self._cache.release(self._entries)
+        self._entries = []

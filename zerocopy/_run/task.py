@@ -14,19 +14,10 @@ import wrapt
 from zerocopy._declare.fields import check_device_name
 from zerocopy._declare.pipeline import describe
 from zerocopy._run import short_calls
-from zerocopy._run.remote import (
-    UNKNOWN,
-    Parameters,
-    arriving,
-    check_in_flight,
-    check_options,
-    default_in_flight,
-    in_order,
-    is_shareable,
-    send,
-    travelling,
-)
-from zerocopy._run.worker import address_of, call, find, resolved, run, run_generator, run_short
+from zerocopy._run.arguments import copy_argument, pack_argument, pack_arguments, resolve_references
+from zerocopy._run.checks import PLACEHOLDER, Parameters, check_in_flight, check_options
+from zerocopy._run.results import default_in_flight, in_order
+from zerocopy._run.worker import address_of, call, find, run, run_generator, run_short
 from zerocopy._store import object_store
 from zerocopy.errors import ArgumentError, DeclarationError
 
@@ -148,12 +139,12 @@ class Task(_FunctionWrapper[P, R]):
         A generator function gives Ray's `ObjectRefGenerator`.
         """
         if object_store.is_running() and object_store.is_worker():
-            given, named = resolved(args, kwargs)
+            given, named = resolve_references(args, kwargs)
             result: R = call(self.__wrapped__, self._self_device, self._self_reuse, given, named)
             return result
         self._self_parameters.check(args, kwargs)
         object_store.require()
-        sent, named = send(args, kwargs)
+        sent, named = pack_arguments(args, kwargs)
         short = short_calls.shortened(sent, named) if self._self_may_be_short else None
         if short is not None:
             answer = ray.get(self._ray_function(run_short).remote(short))
@@ -175,7 +166,7 @@ class Task(_FunctionWrapper[P, R]):
             A reference to the result (a list of them with `num_returns`, a generator for a generator function).
         """
         self._self_parameters.check(args, kwargs)
-        ref: ray.ObjectRef[R] = self._submit(*send(args, kwargs))
+        ref: ray.ObjectRef[R] = self._submit(*pack_arguments(args, kwargs))
         return ref
 
     def options(self, **options: Any) -> Task[P, R]:
@@ -187,8 +178,8 @@ class Task(_FunctionWrapper[P, R]):
     def local(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Run in this process, on arguments that are copies or loaded as those of a remote call would be."""
         self._self_parameters.check(args, kwargs)
-        values = [_as_if_remote(value, self._self_device) for value in args]
-        named = {name: _as_if_remote(value, self._self_device) for name, value in kwargs.items()}
+        values = [copy_argument(value, self._self_device) for value in args]
+        named = {name: copy_argument(value, self._self_device) for name, value in kwargs.items()}
         return self.__wrapped__(*values, **named)
 
     def map(self, *args: Any, max_in_flight: int | None = None, **kwargs: Any) -> Iterator[R]:
@@ -211,11 +202,11 @@ class Task(_FunctionWrapper[P, R]):
                 hint=f"call {self.__name__}.remote() for each item.",
             )
         check_in_flight(max_in_flight)
-        self._self_parameters.check((*constant, UNKNOWN), kwargs)
+        self._self_parameters.check((*constant, PLACEHOLDER), kwargs)
         object_store.require()
-        sent, named = send(constant, kwargs)
+        sent, named = pack_arguments(constant, kwargs)
         limit = max_in_flight or default_in_flight()
-        return in_order(lambda item: self._submit([*sent, travelling(item)], named), items, limit, self.__name__)
+        return in_order(lambda item: self._submit([*sent, pack_argument(item)], named), items, limit, self.__name__)
 
     def _submit(self, args: list[Any], kwargs: dict[str, Any]) -> Any:
         object_store.require()
@@ -263,16 +254,6 @@ def _named(runs: Callable[..., Any], function: Callable[..., Any]) -> Callable[.
     return runner
 
 
-def _as_if_remote(value: Any, device: str | None) -> Any:
-    if not object_store.is_running():
-        return ray.cloudpickle.loads(ray.cloudpickle.dumps(value))
-    if isinstance(value, ray.ObjectRef):
-        return arriving(ray.get(value), device)
-    if is_shareable(value):
-        value = travelling(value)
-    return arriving(ray.get(ray.put(value)), device)
-
-
 @overload
 def task(function: Callable[P, R]) -> Task[P, R]: ...
 @overload
@@ -285,7 +266,7 @@ def task(function: Any = None, *, device: str | None = None, reuse: bool = True,
     Args:
         device: where pipelines are loaded; a field's own device wins.
         reuse: whether calls may share the modules that their worker process has loaded already, one call at a time, if
-            versions, slots and modes tell that nobody has changed them. Copied fields are fresh in every call.
+            versions, members and modes tell that nobody has changed them. Copied fields are fresh in every call.
         options: Ray's options for a task, such as `num_cpus`.
 
     Raises:

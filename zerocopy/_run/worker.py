@@ -9,13 +9,11 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import ray
-
 from zerocopy._compat.ray import is_pickled_by_value
 from zerocopy._load.publication import Publication
 from zerocopy._run import short_calls
-from zerocopy._run.remote import receive
-from zerocopy._run.reuse import Loans, NotKept
+from zerocopy._run.arguments import load_arguments
+from zerocopy._run.reuse import CallLoads, NotCached
 
 
 def run(target: Any, device: str | None, reuse: bool, *args: Any, **kwargs: Any) -> Any:
@@ -25,24 +23,24 @@ def run(target: Any, device: str | None, reuse: bool, *args: Any, **kwargs: Any)
 def call(function: Any, device: str | None, reuse: bool, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Call `function` with its arguments as they arrive; after an error nothing is kept for the next call."""
     if not reuse or inspect.isgeneratorfunction(function):
-        values, named = receive(args, kwargs, device)
+        values, named = load_arguments(args, kwargs, device)
         return function(*values, **named)
-    loans = Loans()
-    values, named = receive(args, kwargs, device, loans.load)
+    loads = CallLoads()
+    values, named = load_arguments(args, kwargs, device, loads.load)
     result = function(*values, **named)
     del values, named
-    loans.give_back()
+    loads.release()
     return result
 
 
 def run_short(target: Any, device: str | None, _: bool, call: bytes) -> Any:
     """The same for a call that names its publications: the answer to it, or that they are not known here."""
     values, named, names = short_calls.parts_of(call)
-    loans = Loans()
+    loads = CallLoads()
     try:
-        loaded = {place: loans.load_kept(name, device) for place, name in names.items()}
-    except NotKept:
-        loans.give_back()
+        loaded = {place: loads.load_named(name, device) for place, name in names.items()}
+    except NotCached:
+        loads.release()
         return short_calls.UNKNOWN
     for place, pipeline in loaded.items():
         if isinstance(place, int):
@@ -52,16 +50,16 @@ def run_short(target: Any, device: str | None, _: bool, call: bytes) -> Any:
     del loaded
     result = _function_of(target)(*values, **named)
     del values, named, pipeline
-    loans.give_back()
+    loads.release()
     return short_calls.answer_of(result)
 
 
 def run_generator(target: Any, device: str | None, reuse: bool, *args: Any, **kwargs: Any) -> Iterator[Any]:
-    loans = Loans()
-    values, named = receive(args, kwargs, device, loans.load if reuse else Publication.load)
+    loads = CallLoads()
+    values, named = load_arguments(args, kwargs, device, loads.load if reuse else Publication.load)
     yield from _function_of(target)(*values, **named)
     del values, named
-    loans.give_back()
+    loads.release()
 
 
 @functools.lru_cache(256)
@@ -85,10 +83,3 @@ def find(module: str, qualname: str) -> Any:
     for name in qualname.split("."):
         found = inspect.getattr_static(found, name)
     return found
-
-
-def resolved(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
-    """Arguments with the objects behind references, as Ray hands them to a task."""
-    values = [ray.get(value) if isinstance(value, ray.ObjectRef) else value for value in args]
-    named = {name: ray.get(value) if isinstance(value, ray.ObjectRef) else value for name, value in kwargs.items()}
-    return values, named

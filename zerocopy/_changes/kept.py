@@ -1,0 +1,86 @@
+"""Has a load that its process keeps changed, or does something else refer to it?
+
+Version counters, members and modes tell of changes. Reference counts tell whether a module or a tensor has escaped: whoever
+has it may change it at any later time.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from zerocopy._changes.members import HeldMembers, has_members
+from zerocopy._compat.torch import version_of
+from zerocopy._split import paths, programs
+
+
+class Kept:
+    """Modules and tensors of one load, and how they were. Keeps them alive."""
+
+    def __init__(self, roots: Sequence[Any], tensors: Iterable[torch.Tensor]) -> None:
+        """Count references now. Nobody but the load may have any yet, the caller's own variables included.
+
+        Args:
+            roots: what was loaded: modules, with all that they have registered, and tensors.
+            tensors: the tensors of the load.
+        """
+        self._modules = list(paths.registered_below(paths.modules_among(roots)).values())
+        self._tensors = _each_once([*tensors, *_tensors_of(self._modules)])
+        self._members = HeldMembers([vars(module) for module in self._modules if has_members(module)])
+        self._without_members = [module for module in self._modules if not has_members(module)]
+        self._references = self._count_references()
+        self._values: tuple[list[Any], ...] | None = None
+
+    def record(self) -> None:
+        """Record the modes and versions that everything has now. Until then it counts as changed."""
+        self._members.record_modes()
+        self._values = self._look()
+
+    def is_unchanged(self, breath: float = 0.0) -> bool:
+        """Whether everything is as recorded, and nobody else refers to any of it.
+
+        Args:
+            breath: seconds to sleep after each part, for other threads. The interpreter alone would let them wait longer.
+        """
+        try:
+            for part_is_unchanged in self._parts_unchanged():
+                if not part_is_unchanged:
+                    return False
+                if breath:
+                    time.sleep(breath)
+        except Exception:  # comparing a member with another one that took its place may raise anything
+            return False
+        return True
+
+    def _parts_unchanged(self) -> Iterator[bool]:
+        yield from self._members.parts_unchanged()
+        yield self._look() == self._values
+        yield self._count_references() == self._references
+
+    def _look(self) -> tuple[list[Any], ...]:
+        return (
+            [getattr(module, "training", None) for module in self._without_members],  # a frozen program has none
+            list(map(version_of, self._tensors)),
+            [(tensor.requires_grad, tensor.grad is None) for tensor in self._tensors],
+        )
+
+    def _count_references(self) -> list[int]:
+        return list(map(sys.getrefcount, (*self._modules, *self._tensors)))
+
+
+def _each_once(tensors: Iterable[torch.Tensor | None]) -> list[torch.Tensor]:
+    return list({id(tensor): tensor for tensor in tensors if tensor is not None}.values())
+
+
+def _tensors_of(modules: Iterable[nn.Module]) -> Iterator[torch.Tensor | None]:
+    for module in modules:
+        if isinstance(module, torch.jit.ScriptModule):
+            yield from programs.tensors_of(module)
+        else:
+            yield from module._parameters.values()
+            yield from module._buffers.values()

@@ -1,0 +1,118 @@
+"""What do modules hold by name, and is it unchanged?
+
+This is asked at every pass, and a step of Python for each module would be too slow. So whole lists are taken out of all
+modules, and compared.
+"""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+
+from zerocopy._compat.torch import hooks_registered
+
+Own: TypeAlias = dict[str, Any]  # the `__dict__` of a module
+
+_MEMBERS = ("_parameters", "_buffers", "_modules")
+_HOOKS = tuple(name for name, value in vars(nn.Module()).items() if isinstance(value, dict) and name not in _MEMBERS)
+_ALWAYS_THERE = {"training", *_MEMBERS, *_HOOKS}
+_training_of, _members_of, _hooks_of = (operator.itemgetter(*names) for names in (("training",), _MEMBERS, _HOOKS))
+_flatten = itertools.chain.from_iterable
+
+
+def has_members(module: nn.Module) -> bool:
+    """Whether a module keeps its own members: it is neither TorchScript nor a compiled module around another one."""
+    return not isinstance(module, torch.jit.ScriptModule) and vars(module).keys() >= _ALWAYS_THERE
+
+
+class Members:
+    """Parameters, buffers, children, tensors in attributes, modes and hooks of some modules. Keeps none of them alive."""
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        owns = list(map(vars, modules))
+        kinds = {cls for cls in set(map(type, _flatten(map(dict.values, owns)))) if issubclass(cls, torch.Tensor)}
+        self._attributes = [
+            (position, name)
+            for position, own in enumerate(owns if kinds else ())
+            for name, value in own.items()
+            if type(value) in kinds
+        ]
+        self._state = self._state_of(owns)
+        self._hooks = _Hooks(owns)
+
+    def is_unchanged(self, modules: Sequence[nn.Module]) -> bool:
+        """Whether the same modules hold what they held."""
+        owns = list(map(vars, modules))
+        return self._state_of(owns) == self._state and self._hooks.is_unchanged(owns)
+
+    def _state_of(self, owns: Sequence[Own]) -> tuple[list[Any], ...]:
+        attributes = [id(owns[position].get(name)) for position, name in self._attributes]
+        members = _names_and_ids(list(_flatten(map(_members_of, owns))))
+        return list(map(_training_of, owns)), list(map(len, owns)), *members, attributes
+
+
+class HeldMembers:
+    """Parameters, buffers, children, modes and hooks of some modules, and how many attributes they have.
+
+    Keeps all of it alive. So nothing has to be looked up, and values that are the same objects compare fast.
+    """
+
+    def __init__(self, owns: Sequence[Own]) -> None:
+        self._owns = owns
+        members: list[Own] = list(_flatten(map(_members_of, owns)))
+        self._empty = [held for held in members if not held]
+        self._filled = [held for held in members if held]
+        self._names = list(_flatten(self._filled))
+        self._values = list(_flatten(map(dict.values, self._filled)))
+        self._hooks = _Hooks(owns)
+        self.record_modes()
+
+    def record_modes(self) -> None:
+        """Record the modes that the modules are in now."""
+        self._modes = list(map(_training_of, self._owns))
+        self._counts = list(map(len, self._owns))
+
+    def parts_unchanged(self) -> Iterator[bool]:
+        """Whether each part is unchanged, one after the other. A part takes a fraction of a millisecond for a thousand modules.
+
+        Raises:
+            Exception: whatever the comparison of two values raises that are not the same object.
+        """
+        yield self._hooks.is_unchanged(self._owns)
+        yield list(map(_training_of, self._owns)) == self._modes and list(map(len, self._owns)) == self._counts
+        yield not any(self._empty)
+        yield list(_flatten(self._filled)) == self._names
+        yield list(_flatten(map(dict.values, self._filled))) == self._values
+
+
+class _Hooks:
+    """The hooks of some modules. There are many, so they are compared only if this process has registered one since."""
+
+    def __init__(self, owns: Iterable[Own]) -> None:
+        self._state = self._state_of(owns)
+        self._registered = hooks_registered()
+
+    def is_unchanged(self, owns: Iterable[Own]) -> bool:
+        registered = hooks_registered()
+        if registered == self._registered:
+            return True
+        if self._state_of(owns) != self._state:
+            return False
+        self._registered = registered
+        return True
+
+    @staticmethod
+    def _state_of(owns: Iterable[Own]) -> tuple[list[Any], ...]:
+        return _names_and_ids(filter(None, _flatten(map(_hooks_of, owns))))  # no two hooks have one name
+
+
+def _names_and_ids(dicts: Iterable[dict[Any, Any]]) -> tuple[list[Any], ...]:
+    """Of some dicts their sizes, and the names and the identities of their values one after the other."""
+    every = list(dicts)
+    filled = list(filter(None, every))
+    return list(map(len, every)), list(_flatten(filled)), list(map(id, _flatten(map(dict.values, filled))))

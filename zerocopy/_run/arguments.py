@@ -1,0 +1,72 @@
+"""How do arguments travel and arrive: pipelines and modules as publications, which are loaded where the code runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import ray
+import ray.cloudpickle
+from torch.export import ExportedProgram
+
+from zerocopy._declare.pipeline import is_pipeline_class
+from zerocopy._load import devices
+from zerocopy._load.publication import Publication
+from zerocopy._publish.publish import publish_automatically
+from zerocopy._split.paths import is_module
+from zerocopy._store import object_store
+
+Load: TypeAlias = Callable[[Publication, str | None], Any]
+
+
+def pack_argument(value: Any) -> Any:
+    """An argument as it is sent: a pipeline or a module becomes a publication.
+
+    Raises:
+        PublicationClosedError, PublicationLostError: it is a publication that cannot be loaded any more.
+    """
+    if is_module(value) or isinstance(value, ExportedProgram) or is_pipeline_class(type(value)):
+        return publish_automatically(value)
+    if isinstance(value, Publication) and value.closed:
+        value.content()  # raises what pickling it would
+    return value
+
+
+def load_argument(value: Any, device: str | None, load: Load = Publication.load) -> Any:
+    """An argument as the user's code receives it: a publication becomes a pipeline on the device of that code."""
+    if isinstance(value, Publication):
+        return load(value, device)
+    if is_pipeline_class(type(value)) and device is not None and object_store.is_running() and object_store.is_worker():
+        # Ray Data and Serve bring a pipeline that is loaded already, on the CPU.
+        return value if devices.resolve(device) == devices.CPU else publish_automatically(value).load(device)
+    return value
+
+
+def pack_arguments(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+    """The arguments of a call as they are sent."""
+    return [pack_argument(value) for value in args], {name: pack_argument(value) for name, value in kwargs.items()}
+
+
+def load_arguments(
+    args: Sequence[Any], kwargs: Mapping[str, Any], device: str | None, load: Load = Publication.load
+) -> tuple[list[Any], dict[str, Any]]:
+    """The arguments of a call as the user's code receives them."""
+    values = [load_argument(value, device, load) for value in args]
+    return values, {name: load_argument(value, device, load) for name, value in kwargs.items()}
+
+
+def resolve_references(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+    """The arguments of a call with the objects behind references, as Ray passes them to a task."""
+    values = [ray.get(value) if isinstance(value, ray.ObjectRef) else value for value in args]
+    named = {name: ray.get(value) if isinstance(value, ray.ObjectRef) else value for name, value in kwargs.items()}
+    return values, named
+
+
+def copy_argument(value: Any, device: str | None) -> Any:
+    """An argument for a call in this process: a copy, or loaded, as a remote call would receive it."""
+    if not object_store.is_running():
+        return ray.cloudpickle.loads(ray.cloudpickle.dumps(value))
+    if isinstance(value, ray.ObjectRef):
+        return load_argument(ray.get(value), device)
+    value = pack_argument(value)
+    return load_argument(ray.get(ray.put(value)), device)
