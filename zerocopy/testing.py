@@ -42,7 +42,7 @@ def assert_zero_copy(pipeline: Any) -> None:
     """
     for tensor in _tensors(pipeline):
         if tensor.nbytes and _origin(tensor)[0] != "store":
-            path = paths.find(pipeline, tensor, paths.name_of(pipeline))
+            path = paths.path_to(pipeline, tensor, paths.name_of(pipeline))
             raise AssertionError(f"{path} is not a view of the object store, but {tensor.nbytes:,} bytes of its own")
 
 

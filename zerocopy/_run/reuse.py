@@ -20,7 +20,7 @@ from zerocopy._changes.slots import HeldSlots, has_slots
 from zerocopy._changes.snapshot import LoadedMarks
 from zerocopy._compat.cpython import collector_paused
 from zerocopy._load import devices, live
-from zerocopy._load.load import Shared, is_separable, join, load_shared
+from zerocopy._load.load import SharedPart, is_separable, join, load_shared
 from zerocopy._load.publication import Publication, unpacked
 from zerocopy._run.short_calls import Name
 from zerocopy._split import paths, programs
@@ -39,7 +39,7 @@ _Key: TypeAlias = tuple[bytes, torch.device, bool]  # of a manifest its id, wher
 class Kept:
     """A loaded shared part, and how it was."""
 
-    def __init__(self, reference: ray.ObjectRef[Any], manifest: Manifest, shared: Shared) -> None:
+    def __init__(self, reference: ray.ObjectRef[Any], manifest: Manifest, shared: SharedPart) -> None:
         self.reference = reference
         self.manifest = manifest
         self.shared = shared

@@ -24,7 +24,7 @@ from zerocopy._store.manifest import Outer, Root, Skeleton
 from zerocopy._store.tensors import TensorTable, is_tensor_or_array, storage_of
 from zerocopy.errors import ArgumentError, CannotTravelError, DeviceError
 
-SMALL_PIECE = 4096
+SMALL_COMPONENT = 4096
 
 
 @attrs.frozen
@@ -42,8 +42,8 @@ class Introspection:
     devices: dict[int, tuple[str | None, ...]]  # declared devices of a storage's fields, where any is declared
     known: Known
     mutable: list[Any]  # modules, containers and other mutable objects of the shared skeleton
-    wholes: list[Any]  # shared tensors that had to be taken apart
-    pieces: list[Any]  # what they were taken apart into; to be kept as long as it may be recognized
+    composites: list[Any]  # shared tensors that had to be taken apart
+    components: list[Any]  # what they were taken apart into; to be kept as long as it may be recognized
 
 
 @attrs.frozen
@@ -115,7 +115,7 @@ def introspect(subject: Subject) -> Introspection:
         fields(type(pipeline))  # refuses stray declarations before anything is pickled
     name = paths.name_of(pipeline)
     first = subject.strip(Split.ROOTS)
-    names = [paths.find(pipeline, root, name) or name for root in first.roots]
+    names = [paths.path_to(pipeline, root, name) or name for root in first.roots]
     shared = strip(first.roots, zone=Zone.SHARED, split=Split.NOWHERE, names=names, replaced=subject.replaced)
     table, root_ends = _tabulate(shared)
     common = set(first.seen) & set(shared.seen)
@@ -144,8 +144,8 @@ def introspect(subject: Subject) -> Introspection:
         _declared_devices(pipeline, table),
         known,
         list(shared.seen.values()),
-        shared.wholes,
-        shared.pieces,
+        shared.composites,
+        shared.components,
     )
 
 
@@ -183,15 +183,15 @@ def fingerprint(roots: Sequence[Any]) -> tuple[object, ...]:
     if not loose:
         return ()
     stripped = strip(loose, zone=Zone.SHARED, split=Split.ROOTS, names=["shared"] * len(loose))
-    pieces = set(map(id, stripped.pieces))
-    parts = (_extent(obj) if id(obj) in pieces else id(obj) for obj in stripped.externals)
+    components = set(map(id, stripped.components))
+    parts = (_extent(obj) if id(obj) in components else id(obj) for obj in stripped.externals)
     return (stripped.payload, tuple(map(id, loose)), *parts)
 
 
-def _extent(piece: Any) -> object:
-    """What tells a piece from another: small ones may be made anew by each pickling, so their bytes do."""
-    source = storage_of(piece)
-    return source.to_bytes().tobytes() if source.nbytes <= SMALL_PIECE else source.key
+def _extent(component: Any) -> object:
+    """What tells a component from another: small ones may be made anew by each pickling, so their bytes do."""
+    source = storage_of(component)
+    return source.to_bytes().tobytes() if source.nbytes <= SMALL_COMPONENT else source.key
 
 
 def _encode(externals: Sequence[Any], table: TensorTable, known: Known, *, whole: bool) -> tuple[Any, ...]:
@@ -269,7 +269,7 @@ def _declared_devices(pipeline: Any, table: TensorTable) -> dict[int, tuple[str 
             device = field.device if field is not None and field.policy == "shared" else None
             devices.setdefault(table.specs[index].storage, {})[field_name] = device
     for storage_devices in devices.values():
-        _require_one_device(storage_devices, paths.name_of(pipeline))
+        _check_one_device(storage_devices, paths.name_of(pipeline))
     return {
         storage: tuple(dict.fromkeys(by_field.values()))
         for storage, by_field in devices.items()
@@ -277,7 +277,7 @@ def _declared_devices(pipeline: Any, table: TensorTable) -> dict[int, tuple[str 
     }
 
 
-def _require_one_device(by_field: dict[str, str | None], name: str) -> None:
+def _check_one_device(by_field: dict[str, str | None], name: str) -> None:
     declared = {device: field for field, device in by_field.items() if device is not None}
     if len(declared) > 1:
         (one, first), (two, second), *_ = declared.items()

@@ -64,4 +64,4 @@ def _found(obj: Any, copied: Collection[str]) -> Stripped:
 
 
 def _path(obj: Any, model: Any) -> str:
-    return (paths.find(obj, model, "") or f"<{type(model).__name__} {id(model):#x}>").removeprefix(".")
+    return (paths.path_to(obj, model, "") or f"<{type(model).__name__} {id(model):#x}>").removeprefix(".")

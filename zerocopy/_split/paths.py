@@ -130,7 +130,7 @@ def walk(root: object, name: str) -> Iterator[tuple[str, object]]:
         queue.extend((path + step, child) for step, child in _children(obj))
 
 
-def find(root: object, target: object, name: str) -> str | None:
+def path_to(root: object, target: object, name: str) -> str | None:
     """The shortest path from `root`, called `name`, to `target`."""
     return next((path for path, obj in walk(root, name) if obj is target), None)
 

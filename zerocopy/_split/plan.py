@@ -118,7 +118,7 @@ def _shared_entries(found: Introspection) -> Iterator[PlanEntry]:
     held_at = _tensor_paths(found, name)
     start = 0
     for root, end in zip(found.roots, found.root_ends, strict=True):
-        path = paths.find(found.pipeline, root, name) or name
+        path = paths.path_to(found.pipeline, root, name) or name
         indices = sorted({found.table.index[key] for key in _ids_below(root, path) if key in found.table.index})
         yield PlanEntry(
             path,

@@ -26,7 +26,7 @@ from torch.export import ExportedProgram
 from zerocopy._declare.fields import Field
 from zerocopy._declare.pipeline import fields, is_pipeline_class
 from zerocopy._split import export, paths, programs, reducers
-from zerocopy._split.modules import Reducer
+from zerocopy._split.modules import ModuleReducer
 from zerocopy._split.ordinary import Ordinary, external, set_attributes, strip_ordinary
 from zerocopy._split.roles import MODULES, SCALARS, Role, Roles, Slot, Switch, Zone
 from zerocopy._store.tensors import is_meta, is_plain
@@ -61,8 +61,8 @@ class Stripped:
     shared: set[int]  # ids of tensors met in the zone SHARED
     roots: list[Any]  # where the strip stopped for them, in order of their first appearance
     private_reasons: dict[int, tuple[Any, str]]  # what is in the zone SHARED but cannot be shared, by id
-    wholes: list[Any]  # tensors of the zone SHARED that were taken apart
-    pieces: list[Any]  # what they were taken apart into, where the pickler met it first: nobody else may hold it
+    composites: list[Any]  # tensors of the zone SHARED that were taken apart
+    components: list[Any]  # what they were taken apart into, where the pickler met it first: nobody else may hold it
     has_pipeline: bool
     seen: dict[int, Any]  # mutable objects inside the payload, by id
     memo_holder: Any  # keeps temporary objects alive: no id in `seen` is used twice
@@ -110,7 +110,7 @@ def strip(
         raise _cannot_travel(stripper.refused, objects, names, None)
     return Stripped(
         file.getvalue(), stripper.externals, ends, stripper.shared, stripper.roots, stripper.private_reasons,
-        stripper.wholes, stripper.pieces, stripper.has_pipeline, stripper.seen, stripper,
+        stripper.composites, stripper.components, stripper.has_pipeline, stripper.seen, stripper,
     )  # fmt: skip
 
 
@@ -142,7 +142,7 @@ class _Grafter(pickle.Unpickler):
 def _cannot_travel(
     culprit: object, objects: Sequence[Any], names: Sequence[str], error: Exception | None
 ) -> CannotTravelError:
-    found = (paths.find(obj, culprit, name) for obj, name in zip(objects, names, strict=True))
+    found = (paths.path_to(obj, culprit, name) for obj, name in zip(objects, names, strict=True))
     path = next(filter(None, found), f"{names[0]}, below one of its attributes")
     kind = type(culprit).__name__
     if is_meta(culprit):
@@ -184,8 +184,8 @@ class _Stripper(CloudPickler):  # type: ignore[misc]
         self.shared: set[int] = set()
         self.roots: list[Any] = []
         self.private_reasons: dict[int, tuple[Any, str]] = {}
-        self.wholes: list[Any] = []
-        self.pieces: list[Any] = []
+        self.composites: list[Any] = []
+        self.components: list[Any] = []
         self.has_pipeline = False
         self.seen: dict[int, Any] = {}
         self.last: object = None
@@ -195,7 +195,7 @@ class _Stripper(CloudPickler):  # type: ignore[misc]
         self._roles = Roles()
         self._visits: dict[int, int] = {}
         self._whole: Any = None
-        self._reduce_module = Reducer()
+        self._reduce_module = ModuleReducer()
 
     def persistent_id(self, obj: Any) -> int | None:
         cls = type(obj)
@@ -254,7 +254,7 @@ class _Stripper(CloudPickler):  # type: ignore[misc]
         if self.zone is Zone.SHARED:
             self.shared.add(id(obj))
             if self._whole is not None and id(obj) not in self._numbers:
-                self.pieces.append(obj)
+                self.components.append(obj)
         if id(obj) not in self._numbers and getattr(obj, "__dict__", None):
             self._number(obj)
             return None  # on to `reducer_override`, for its attributes
@@ -273,7 +273,7 @@ class _Stripper(CloudPickler):  # type: ignore[misc]
         if self.zone is not Zone.SHARED or not content.nbytes:
             return None
         self.shared.add(id(content))
-        self.pieces.append(content)
+        self.components.append(content)
         return self._number(content)
 
     def reducer_override(self, obj: Any) -> Any:
@@ -312,11 +312,11 @@ class _Stripper(CloudPickler):  # type: ignore[misc]
     def _take_apart(self, whole: Any) -> Any:
         reduced = reducers.reduce_array(whole) if isinstance(whole, np.ndarray) else reducers.reduce_tensor(whole)
         if self.zone is Zone.SHARED:
-            self.wholes.append(whole)
+            self.composites.append(whole)
         return self._between(reduced, whole)
 
     def _between(self, reduced: Any, whole: Any) -> Any:
-        """A reduction during which whatever is met for the first time is a piece of `whole`."""
+        """A reduction during which whatever is met for the first time is a component of `whole`."""
         function, arguments, *rest = reduced
         before, after = Switch(None, whole), Switch(None, self._whole)
         return (_between, (before, function, arguments, after), *rest)

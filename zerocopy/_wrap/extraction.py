@@ -41,7 +41,7 @@ def extract_tensors(module: nn.Module) -> tuple[nn.Module, Tensors]:
             hint="use ModelWrapper, or JITModelWrapper for TorchScript.",
         )
     name = paths.name_of(module)
-    # In the zone SHARED pieces of what is no plain tensor are told apart: these stay in the skeleton.
+    # In the zone SHARED components of what is no plain tensor are told apart: these stay in the skeleton.
     stripped = strip([module], zone=Zone.SHARED, split=Split.NOWHERE, names=[name], number_code=True)
     contents: dict[int, Any] = {}
     tensors: Tensors = []
@@ -50,7 +50,7 @@ def extract_tensors(module: nn.Module) -> tuple[nn.Module, Tensors]:
         for tensor in (tensor for slots in held.values() for tensor in slots.values()):
             contents.setdefault(id(tensor), _content(tensor))
         tensors.append({kind: {name: contents[id(t)] for name, t in slots.items()} for kind, slots in held.items()})
-    blanks = [_blank(obj) if id(obj) in contents else _private(obj) for obj in stripped.externals]
+    blanks = [_on_meta(obj) if id(obj) in contents else _private(obj) for obj in stripped.externals]
     (skeleton,) = graft(stripped.payload, blanks)
     return skeleton, tensors
 
@@ -112,14 +112,14 @@ def _members(module: nn.Module) -> Iterator[dict[str, MutableMapping[str, Any]]]
         yield {kind: {} if compiled else vars(part)[attribute] for kind, attribute in _MEMBERS.items()}
 
 
-def _blank(tensor: Any) -> Any:
+def _on_meta(tensor: Any) -> Any:
     """A tensor on the meta device that remembers all but the contents. Its attributes come with the skeleton."""
     empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
     return torch.Tensor._make_subclass(type(tensor), empty, tensor.requires_grad)
 
 
 def _private(obj: Any) -> Any:
-    """What a skeleton keeps for itself: a tensor or an array that is no parameter or buffer, or a piece of one."""
+    """What a skeleton keeps for itself: a tensor or an array that is no parameter or buffer, or a component of one."""
     if isinstance(obj, np.ndarray):
         return obj.copy(order="K")
     if not isinstance(obj, torch.Tensor):
