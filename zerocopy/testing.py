@@ -49,11 +49,10 @@ def assert_zero_copy(pipeline: Any) -> None:
 def _tensors(obj: Any) -> list[Any]:
     if is_tensor_or_array(obj):
         return [obj]
-    name = paths.name_of(obj)
     parts = [obj]
     if is_pipeline_class(type(obj)):
-        parts = strip([obj], zone=Zone.AUTO, split=Split.ROOTS, names=[name]).roots
-    stripped = strip(parts, zone=Zone.SHARED, split=Split.NOWHERE, names=[name] * len(parts))
+        parts = strip([obj], zone=Zone.AUTO, split=Split.ROOTS).roots
+    stripped = strip(parts, zone=Zone.SHARED, split=Split.NOWHERE, within=obj)
     return [external for external in stripped.externals if is_tensor_or_array(external)]
 
 

@@ -73,7 +73,7 @@ def strip(
     *,
     zone: Zone,
     split: Split,
-    names: Sequence[str],
+    within: Any = None,
     copied: Mapping[int, Collection[str]] | None = None,
     replaced: Mapping[int, Any] | None = None,
     number_code: bool = False,
@@ -82,7 +82,7 @@ def strip(
 
     Args:
         split: where to stop, beside at tensors.
-        names: what paths into each object start with, for errors.
+        within: what holds the objects, for the path in an error. By default each of them is taken for itself.
         copied: attributes to treat as `copied()` fields, by the id of the object that has them.
         replaced: objects to pickle in the place of others, by the id of these.
         number_code: write numbers for classes and functions too: what is grafted in this process again must not make
@@ -105,9 +105,9 @@ def strip(
     except ZeroCopyError:
         raise
     except Exception as error:
-        raise _cannot_travel(stripper.last, objects, names, error) from error
+        raise _cannot_travel(stripper.last, objects, within, error) from error
     if stripper.refused is not None:
-        raise _cannot_travel(stripper.refused, objects, names, None)
+        raise _cannot_travel(stripper.refused, objects, within, None)
     return Stripped(
         file.getvalue(), stripper.externals, ends, stripper.shared, stripper.roots, stripper.private_reasons,
         stripper.composites, stripper.components, stripper.has_pipeline, stripper.seen, stripper,
@@ -139,11 +139,10 @@ class _Grafter(pickle.Unpickler):
         )
 
 
-def _cannot_travel(
-    culprit: object, objects: Sequence[Any], names: Sequence[str], error: Exception | None
-) -> CannotTravelError:
-    found = (paths.path_to(obj, culprit, name) for obj, name in zip(objects, names, strict=True))
-    path = next(filter(None, found), f"{names[0]}, below one of its attributes")
+def _cannot_travel(culprit: object, objects: Sequence[Any], within: Any, error: Exception | None) -> CannotTravelError:
+    holders = objects if within is None else [within, *objects]
+    found = (paths.path_to(holder, culprit, paths.name_of(holder)) for holder in holders)
+    path = next(filter(None, found), f"{paths.name_of(holders[0])}, below one of its attributes")
     kind = type(culprit).__name__
     if is_meta(culprit):
         return CannotTravelError(

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from zerocopy._split import paths
 from zerocopy._split.paths import is_module
 from zerocopy._split.roles import Zone
 from zerocopy._split.skeleton import Split, graft, strip
@@ -40,9 +39,8 @@ def extract_tensors(module: nn.Module) -> tuple[nn.Module, Tensors]:
             f"extract_tensors expects an nn.Module, got {type(module).__name__!r}.",
             hint="use ModelWrapper, or JITModelWrapper for TorchScript.",
         )
-    name = paths.name_of(module)
     # In the zone SHARED components of what is no plain tensor are told apart: these stay in the skeleton.
-    stripped = strip([module], zone=Zone.SHARED, split=Split.NOWHERE, names=[name], number_code=True)
+    stripped = strip([module], zone=Zone.SHARED, split=Split.NOWHERE, number_code=True)
     contents: dict[int, Any] = {}
     tensors: Tensors = []
     for members in _members(module):

@@ -133,8 +133,7 @@ def _exposed(model: Any, method_names: Sequence[str] | None) -> tuple[str, ...]:
 def moved(pipeline: Any, device: Any) -> Any:
     """A task-mode pipeline, its models loaded on `device` in their tasks."""
     if device is not None:
-        name = paths.name_of(pipeline)
-        inside = strip([pipeline], zone=Zone.AUTO, split=Split.NOWHERE, names=[name]).seen.values()
+        inside = strip([pipeline], zone=Zone.AUTO, split=Split.NOWHERE).seen.values()
         for found in inside:
             if type(found) is RemoteModel:
                 found._device = device
