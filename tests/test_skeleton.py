@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 def through_bytes(obj: Any, zone: Zone = Zone.SHARED) -> Any:
     """Strip, describe, rebuild over copies of the storages' bytes, and graft."""
-    stripped = strip([obj], zone=zone, split=Split.NOWHERE, names=["obj"])
+    stripped = strip([obj], zone=zone, split=Split.NOWHERE)
     table = TensorTable()
     for external in stripped.externals[1:]:
         table.add(external)

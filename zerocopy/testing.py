@@ -41,18 +41,17 @@ def assert_zero_copy(pipeline: Any) -> None:
     files = _store_files()
     for tensor in tensors:
         if tensor.nbytes and _origin(tensor, files)[0] != "store":
-            path = paths.find(pipeline, tensor, paths.name_of(pipeline))
+            path = paths.path_to(pipeline, tensor, paths.name_of(pipeline))
             raise AssertionError(f"{path} is not a view of the object store, but {tensor.nbytes:,} bytes of its own")
 
 
 def _tensors(obj: Any) -> list[Any]:
     if is_tensor_or_array(obj):
         return [obj]
-    name = paths.name_of(obj)
     parts = [obj]
     if is_pipeline_class(type(obj)):
-        parts = strip([obj], zone=Zone.AUTO, split=Split.ROOTS, names=[name]).roots
-    stripped = strip(parts, zone=Zone.SHARED, split=Split.NOWHERE, names=[name] * len(parts))
+        parts = strip([obj], zone=Zone.AUTO, split=Split.ROOTS).roots
+    stripped = strip(parts, zone=Zone.SHARED, split=Split.NOWHERE, within=obj)
     return [external for external in stripped.externals if is_tensor_or_array(external)]
 
 

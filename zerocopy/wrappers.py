@@ -14,7 +14,7 @@ from zerocopy._split.models import is_model, models_of
 from zerocopy._split.programs import PROGRAMS
 from zerocopy._store import object_store
 from zerocopy._wrap.prepare import ModelInfo, attributes_to_copy, moved, prepare_for_actors, prepare_for_tasks
-from zerocopy._wrap.remote_model import RemoteModel, described, on_device
+from zerocopy._wrap.remote_model import RemoteModel, on_device, weights_and_methods
 from zerocopy.errors import ArgumentError, ModeError
 
 T = TypeVar("T")
@@ -116,7 +116,7 @@ class ModelWrapper(Generic[T]):
 
     def _published(self) -> Publication:
         if isinstance(self._skeleton, RemoteModel):
-            return described(self._skeleton)[0]
+            return weights_and_methods(self._skeleton)[0]
         return self._skeleton
 
     @property

@@ -140,7 +140,7 @@ def _decorate(cls: Any, *, kw_only: bool) -> Any:
         check_device_name(marker.device, f"Field {name!r} of {cls.__name__}")
     init_class = class_with_own_init(cls)
     if init_class is not None:
-        _refuse_init_options(cls, markers, init_class, kw_only)
+        _check_init_options(cls, markers, init_class, kw_only)
     defaults = {name: vars(cls)[name] for name, marker in markers.items() if _has_class_value(cls, name)}
     for name in markers:
         if isinstance(vars(cls).get(name), Marker):
@@ -177,7 +177,7 @@ def class_with_own_init(cls: type) -> type | None:
     return None if props is not None and props.added_init else owner
 
 
-def _refuse_init_options(cls: type, markers: Mapping[str, Marker], init_class: type, kw_only: bool) -> None:
+def _check_init_options(cls: type, markers: Mapping[str, Marker], init_class: type, kw_only: bool) -> None:
     refused = [f"{option!r} of field {name!r}" for name, marker in markers.items() for option in marker.init_options()]
     if kw_only:
         refused.append("'kw_only'")

@@ -18,7 +18,7 @@ from zerocopy.errors import DeviceError
 
 
 @attrs.frozen(eq=False)
-class Shared:
+class SharedPart:
     """What loads of one publication could have in common: its shared tensors by index, its roots, and their memory."""
 
     tensors: Mapping[int, Any]
@@ -61,7 +61,7 @@ def is_separable(manifest: Manifest, outer: Outer) -> bool:
     return outer.has_roots() and all(spec.storage >= len(manifest.location_rows) for spec in outer.specs)
 
 
-def load_shared(manifest: Manifest, target: torch.device, *, require_isolation: bool) -> Shared:
+def load_shared(manifest: Manifest, target: torch.device, *, require_isolation: bool) -> SharedPart:
     """Load what is shared.
 
     Raises:
@@ -71,10 +71,10 @@ def load_shared(manifest: Manifest, target: torch.device, *, require_isolation: 
     memory = StoredMemory(manifest, range(len(manifest.location_rows)), require_isolation=require_isolation)
     by_storage = _devices_of(range(len(manifest.location_rows)), manifest.devices, target)
     tensors = dict(enumerate(rebuild(rows, memory.regions(by_storage), by_storage)))
-    return Shared(tensors, graft_skeleton(manifest.skeleton, tensors, ()), memory)
+    return SharedPart(tensors, graft_skeleton(manifest.skeleton, tensors, ()), memory)
 
 
-def join(manifest: Manifest, outer: Outer, shared: Shared, target: torch.device) -> Any:
+def join(manifest: Manifest, outer: Outer, shared: SharedPart, target: torch.device) -> Any:
     """The pipeline around what is shared, with fresh copies of the rest."""
     tensors: Any = shared.tensors
     if outer.specs:

@@ -78,7 +78,7 @@ def reach(values: Sequence[Any], tensors: Sequence[Any]) -> set[int]:
     memory = {
         storage_of(tensor).key: position for position, tensor in enumerate(tensors)
     }  # programs hold them by alias
-    stripped = strip(list(values), zone=Zone.SHARED, split=Split.NOWHERE, names=["fields"] * len(values))
+    stripped = strip(list(values), zone=Zone.SHARED, split=Split.NOWHERE)
     found = [obj for obj in stripped.externals if is_tensor_or_array(obj)]
     by_memory = {memory.get(storage_of(obj).key) for obj in found} | {index.get(id(obj)) for obj in found}
     return {position for position in by_memory if position is not None}

@@ -19,7 +19,7 @@ from zerocopy._compat.torch import base_of, id_of_storage, storage_use_count
 from zerocopy._split.introspect import Introspection
 from zerocopy._store.mapping import Mapped, map_private
 from zerocopy._store.read import buffers_of, manifest_of
-from zerocopy._store.tensors import Storage, TensorSpec, base_over, describe, strided
+from zerocopy._store.tensors import Storage, TensorSpec, base_over, spec_of, strided
 from zerocopy._store.write import Placement
 
 
@@ -35,7 +35,7 @@ class Adoption:
             base = base_of(tensor) if isinstance(tensor, torch.Tensor) else None
             if base is not None:  # only its views refer to this tensor
                 self._views[spec.storage].setdefault(
-                    id(base), (base, describe(base, spec.storage, self._storages[spec.storage]))
+                    id(base), (base, spec_of(base, spec.storage, self._storages[spec.storage]))
                 )
         self._movable = {i for i, storage in enumerate(self._storages) if self._is_movable(i, storage)}
         self._mapped: list[tuple[ray.ObjectRef[Any], Mapped]] = []

@@ -27,14 +27,14 @@ class _Weights:
 
     Attributes:
         placements: where storages are, by their key, in the process that wrote them.
-        pieces: of tensors that were taken apart. They stay alive, so that their ids and storages mean them.
+        components: of tensors that were taken apart. They stay alive, so that their ids and storages mean them.
     """
 
     manifest: ray.ObjectRef[Any]
     shared_bytes: int
     known: Known
     snapshot: Snapshot
-    pieces: list[Any]
+    components: list[Any]
     placements: Mapping[object, Placement] = attrs.field(factory=dict)
     session: object = attrs.field(factory=object_store.session)
 
@@ -89,7 +89,7 @@ class OwnWeights(_Weights):
             shared_bytes=_shared_bytes(found),
             known=found.known,
             snapshot=snapshot,
-            pieces=found.pieces,
+            components=found.components,
             placements={found.table.storages[index].key: place for index, place in writer.placements.items()},
             skeleton=found.shared,
             specs=tuple(found.table.specs),
@@ -134,7 +134,7 @@ class ForeignWeights(_Weights):
             shared_bytes=origin.shared_bytes,
             known=known,
             snapshot=_snapshot(found),
-            pieces=found.pieces,
+            components=found.components,
         )
 
     def outer_if_same(self, found: Introspection) -> Outer | None:
@@ -221,7 +221,7 @@ def _is_reusable(found: Introspection) -> bool:
 
 
 def _snapshot(found: Introspection) -> Snapshot:
-    return Snapshot(found.table, found.wholes, found.mutable)
+    return Snapshot(found.table, found.composites, found.mutable)
 
 
 def _shared_bytes(found: Introspection) -> int:

@@ -24,7 +24,7 @@ from zerocopy._store.manifest import Outer, Root, Skeleton
 from zerocopy._store.tensors import TensorTable, is_tensor_or_array, storage_of
 from zerocopy.errors import ArgumentError, CannotTravelError, DeviceError
 
-SMALL_PIECE = 4096
+SMALL_COMPONENT = 4096
 
 
 @attrs.frozen
@@ -38,12 +38,14 @@ class Introspection:
     roots: list[Any]
     root_ends: list[int]  # number of storages in the table after each root
     entangled: str | None  # the path of an object reachable from both sides
-    private_reasons: list[tuple[Any, str]]
+    private_reasons: Mapping[
+        int, tuple[Any, str]
+    ]  # shared objects that have private memory wherever loaded, and why, by id
     devices: dict[int, tuple[str | None, ...]]  # declared devices of a storage's fields, where any is declared
     known: Known
     mutable: list[Any]  # modules, containers and other mutable objects of the shared skeleton
-    wholes: list[Any]  # shared tensors that had to be taken apart
-    pieces: list[Any]  # what they were taken apart into; to be kept as long as it may be recognized
+    composites: list[Any]  # shared tensors that had to be taken apart
+    components: list[Any]  # what they were taken apart into; to be kept as long as it may be recognized
 
 
 @attrs.frozen
@@ -98,9 +100,8 @@ class Subject:
 
     def strip(self, split: Split) -> Stripped:
         objects = [self.pipeline, *([list(self.to_eval)] if self.to_eval else [])]
-        names = [paths.name_of(self.pipeline)] * len(objects)
         copied = {id(self.pipeline): self.copied}
-        return strip(objects, zone=Zone.AUTO, split=split, names=names, copied=copied, replaced=self.replaced)
+        return strip(objects, zone=Zone.AUTO, split=split, within=self.pipeline, copied=copied, replaced=self.replaced)
 
 
 def introspect(subject: Subject) -> Introspection:
@@ -113,13 +114,11 @@ def introspect(subject: Subject) -> Introspection:
     pipeline = subject.pipeline
     if is_pipeline_class(type(pipeline)):
         fields(type(pipeline))  # refuses stray declarations before anything is pickled
-    name = paths.name_of(pipeline)
     first = subject.strip(Split.ROOTS)
-    names = [paths.find(pipeline, root, name) or name for root in first.roots]
-    shared = strip(first.roots, zone=Zone.SHARED, split=Split.NOWHERE, names=names, replaced=subject.replaced)
+    shared = strip(first.roots, zone=Zone.SHARED, split=Split.NOWHERE, within=pipeline, replaced=subject.replaced)
     table, root_ends = _tabulate(shared)
     common = set(first.seen) & set(shared.seen)
-    entangled = _entanglement(pipeline, first, shared, common - set(subject.replaced), names)
+    entangled = _entanglement(pipeline, first, shared, common - set(subject.replaced))
     mutable = _lasting(shared) - set(subject.replaced) if entangled is None else frozenset[int]()
     roots = {id(root): position for position, root in enumerate(first.roots)}
     known = Known(
@@ -127,7 +126,7 @@ def introspect(subject: Subject) -> Introspection:
         table.storage_index,
         roots,
         mutable,
-        fingerprint(first.roots),
+        _fingerprint(pipeline, first.roots),
         len(table.specs),
         len(table.storages),
         entangled is not None,
@@ -140,12 +139,12 @@ def introspect(subject: Subject) -> Introspection:
         first.roots,
         root_ends,
         entangled,
-        list(shared.private_reasons.values()),
+        shared.private_reasons,
         _declared_devices(pipeline, table),
         known,
         list(shared.seen.values()),
-        shared.wholes,
-        shared.pieces,
+        shared.composites,
+        shared.components,
     )
 
 
@@ -158,7 +157,10 @@ def make_outer(pipeline: Any, known: Known) -> Outer:
     """
     subject = Subject(pipeline)
     stripped = subject.strip(Split.ROOTS)
-    if not all(id(root) in known.roots for root in stripped.roots) or fingerprint(stripped.roots) != known.loose:
+    if (
+        not all(id(root) in known.roots for root in stripped.roots)
+        or _fingerprint(pipeline, stripped.roots) != known.loose
+    ):
         raise UnknownRoot
     return _outer_of(subject, known, stripped)
 
@@ -174,7 +176,7 @@ def _outer_of(subject: Subject, known: Known, stripped: Stripped) -> Outer:
     return Outer(skeleton, tuple(private.specs), storages)
 
 
-def fingerprint(roots: Sequence[Any]) -> tuple[object, ...]:
+def _fingerprint(pipeline: Any, roots: Sequence[Any]) -> tuple[object, ...]:
     """What tells a change of the shared roots that are neither modules nor tensors: dicts, lists, objects of any class.
 
     No counter tells of theirs, so they are pickled anew, down to the modules and tensors in them.
@@ -182,16 +184,16 @@ def fingerprint(roots: Sequence[Any]) -> tuple[object, ...]:
     loose = [root for root in roots if not isinstance(root, nn.Module) and not is_tensor_or_array(root)]
     if not loose:
         return ()
-    stripped = strip(loose, zone=Zone.SHARED, split=Split.ROOTS, names=["shared"] * len(loose))
-    pieces = set(map(id, stripped.pieces))
-    parts = (_extent(obj) if id(obj) in pieces else id(obj) for obj in stripped.externals)
+    stripped = strip(loose, zone=Zone.SHARED, split=Split.ROOTS, within=pipeline)
+    components = set(map(id, stripped.components))
+    parts = (_extent(obj) if id(obj) in components else id(obj) for obj in stripped.externals)
     return (stripped.payload, tuple(map(id, loose)), *parts)
 
 
-def _extent(piece: Any) -> object:
-    """What tells a piece from another: small ones may be made anew by each pickling, so their bytes do."""
-    source = storage_of(piece)
-    return source.to_bytes().tobytes() if source.nbytes <= SMALL_PIECE else source.key
+def _extent(component: Any) -> object:
+    """What tells a component from another: small ones may be made anew by each pickling, so their bytes do."""
+    source = storage_of(component)
+    return source.to_bytes().tobytes() if source.nbytes <= SMALL_COMPONENT else source.key
 
 
 def _encode(externals: Sequence[Any], table: TensorTable, known: Known, *, whole: bool) -> tuple[Any, ...]:
@@ -222,22 +224,17 @@ def _tabulate(shared: Stripped) -> tuple[TensorTable, list[int]]:
     return table, root_ends
 
 
-def _entanglement(
-    pipeline: Any, outer: Stripped, shared: Stripped, common: set[int], names: Sequence[str]
-) -> str | None:
+def _entanglement(pipeline: Any, outer: Stripped, shared: Stripped, common: set[int]) -> str | None:
     """The path of something that is to be one object, but would be in both skeletons."""
+    name = paths.name_of(pipeline)
     if shared.has_pipeline:
-        below = (found for root, name in zip(outer.roots, names, strict=True) for found in paths.walk(root, name))
-        return next((path for path, obj in below if _is_pipeline(obj)), names[0])
+        starts = paths.paths_to(pipeline, outer.roots, name)
+        below = (found for root in outer.roots for found in paths.walk(root, starts.get(id(root), name)))
+        return next((path for path, obj in below if is_pipeline_class(type(obj))), name)
     if not common:
         return None
-    name = paths.name_of(pipeline)
     walked = paths.walk(pipeline, name)
     return next((path for path, obj in walked if id(obj) in common and outer.seen[id(obj)] is obj), name)
-
-
-def _is_pipeline(obj: object) -> bool:
-    return is_pipeline_class(type(obj))
 
 
 def _lasting(stripped: Stripped) -> frozenset[int]:
@@ -262,14 +259,14 @@ def _declared_devices(pipeline: Any, table: TensorTable) -> dict[int, tuple[str 
     for field_name, value in paths.attributes_of(pipeline).items():
         field = declared.get(field_name)
         try:
-            reached = _reach(value, table.index, field_name)
+            below = strip([value], zone=Zone.SHARED, split=Split.NOWHERE).externals
         except CannotTravelError:  # left out by the class' own way to pickle itself
             continue
-        for index in reached:
-            device = field.device if field is not None and field.policy == "shared" else None
+        device = field.device if field is not None and field.policy == "shared" else None
+        for index in {table.index[id(obj)] for obj in below if id(obj) in table.index}:
             devices.setdefault(table.specs[index].storage, {})[field_name] = device
     for storage_devices in devices.values():
-        _require_one_device(storage_devices, paths.name_of(pipeline))
+        _check_one_device(storage_devices, paths.name_of(pipeline))
     return {
         storage: tuple(dict.fromkeys(by_field.values()))
         for storage, by_field in devices.items()
@@ -277,7 +274,7 @@ def _declared_devices(pipeline: Any, table: TensorTable) -> dict[int, tuple[str 
     }
 
 
-def _require_one_device(by_field: dict[str, str | None], name: str) -> None:
+def _check_one_device(by_field: dict[str, str | None], name: str) -> None:
     declared = {device: field for field, device in by_field.items() if device is not None}
     if len(declared) > 1:
         (one, first), (two, second), *_ = declared.items()
@@ -285,9 +282,3 @@ def _require_one_device(by_field: dict[str, str | None], name: str) -> None:
             f"Fields {first!r} and {second!r} of {name} share memory but declare the devices {one!r} and {two!r}.",
             hint="give tied fields one device.",
         )
-
-
-def _reach(value: Any, index: dict[int, int], name: str) -> set[int]:
-    """Indices of the tensors that can be reached from `value`."""
-    stripped = strip([value], zone=Zone.SHARED, split=Split.NOWHERE, names=[name])
-    return {index[id(obj)] for obj in stripped.externals if id(obj) in index}

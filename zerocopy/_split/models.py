@@ -27,7 +27,11 @@ def models_of(obj: Any, copied: Collection[str] = ()) -> dict[str, Any]:
     Raises:
         CannotTravelError: something around the models cannot leave the process; the error names its path.
     """
-    return {"model": obj} if is_model(obj) else {_path(obj, root): root for root in _found(obj, copied).roots}
+    if is_model(obj):
+        return {"model": obj}
+    roots = _found(obj, copied).roots
+    found = paths.paths_to(obj, roots, "")
+    return {found.get(id(root), f"<{type(root).__name__} {id(root):#x}>").removeprefix("."): root for root in roots}
 
 
 def callable_models(models: dict[str, Any]) -> dict[str, Any]:
@@ -60,8 +64,4 @@ def models_in_train_mode(obj: Any) -> list[nn.Module]:
 
 
 def _found(obj: Any, copied: Collection[str]) -> Stripped:
-    return strip([obj], zone=Zone.AUTO, split=Split.MODULES, names=[paths.name_of(obj)], copied={id(obj): copied})
-
-
-def _path(obj: Any, model: Any) -> str:
-    return (paths.find(obj, model, "") or f"<{type(model).__name__} {id(model):#x}>").removeprefix(".")
+    return strip([obj], zone=Zone.AUTO, split=Split.MODULES, copied={id(obj): copied})

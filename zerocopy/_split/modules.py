@@ -40,7 +40,7 @@ _OWN_HOOKS = _most_references(_hooks_of(_members))
 _OWN = sys.getrefcount(_members["_modules"])
 
 
-class Reducer:
+class ModuleReducer:
     """Reduces modules to their differences from a blank one; what it finds out of their classes holds for one pickling."""
 
     def __init__(self) -> None:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from zerocopy._compat.ray import CloudPickler
 from zerocopy._split import reducers
-from zerocopy._split.modules import Reducer
+from zerocopy._split.modules import ModuleReducer
 from zerocopy._split.roles import SCALARS, Role, Roles
 from zerocopy._store.tensors import is_meta, is_plain
 
@@ -54,7 +54,7 @@ def strip_ordinary(objects: Sequence[Any]) -> Ordinary:
         Exception: whatever pickle or the objects raise; the long way tells where.
     """
     file = io.BytesIO()
-    stripper = _Stripper(file)
+    stripper = _ShortStripper(file)
     ends = []
     for obj in objects:
         stripper.dump(obj)
@@ -69,12 +69,12 @@ def _seen(stripper: Any) -> dict[int, Any]:
     return {id(obj): obj for obj in written if type(obj) in mutable}
 
 
-class _Stripper(CloudPickler):  # type: ignore[misc]
+class _ShortStripper(CloudPickler):  # type: ignore[misc]
     def __init__(self, file: io.BytesIO) -> None:
-        super().__init__(file, protocol=5, buffer_callback=_refuse)
+        super().__init__(file, protocol=5, buffer_callback=_not_ordinary)
         self.externals: list[Any] = [None]
         self.roles = Roles()
-        self._reduce_module = Reducer()
+        self._reduce_module = ModuleReducer()
 
     def reducer_override(self, obj: Any) -> Any:
         role = self.roles[type(obj)]
@@ -95,5 +95,5 @@ class _Stripper(CloudPickler):  # type: ignore[misc]
         raise NotOrdinary
 
 
-def _refuse(_: pickle.PickleBuffer) -> Any:
+def _not_ordinary(_: pickle.PickleBuffer) -> Any:
     raise NotOrdinary

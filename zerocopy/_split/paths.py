@@ -130,9 +130,22 @@ def walk(root: object, name: str) -> Iterator[tuple[str, object]]:
         queue.extend((path + step, child) for step, child in _children(obj))
 
 
-def find(root: object, target: object, name: str) -> str | None:
+def path_to(root: object, target: object, name: str) -> str | None:
     """The shortest path from `root`, called `name`, to `target`."""
-    return next((path for path, obj in walk(root, name) if obj is target), None)
+    return paths_to(root, [target], name).get(id(target))
+
+
+def paths_to(root: object, targets: Iterable[object], name: str) -> dict[int, str]:
+    """By id, the shortest path from `root`, called `name`, to each target that can be reached. One walk finds all."""
+    missing = set(map(id, targets))
+    found: dict[int, str] = {}
+    for path, obj in walk(root, name):
+        if id(obj) in missing:
+            found[id(obj)] = path
+            missing.remove(id(obj))
+            if not missing:
+                break
+    return found
 
 
 def name_of(pipeline: object) -> str:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import attrs
-import numpy as np
-import torch
 
 from zerocopy._declare.fields import Policy
 from zerocopy._declare.pipeline import fields, is_pipeline_class
@@ -115,51 +113,41 @@ def plan(pipeline: Any) -> SharePlan:
 
 def _shared_entries(found: Introspection) -> Iterator[PlanEntry]:
     name = paths.name_of(found.pipeline)
-    held_at = _tensor_paths(found, name)
+    roots = set(map(id, found.roots))
+    root_paths: dict[int, str] = {}
+    tensor_paths: dict[int, list[str]] = defaultdict(list)  # by index of the tensor
+    for path, obj in paths.walk(found.pipeline, name):
+        if id(obj) in roots:
+            root_paths.setdefault(id(obj), path)
+        if is_tensor_or_array(obj) and id(obj) in found.table.index:
+            tensor_paths[found.table.index[id(obj)]].append(path)
+    ties = _ties(found, tensor_paths)
     start = 0
     for root, end in zip(found.roots, found.root_ends, strict=True):
-        path = paths.find(found.pipeline, root, name) or name
-        indices = sorted({found.table.index[key] for key in _ids_below(root, path) if key in found.table.index})
+        path = root_paths.get(id(root), name)
+        below = list(paths.walk(root, path))
+        indices = sorted({found.table.index[id(obj)] for _, obj in below if id(obj) in found.table.index})
+        specs = [found.table.specs[index] for index in indices]
+        private = [(where, *found.private_reasons[id(obj)]) for where, obj in below if id(obj) in found.private_reasons]
         yield PlanEntry(
             path,
             "shared",
             type(root).__name__,
-            len(indices),
+            len(specs),
             sum(storage.nbytes for storage in found.table.storages[start:end]),
-            tuple(sorted({_dtype_name(found.table.specs[index].dtype) for index in indices})),
-            tuple(_ties(found, indices, held_at)),
-            "; ".join(_notes(found, root, path)),
+            tuple(sorted({_dtype_name(spec.dtype) for spec in specs})),
+            tuple(ties[storage] for storage in dict.fromkeys(spec.storage for spec in specs) if storage in ties),
+            "; ".join(f"{where} is copied: {reason}" for where, _, reason in private),
         )
         start = end
 
 
-def _ids_below(root: Any, path: str) -> set[int]:
-    return {id(obj) for _, obj in paths.walk(root, path)}
-
-
-def _tensor_paths(found: Introspection, name: str) -> dict[int, list[str]]:
-    held_at: dict[int, list[str]] = defaultdict(list)
-    for path, obj in paths.walk(found.pipeline, name):
-        if is_tensor_or_array(obj) and id(obj) in found.table.index:
-            held_at[found.table.index[id(obj)]].append(path)
-    return held_at
-
-
-def _ties(found: Introspection, indices: list[int], held_at: dict[int, list[str]]) -> Iterator[str]:
+def _ties(found: Introspection, tensor_paths: Mapping[int, Sequence[str]]) -> dict[int, str]:
+    """By storage, the paths at which its memory is held, where there are several."""
     by_storage: dict[int, list[str]] = defaultdict(list)
     for index, spec in enumerate(found.table.specs):
-        by_storage[spec.storage].extend(held_at[index])
-    for storage in dict.fromkeys(found.table.specs[index].storage for index in indices):
-        tied = by_storage[storage]
-        if len(tied) > 1:
-            yield " = ".join(tied)
-
-
-def _notes(found: Introspection, root: Any, path: str) -> Iterator[str]:
-    reasons = {id(obj): reason for obj, reason in found.private_reasons}
-    for below, obj in paths.walk(root, path):
-        if id(obj) in reasons:
-            yield f"{below} is copied: {reasons[id(obj)]}"
+        by_storage[spec.storage].extend(tensor_paths.get(index, ()))
+    return {storage: " = ".join(held_at) for storage, held_at in by_storage.items() if len(held_at) > 1}
 
 
 def _dtype_name(dtype: Any) -> str:
@@ -180,18 +168,13 @@ def _copied_entries(found: Introspection) -> Iterator[PlanEntry]:
         private = {id(obj): obj for obj in below if id(obj) not in found.table.index}.values()
         dtypes = tuple(sorted({_dtype_name(obj.dtype) for obj in private}))
         try:
-            nbytes, note = _copied_bytes(found, value, attribute, zone), ""
+            nbytes, note = _copied_bytes(found, value, zone), ""
         except CannotTravelError:  # the pipeline as a whole could be pickled
             nbytes, note = 0, "left out by its class"
         yield PlanEntry(f"{name}.{attribute}", "copied", type(value).__name__, len(private), nbytes, dtypes, note=note)
 
 
-def _copied_bytes(found: Introspection, value: Any, name: str, zone: Zone) -> int:
-    stripped = strip([value], zone=zone, split=Split.ROOTS, names=[name])
+def _copied_bytes(found: Introspection, value: Any, zone: Zone) -> int:
+    stripped = strip([value], zone=zone, split=Split.ROOTS)
     tensors = {id(obj): obj for obj in stripped.externals if is_tensor_or_array(obj)}
-    inside = sum(_nbytes(obj) for key, obj in tensors.items() if key not in found.table.index)
-    return len(stripped.payload) + inside
-
-
-def _nbytes(obj: torch.Tensor | np.ndarray[Any, Any]) -> int:
-    return int(obj.nbytes)
+    return len(stripped.payload) + sum(int(obj.nbytes) for key, obj in tensors.items() if key not in found.table.index)

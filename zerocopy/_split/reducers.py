@@ -22,10 +22,10 @@ FILES = (io.FileIO, io.TextIOWrapper, io.BufferedReader, io.BufferedWriter, io.B
 def reduce_parametrized(module: nn.Module) -> tuple[Any, ...]:
     """A module with parametrizations: its own class refuses to pickle, and is made again where the module is rebuilt."""
     original = type(module).__bases__[0]
-    return _blank, (original,), dict(vars(module)), None, None, _set_parametrized
+    return _uninitialized, (original,), dict(vars(module)), None, None, _set_parametrized
 
 
-def _blank(cls: Any) -> Any:
+def _uninitialized(cls: Any) -> Any:
     return cls.__new__(cls)
 
 

@@ -24,7 +24,7 @@ from zerocopy._compat.ray import CloudPickler
 from zerocopy._declare.fields import Field
 from zerocopy._declare.pipeline import fields, is_pipeline_class
 from zerocopy._split import export, paths, programs, reducers
-from zerocopy._split.modules import Reducer
+from zerocopy._split.modules import ModuleReducer
 from zerocopy._split.ordinary import Ordinary, external, set_attributes, strip_ordinary
 from zerocopy._split.roles import MODULES, SCALARS, Role, Roles, Slot, Switch, Zone
 from zerocopy._store.tensors import is_meta, is_plain
@@ -56,8 +56,8 @@ class Stripped:
     shared: set[int]  # ids of tensors met in the zone SHARED
     roots: list[Any]  # where the strip stopped for them, in order of their first appearance
     private_reasons: dict[int, tuple[Any, str]]  # what is in the zone SHARED but cannot be shared, by id
-    wholes: list[Any]  # tensors of the zone SHARED that were taken apart
-    pieces: list[Any]  # what they were taken apart into, where the pickler met it first: nobody else may hold it
+    composites: list[Any]  # tensors of the zone SHARED that were taken apart
+    components: list[Any]  # what they were taken apart into, where the pickler met it first: nobody else may hold it
     has_pipeline: bool
     seen: dict[int, Any]  # mutable objects inside the payload, by id
     memo_holder: Any  # keeps temporary objects alive: no id in `seen` is used twice
@@ -68,7 +68,7 @@ def strip(
     *,
     zone: Zone,
     split: Split,
-    names: Sequence[str],
+    within: Any = None,
     copied: Mapping[int, Collection[str]] | None = None,
     replaced: Mapping[int, Any] | None = None,
     number_code: bool = False,
@@ -77,7 +77,7 @@ def strip(
 
     Args:
         split: where to stop, beside at tensors.
-        names: what paths into each object start with, for errors.
+        within: what holds the objects, for the path in an error. By default each of them is taken for itself.
         copied: attributes to treat as `copied()` fields, by the id of the object that has them.
         replaced: objects to pickle in the place of others, by the id of these.
         number_code: write numbers for classes and functions too: what is grafted in this process again must not make
@@ -100,12 +100,12 @@ def strip(
     except ZeroCopyError:
         raise
     except Exception as error:
-        raise _cannot_travel(stripper.last, objects, names, error) from error
+        raise _cannot_travel(stripper.last, objects, within, error) from error
     if stripper.refused is not None:
-        raise _cannot_travel(stripper.refused, objects, names, None)
+        raise _cannot_travel(stripper.refused, objects, within, None)
     return Stripped(
         file.getvalue(), stripper.externals, ends, stripper.shared, stripper.roots, stripper.private_reasons,
-        stripper.wholes, stripper.pieces, stripper.has_pipeline, stripper.seen, stripper,
+        stripper.composites, stripper.components, stripper.has_pipeline, stripper.seen, stripper,
     )  # fmt: skip
 
 
@@ -134,11 +134,10 @@ class _Grafter(pickle.Unpickler):
         )
 
 
-def _cannot_travel(
-    culprit: object, objects: Sequence[Any], names: Sequence[str], error: Exception | None
-) -> CannotTravelError:
-    found = (paths.find(obj, culprit, name) for obj, name in zip(objects, names, strict=True))
-    path = next(filter(None, found), f"{names[0]}, below one of its attributes")
+def _cannot_travel(culprit: object, objects: Sequence[Any], within: Any, error: Exception | None) -> CannotTravelError:
+    holders = objects if within is None else [within, *objects]
+    found = (paths.path_to(holder, culprit, paths.name_of(holder)) for holder in holders)
+    path = next(filter(None, found), f"{paths.name_of(holders[0])}, below one of its attributes")
     kind = type(culprit).__name__
     if is_meta(culprit):
         return CannotTravelError(
@@ -179,8 +178,8 @@ class _Stripper(CloudPickler):  # type: ignore[misc]
         self.shared: set[int] = set()
         self.roots: list[Any] = []
         self.private_reasons: dict[int, tuple[Any, str]] = {}
-        self.wholes: list[Any] = []
-        self.pieces: list[Any] = []
+        self.composites: list[Any] = []
+        self.components: list[Any] = []
         self.has_pipeline = False
         self.seen: dict[int, Any] = {}
         self.last: object = None
@@ -190,7 +189,7 @@ class _Stripper(CloudPickler):  # type: ignore[misc]
         self._roles = Roles()
         self._visits: dict[int, int] = {}
         self._whole: Any = None
-        self._reduce_module = Reducer()
+        self._reduce_module = ModuleReducer()
 
     def persistent_id(self, obj: Any) -> int | None:
         cls = type(obj)
@@ -249,7 +248,7 @@ class _Stripper(CloudPickler):  # type: ignore[misc]
         if self.zone is Zone.SHARED:
             self.shared.add(id(obj))
             if self._whole is not None and id(obj) not in self._numbers:
-                self.pieces.append(obj)
+                self.components.append(obj)
         if id(obj) not in self._numbers and getattr(obj, "__dict__", None):
             self._number(obj)
             return None  # on to `reducer_override`, for its attributes
@@ -268,7 +267,7 @@ class _Stripper(CloudPickler):  # type: ignore[misc]
         if self.zone is not Zone.SHARED or not content.nbytes:
             return None
         self.shared.add(id(content))
-        self.pieces.append(content)
+        self.components.append(content)
         return self._number(content)
 
     def reducer_override(self, obj: Any) -> Any:
@@ -307,11 +306,11 @@ class _Stripper(CloudPickler):  # type: ignore[misc]
     def _take_apart(self, whole: Any) -> Any:
         reduced = reducers.reduce_array(whole) if isinstance(whole, np.ndarray) else reducers.reduce_tensor(whole)
         if self.zone is Zone.SHARED:
-            self.wholes.append(whole)
+            self.composites.append(whole)
         return self._between(reduced, whole)
 
     def _between(self, reduced: Any, whole: Any) -> Any:
-        """A reduction during which whatever is met for the first time is a piece of `whole`."""
+        """A reduction during which whatever is met for the first time is a component of `whole`."""
         function, arguments, *rest = reduced
         before, after = Switch(None, whole), Switch(None, self._whole)
         return (_between, (before, function, arguments, after), *rest)

@@ -164,7 +164,7 @@ def _bytes_at(address: int, nbytes: int, keep: object) -> Bytes:
     return np.asarray(_Memory(address, nbytes, keep)) if nbytes else np.empty(0, np.uint8)
 
 
-def describe(obj: torch.Tensor | np.ndarray[Any, Any], storage: int, source: Storage) -> TensorSpec:
+def spec_of(obj: torch.Tensor | np.ndarray[Any, Any], storage: int, source: Storage) -> TensorSpec:
     """Describe `obj` as a view of `source`, which has index `storage`."""
     if isinstance(obj, np.ndarray):
         start = _address(source.to_bytes()) if source.nbytes else _address(obj)
@@ -214,7 +214,7 @@ class TensorTable:
         if position is None:
             position = self.storage_index[source.key] = self._base_count + len(self.storages)
             self.storages.append(source)
-        self.specs.append(describe(obj, position, source))
+        self.specs.append(spec_of(obj, position, source))
         self.objects.append(obj)
         self.index[id(obj)] = len(self.objects) - 1
         return self.index[id(obj)]

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from zerocopy._compat.torch import leaf_of_class
-from zerocopy._split import paths
 from zerocopy._split.paths import is_module
 from zerocopy._split.roles import Zone
 from zerocopy._split.skeleton import Split, graft, strip
@@ -41,9 +40,8 @@ def extract_tensors(module: nn.Module) -> tuple[nn.Module, Tensors]:
             f"extract_tensors expects an nn.Module, got {type(module).__name__!r}.",
             hint="use ModelWrapper, or JITModelWrapper for TorchScript.",
         )
-    name = paths.name_of(module)
-    # In the zone SHARED pieces of what is no plain tensor are told apart: these stay in the skeleton.
-    stripped = strip([module], zone=Zone.SHARED, split=Split.NOWHERE, names=[name], number_code=True)
+    # In the zone SHARED components of what is no plain tensor are told apart: these stay in the skeleton.
+    stripped = strip([module], zone=Zone.SHARED, split=Split.NOWHERE, number_code=True)
     contents: dict[int, Any] = {}
     tensors: Tensors = []
     for members in _members(module):
@@ -51,7 +49,7 @@ def extract_tensors(module: nn.Module) -> tuple[nn.Module, Tensors]:
         for tensor in (tensor for slots in held.values() for tensor in slots.values()):
             contents.setdefault(id(tensor), _content(tensor))
         tensors.append({kind: {name: contents[id(t)] for name, t in slots.items()} for kind, slots in held.items()})
-    blanks = [_blank(obj) if id(obj) in contents else _private(obj) for obj in stripped.externals]
+    blanks = [_on_meta(obj) if id(obj) in contents else _private(obj) for obj in stripped.externals]
     (skeleton,) = graft(stripped.payload, blanks)
     return skeleton, tensors
 
@@ -113,14 +111,14 @@ def _members(module: nn.Module) -> Iterator[dict[str, MutableMapping[str, Any]]]
         yield {kind: {} if compiled else vars(part)[attribute] for kind, attribute in _MEMBERS.items()}
 
 
-def _blank(tensor: Any) -> Any:
+def _on_meta(tensor: Any) -> Any:
     """A tensor on the meta device that remembers all but the contents. Its attributes come with the skeleton."""
     empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
     return leaf_of_class(type(tensor), empty, tensor.requires_grad)
 
 
 def _private(obj: Any) -> Any:
-    """What a skeleton keeps for itself: a tensor or an array that is no parameter or buffer, or a piece of one."""
+    """What a skeleton keeps for itself: a tensor or an array that is no parameter or buffer, or a component of one."""
     if isinstance(obj, np.ndarray):
         return obj.copy(order="K")
     if not isinstance(obj, torch.Tensor):

@@ -17,7 +17,7 @@ from zerocopy._split.programs import PROGRAMS
 from zerocopy._split.roles import Zone
 from zerocopy._split.skeleton import Split, strip
 from zerocopy._store import object_store
-from zerocopy._wrap.remote_model import RemoteModel, class_of, described
+from zerocopy._wrap.remote_model import RemoteModel, class_of, weights_and_methods
 from zerocopy.errors import ArgumentError
 
 
@@ -52,10 +52,12 @@ def prepare_for_tasks(
         As `publish`.
     """
     models = callable_models(models_of(pipeline, copied))
-    _require_methods(models, method_names)
+    _check_methods(models, method_names)
     object_store.require()
     remote = {path: _remote_model(model, method_names) for path, model in models.items()}
-    info = {path: ModelInfo(class_of(models[path]).__name__, *described(model)) for path, model in remote.items()}
+    info = {
+        path: ModelInfo(class_of(models[path]).__name__, *weights_and_methods(model)) for path, model in remote.items()
+    }
     if models.get("model") is pipeline:
         return remote["model"], info
     replaced = {id(model): remote[path] for path, model in models.items()}
@@ -102,7 +104,7 @@ def attributes_to_copy(pipeline: Any, model_attr_names: Sequence[str] | None) ->
     return [name for name, value in held.items() if name not in model_attr_names and id(value) not in listed]
 
 
-def _require_methods(models: Mapping[str, Any], method_names: Sequence[str] | None) -> None:
+def _check_methods(models: Mapping[str, Any], method_names: Sequence[str] | None) -> None:
     if isinstance(method_names, str):
         raise ArgumentError(f"method_names={method_names!r} is a string.", hint=f"write [{method_names!r}].")
     for name in method_names or ():
@@ -131,8 +133,7 @@ def _exposed(model: Any, method_names: Sequence[str] | None) -> tuple[str, ...]:
 def moved(pipeline: Any, device: Any) -> Any:
     """A task-mode pipeline, its models loaded on `device` in their tasks."""
     if device is not None:
-        name = paths.name_of(pipeline)
-        inside = strip([pipeline], zone=Zone.AUTO, split=Split.NOWHERE, names=[name]).seen.values()
+        inside = strip([pipeline], zone=Zone.AUTO, split=Split.NOWHERE).seen.values()
         for found in inside:
             if type(found) is RemoteModel:
                 found._device = device

@@ -81,7 +81,7 @@ class _Method:
         return self._model._run(self.__name__, args, kwargs)
 
 
-def described(model: RemoteModel) -> tuple[Publication, tuple[str, ...]]:
+def weights_and_methods(model: RemoteModel) -> tuple[Publication, tuple[str, ...]]:
     """The weights of a model, and the methods that run as tasks."""
     return model._publication, model._methods
 
