@@ -31,12 +31,13 @@ def tests(session: nox.Session) -> None:
     """
     _install(session, "-e", ".[demo,data]", "ray[serve]", group="tests")
     env = {"HF_HUB_OFFLINE": "1"}
-    chosen = session.posargs or ["--ignore", "tests/test_speed.py"]
+    chosen = session.posargs or ["--ignore", "tests/timed"]
     session.run("coverage", "run", "-m", "pytest", *chosen, env=env)
     if not session.posargs:
-        session.run("pytest", "-q", "tests/test_speed.py", env=env)
+        session.run("pytest", "-q", "tests/timed", env=env)
         strict = {**env, "RAY_allow_out_of_band_object_ref_serialization": "0"}
-        session.run("pytest", "-q", "tests/test_passing.py", "tests/test_leaks.py", "tests/test_task.py", env=strict)
+        files = ["tests/publish/test_passing.py", "tests/promises/test_leaks.py", "tests/run/test_task.py"]
+        session.run("pytest", "-q", *files, env=strict)
         session.run("coverage", "report", "--skip-covered", "--show-missing")
 
 

@@ -17,6 +17,10 @@ import torch
 from ray._private import internal_api, state
 
 STORE_BYTES = 1_500_000_000
+HERE = Path(__file__).parent
+# Workers import what test modules define by the modules' names, each from its folder.
+FOLDERS = [HERE, *sorted(path for path in HERE.iterdir() if path.is_dir())]
+IMPORT_PATH = os.pathsep.join(map(str, FOLDERS))
 torch.set_num_threads(1)
 
 
@@ -31,7 +35,7 @@ def cluster() -> Iterator[None]:
             include_dashboard=False,
             log_to_driver=False,
             logging_level="ERROR",
-            runtime_env={"env_vars": {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}},
+            runtime_env={"env_vars": {"OMP_NUM_THREADS": "1", "PYTHONPATH": IMPORT_PATH}},
         )
     yield
     ray.shutdown()
@@ -68,7 +72,7 @@ def store_use(cluster: None) -> Callable[[], int]:
 
 def run_python(source: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run source text as `__main__` of a fresh process."""
-    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
     return subprocess.run(
         [sys.executable, *(arguments or ("-",))],
         input=source,

@@ -349,7 +349,7 @@ def test_comes_out_the_same(kind: str) -> None:
 
 def test_the_docs_list_every_kind() -> None:
     """The table in the docs names each kind that is tested here, and says what becomes of it."""
-    page = (Path(__file__).parent.parent / "docs/kinds.md").read_text()
+    page = (Path(__file__).parents[2] / "docs/kinds.md").read_text()
     listed = dict(re.findall(r"^\| (.+?) \| (shared|copied) \|", page, re.MULTILINE))
     assert {kind: listed.get(kind) for kind in KINDS} == {
         kind: "copied" if kind in COPIED else "shared" for kind in KINDS
@@ -383,7 +383,7 @@ def test_refused_by_path(kind: str) -> None:
     with pytest.raises(zerocopy.errors.CannotTravelError) as caught:
         zerocopy.publish(Holder({"net": module}))
     assert caught.value.path.startswith("holder.value['net'][1][0].settings['deep'][1].culprit")
-    assert f"| {kind} | refused |" in (Path(__file__).parent.parent / "docs/kinds.md").read_text()
+    assert f"| {kind} | refused |" in (Path(__file__).parents[2] / "docs/kinds.md").read_text()
     getattr(culprit, "close", lambda: None)()
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import run_python
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PAGES = {
     "README.md": "shared once a node",
     "docs/guide.md": "shared once a node",
