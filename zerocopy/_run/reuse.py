@@ -23,7 +23,7 @@ from zerocopy._changes.kept import Kept
 from zerocopy._changes.snapshot import LoadedMarks
 from zerocopy._compat.cpython import collector_paused
 from zerocopy._load import devices, live
-from zerocopy._load.load import is_separable, join, load_shared
+from zerocopy._load.load import SharedPart, is_separable, join, load_shared
 from zerocopy._load.publication import Publication, unpacked
 from zerocopy._run.short_calls import Name
 from zerocopy._store.manifest import Manifest, Outer
