@@ -18,7 +18,7 @@ import torch
 
 from zerocopy._changes.slots import HeldSlots, has_slots
 from zerocopy._changes.snapshot import LoadedMarks
-from zerocopy._compat.cpython import collector_paused
+from zerocopy._compat.cpython import collector_paused, reference_counts
 from zerocopy._compat.torch import version_of
 from zerocopy._load import devices
 from zerocopy._load.load import Shared, is_separable, join, load_shared
@@ -113,7 +113,7 @@ class Kept:
         )
 
     def _count_references(self) -> list[int]:
-        return list(map(sys.getrefcount, (*self._modules, *self._tensors)))
+        return reference_counts((*self._modules, *self._tensors))
 
 
 def _each_once(tensors: Iterable[torch.Tensor | None]) -> list[torch.Tensor]:
