@@ -1,16 +1,24 @@
-"""What the package uses that nobody promises is still so: a new Ray, torch, Linux or Python that changes it fails here."""
+"""What the package uses that nobody promises is still so: a new Ray, torch, Linux or Python that changes it fails here.
+
+And nothing of the kind stands anywhere else.
+"""
 
 from __future__ import annotations
 
+import ast
 import copy
+import gc
 import io
 import mmap
+import operator
 import os
 import pickle
+import pickletools
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import psutil
@@ -22,7 +30,8 @@ from conftest import run_python, wait_until
 from torch import nn
 from torch.nn.utils import parametrize
 
-from zerocopy._compat import linux
+import zerocopy
+from zerocopy._compat import cpython, linux
 from zerocopy._compat import ray as compat_ray
 from zerocopy._compat import torch as compat_torch
 
@@ -46,7 +55,8 @@ def test_a_driver_and_a_worker_have_different_modes(cluster: None) -> None:
 
 RECONNECTING = """
 import ray
-from zerocopy._compat import linux
+import zerocopy
+from zerocopy._compat import cpython, linux
 from zerocopy._compat import ray as compat_ray
 
 def start():
@@ -598,3 +608,179 @@ def test_freed_memory_is_given_back() -> None:
     linux.give_back_heap()
     assert before - psutil.Process().memory_info().rss > 20_000_000
     assert len(last) == 100_000
+
+
+# Of CPython:
+
+
+def test_the_collector_is_paused() -> None:
+    """It does not run inside, does so afterwards if it did before, and may count what was made as old at once."""
+    assert gc.isenabled()
+    with cpython.collector_paused():
+        assert not gc.isenabled()
+        with cpython.collector_paused():
+            assert not gc.isenabled()
+        assert not gc.isenabled()
+        young = [[]]
+    assert gc.isenabled()
+    assert any(obj is young for obj in gc.get_objects(generation=0))
+    with cpython.collector_paused(promote=True):
+        old = [[]]
+    assert any(obj is old for obj in gc.get_objects(generation=2))
+    assert gc.get_freeze_count() == 0
+
+
+def test_references_are_counted() -> None:
+    """An object that some containers hold has the count for as many, in whatever kind of sequence it is asked about."""
+    holders: list[list[Any]] = [[object()]]
+    for count in (1, 2, 3, 4):
+        assert cpython.reference_counts(holders[0]) == [cpython.count_for(count)]
+        assert cpython.most_references(holders[0]) == cpython.count_for(count)
+        assert cpython.reference_counts(tuple(holders[0])) == [cpython.count_for(count + 1)]
+        assert cpython.reference_counts({0: holders[0][0]}.values()) == [cpython.count_for(count + 1)]
+        holders.append(list(holders[0]))
+
+
+def test_what_others_hold_is_told() -> None:
+    """Of a mapping those objects are told that more hold than it and so many others."""
+    objects = {name: [] for name in ("one", "two", "three")}
+    two, three = [objects["two"]], [[objects["three"]], [objects["three"]]]
+    assert cpython.held_by_more_than(1, objects) == {"two", "three"}
+    assert cpython.held_by_more_than(2, objects) == {"three"}
+    assert cpython.held_by_more_than(3, objects) == set()
+    del two, three
+    assert cpython.held_by_more_than(1, objects) == set()
+
+
+def test_members_of_a_module_are_held_by_three() -> None:
+    """The containers that a module keeps are held by its dict, by the copy that it pickles, and by who asks; until shared."""
+    module = nn.Module()
+    containers = operator.itemgetter("_parameters", "_modules", "_forward_hooks")
+    state = module.__getstate__()
+    assert cpython.reference_counts(containers(state)) == 3 * [cpython.count_for(3)]
+    other = module._modules
+    assert cpython.most_references(containers(state)) == cpython.count_for(4)
+    del other
+
+
+@pytest.mark.parametrize("pickler", [pickle.Pickler, ray.cloudpickle.CloudPickler])
+def test_a_pickler_remembers_what_it_wrote(pickler: Any) -> None:
+    """Its memo holds every object that it may have to refer to again, also what a reducer made for it, and keeps it alive."""
+
+    class Reduced:
+        def __reduce__(self) -> Any:
+            return list, (["only", "for pickling"],)
+
+    inner = [1]
+    outer = {"inner": inner}
+    writer = pickler(io.BytesIO(), protocol=5)
+    writer.dump([outer, Reduced()])
+    written = cpython.written_objects(writer)
+    assert {id(inner), id(outer)} <= set(map(id, written))
+    assert ["only", "for pickling"] in written
+    assert not any(type(obj) is int for obj in written)
+
+
+def test_slots_are_named() -> None:
+    """Slots are told by the names of their attributes, inherited ones too; a class without any has none."""
+
+    class Above:
+        __slots__ = ("__private", "first")
+
+    class Below(Above):
+        __slots__ = ("second",)
+
+    assert sorted(cpython.slot_names(Below)) == ["_Above__private", "first", "second"]
+    assert cpython.slot_names(Registered) == cpython.slot_names(nn.Linear) == []
+
+
+class Remade:
+    def __init__(self) -> None:
+        self.made = True
+
+    def __reduce__(self) -> Any:
+        return cpython.new_object, (Remade,)
+
+
+def test_new_objects_have_an_opcode() -> None:
+    """Pickle knows the function by its name, writes one opcode for it, and makes the object without its `__init__`."""
+    data = pickle.dumps(Remade(), protocol=5)
+    assert "NEWOBJ" in [opcode.name for opcode, _, _ in pickletools.genops(data)]
+    assert vars(pickle.loads(data)) == {}
+
+
+def test_inits_of_protocols_are_told() -> None:
+    """A Protocol has an `__init__` that nobody wrote, and so have classes below it; one that was written is another."""
+
+    class Callable_(Protocol):
+        def __call__(self) -> None: ...
+
+    class Below(Callable_): ...
+
+    class Written(Callable_):
+        def __init__(self) -> None: ...
+
+    assert cpython.is_init_of_protocol(Callable_.__init__)
+    assert cpython.is_init_of_protocol(Below.__init__)
+    assert not cpython.is_init_of_protocol(Written.__init__)
+
+
+# The fence:
+
+PACKAGE = Path(zerocopy.__file__).parent
+
+# Also in comments and docstrings.
+FORBIDDEN = re.compile(
+    r"""
+      \b(ray|torch|copyreg)\._(?!_version__) | /proc | CDLL
+    | cloudpickle\.CloudPickler | CloudPickler\.dispatch | \.memo\b | (?<!nn\.)ModuleDict | /plasma | owner\ is\ unknown
+    | \b( global_worker | core_worker | gcs_client | get_serialization_context | list_registry_pickle_by_value
+        | __ray_actor_class__ | ConcreteModuleType | findAllNodes | RemovableHandle | next_id | getrefcount | __newobj__
+        | malloc_trim | memcmp | _no_init_or_replace_init )\b
+    """,
+    re.VERBOSE,
+)
+
+# Private names of torch that have to be known: the package has some like them.
+OF_TORCH = {
+    "_C", "_base", "_c", "_cdata", "_constants", "_free_weak_ref", "_get_method", "_inject_new_class", "_inject_property",
+    "_make_subclass", "_method_names", "_mkldnn", "_neg_view", "_rebuild_qtensor", "_state_dict", "_storage_Use_Count",
+    "_storage_id", "_type", "_utils", "_version", "_weak_ref",
+}  # fmt: skip
+
+# Used everywhere, see `_compat/torch.py`; a documented method of named tuples; attrs', which is not asked about here.
+ALLOWED = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "_make", "_default"}
+
+
+def files_outside() -> list[Path]:
+    """All but the benchmark, parts of which run without the packages that the fence is made of."""
+    return [path for path in PACKAGE.rglob("*.py") if not {"_compat", "bench"} & set(path.parts)]
+
+
+def private_attributes(tree: ast.AST, context: type) -> set[str]:
+    found = (node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.ctx, context))
+    return {node.attr for node in found if node.attr.startswith("_") and not node.attr.endswith("__")}
+
+
+def own_names(tree: ast.AST) -> set[str]:
+    """Names that a file gives to functions, classes, variables and attributes of its own."""
+    defined = {n.name for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.ClassDef)}
+    assigned = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    return defined | assigned | private_attributes(tree, ast.Store)
+
+
+def test_nothing_private_stands_outside() -> None:
+    """No private name of Ray, torch, Linux or CPython is used but in `_compat`, nor one spelled in a string."""
+    trees = {path: ast.parse(path.read_text()) for path in files_outside()}
+    known = set().union(*map(own_names, trees.values())) - OF_TORCH | ALLOWED
+    for path, tree in trees.items():
+        assert not [line for line in path.read_text().splitlines() if FORBIDDEN.search(line)], path
+        assert not private_attributes(tree, ast.Load) - known, path
+        assert not private_attributes(tree, ast.Store) & OF_TORCH, path
+        assert not {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant)} & OF_TORCH, path
+
+
+def test_the_fence_stands_alone() -> None:
+    """What is not promised is asked for from below: `_compat` imports nothing of the package."""
+    for path in (PACKAGE / "_compat").glob("*.py"):
+        assert not re.search(r"^\s*(from|import) zerocopy", path.read_text(), re.MULTILINE), path

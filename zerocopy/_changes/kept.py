@@ -6,7 +6,6 @@ has it may change it at any later time.
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from torch import nn
 
 from zerocopy._changes.members import HeldMembers, has_members
+from zerocopy._compat.cpython import reference_counts
 from zerocopy._compat.torch import version_of
 from zerocopy._split import paths, programs
 
@@ -70,7 +70,7 @@ class Kept:
         )
 
     def _count_references(self) -> list[int]:
-        return list(map(sys.getrefcount, (*self._modules, *self._tensors)))
+        return reference_counts((*self._modules, *self._tensors))
 
 
 def _each_once(tensors: Iterable[torch.Tensor | None]) -> list[torch.Tensor]:

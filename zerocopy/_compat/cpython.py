@@ -1,10 +1,18 @@
-"""What does the garbage collector have to do with thousands of new objects that are all going to stay: nothing."""
+"""What does CPython do that Python does not promise: its garbage collector, reference counts, and what pickle and typing use.
+
+Read in CPython 3.11; a link says where.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import copyreg
 import gc
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TypeVar
+
+K = TypeVar("K")
 
 
 @contextlib.contextmanager
@@ -25,3 +33,57 @@ def collector_paused(*, promote: bool = False) -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
+
+
+def reference_counts(objects: Iterable[object]) -> list[int]:
+    """How many references there are to each object, those that asking makes included: to be compared with `count_for`.
+
+    Ask in no other way: what asking adds depends on how, and on the version of Python.
+    https://docs.python.org/3.11/library/sys.html#sys.getrefcount
+    """
+    return list(map(sys.getrefcount, objects))
+
+
+def most_references(objects: Iterable[object]) -> int:
+    """The largest of their `reference_counts`, told a little faster."""
+    return max(map(sys.getrefcount, objects))
+
+
+_COUNT_FOR_ONE = reference_counts([[]])[0]
+
+
+def count_for(holders: int) -> int:
+    """What `reference_counts` tells of an object to which `holders` refer: the sequence that was asked about, and others."""
+    return _COUNT_FOR_ONE + holders - 1
+
+
+def held_by_more_than(holders: int, objects: Mapping[K, object]) -> frozenset[K]:
+    """Keys of the `objects` to which more than `holders` refer, of which the mapping is one."""
+    most = count_for(holders)
+    counts = reference_counts(objects.values())
+    return frozenset(key for key, count in zip(objects, counts, strict=True) if count > most)
+
+
+def written_objects(pickler: Any) -> list[Any]:
+    """What a pickler has written so far, but for strings, numbers and the like that it writes again each time.
+
+    Its memo keeps all of it alive, also what was made only to be written.
+    https://github.com/python/cpython/blob/v3.11.7/Modules/_pickle.c: `PicklerMemoProxy`.
+    """
+    return [obj for _, obj in pickler.memo.copy().values()]
+
+
+# What pickle writes as one opcode of its own: `cls.__new__(cls)`.
+# https://github.com/python/cpython/blob/v3.11.7/Lib/copyreg.py: `__newobj__`
+new_object: Callable[..., Any] = copyreg.__newobj__  # type: ignore[attr-defined]
+
+# The names of the slots that `object` pickles of instances of a class, inherited ones too. In the same file: `_slotnames`.
+slot_names: Callable[[type], list[str]] = copyreg._slotnames  # type: ignore[attr-defined]
+
+
+def is_init_of_protocol(init: Callable[..., None]) -> bool:
+    """Whether nobody wrote this `__init__`: typing gives it to every class that is a Protocol.
+
+    https://github.com/python/cpython/blob/v3.11.7/Lib/typing.py: `_no_init_or_replace_init`.
+    """
+    return init.__name__ == "_no_init_or_replace_init"

@@ -14,6 +14,7 @@ import attr
 import attrs
 from torch import nn
 
+from zerocopy._compat.cpython import is_init_of_protocol
 from zerocopy._declare.fields import Field, Marker, check_device_name, copied, declared_markers, iter_fields, shared
 from zerocopy.errors import DeclarationError
 
@@ -168,9 +169,7 @@ def _has_class_value(cls: type, name: str) -> bool:
 def class_with_own_init(cls: type) -> type | None:
     """The class whose hand-written `__init__` makes instances of `cls`, or None where attrs may write one."""
     inits = (base for base in cls.__mro__ if "__init__" in vars(base))
-    owner = next(
-        base for base in inits if vars(base)["__init__"].__name__ != "_no_init_or_replace_init"
-    )  # a Protocol's
+    owner = next(base for base in inits if not is_init_of_protocol(vars(base)["__init__"]))
     if owner in (object, nn.Module):
         return None
     props = vars(owner).get("__attrs_props__")

@@ -8,7 +8,6 @@ then the outer skeleton holds everything but the tensors, and the pipeline is *e
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ import attrs
 from torch import nn
 from torch.export import ExportedProgram
 
+from zerocopy._compat.cpython import held_by_more_than
 from zerocopy._declare.pipeline import fields, is_pipeline_class
 from zerocopy._split import paths
 from zerocopy._split.roles import Zone
@@ -238,14 +238,11 @@ def _entanglement(pipeline: Any, outer: Stripped, shared: Stripped, common: set[
 
 
 def _lasting(stripped: Stripped) -> frozenset[int]:
-    """Ids of the mutable objects that live on after the pickling: not of what reducers made on the way."""
-    temporary: list[Any] = []  # referenced twice here, as others are by `seen` and by the pickler's memo
-    baseline = _reference_counts({0: temporary, 1: temporary})[0]
-    return frozenset(key for key, count in _reference_counts(stripped.seen).items() if count > baseline)
+    """Ids of the mutable objects that live on after the pickling: not of what reducers made on the way.
 
-
-def _reference_counts(objects: dict[int, Any]) -> dict[int, int]:
-    return {key: sys.getrefcount(obj) for key, obj in objects.items()}
+    All are held by `seen` and by the pickler's memo, and what a reducer made by another thing that one made, perhaps.
+    """
+    return held_by_more_than(3, stripped.seen)
 
 
 def _declared_devices(pipeline: Any, table: TensorTable) -> dict[int, tuple[str | None, ...]]:

@@ -9,35 +9,28 @@ from __future__ import annotations
 import copyreg
 import itertools
 import operator
-import sys
 from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
+from zerocopy._compat.cpython import count_for, most_references, new_object, reference_counts, slot_names
 from zerocopy._split import reducers
 
-_blank = nn.Module()
-_BLANK = vars(_blank)
+_BLANK = vars(nn.Module())
 _NAMES = tuple(_BLANK)
 _CONTAINERS = {name: type(value) for name, value in _BLANK.items() if isinstance(value, (dict, set))}
 _SCALARS = [(name, value) for name, value in _BLANK.items() if name not in _CONTAINERS]  # True and None, today
-_FILLED = [(name, _CONTAINERS[name]) for name in ("_parameters", "_buffers", "_modules")]
-_HOOKS = tuple(
-    name for name in _CONTAINERS if (name, _CONTAINERS[name]) not in _FILLED
-)  # most modules have none of them
-_HOOK_TYPES = [_CONTAINERS[name] for name in _HOOKS]
-_hooks_of = operator.itemgetter(*_HOOKS)
+_FILLED = ("_parameters", "_buffers", "_modules")
+_HOOKS = tuple(name for name in _CONTAINERS if name not in _FILLED)  # most modules have none of them
+_ALL = (*_HOOKS, *_FILLED)
+_TYPES = [_CONTAINERS[name] for name in _ALL]
+_containers_of = operator.itemgetter(*_ALL)
+_HOOKS_ONLY = slice(len(_HOOKS))
 
-
-def _most_references(hooks: tuple[Any, ...]) -> int:
-    return max(map(sys.getrefcount, hooks))
-
-
-# More references to a container than these tell that something else holds it, too.
-_members = _blank.__getstate__()
-_OWN_HOOKS = _most_references(_hooks_of(_members))
-_OWN = sys.getrefcount(_members["_modules"])
+# More references to a container than these tell that something beside its module holds it, too. The module's dict does, the copy
+# of it that `__getstate__` gives, and the tuple that is asked about.
+_OWN = count_for(3)
 
 
 class ModuleReducer:
@@ -58,7 +51,7 @@ class ModuleReducer:
         if type(members) is not dict or tuple(members)[: len(_NAMES)] != _NAMES:
             return None
         state = _differences(members)
-        return copyreg.__newobj__, (cls,), state, None, None, fill  # type: ignore[attr-defined]
+        return new_object, (cls,), state, None, None, fill
 
 
 def _fill_of(cls: Any) -> Callable[..., None] | None:
@@ -68,23 +61,22 @@ def _fill_of(cls: Any) -> Callable[..., None] | None:
         return None
     if hasattr(cls, "__getnewargs_ex__") or hasattr(cls, "__getnewargs__") or reducers.packs_its_own(cls):
         return None
-    slots: list[str] = copyreg._slotnames(cls)  # type: ignore[attr-defined]
-    if slots:
+    if slot_names(cls):
         return None
     return _fill if cls.__setstate__ is nn.Module.__setstate__ else _set_state
 
 
 def _differences(members: dict[str, Any]) -> dict[str, Any]:
     """Members that a blank module has not, or that somebody else holds, too."""
-    hooks = _hooks_of(members)
-    if any(hooks) or list(map(type, hooks)) != _HOOK_TYPES or _most_references(hooks) > _OWN_HOOKS:
-        held = zip(_HOOKS, hooks, _HOOK_TYPES, list(map(sys.getrefcount, hooks)), strict=True)
-        state = {name: hook for name, hook, cls, count in held if hook or type(hook) is not cls or count > _OWN_HOOKS}
+    containers = _containers_of(members)
+    if any(containers[_HOOKS_ONLY]) or list(map(type, containers)) != _TYPES or most_references(containers) > _OWN:
+        held = zip(_ALL, containers, _TYPES, reference_counts(containers), strict=True)
+        state = {name: value for name, value, cls, count in held if value or type(value) is not cls or count > _OWN}
     else:
         state = {}
-    for name, cls in _FILLED:
-        if members[name] or type(members[name]) is not cls or sys.getrefcount(members[name]) > _OWN:
-            state[name] = members[name]
+        for name in _FILLED:
+            if members[name]:
+                state[name] = members[name]
     for name, value in _SCALARS:
         if members[name] is not value:
             state[name] = members[name]

@@ -12,6 +12,7 @@ import pickle
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from zerocopy._compat.cpython import written_objects
 from zerocopy._compat.ray import CloudPickler
 from zerocopy._split import reducers
 from zerocopy._split.modules import ModuleReducer
@@ -64,7 +65,7 @@ def strip_ordinary(objects: Sequence[Any]) -> Ordinary:
 
 def _seen(stripper: Any) -> dict[int, Any]:
     """Mutable objects that were written, by id."""
-    written = [obj for _, obj in stripper.memo.copy().values()]
+    written = written_objects(stripper)
     mutable = {cls for cls in set(map(type, written)) if cls not in SCALARS and stripper.roles[cls] not in _IMMUTABLE}
     return {id(obj): obj for obj in written if type(obj) in mutable}
 
