@@ -74,26 +74,46 @@ def fail(model: nn.Module, word: str) -> None:
 def answers(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """How each short call was answered."""
     told: list[str] = []
-    is_unknown = short_calls.is_unknown
+    unpack_reply = short_calls.unpack_reply
 
-    def noted(answer: Any) -> bool:
-        told.append("unknown" if is_unknown(answer) else "known")
-        return is_unknown(answer)
+    def noted(packed: Any) -> short_calls.Reply:
+        reply = unpack_reply(packed)
+        told.append("known" if reply.is_known else "unknown")
+        return reply
 
-    monkeypatch.setattr(short_calls, "is_unknown", noted)
+    monkeypatch.setattr(short_calls, "unpack_reply", noted)
     return told
 
 
 def warm(publication: Any, answers: list[str]) -> None:
     """Call until a call was short, and answered: any worker may run it."""
     for _ in range(200):
-        short_calls._times.clear()
+        short_calls._trust.clear()
         give(publication, 0)
         give(publication, 0)
         if answers[-1:] == ["known"]:
             answers.clear()
             return
     raise AssertionError("no call was short")
+
+
+def test_trust_ends_and_is_withdrawn() -> None:
+    """A publication is trusted for a while after each call; once a worker did not have it, not until a while later."""
+    trust = short_calls.Trust()
+    assert not trust.holds_at(10.0)
+    trust = trust.confirmed(10.0)
+    assert [trust.holds_at(now) for now in (10.0, 11.9, 12.1)] == [True, True, False]
+    trust = trust.withdrawn(11.0)
+    assert not any(trust.holds_at(now) for now in (11.0, 13.0, 20.0))
+    trust = trust.confirmed(12.0)
+    assert [trust.holds_at(now) for now in (12.0, 13.0, 14.0, 14.1)] == [False, True, True, False]
+
+
+@pytest.mark.parametrize("result", [b"", b"text", None, [1, 2], short_calls.UNKNOWN], ids=repr)
+def test_replies_are_tagged(result: Any) -> None:
+    """No result is taken for the reply of a worker that does not have the weights."""
+    assert short_calls.unpack_reply(short_calls.pack_reply(result)) == (True, result)
+    assert not short_calls.unpack_reply(short_calls.UNKNOWN).is_known
 
 
 def test_the_next_call_is_short(answers: list[str]) -> None:
@@ -130,7 +150,7 @@ def test_other_values_travel_as_always(answers: list[str]) -> None:
 
 
 def test_a_worker_that_let_go_is_called_again(answers: list[str]) -> None:
-    """One that has not got the weights says so, and the caller sees nothing of it; for a while no call is short then."""
+    """One that does not have the weights says so, and the caller sees nothing of it; for a while no call is short then."""
     module = model()
     publication = zerocopy.publish(module)
     warm(publication, answers)

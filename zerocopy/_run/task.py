@@ -145,18 +145,17 @@ class Task(_FunctionWrapper[P, R]):
         self._self_parameters.check(args, kwargs)
         object_store.require()
         sent, named = pack_arguments(args, kwargs)
-        short = short_calls.shortened(sent, named) if self._self_may_be_short else None
+        short = short_calls.pack_call(sent, named) if self._self_may_be_short else None
         if short is not None:
-            answer = ray.get(self._ray_function(run_short).remote(short))
-            is_known = not short_calls.is_unknown(answer)
-            short_calls.note_answer((*sent, *named.values()), is_known=is_known)
-            if is_known:
-                return cast("R", short_calls.result_of(answer))
+            reply = short_calls.unpack_reply(ray.get(self._ray_function(run_short).remote(short)))
+            short_calls.note_reply((*sent, *named.values()), is_known=reply.is_known)
+            if reply.is_known:
+                return cast("R", reply.result)
         ref = self._submit(sent, named)
         if isinstance(ref, ray.ObjectRefGenerator):
             return cast("R", ref)
         result = ray.get(ref)
-        short_calls.note_answer((*sent, *named.values()), is_known=True)
+        short_calls.note_reply((*sent, *named.values()), is_known=True)
         return result
 
     def remote(self, *args: P.args, **kwargs: P.kwargs) -> ray.ObjectRef[R]:

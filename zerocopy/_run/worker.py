@@ -36,24 +36,23 @@ def call(function: Any, device: str | None, reuse: bool, args: Sequence[Any], kw
 
 
 def run_short(target: Any, device: str | None, _: bool, call: bytes) -> Any:
-    """The same for a call that names its publications: the answer to it, or that they are not known here."""
-    values, named, names = short_calls.parts_of(call)
+    """The same for a call that gives publications by name. Returns the packed reply."""
+    args, kwargs = short_calls.unpack_call(call)
     loads = CallLoads()
+
+    def load(value: Any) -> Any:
+        return loads.load_named(value, device) if short_calls.is_name(value) else value
+
     try:
-        loaded = {place: loads.load_named(name, device) for place, name in names.items()}
+        values = [load(value) for value in args]
+        named = {name: load(value) for name, value in kwargs.items()}
     except NotCached:
         loads.release()
         return short_calls.UNKNOWN
-    for place, pipeline in loaded.items():
-        if isinstance(place, int):
-            values[place] = pipeline
-        else:
-            named[place] = pipeline
-    del loaded
     result = _function_of(target)(*values, **named)
-    del values, named, pipeline
+    del values, named
     loads.release()
-    return short_calls.answer_of(result)
+    return short_calls.pack_reply(result)
 
 
 def run_generator(target: Any, device: str | None, reuse: bool, *args: Any, **kwargs: Any) -> Iterator[Any]:
