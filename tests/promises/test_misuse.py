@@ -1,4 +1,4 @@
-"""A table of misuses and the words they get, at the earliest moment."""
+"""A table of misuses and the errors that they raise at the earliest moment."""
 
 from __future__ import annotations
 
@@ -410,7 +410,7 @@ def test_misuse(misuse: Callable[[], object], builtin: type[Exception], text: st
 
 
 def test_every_error_is_ours() -> None:
-    """The tree has one base, and each error is also a builtin that a caller would catch."""
+    """All errors have one base, and each is also a builtin that a caller would catch."""
     tree = [value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, Exception)]
     tree = [cls for cls in tree if cls.__module__ == errors.__name__ and not issubclass(cls, Warning)]
     assert len(tree) > 8

@@ -1,4 +1,4 @@
-"""Calls of a task reuse what their worker process has loaded, unless somebody changed it or still has it."""
+"""Calls of a task reuse what their worker process has loaded, unless it was changed or something refers to it."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch import nn
 
 import zerocopy
 from zerocopy import copied, shared
+from zerocopy._changes.kept import Kept
 from zerocopy._run.reuse import CACHE, CallLoads, Event, Limits, LoadCache, State, next_state
 
 pytestmark = pytest.mark.usefixtures("cluster")
@@ -36,7 +37,7 @@ class Search:
 
 @zerocopy.task
 def place(model: Any) -> int:
-    """Where a loaded weight lies: each load has a mapping of its own."""
+    """The address of a loaded weight: each load has a mapping of its own."""
     return (model.encoder if isinstance(model, Search) else model)[0].weight.data_ptr()
 
 
@@ -112,7 +113,7 @@ def call(process: Any, task: Any, *arguments: Any) -> Any:
 
 
 def test_calls_reuse_one_load(process: Any) -> None:
-    """Calls in one process use one load or two in turn, one after the other; with `reuse=False` each has its own."""
+    """Calls in one process use at most two loads in turn; with `reuse=False` each call has its own."""
     publication = zerocopy.publish(modules())
     places = {call(process, place, publication) for _ in range(8)}
     assert len(places) <= 2
@@ -120,7 +121,7 @@ def test_calls_reuse_one_load(process: Any) -> None:
 
 
 def test_ray_tasks_reuse_too() -> None:
-    """So do calls that run as Ray tasks, given a publication, a module or a pipeline."""
+    """Calls that run as Ray tasks reuse loads too, given a publication, a module or a pipeline."""
     module, search = modules(), Search(modules())
     for given in (zerocopy.publish(module), module, search):
         places = [place(given) for _ in range(12)]
@@ -149,7 +150,7 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_change_stays_in_its_call(process: Any, change: str) -> None:
-    """What one call changes, the next one in the same process does not see."""
+    """The next call in the same process does not see what a call has changed."""
     publication = zerocopy.publish(modules())
     before = call(process, look, publication)
     call(process, apply, publication, CHANGES[change])
@@ -157,7 +158,7 @@ def test_a_change_stays_in_its_call(process: Any, change: str) -> None:
 
 
 def test_what_escapes_is_not_used_again(process: Any) -> None:
-    """A module that a call keeps somewhere stays its own: later calls have another."""
+    """A module that a call has stored somewhere is not given to later calls."""
     publication = zerocopy.publish(modules())
 
     def keep(model: Any) -> None:
@@ -179,7 +180,7 @@ def test_one_call_at_a_time(process: Any) -> None:
 
 
 def test_a_load_in_use_is_not_validated() -> None:
-    """What a call changes counts, though the process validated its loads while the call had one."""
+    """A change that a call makes is found, though the process validated its loads while the call had one."""
     publication = zerocopy.publish(modules())
     before = float(publication.load()[0].weight.detach().sum())
     loads = CallLoads()
@@ -194,8 +195,23 @@ def test_a_load_in_use_is_not_validated() -> None:
     assert float(again[0].weight.detach().sum()) == before
 
 
+def test_what_is_kept_is_unchanged_until_written_or_held() -> None:
+    """It counts as changed until it is recorded, while anything else refers to a part of it, and after a write."""
+    roots = [modules()]
+    kept = Kept(roots, roots[0].parameters())
+    assert not kept.is_unchanged()
+    kept.record()
+    assert kept.is_unchanged()
+    held = roots[0][0].weight
+    assert not kept.is_unchanged()
+    del held
+    assert kept.is_unchanged()
+    write(roots[0])
+    assert not kept.is_unchanged()
+
+
 def test_states_follow_one_another() -> None:
-    """From each state the events lead on that can happen there, and no others."""
+    """Six events of states are possible; any other raises."""
     possible = {}
     for state in State:
         for event in Event:
@@ -214,7 +230,7 @@ def test_states_follow_one_another() -> None:
 
 
 def test_a_cache_keeps_to_its_limits() -> None:
-    """It keeps so many publications, so many copies of each, and drops them when they have been idle for so long."""
+    """A cache keeps as many publications and copies as its limits say, and evicts them when they are idle."""
     cache = LoadCache(Limits(publications=2, copies=1, idle_seconds=0.2))
     for publication in [zerocopy.publish(modules()) for _ in range(3)]:
         calls = [CallLoads(cache), CallLoads(cache)]
@@ -227,7 +243,7 @@ def test_a_cache_keeps_to_its_limits() -> None:
 
 
 def test_an_error_keeps_nothing() -> None:
-    """What a call that failed has used is not kept."""
+    """The loads of a call that failed are not kept."""
     process = Process.remote()
     with pytest.raises(ValueError, match="no"):
         call(process, fail, zerocopy.publish(modules()))
@@ -242,13 +258,13 @@ def test_copied_fields_are_fresh(process: Any) -> None:
 
 
 def test_arrays_are_loaded_afresh(process: Any) -> None:
-    """No counter tells of a write to a NumPy array: a pipeline that shares one is loaded for each call."""
+    """A pipeline that shares a NumPy array is loaded for each call: no version counter tells of a write to the array."""
     publication = zerocopy.publish(Search(modules(), index=np.zeros(100_000)))
     assert [call(process, write_index, publication) for _ in range(3)] == [1.0] * 3
 
 
-def test_a_worker_lets_go(store_use: Callable[[], int]) -> None:
-    """What a worker keeps is bounded, and a publication that was closed is freed soon, though the worker lives."""
+def test_a_worker_keeps_few_and_not_for_long(store_use: Callable[[], int]) -> None:
+    """A worker keeps loads of four publications at most, and frees those of a closed publication after a while."""
     process = Process.remote()
     publications = [zerocopy.publish(modules()) for _ in range(6)]
     for publication in publications:

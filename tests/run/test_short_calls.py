@@ -1,4 +1,4 @@
-"""A task that is called and waited for, where its weights are loaded already, is called without a reference to them."""
+"""A direct call of a task carries no reference to weights that workers have loaded already."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def note(search: Search, word: str) -> list[str]:
 
 @zerocopy.task(num_cpus=1)
 def forget(model: nn.Module) -> None:
-    """Lets go of all that this worker keeps, as it does after some seconds."""
+    """Drops all that this worker keeps, as a worker does some seconds after its last call."""
     from zerocopy._run import reuse
 
     reuse.CACHE._entries.clear()
@@ -54,7 +54,7 @@ def forget(model: nn.Module) -> None:
 
 @zerocopy.task(num_cpus=1)
 def pass_on(model: nn.Module) -> str:
-    """The publication as which a pipeline that was loaded for this call travels."""
+    """The publication as which this process passes on a pipeline that was loaded for this call."""
     from zerocopy._publish.publish import publish_automatically
 
     return publish_automatically(model).reference.hex()
@@ -74,26 +74,46 @@ def fail(model: nn.Module, word: str) -> None:
 def answers(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """How each short call was answered."""
     told: list[str] = []
-    is_unknown = short_calls.is_unknown
+    unpack_reply = short_calls.unpack_reply
 
-    def noted(answer: Any) -> bool:
-        told.append("unknown" if is_unknown(answer) else "known")
-        return is_unknown(answer)
+    def noted(packed: Any) -> short_calls.Reply:
+        reply = unpack_reply(packed)
+        told.append("known" if reply.is_known else "unknown")
+        return reply
 
-    monkeypatch.setattr(short_calls, "is_unknown", noted)
+    monkeypatch.setattr(short_calls, "unpack_reply", noted)
     return told
 
 
 def warm(publication: Any, answers: list[str]) -> None:
-    """Call until a call was short, and answered: any worker may run it."""
+    """Call until a short call is answered: any worker may run it, and not each has the weights."""
     for _ in range(200):
-        short_calls._times.clear()
+        short_calls._trust.clear()
         give(publication, 0)
         give(publication, 0)
         if answers[-1:] == ["known"]:
             answers.clear()
             return
     raise AssertionError("no call was short")
+
+
+def test_trust_ends_and_is_withdrawn() -> None:
+    """A publication is trusted for a while after each call; once a worker did not have it, not until a while later."""
+    trust = short_calls.Trust()
+    assert not trust.holds_at(10.0)
+    trust = trust.confirmed(10.0)
+    assert [trust.holds_at(now) for now in (10.0, 11.9, 12.1)] == [True, True, False]
+    trust = trust.withdrawn(11.0)
+    assert not any(trust.holds_at(now) for now in (11.0, 13.0, 20.0))
+    trust = trust.confirmed(12.0)
+    assert [trust.holds_at(now) for now in (12.0, 13.0, 14.0, 14.1)] == [False, True, True, False]
+
+
+@pytest.mark.parametrize("result", [b"", b"text", None, [1, 2], short_calls.UNKNOWN], ids=repr)
+def test_replies_are_tagged(result: Any) -> None:
+    """No result is taken for the reply of a worker that does not have the weights."""
+    assert short_calls.unpack_reply(short_calls.pack_reply(result)) == (True, result)
+    assert not short_calls.unpack_reply(short_calls.UNKNOWN).is_known
 
 
 def test_the_next_call_is_short(answers: list[str]) -> None:
@@ -110,7 +130,7 @@ def test_the_next_call_is_short(answers: list[str]) -> None:
 
 @pytest.mark.parametrize("value", [b"", b"text", "text", None, 1.5, 2**70, True, 3j], ids=repr)
 def test_brief_values_travel(answers: list[str], value: Any) -> None:
-    """There and back, as they are."""
+    """Brief values arrive unchanged, and come back unchanged."""
     publication = zerocopy.publish(model())
     warm(publication, answers)
     result = give(publication, value)
@@ -119,7 +139,7 @@ def test_brief_values_travel(answers: list[str], value: Any) -> None:
 
 
 def test_other_values_travel_as_always(answers: list[str]) -> None:
-    """What is large, or means more than its value, is an argument of Ray's."""
+    """A call with any other value is an ordinary call of Ray."""
     publication, reference = zerocopy.publish(model()), ray.put("behind")
     warm(publication, answers)
     assert give(publication, [1, 2]) == [1, 2]
@@ -129,8 +149,8 @@ def test_other_values_travel_as_always(answers: list[str]) -> None:
     assert not answers
 
 
-def test_a_worker_that_let_go_is_called_again(answers: list[str]) -> None:
-    """One that has not got the weights says so, and the caller sees nothing of it; for a while no call is short then."""
+def test_a_worker_without_the_weights_is_called_again(answers: list[str]) -> None:
+    """A worker without the weights says so, which the caller does not see. For a while no call is short then."""
     module = model()
     publication = zerocopy.publish(module)
     warm(publication, answers)
@@ -141,7 +161,7 @@ def test_a_worker_that_let_go_is_called_again(answers: list[str]) -> None:
 
 
 def test_copied_fields_arrive_as_they_are() -> None:
-    """In a short call too: what the caller changed since, and nothing of earlier calls."""
+    """Short calls see what the caller has changed in copied fields, and nothing that earlier calls did to them."""
     search = Search(model())
     assert [note(search, "a") for _ in range(4)] == [["a"]] * 4
     search.notes.append("mine")
@@ -149,7 +169,7 @@ def test_copied_fields_arrive_as_they_are() -> None:
 
 
 def test_a_changed_weight_arrives(answers: list[str]) -> None:
-    """A call after a write has what was written."""
+    """A call after a write sees what was written."""
     module = model()
     warm(module, answers)
     with torch.no_grad():
@@ -158,7 +178,7 @@ def test_a_changed_weight_arrives(answers: list[str]) -> None:
 
 
 def test_what_a_short_call_loads_is_known(answers: list[str]) -> None:
-    """It may be passed on, as the publication that it came from."""
+    """A pipeline that a short call has loaded is passed on as the publication that it came from."""
     publication = zerocopy.publish(model())
     warm(publication, answers)
     assert {pass_on(publication) for _ in range(4)} == {publication.reference.hex()}
@@ -166,7 +186,7 @@ def test_what_a_short_call_loads_is_known(answers: list[str]) -> None:
 
 
 def test_an_error_is_the_functions(answers: list[str]) -> None:
-    """With its class and words."""
+    """An error of the function arrives with its class and its text."""
     publication = zerocopy.publish(model())
     warm(publication, answers)
     for _ in range(3):
@@ -175,7 +195,7 @@ def test_an_error_is_the_functions(answers: list[str]) -> None:
 
 
 def test_a_closed_publication_is_refused(answers: list[str]) -> None:
-    """Though a worker may have it loaded still."""
+    """A closed publication is refused, though a worker may still have it loaded."""
     publication = zerocopy.publish(model())
     warm(publication, answers)
     publication.close()

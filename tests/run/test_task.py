@@ -264,7 +264,7 @@ def test_errors_keep_their_class() -> None:
 
 
 def test_local_copies_as_a_remote_call_would() -> None:
-    """`local` runs here, and what it does to its arguments stays in the call."""
+    """`local` runs in this process, and does not change the arguments of its caller."""
 
     @zerocopy.task
     def change(pipeline: pipelines.Search, items: list[int]) -> tuple[int, list[int]]:
@@ -318,14 +318,14 @@ def test_local_functions_with_closures() -> None:
 
 
 def test_annotations_for_type_checkers_only() -> None:
-    """A name that exists only under TYPE_CHECKING spoils nothing; the other annotations are checked."""
+    """An annotation that names what exists only under TYPE_CHECKING is not checked; the others are."""
     assert pipelines.annotated_for_type_checkers(1, nn.Linear(1, 1)) == "Linear"
     with pytest.raises(ArgumentError, match="expects torch.nn.modules.module.Module for 'module', got 'str'"):
         pipelines.annotated_for_type_checkers(1, "no")
 
 
 def test_bad_arguments_are_refused_here() -> None:
-    """What cannot travel raises where it was given."""
+    """A call raises if an argument cannot travel."""
     search = pipelines.search(width=8, settings={"stream": (number for number in ())})
     with pytest.raises(CannotTravelError, match=r"search.settings\['stream'\]"):
         pipelines.answer.remote(search, 1.0)

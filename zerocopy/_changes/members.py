@@ -16,7 +16,7 @@ from torch import nn
 
 from zerocopy._compat.torch import hooks_registered
 
-Own: TypeAlias = dict[str, Any]  # the `__dict__` of a module
+Vars: TypeAlias = dict[str, Any]  # what `vars` gives for a module
 
 _MEMBERS = ("_parameters", "_buffers", "_modules")
 _HOOKS = tuple(name for name, value in vars(nn.Module()).items() if isinstance(value, dict) and name not in _MEMBERS)
@@ -34,26 +34,28 @@ class Members:
     """Parameters, buffers, children, tensors in attributes, modes and hooks of some modules. Keeps none of them alive."""
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
-        owns = list(map(vars, modules))
-        kinds = {cls for cls in set(map(type, _flatten(map(dict.values, owns)))) if issubclass(cls, torch.Tensor)}
-        self._attributes = [
+        module_vars = list(map(vars, modules))
+        kinds = {
+            cls for cls in set(map(type, _flatten(map(dict.values, module_vars)))) if issubclass(cls, torch.Tensor)
+        }
+        self._tensor_attributes = [
             (position, name)
-            for position, own in enumerate(owns if kinds else ())
-            for name, value in own.items()
+            for position, held in enumerate(module_vars if kinds else ())
+            for name, value in held.items()
             if type(value) in kinds
         ]
-        self._state = self._state_of(owns)
-        self._hooks = _Hooks(owns)
+        self._state = self._state_of(module_vars)
+        self._hooks = _Hooks(module_vars)
 
     def is_unchanged(self, modules: Sequence[nn.Module]) -> bool:
         """Whether the same modules hold what they held."""
-        owns = list(map(vars, modules))
-        return self._state_of(owns) == self._state and self._hooks.is_unchanged(owns)
+        module_vars = list(map(vars, modules))
+        return self._state_of(module_vars) == self._state and self._hooks.is_unchanged(module_vars)
 
-    def _state_of(self, owns: Sequence[Own]) -> tuple[list[Any], ...]:
-        attributes = [id(owns[position].get(name)) for position, name in self._attributes]
-        members = _names_and_ids(list(_flatten(map(_members_of, owns))))
-        return list(map(_training_of, owns)), list(map(len, owns)), *members, attributes
+    def _state_of(self, module_vars: Sequence[Vars]) -> tuple[list[Any], ...]:
+        attributes = [id(module_vars[position].get(name)) for position, name in self._tensor_attributes]
+        members = _names_and_ids(list(_flatten(map(_members_of, module_vars))))
+        return list(map(_training_of, module_vars)), list(map(len, module_vars)), *members, attributes
 
 
 class HeldMembers:
@@ -62,20 +64,20 @@ class HeldMembers:
     Keeps all of it alive. So nothing has to be looked up, and values that are the same objects compare fast.
     """
 
-    def __init__(self, owns: Sequence[Own]) -> None:
-        self._owns = owns
-        members: list[Own] = list(_flatten(map(_members_of, owns)))
+    def __init__(self, module_vars: Sequence[Vars]) -> None:
+        self._module_vars = module_vars
+        members: list[Vars] = list(_flatten(map(_members_of, module_vars)))
         self._empty = [held for held in members if not held]
         self._filled = [held for held in members if held]
         self._names = list(_flatten(self._filled))
         self._values = list(_flatten(map(dict.values, self._filled)))
-        self._hooks = _Hooks(owns)
+        self._hooks = _Hooks(module_vars)
         self.record_modes()
 
     def record_modes(self) -> None:
         """Record the modes that the modules are in now."""
-        self._modes = list(map(_training_of, self._owns))
-        self._counts = list(map(len, self._owns))
+        self._modes = list(map(_training_of, self._module_vars))
+        self._counts = list(map(len, self._module_vars))
 
     def parts_unchanged(self) -> Iterator[bool]:
         """Whether each part is unchanged, one after the other. A part takes a fraction of a millisecond for a thousand modules.
@@ -83,8 +85,11 @@ class HeldMembers:
         Raises:
             Exception: whatever the comparison of two values raises that are not the same object.
         """
-        yield self._hooks.is_unchanged(self._owns)
-        yield list(map(_training_of, self._owns)) == self._modes and list(map(len, self._owns)) == self._counts
+        yield self._hooks.is_unchanged(self._module_vars)
+        yield (
+            list(map(_training_of, self._module_vars)) == self._modes
+            and list(map(len, self._module_vars)) == self._counts
+        )
         yield not any(self._empty)
         yield list(_flatten(self._filled)) == self._names
         yield list(_flatten(map(dict.values, self._filled))) == self._values
@@ -93,22 +98,22 @@ class HeldMembers:
 class _Hooks:
     """The hooks of some modules. There are many, so they are compared only if this process has registered one since."""
 
-    def __init__(self, owns: Iterable[Own]) -> None:
-        self._state = self._state_of(owns)
+    def __init__(self, module_vars: Iterable[Vars]) -> None:
+        self._state = self._state_of(module_vars)
         self._registered = hooks_registered()
 
-    def is_unchanged(self, owns: Iterable[Own]) -> bool:
+    def is_unchanged(self, module_vars: Iterable[Vars]) -> bool:
         registered = hooks_registered()
         if registered == self._registered:
             return True
-        if self._state_of(owns) != self._state:
+        if self._state_of(module_vars) != self._state:
             return False
         self._registered = registered
         return True
 
     @staticmethod
-    def _state_of(owns: Iterable[Own]) -> tuple[list[Any], ...]:
-        return _names_and_ids(filter(None, _flatten(map(_hooks_of, owns))))  # no two hooks have one name
+    def _state_of(module_vars: Iterable[Vars]) -> tuple[list[Any], ...]:
+        return _names_and_ids(filter(None, _flatten(map(_hooks_of, module_vars))))  # no two hooks have one name
 
 
 def _names_and_ids(dicts: Iterable[dict[Any, Any]]) -> tuple[list[Any], ...]:

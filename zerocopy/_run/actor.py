@@ -1,4 +1,4 @@
-"""What does `@actor` generate: Ray actors of a class that stays a plain class, with pipelines arriving loaded."""
+"""What does `@actor` generate: Ray actors of a class that stays a plain class, and gets its pipelines loaded."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _GENERATED = ("remote", "options", "pool")
 
 
 class _Spec:
-    """The options of an actor class, and the Ray actor classes made of it and of its subclasses in this process."""
+    """The options of an actor class, and the Ray actor classes that this process has made of it and of its subclasses."""
 
     def __init__(self, options: dict[str, Any], device: str | None) -> None:
         self.options = options
@@ -57,7 +57,7 @@ class Pool(Generic[T]):
         self.actors = actors
 
     def map(self, method: str, items: Iterable[Any], *, max_in_flight: int | None = None) -> Iterator[Any]:
-        """Call `method` of some actor for each of `items`, which are iterated lazily.
+        """Call `method` for each of `items`, which are iterated lazily, on one actor after the other.
 
         Yields results in order, with at most `max_in_flight` calls under way (by default two for each actor). The first
         error cancels the calls under way and is raised.
@@ -105,7 +105,7 @@ class Pool(Generic[T]):
 
 
 class Launcher(Generic[P, T]):
-    """Starts actors of one class with some options of Ray's."""
+    """Starts actors of one class with some options of Ray."""
 
     def __init__(self, cls: type[T], options: dict[str, Any]) -> None:
         self._cls = cls
@@ -134,13 +134,12 @@ class Launcher(Generic[P, T]):
             actor_class = actor_class.options(**self._options)
         actors = [actor_class.remote(*sent, **named) for _ in range(count)]
         for handle in actors:
-            # A restarted actor loads again: what it was given must stay as long as it can be restarted.
-            weakref.finalize(handle, _let_go, sent, named).atexit = False
+            # A restarted actor loads again, so its arguments live as long as its handle: the finalizer refers to them.
+            weakref.finalize(handle, _do_nothing, sent, named).atexit = False
         return actors
 
 
-def _let_go(*arguments: object) -> None:
-    """Nothing to do: being referenced by the finalizer was the point."""
+def _do_nothing(*arguments: object) -> None: ...
 
 
 class _Remote:
@@ -152,10 +151,10 @@ class _Remote:
 
 
 class _Options:
-    # mypy cannot take the parameters of a class from a descriptor's owner, so these are left open.
+    # mypy cannot take the parameters of a class from the owner of a descriptor, so they are left open here.
     def __get__(self, instance: object, owner: Callable[..., T]) -> Callable[..., Launcher[..., T]]:
         def options(**options: Any) -> Launcher[..., T]:
-            """Other options of Ray's, by name, for the actors started from the result."""
+            """Options of Ray, by name, for the actors that are started from the result."""
             check_options(options, "actor", late=True)
             return Launcher(cast("type[T]", owner), options)
 
@@ -170,7 +169,7 @@ class _Pool:
 class Actor:
     """An empty base class that lets type checkers see `.remote`, `.options` and `.pool`, and makes a class an actor.
 
-    `@zerocopy.actor(...)` on the derived class adds options of Ray's.
+    `@zerocopy.actor(...)` on the derived class adds options of Ray.
     """
 
     remote = _Remote()
@@ -200,7 +199,7 @@ def actor(cls: Any = None, *, device: str | None = None, **options: Any) -> Any:
         options: Ray's options for an actor, such as `num_cpus`.
 
     Raises:
-        DeclarationError: not a class, an option Ray does not know, or a method named as one of those three.
+        DeclarationError: not a class, an option Ray does not know, or a class with a method of one of those three names.
     """
     check_device_name(device, "@zerocopy.actor")
     check_options(options, "actor")
@@ -215,21 +214,17 @@ def _decorate(cls: Any, options: dict[str, Any], device: str | None) -> Any:
         raise DeclarationError(f"@zerocopy.actor expects a class, got {describe(cls)}.", hint=hint)
     if not hasattr(cls, _SPEC):
         _prepare(cls)
-        _follow_subclasses(cls)
+        _prepare_subclasses(cls)
         for name, descriptor in zip(_GENERATED, (_Remote(), _Options(), _Pool()), strict=True):
             setattr(cls, name, descriptor)
-    inherited = getattr(cls, _SPEC, None)
-    setattr(
-        cls,
-        _SPEC,
-        _Spec({**(inherited.options if inherited else {}), **options}, device or getattr(inherited, "device", None)),
-    )
+    inherited = getattr(cls, _SPEC, _Spec({}, None))
+    setattr(cls, _SPEC, _Spec({**inherited.options, **options}, device or inherited.device))
     return cls
 
 
 def _prepare(cls: type) -> None:
-    """Check a class that is to be an actor, give it an `__init__` if it has none, and make its own one load."""
-    if is_ray_actor_class(cls):  # derived from one that was prepared
+    """Check a class that is to be an actor, give it an `__init__` if it has none, and let that load its arguments."""
+    if is_ray_actor_class(cls):  # Ray derived it from one that is prepared
         return
     for name in _GENERATED:
         if not isinstance(inspect.getattr_static(cls, name, _Remote()), (_Remote, _Options, _Pool)):
@@ -252,10 +247,10 @@ def _prepare(cls: type) -> None:
         attr.s(auto_attribs=True, slots=False, eq=False, repr=False)(cls)
     init = cls.__init__  # type: ignore[misc]
     if init is not object.__init__ and not hasattr(init, _SPEC):
-        cls.__init__ = _loading(init)  # type: ignore[misc]
+        cls.__init__ = _with_arguments_loaded(init)  # type: ignore[misc]
 
 
-def _loading(init: Callable[..., None]) -> Callable[..., None]:
+def _with_arguments_loaded(init: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(init)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         values, named = load_arguments(args, kwargs, getattr(type(self), _SPEC).device)
@@ -265,8 +260,8 @@ def _loading(init: Callable[..., None]) -> Callable[..., None]:
     return __init__
 
 
-def _follow_subclasses(cls: Any) -> None:
-    """Let the `__init__` of subclasses load too."""
+def _prepare_subclasses(cls: Any) -> None:
+    """Prepare each subclass of `cls` when it is made."""
     previous = vars(cls).get("__init_subclass__")
 
     def __init_subclass__(owner: type, /, **options: Any) -> None:

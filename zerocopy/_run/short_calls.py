@@ -1,9 +1,9 @@
-"""How is a task called where the weights are known to be loaded: without a reference to them.
+"""How is a task called where workers have the weights loaded already: without a reference to them.
 
 Ray counts every reference that an argument holds, at both ends, which takes longer than all else of a call. The process that
-waits for the result holds the weights meanwhile, and a worker that has them loaded needs no reference. So such a call is one
-argument of bytes: what is given, and which publications. A worker that has not, or not any more, says so before the function
-runs, and the call is made again in full.
+waits for the result holds the weights in the meantime, and a worker that has loaded them needs no reference. So such a call is
+one argument of bytes, in which publications have names. A worker that does not have the weights, or no longer, says so before
+the function runs, and the call is made again in full.
 """
 
 from __future__ import annotations
@@ -11,16 +11,15 @@ from __future__ import annotations
 import pickle
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from zerocopy._load.publication import Publication
 
-SECONDS = 2.0  # after the last call a worker is trusted to have the weights still: less than it keeps them
+SECONDS = 2.0  # that a worker is trusted to have the weights after a call; it keeps them for longer
 MOST_BYTES = 4096  # of a string: larger ones are better off as arguments of their own
-MOST_KNOWN = 256
-UNKNOWN = b""  # a worker's answer if it has not the weights
+MOST_TRUSTED = 256  # publications
 
-# Stands for a publication: the id of its manifest, whether it requires isolation, and what else it is made of.
+# Stands for a publication: the id of its manifest, whether it requires isolation, and the rest of it packed.
 Name: TypeAlias = tuple[bytes, bool, bytes]
 
 _SCALARS = (int, float, complex, bool, type(None))
@@ -32,63 +31,87 @@ def is_brief(value: object) -> bool:
     return type(value) in _SCALARS or (type(value) in _STRINGS and len(value) <= MOST_BYTES)  # type: ignore[arg-type]
 
 
-def shortened(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bytes | None:
-    """A call as bytes, if there is nothing in it but brief values and publications that workers have loaded of late."""
-    given: dict[int | str, Any] = dict(enumerate(args)) | dict(kwargs)
-    publications = {place: value for place, value in given.items() if isinstance(value, Publication)}
-    if not publications or not all(map(is_brief, (given[place] for place in given if place not in publications))):
+def pack_call(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bytes | None:
+    """A call as bytes, if it has nothing but brief values and publications that workers have loaded recently."""
+    publications = [value for value in (*args, *kwargs.values()) if not is_brief(value)]
+    if not publications or not all(isinstance(value, Publication) and _is_trusted(value) for value in publications):
         return None
-    if not all(map(_are_loaded, publications.values())):
-        return None
-    names = {place: _named(publication) for place, publication in publications.items()}
+    names = {id(publication): _name_of(publication) for publication in publications}
     if None in names.values():
         return None
-    values = [None if place in names else value for place, value in enumerate(args)]
-    return pickle.dumps((values, {name: value for name, value in kwargs.items() if name not in names}, names))
+    values = [names.get(id(value), value) for value in args]
+    return pickle.dumps((values, {key: names.get(id(value), value) for key, value in kwargs.items()}))
 
 
-def parts_of(call: bytes) -> tuple[list[Any], dict[str, Any], dict[int | str, Name]]:
-    """The inverse of `shortened`: arguments, with places for the publications, and those by number or name."""
-    parts: tuple[list[Any], dict[str, Any], dict[int | str, Name]] = pickle.loads(call)
-    return parts
+def unpack_call(call: bytes) -> tuple[list[Any], dict[str, Any]]:
+    """The arguments that `pack_call` packed, with names for the publications."""
+    args, kwargs = pickle.loads(call)
+    return args, kwargs
 
 
-def is_unknown(answer: Any) -> bool:
-    """Whether a worker answered that it has not got the weights."""
-    return type(answer) is bytes and answer == UNKNOWN
+def is_name(value: object) -> bool:
+    """Whether an argument of a short call stands for a publication. No brief value is a tuple."""
+    return type(value) is tuple
 
 
-def answer_of(result: Any) -> Any:
-    """A result as it travels back from a short call."""
-    return pickle.dumps(result) if type(result) is bytes or is_brief(result) else result
-
-
-def result_of(answer: Any) -> Any:
-    """The inverse of `answer_of`."""
-    return pickle.loads(answer) if type(answer) is bytes else answer
-
-
-def _named(publication: Publication) -> Name | None:
+def _name_of(publication: Publication) -> Name | None:
     packed = publication.packed()
     return None if packed is None else (publication.reference.binary(), publication.requires_isolation, packed)
 
 
-# From when until when short calls are worth a try, by manifest.
-_times: dict[bytes, tuple[float, float]] = {}
+class Reply(NamedTuple):
+    """A worker's reply to a short call: whether the publications are known there, and if so the result."""
+
+    is_known: bool
+    result: Any = None
 
 
-def _are_loaded(publication: Publication) -> bool:
-    first, last = _times.get(publication.reference.binary(), (0.0, 0.0))
-    return first <= time.monotonic() <= last
+UNKNOWN = pickle.dumps(tuple(Reply(is_known=False)))
 
 
-def note_answer(values: Iterable[Any], *, is_known: bool) -> None:
-    """Note that a call with these arguments was answered; `is_known` if the worker had what it needed, or has it now."""
+def pack_reply(result: Any) -> Any:
+    """The reply with a result, as it travels: bytes, or the result itself where Ray had better pickle it."""
+    return pickle.dumps((True, result)) if type(result) is bytes or is_brief(result) else result
+
+
+def unpack_reply(reply: Any) -> Reply:
+    """The inverse of `pack_reply`, and of `UNKNOWN`."""
+    return Reply(*pickle.loads(reply)) if type(reply) is bytes else Reply(True, reply)
+
+
+class Trust(NamedTuple):
+    """When workers are trusted to have a publication loaded, so that a short call is worth a try."""
+
+    not_before: float = 0.0
+    until: float = 0.0
+
+    def holds_at(self, now: float) -> bool:
+        """Whether a call at this time may be short."""
+        return self.not_before <= now <= self.until
+
+    def confirmed(self, now: float) -> Trust:
+        """After a worker had the publication, or has loaded it."""
+        return Trust(self.not_before, now + SECONDS)
+
+    def withdrawn(self, now: float) -> Trust:
+        """After a worker did not have it: others may not have it either, and each try would cost a call."""
+        return Trust(not_before=now + SECONDS)
+
+
+_trust: dict[bytes, Trust] = {}  # by manifest, in the order of the last reply
+
+
+def _is_trusted(publication: Publication) -> bool:
+    return _trust.get(publication.reference.binary(), Trust()).holds_at(time.monotonic())
+
+
+def note_reply(args: Iterable[Any], *, is_known: bool) -> None:
+    """Note that a call with these arguments was replied to. `is_known`: the worker had the publications, or has them now."""
     now = time.monotonic()
-    for publication in values:
-        if isinstance(publication, Publication) and not publication.closed:
-            manifest = publication.reference.binary()
-            first, _ = _times.pop(manifest, (0.0, 0.0))
-            _times[manifest] = (first, now + SECONDS) if is_known else (now + SECONDS, 0.0)
-    while len(_times) > MOST_KNOWN:
-        del _times[next(iter(_times))]
+    for value in args:
+        if isinstance(value, Publication) and not value.closed:
+            manifest = value.reference.binary()
+            trust = _trust.pop(manifest, Trust())
+            _trust[manifest] = trust.confirmed(now) if is_known else trust.withdrawn(now)
+    while len(_trust) > MOST_TRUSTED:
+        del _trust[next(iter(_trust))]

@@ -17,7 +17,7 @@ from zerocopy._run import short_calls
 from zerocopy._run.arguments import copy_argument, pack_argument, pack_arguments, resolve_references
 from zerocopy._run.checks import PLACEHOLDER, Parameters, check_in_flight, check_options
 from zerocopy._run.results import default_in_flight, in_order
-from zerocopy._run.worker import address_of, call, find, run, run_generator, run_short
+from zerocopy._run.worker import address_of, call, object_at, run, run_generator, run_short
 from zerocopy._store import object_store
 from zerocopy.errors import ArgumentError, DeclarationError
 
@@ -29,7 +29,7 @@ S = TypeVar("S")
 if TYPE_CHECKING:
 
     class _FunctionWrapper(Generic[P, R]):
-        """What type checkers see of wrapt's: a Task is one only at run time."""
+        """What type checkers see instead of wrapt's wrapper, which a Task is at run time."""
 
         __wrapped__: Callable[P, R]
         __name__: str
@@ -54,9 +54,9 @@ else:
 
 
 class BoundTask(_BoundFunctionWrapper[P, R]):
-    """A task that is a method, bound to its instance, which travels as the first argument."""
+    """A task that is a method, bound to its instance, which is sent as the first argument."""
 
-    # cloudpickle asks for the class of an object to recognize functions, and wrapt would answer with the wrapped one's.
+    # cloudpickle recognizes functions by their class, and wrapt would give the class of the wrapped function.
     @property  # type: ignore[misc]
     def __class__(self) -> type:
         return type(self)
@@ -86,13 +86,10 @@ class BoundTask(_BoundFunctionWrapper[P, R]):
         return bound
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return getattr, (self._self_instance, self._attribute())
-
-    def _attribute(self) -> str:
-        """The name under which the class holds the task: mangled, if it is a private one."""
+        # The class holds a private method by a mangled name.
         held = (vars(base).items() for base in type(self._self_instance).__mro__)
         names = (name for members in held for name, value in members if value is self._self_parent)
-        return next(names, self._self_parent.__name__)
+        return getattr, (self._self_instance, next(names, self._self_parent.__name__))
 
 
 class Task(_FunctionWrapper[P, R]):
@@ -111,11 +108,11 @@ class Task(_FunctionWrapper[P, R]):
         reuse: bool = True,
         base: Task[P, R] | None = None,
     ) -> None:
-        super().__init__(wrapped, _call_as_it_is)
+        super().__init__(wrapped, lambda function, _, args, kwargs: function(*args, **kwargs))
         self._self_options = options
         self._self_device = device
         self._self_reuse = reuse
-        self._self_base = base  # the task that these options were given to: Ray knows one function for both
+        self._self_base = base  # the task that was given these options: Ray knows one function for both
         self._self_parameters: Parameters = Parameters(wrapped) if base is None else base._self_parameters
         self._self_remotes: dict[Any, Any] = {}
         is_plain = not inspect.isgeneratorfunction(wrapped) and options.get("num_returns") in (None, 1)
@@ -145,18 +142,17 @@ class Task(_FunctionWrapper[P, R]):
         self._self_parameters.check(args, kwargs)
         object_store.require()
         sent, named = pack_arguments(args, kwargs)
-        short = short_calls.shortened(sent, named) if self._self_may_be_short else None
+        short = short_calls.pack_call(sent, named) if self._self_may_be_short else None
         if short is not None:
-            answer = ray.get(self._ray_function(run_short).remote(short))
-            is_known = not short_calls.is_unknown(answer)
-            short_calls.note_answer((*sent, *named.values()), is_known=is_known)
-            if is_known:
-                return cast("R", short_calls.result_of(answer))
+            reply = short_calls.unpack_reply(ray.get(self._ray_function(run_short).remote(short)))
+            short_calls.note_reply((*sent, *named.values()), is_known=reply.is_known)
+            if reply.is_known:
+                return cast("R", reply.result)
         ref = self._submit(sent, named)
         if isinstance(ref, ray.ObjectRefGenerator):
             return cast("R", ref)
         result = ray.get(ref)
-        short_calls.note_answer((*sent, *named.values()), is_known=True)
+        short_calls.note_reply((*sent, *named.values()), is_known=True)
         return result
 
     def remote(self, *args: P.args, **kwargs: P.kwargs) -> ray.ObjectRef[R]:
@@ -170,20 +166,20 @@ class Task(_FunctionWrapper[P, R]):
         return ref
 
     def options(self, **options: Any) -> Task[P, R]:
-        """The same task with other options of Ray's."""
+        """The same task with other options of Ray."""
         check_options(options, "task", late=True)
         late = options if self._self_base is None else {**self._self_options, **options}
         return Task(self.__wrapped__, late, self._self_device, self._self_reuse, self._self_base or self)
 
     def local(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        """Run in this process, on arguments that are copies or loaded as those of a remote call would be."""
+        """Run in this process. Arguments are copied or loaded, as those of a remote call would be."""
         self._self_parameters.check(args, kwargs)
         values = [copy_argument(value, self._self_device) for value in args]
         named = {name: copy_argument(value, self._self_device) for name, value in kwargs.items()}
         return self.__wrapped__(*values, **named)
 
     def map(self, *args: Any, max_in_flight: int | None = None, **kwargs: Any) -> Iterator[R]:
-        """Call for each item of the last positional argument, which is iterated lazily; the others are held constant.
+        """Call for each item of the last positional argument, which is iterated lazily. The other arguments stay the same.
 
         Yields results in order, with at most `max_in_flight` calls under way (by default twice the CPUs of the cluster).
         The first error cancels the calls under way and is raised.
@@ -214,31 +210,29 @@ class Task(_FunctionWrapper[P, R]):
         return self._ray_function(runs).remote(*args, **kwargs)
 
     def _ray_function(self, runs: Callable[..., Any]) -> Any:
-        if runs not in self._self_remotes:
-            self._self_remotes[runs] = self._make_remote(runs)
-        return self._self_remotes[runs]
-
-    def _make_remote(self, runs: Callable[..., Any]) -> Any:
+        """The Ray function, made once, whose calls are run by `runs`, which is a function of `worker`."""
+        if runs in self._self_remotes:
+            return self._self_remotes[runs]
         if self._self_base is not None:
-            return self._self_base._ray_function(runs).options(**self._self_options)
-        function = self.__wrapped__
-        address = address_of(self, function.__module__, function.__qualname__)
-        runner = _named(functools.partial(runs, address or function, self._self_device, self._self_reuse), function)
-        return ray.remote(**{"name": self.__qualname__, **self._self_options})(runner)
+            remote = self._self_base._ray_function(runs).options(**self._self_options)
+        else:
+            function = self.__wrapped__
+            address = address_of(self, function.__module__, function.__qualname__)
+            runner = functools.partial(runs, address or function, self._self_device, self._self_reuse)
+            options = {"name": self.__qualname__, **self._self_options}
+            remote = ray.remote(**options)(_named_after(function, runner))
+        self._self_remotes[runs] = remote
+        return remote
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         address = address_of(self, self.__wrapped__.__module__, self.__wrapped__.__qualname__)
         if address is not None:
-            return find, address
+            return object_at, address
         return Task, (self.__wrapped__, self._self_options, self._self_device, self._self_reuse, self._self_base)
 
 
-def _call_as_it_is(wrapped: Any, _: Any, args: Any, kwargs: Any) -> Any:
-    return wrapped(*args, **kwargs)
-
-
-def _named(runs: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
-    """`runs` as a function that Ray accepts, under the name of the one it stands for."""
+def _named_after(function: Callable[..., Any], runs: Callable[..., Any]) -> Callable[..., Any]:
+    """`runs` as a function that Ray accepts, with the name and the docstring of `function`."""
     if inspect.isgeneratorfunction(function):
 
         def runner(*args: Any, **kwargs: Any) -> Any:
@@ -265,8 +259,8 @@ def task(function: Any = None, *, device: str | None = None, reuse: bool = True,
 
     Args:
         device: where pipelines are loaded; a field's own device wins.
-        reuse: whether calls may share the modules that their worker process has loaded already, one call at a time, if
-            versions, members and modes tell that nobody has changed them. Copied fields are fresh in every call.
+        reuse: whether a call may use the modules that an earlier call in its worker process has loaded, if versions,
+            members and modes tell that nobody has changed them. Copied fields are fresh in every call.
         options: Ray's options for a task, such as `num_cpus`.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What happens to a call of a task where it runs: the function is found, arguments are loaded, and what was loaded is kept."""
+"""What happens to a call of a task where it runs: the function is found, arguments are loaded, and loads are released."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import importlib
 import inspect
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 from zerocopy._compat.ray import is_pickled_by_value
 from zerocopy._load.publication import Publication
@@ -15,46 +15,29 @@ from zerocopy._run import short_calls
 from zerocopy._run.arguments import load_arguments
 from zerocopy._run.reuse import CallLoads, NotCached
 
+Target: TypeAlias = Any  # a function, or the address of a task: its module and its qualified name
 
-def run(target: Any, device: str | None, reuse: bool, *args: Any, **kwargs: Any) -> Any:
+
+def run(target: Target, device: str | None, reuse: bool, *args: Any, **kwargs: Any) -> Any:
+    """What Ray runs for a task."""
     return call(_function_of(target), device, reuse, args, kwargs)
 
 
 def call(function: Any, device: str | None, reuse: bool, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """Call `function` with its arguments as they arrive; after an error nothing is kept for the next call."""
+    """Call `function` with its arguments loaded. After an error nothing is kept for later calls."""
     if not reuse or inspect.isgeneratorfunction(function):
         values, named = load_arguments(args, kwargs, device)
         return function(*values, **named)
     loads = CallLoads()
     values, named = load_arguments(args, kwargs, device, loads.load)
     result = function(*values, **named)
-    del values, named
+    del values, named  # a load that anything refers to is not reused
     loads.release()
     return result
 
 
-def run_short(target: Any, device: str | None, _: bool, call: bytes) -> Any:
-    """The same for a call that names its publications: the answer to it, or that they are not known here."""
-    values, named, names = short_calls.parts_of(call)
-    loads = CallLoads()
-    try:
-        loaded = {place: loads.load_named(name, device) for place, name in names.items()}
-    except NotCached:
-        loads.release()
-        return short_calls.UNKNOWN
-    for place, pipeline in loaded.items():
-        if isinstance(place, int):
-            values[place] = pipeline
-        else:
-            named[place] = pipeline
-    del loaded
-    result = _function_of(target)(*values, **named)
-    del values, named, pipeline
-    loads.release()
-    return short_calls.answer_of(result)
-
-
-def run_generator(target: Any, device: str | None, reuse: bool, *args: Any, **kwargs: Any) -> Iterator[Any]:
+def run_generator(target: Target, device: str | None, reuse: bool, *args: Any, **kwargs: Any) -> Iterator[Any]:
+    """The same for a generator function."""
     loads = CallLoads()
     values, named = load_arguments(args, kwargs, device, loads.load if reuse else Publication.load)
     yield from _function_of(target)(*values, **named)
@@ -62,22 +45,42 @@ def run_generator(target: Any, device: str | None, reuse: bool, *args: Any, **kw
     loads.release()
 
 
+def run_short(target: Target, device: str | None, _: bool, packed: bytes) -> Any:
+    """The same for a short call, which always reuses. Returns the packed reply."""
+    args, kwargs = short_calls.unpack_call(packed)
+    loads = CallLoads()
+
+    def load(value: Any) -> Any:
+        return loads.load_named(value, device) if short_calls.is_name(value) else value
+
+    try:
+        values = [load(value) for value in args]
+        named = {name: load(value) for name, value in kwargs.items()}
+    except NotCached:
+        loads.release()
+        return short_calls.UNKNOWN
+    result = _function_of(target)(*values, **named)
+    del values, named
+    loads.release()
+    return short_calls.pack_reply(result)
+
+
 @functools.lru_cache(256)
-def _function_of(target: Any) -> Any:
-    return find(*target).__wrapped__ if isinstance(target, tuple) else target
+def _function_of(target: Target) -> Any:
+    return object_at(*target).__wrapped__ if isinstance(target, tuple) else target
 
 
 def address_of(obj: object, module: str, qualname: str) -> tuple[str, str] | None:
-    """The module and qualified name under which importing finds this very object in a worker too, if it does."""
+    """The module and the qualified name, if a worker that imports the module finds this very object there."""
     if module == "__main__" or module not in sys.modules or is_pickled_by_value(module):
         return None
     try:
-        return (module, qualname) if find(module, qualname) is obj else None
+        return (module, qualname) if object_at(module, qualname) is obj else None
     except (ImportError, AttributeError):
         return None
 
 
-def find(module: str, qualname: str) -> Any:
+def object_at(module: str, qualname: str) -> Any:
     """The object with this qualified name, not bound to the class that holds it."""
     found: Any = importlib.import_module(module)
     for name in qualname.split("."):
