@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
 from zerocopy._split import paths
-from zerocopy._split.roles import Zone
 from zerocopy._split.skeleton import Split, strip
+from zerocopy._split.zones import Zone
 from zerocopy._store.tensors import is_tensor_or_array, storage_of
 from zerocopy.errors import ArgumentError
 

@@ -18,8 +18,9 @@ from torch.export import ExportedProgram
 
 from zerocopy._declare.pipeline import fields, is_pipeline_class
 from zerocopy._split import paths
-from zerocopy._split.roles import Zone
-from zerocopy._split.skeleton import Split, Stripped, strip
+from zerocopy._split.ordinary import Stripped
+from zerocopy._split.skeleton import Split, strip
+from zerocopy._split.zones import Zone
 from zerocopy._store.manifest import Outer, Root, Skeleton
 from zerocopy._store.tensors import TensorTable, is_tensor_or_array, storage_of
 from zerocopy.errors import ArgumentError, CannotTravelError, DeviceError
@@ -239,8 +240,8 @@ def _entanglement(pipeline: Any, outer: Stripped, shared: Stripped, common: set[
 
 def _lasting(stripped: Stripped) -> frozenset[int]:
     """Ids of the mutable objects that live on after the pickling: not of what reducers made on the way."""
-    temporary: list[Any] = []  # referenced twice here, as others are by `seen` and by the pickler's memo
-    baseline = _reference_counts({0: temporary, 1: temporary})[0]
+    temporary: list[Any] = []  # held by this name too, as a part of something temporary is by that
+    baseline = _reference_counts({0: temporary})[0]
     return frozenset(key for key, count in _reference_counts(stripped.seen).items() if count > baseline)
 
 

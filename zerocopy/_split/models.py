@@ -9,9 +9,10 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from zerocopy._split import paths
+from zerocopy._split.ordinary import Stripped
 from zerocopy._split.programs import PROGRAMS
-from zerocopy._split.roles import Zone
-from zerocopy._split.skeleton import Split, Stripped, strip
+from zerocopy._split.skeleton import Split, strip
+from zerocopy._split.zones import Zone
 
 
 def is_model(obj: object) -> bool:

@@ -63,15 +63,19 @@ def reduce_file(_: object) -> Any:
     raise TypeError("an open file belongs to its process")
 
 
-def reduce_array(array: np.ndarray[Any, Any]) -> Any:
+def reduce_composite(obj: Any) -> Any:
+    """A tensor or an array that no storage describes as it is."""
+    return _reduce_array(obj) if isinstance(obj, np.ndarray) else _reduce_tensor(obj)
+
+
+def _reduce_array(array: np.ndarray[Any, Any]) -> Any:
     """An array of a subclass that pickles as arrays do (`numpy.memmap`, `numpy.matrix`, `numpy.recarray`)."""
     if array.dtype.hasobject or type(array).__reduce__ is not np.ndarray.__reduce__:
         return array.__reduce_ex__(5)
     return np.ndarray.view, (array.view(np.ndarray), type(array))
 
 
-def reduce_tensor(tensor: torch.Tensor) -> Any:
-    """A tensor that is not a plain view of a storage."""
+def _reduce_tensor(tensor: torch.Tensor) -> Any:
     if tensor.layout is torch._mkldnn:  # type: ignore[attr-defined]
         return torch.Tensor.to_mkldnn, (tensor.to_dense(),)
     if tensor.is_quantized and type(tensor) is torch.Tensor:

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from zerocopy._split.paths import is_module
-from zerocopy._split.roles import Zone
 from zerocopy._split.skeleton import Split, graft, strip
+from zerocopy._split.zones import Zone
 from zerocopy._store.mapping import map_if_in_store
 from zerocopy._store.tensors import is_plain
 from zerocopy.errors import ArgumentError

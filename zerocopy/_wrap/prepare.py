@@ -14,8 +14,8 @@ from zerocopy._split import paths
 from zerocopy._split.introspect import Subject
 from zerocopy._split.models import callable_models, models_in_train_mode, models_of
 from zerocopy._split.programs import PROGRAMS
-from zerocopy._split.roles import Zone
 from zerocopy._split.skeleton import Split, strip
+from zerocopy._split.zones import Zone
 from zerocopy._store import object_store
 from zerocopy._wrap.remote_model import RemoteModel, class_of, weights_and_methods
 from zerocopy.errors import ArgumentError
