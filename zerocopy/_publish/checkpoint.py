@@ -26,7 +26,7 @@ from zerocopy._split.introspect import Subject, check_pipeline, introspect
 from zerocopy._split.models import models_of
 from zerocopy._split.paths import is_module
 from zerocopy._store import object_store
-from zerocopy._store.tensors import Storage, storage_of
+from zerocopy._store.tensors import Storage, like, storage_of
 from zerocopy.errors import CheckpointError
 
 PathLike: TypeAlias = str | os.PathLike[str]
@@ -189,16 +189,10 @@ def _attach(slots: Slots, entries: Mapping[str, _Entry], dtype: torch.dtype | No
         old = members[key]
         if id(old) not in made:
             made[id(old)] = (
-                _like(old, pages.tensor(entries[name], dtype)),
+                like(old, pages.tensor(entries[name], dtype)),
                 old,
             )  # the old one alive: no id is used twice
         members[key] = made[id(old)][0]
-
-
-def _like(old: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
-    new: torch.Tensor = torch.Tensor._make_subclass(type(old), tensor, old.requires_grad)
-    vars(new).update(vars(old))
-    return new
 
 
 class _Pages:

@@ -64,11 +64,6 @@ def external(number: int) -> Any:
     raise pickle.UnpicklingError(f"external {number} was read without its skeleton")
 
 
-def set_attributes(tensor: Any, attributes: dict[str, Any]) -> None:
-    """Give a tensor the Python attributes that it had."""
-    vars(tensor).update(attributes)
-
-
 def strip_ordinary(objects: Sequence[Any]) -> Stripped:
     """Split `objects`, all of whose tensors are shared.
 
@@ -110,7 +105,7 @@ class _ShortStripper(CloudPickler):  # type: ignore[misc]
                 self.externals.append(obj)
                 made = external, (len(self.externals) - 1,)
                 attributes = getattr(obj, "__dict__", None)
-                return (*made, attributes, None, None, set_attributes) if attributes else made
+                return (*made, attributes, None, None, reducers.set_attributes) if attributes else made
         elif role in _DATA:
             return super().reducer_override(obj)
         raise NotOrdinary

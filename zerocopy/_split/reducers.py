@@ -17,6 +17,8 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from zerocopy._store.tensors import leaf
+
 FILES = (io.FileIO, io.TextIOWrapper, io.BufferedReader, io.BufferedWriter, io.BufferedRandom)
 
 
@@ -85,7 +87,7 @@ def _reduce_tensor(tensor: torch.Tensor) -> Any:
         nn.Parameter.__reduce_ex__,
     ):
         plain = tensor.detach().as_subclass(torch.Tensor)
-        return _as_class, (plain, type(tensor), tensor.requires_grad), vars(tensor), None, None, _set_attributes
+        return leaf, (plain, type(tensor), tensor.requires_grad), vars(tensor), None, None, set_attributes
     return tensor.__reduce_ex__(5)
 
 
@@ -97,11 +99,8 @@ def _is_view_of_storage(tensor: torch.Tensor) -> bool:
     return tensor.layout is torch.strided and not (wrapper or uninitialized or tensor.is_quantized or tensor.is_nested)
 
 
-def _as_class(plain: torch.Tensor, cls: type[torch.Tensor], requires_grad: bool) -> torch.Tensor:
-    return torch.Tensor._make_subclass(cls, plain, requires_grad)
-
-
-def _set_attributes(tensor: torch.Tensor, attributes: dict[str, Any]) -> None:
+def set_attributes(tensor: torch.Tensor, attributes: dict[str, Any]) -> None:
+    """Give a tensor the Python attributes that it had."""
     vars(tensor).update(attributes)
 
 

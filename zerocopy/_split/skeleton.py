@@ -24,7 +24,7 @@ from torch.export import ExportedProgram
 
 from zerocopy._split import export, paths, programs, reducers
 from zerocopy._split.modules import ModuleReducer
-from zerocopy._split.ordinary import CloudPickler, Stripped, external, set_attributes, strip_ordinary
+from zerocopy._split.ordinary import CloudPickler, Stripped, external, strip_ordinary
 from zerocopy._split.roles import MODULES, SCALARS, Role, Roles
 from zerocopy._split.zones import PipelineReducer, Place, Zone, components_of
 from zerocopy._store.tensors import is_meta, is_plain
@@ -264,7 +264,7 @@ class _Stripper(CloudPickler):  # type: ignore[misc]
 
     def _reduce_tensor(self, tensor: Any) -> Any:
         if id(tensor) in self._numbers:  # a plain one
-            return external, (self._numbers[id(tensor)],), vars(tensor), None, None, set_attributes
+            return external, (self._numbers[id(tensor)],), vars(tensor), None, None, reducers.set_attributes
         if self.place.zone is Zone.SHARED:
             self.found.composites.append(tensor)
         return components_of(tensor, reducers.reduce_composite(tensor), self.place)
