@@ -6,7 +6,6 @@ from collections.abc import Collection, Iterator
 from typing import Any
 
 from torch import nn
-from torch.export import ExportedProgram
 
 from zerocopy._split import paths
 from zerocopy._split.ordinary import Stripped
@@ -16,7 +15,7 @@ from zerocopy._split.zones import Zone
 
 
 def is_model(obj: object) -> bool:
-    return paths.is_module(obj) or isinstance(obj, (ExportedProgram, *PROGRAMS))
+    return paths.is_module(obj) or isinstance(obj, PROGRAMS)
 
 
 def models_of(obj: Any, copied: Collection[str] = ()) -> dict[str, Any]:

@@ -1,8 +1,7 @@
-"""How are TorchScript programs split from their tensors: they are saved, not pickled.
+"""How are programs split from their tensors: TorchScript and exported programs?
 
-A program is saved with stand-ins of one element in the place of its tensors, and the loaded one is pointed to the real
-ones: assigning `.data` holds for its compiled code too. Tensors in attributes are replaced in a shallow copy of the program. The
-constants of a frozen graph belong to its code, which copies share: they are replaced for the moment of saving.
+torch saves programs, for pickle cannot. A program is saved with stand-ins of one element in the place of its tensors. The tensors
+travel beside the file, and are attached to the program that is loaded from it.
 """
 
 from __future__ import annotations
@@ -10,58 +9,102 @@ from __future__ import annotations
 import copy
 import io
 import threading
+import warnings
 from collections.abc import Iterator
 from typing import Any, TypeAlias
 
 import torch
+from torch import nn
+from torch.export import ExportedProgram
 
-PROGRAMS = (torch.jit.ScriptModule, torch.jit.ScriptFunction)
+from zerocopy._store.tensors import repeated
+
+TORCHSCRIPT = (torch.jit.ScriptModule, torch.jit.ScriptFunction)
+PROGRAMS = (*TORCHSCRIPT, ExportedProgram)
 
 SMALL = 1024  # constants below so many bytes stay in the code
 
-_Key: TypeAlias = tuple[torch.dtype, tuple[int, ...], int]
-
-_saving = threading.Lock()
-
 
 def reduce_program(program: Any) -> tuple[Any, ...]:
-    """A scripted, traced or frozen module, or a scripted function: its code, and its tensors in the order of a walk."""
-    module = program._c if isinstance(program, torch.jit.ScriptModule) else None
-    if module is None:
-        return _load_function, (_saved(program),)
-    constants = _numbered(_constants(module))
-    skeleton = _copy_with_stand_ins(module)
-    with _saving:
-        held = {key: constant.data for key, constant in constants.items()}
-        try:
-            for key, constant in constants.items():
-                constant.data = _stand_in(constant, key[2])
-            code = skeleton.save_to_buffer()
-        finally:
-            for key, constant in constants.items():
-                constant.data = held[key]
-    return _load_module, (code, [tensor.detach() for tensor in _slots(module)], constants)
-
-
-def tensors_of(program: torch.jit.ScriptModule) -> Iterator[torch.Tensor]:
-    """Parameters, buffers and tensors in other attributes of a program, as its code sees them."""
-    yield from _slots(program._c)
-
-
-def _saved(function: Any) -> bytes:
+    """A program of any kind: its file, and the tensors to attach to it."""
+    if isinstance(program, ExportedProgram):
+        return _reduce_exported(program)
+    if isinstance(program, torch.jit.ScriptModule):
+        return _reduce_module(program._c)
     file = io.BytesIO()
-    torch.jit.save(function, file)
-    return file.getvalue()
+    torch.jit.save(program, file)
+    return _load_function, (file.getvalue(),)
 
 
 def _load_function(code: bytes) -> Any:
     return torch.jit.load(io.BytesIO(code))
 
 
-def _load_module(code: bytes, slots: list[torch.Tensor], constants: dict[_Key, torch.Tensor]) -> Any:
-    placed = [*slots, *constants.values()]
+# Exported programs: their tensors are in two dicts, by name.
+
+
+def _reduce_exported(program: ExportedProgram) -> tuple[Any, ...]:
+    constants = {name: value for name, value in program.constants.items() if isinstance(value, torch.Tensor)}
+    twin: Any = copy.copy(program)
+    twin._state_dict = {name: _exported_stand_in(value) for name, value in program.state_dict.items()}
+    twin._constants = {**program.constants, **{name: _exported_stand_in(value) for name, value in constants.items()}}
+    graph = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "No complete tensor found")  # of the stand-ins: no tensor covers its storage
+        torch.export.save(twin, graph)
+    return _load_exported, (graph.getvalue(), dict(program.state_dict), constants)
+
+
+def _exported_stand_in(tensor: torch.Tensor) -> torch.Tensor:
+    stand_in = repeated(0, tensor.shape, tensor.dtype, tensor.device)
+    return nn.Parameter(stand_in, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else stand_in
+
+
+def _load_exported(graph: bytes, state: dict[str, torch.Tensor], constants: dict[str, torch.Tensor]) -> ExportedProgram:
+    program: Any = torch.export.load(io.BytesIO(graph))
+    program._state_dict.update(state)
+    program._constants.update(constants)
+    loaded: ExportedProgram = program
+    return loaded
+
+
+# TorchScript modules: scripted, traced or frozen. A module is here what torch has below the Python object, `program._c`.
+#
+# Tensors in attributes are replaced in a shallow copy, and attached in the order of a walk: assigning `.data` holds for the
+# compiled code too. The constants of a frozen graph belong to its code, which copies share. They are replaced for the moment of
+# saving, and each is found again by the number in its stand-in.
+
+_Key: TypeAlias = tuple[
+    torch.dtype, tuple[int, ...], int
+]  # dtype and shape of a constant, and the number in its stand-in
+
+_saving = threading.Lock()
+
+
+def tensors_of(program: torch.jit.ScriptModule) -> Iterator[torch.Tensor]:
+    """Parameters, buffers and tensors in other attributes of a program, as its code sees them."""
+    yield from _attribute_tensors(program._c)
+
+
+def _reduce_module(module: Any) -> tuple[Any, ...]:
+    constants = _numbered(_constants(module))
+    skeleton = _copy_with_stand_ins(module)
+    with _saving:
+        held = {key: constant.data for key, constant in constants.items()}
+        try:
+            for key, constant in constants.items():
+                constant.data = repeated(key[2], constant.shape, constant.dtype, constant.device)
+            code = skeleton.save_to_buffer()
+        finally:
+            for key, constant in constants.items():
+                constant.data = held[key]
+    return _load_module, (code, [tensor.detach() for tensor in _attribute_tensors(module)], constants)
+
+
+def _load_module(code: bytes, tensors: list[torch.Tensor], constants: dict[_Key, torch.Tensor]) -> Any:
+    placed = [*tensors, *constants.values()]
     program = torch.jit.load(io.BytesIO(code), map_location=placed[0].device if placed else None)
-    for own, shared in zip(_slots(program._c), slots, strict=True):
+    for own, shared in zip(_attribute_tensors(program._c), tensors, strict=True):
         own.data = shared
     for own in _constants(program._c):
         if own.numel() and not any(own.stride()):
@@ -69,12 +112,7 @@ def _load_module(code: bytes, slots: list[torch.Tensor], constants: dict[_Key, t
     return program
 
 
-def _stand_in(tensor: torch.Tensor, number: int) -> torch.Tensor:
-    """A tensor like `tensor` over a single element, which is `number`."""
-    return torch.full((), number, dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
-
-
-def _names(module: Any) -> list[str]:
+def _attribute_names(module: Any) -> list[str]:
     concrete: Any = torch._C.ConcreteModuleType
     attributes = concrete.from_jit_type(module._type()).get_attributes()
     return sorted(attributes)
@@ -84,12 +122,12 @@ def _submodules(module: Any) -> list[tuple[str, Any]]:
     return list(torch._C.ModuleDict(module).items())
 
 
-def _slots(module: Any) -> Iterator[torch.Tensor]:
+def _attribute_tensors(module: Any) -> Iterator[torch.Tensor]:
     """Parameters, buffers and tensors in other attributes, of `module` and below."""
-    for name in _names(module):
+    for name in _attribute_names(module):
         yield from _tensors_in(module.getattr(name))
     for _, child in _submodules(module):
-        yield from _slots(child)
+        yield from _attribute_tensors(child)
 
 
 def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
@@ -103,26 +141,25 @@ def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
             yield from _tensors_in(item)
 
 
-def _replaced(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        stand_in = _stand_in(value.detach(), 0)
-        return stand_in.requires_grad_() if value.requires_grad else stand_in
-    if isinstance(value, (list, tuple)):
-        return type(value)(_replaced(item) for item in value)
-    if isinstance(value, dict):
-        return {key: _replaced(item) for key, item in value.items()}
-    return value
-
-
 def _copy_with_stand_ins(module: Any) -> Any:
     twin = copy.copy(module)
-    for name in _names(module):
+    for name in _attribute_names(module):
         value = module.getattr(name)
         if next(_tensors_in(value), None) is not None:
-            twin.setattr(name, _replaced(value))
+            twin.setattr(name, _with_stand_ins(value))
     for name, child in _submodules(module):
         twin.setattr(name, _copy_with_stand_ins(child))
     return twin
+
+
+def _with_stand_ins(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return repeated(0, value.shape, value.dtype, value.device).requires_grad_(value.requires_grad)
+    if isinstance(value, (list, tuple)):
+        return type(value)(_with_stand_ins(item) for item in value)
+    if isinstance(value, dict):
+        return {key: _with_stand_ins(item) for key, item in value.items()}
+    return value
 
 
 def _constants(module: Any) -> list[torch.Tensor]:
@@ -130,22 +167,14 @@ def _constants(module: Any) -> list[torch.Tensor]:
     found: dict[int, torch.Tensor] = {}
     for name in module._method_names():
         for node in module._get_method(name).graph.findAllNodes("prim::Constant", recurse=True):
-            for constant in _constants_of(node):
+            kind = node.kindOf("value") if node.hasAttribute("value") else ""
+            for constant in _tensors_in(getattr(node, kind)("value")) if kind in ("t", "ts", "ival") else ():
                 if constant.layout is torch.strided and constant.nbytes >= SMALL:
                     found.setdefault(constant.data_ptr(), constant)
     for _, child in _submodules(module):
         for constant in _constants(child):
             found.setdefault(constant.data_ptr(), constant)
     return list(found.values())
-
-
-def _constants_of(node: Any) -> list[torch.Tensor]:
-    kind = node.kindOf("value") if node.hasAttribute("value") else ""
-    return list(_tensors_in(getattr(node, kind)("value"))) if kind in ("t", "ts", "ival") else []
-
-
-def _key(constant: torch.Tensor, number: int) -> _Key:
-    return constant.dtype, tuple(constant.shape), number
 
 
 def _numbered(constants: list[torch.Tensor]) -> dict[_Key, torch.Tensor]:
@@ -161,3 +190,7 @@ def _numbered(constants: list[torch.Tensor]) -> dict[_Key, torch.Tensor]:
         if number is not None:
             keyed[_key(constant, number)] = constant
     return keyed
+
+
+def _key(constant: torch.Tensor, number: int) -> _Key:
+    return constant.dtype, tuple(constant.shape), number

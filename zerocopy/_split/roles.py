@@ -18,7 +18,6 @@ import ray
 import ray.actor
 import torch
 from torch import nn
-from torch.export import ExportedProgram
 
 from zerocopy._declare.pipeline import is_pipeline_class
 from zerocopy._split import programs, reducers
@@ -88,4 +87,3 @@ def _roles_by_base() -> Iterator[tuple[Any, Role]]:
     yield pickle.PickleBuffer, Role.BUFFER
     yield reducers.FILES, Role.FILE
     yield programs.PROGRAMS, Role.PROGRAM
-    yield ExportedProgram, Role.PROGRAM

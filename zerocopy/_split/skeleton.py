@@ -20,9 +20,8 @@ from typing import Any
 
 import attrs
 import numpy as np
-from torch.export import ExportedProgram
 
-from zerocopy._split import export, paths, programs, reducers
+from zerocopy._split import paths, programs, reducers
 from zerocopy._split.modules import ModuleReducer
 from zerocopy._split.ordinary import CloudPickler, Stripped, external, strip_ordinary
 from zerocopy._split.roles import MODULES, SCALARS, Role, Roles
@@ -248,9 +247,7 @@ class _Stripper(CloudPickler):  # type: ignore[misc]
         if role in _REDUCERS:
             return _REDUCERS[role](obj)
         if role is Role.PROGRAM:
-            is_exported = isinstance(obj, ExportedProgram)
-            reduced = export.reduce_exported(obj) if is_exported else programs.reduce_program(obj)
-            return components_of(obj, reduced, self.place)
+            return components_of(obj, programs.reduce_program(obj), self.place)
         if role is Role.TENSOR:
             return self._reduce_tensor(obj)
         return super().reducer_override(obj)
