@@ -12,8 +12,8 @@ from zerocopy._compat import linux
 from zerocopy._compat.ray import is_store_file
 from zerocopy._declare.pipeline import is_pipeline_class
 from zerocopy._split import paths
-from zerocopy._split.roles import Zone
 from zerocopy._split.skeleton import Split, strip
+from zerocopy._split.zones import Zone
 from zerocopy._store.tensors import is_tensor_or_array, storage_of
 
 

@@ -11,7 +11,7 @@ import ray
 from zerocopy._declare.fields import check_device_name
 from zerocopy._load.publication import Publication
 from zerocopy._split.models import is_model, models_of
-from zerocopy._split.programs import PROGRAMS
+from zerocopy._split.programs import TORCHSCRIPT
 from zerocopy._store import object_store
 from zerocopy._wrap.prepare import ModelInfo, attributes_to_copy, moved, prepare_for_actors, prepare_for_tasks
 from zerocopy._wrap.remote_model import RemoteModel, on_device, weights_and_methods
@@ -160,7 +160,7 @@ class JITModelWrapper(ModelWrapper[T]):
 
     @classmethod
     def _require_models(cls, pipeline: Any, models: Mapping[str, Any]) -> None:
-        if not any(isinstance(model, PROGRAMS) for model in models.values()):
+        if not any(isinstance(model, TORCHSCRIPT) for model in models.values()):
             raise ArgumentError(
                 f"{cls.__name__} found no TorchScript in this {type(pipeline).__name__}.",
                 hint="use ModelWrapper, or compile the model with torch.jit.trace or torch.jit.script.",

@@ -13,10 +13,13 @@ import torch
 from hypothesis import given, settings
 from torch import nn
 
+import zerocopy
+from zerocopy import copied, shared
 from zerocopy._load.load import graft_skeleton
 from zerocopy._split.introspect import Subject, introspect
-from zerocopy._split.roles import Zone
+from zerocopy._split.roles import Roles
 from zerocopy._split.skeleton import Split, graft, strip
+from zerocopy._split.zones import PipelineReducer, Place, Zone, call
 from zerocopy._store.tensors import TensorTable, rebuild
 from zerocopy.errors import CannotTravelError
 
@@ -168,6 +171,31 @@ def test_modules_and_modes() -> None:
 
 def double_the_input(module: nn.Module, args: Any) -> Any:
     return (args[0] * 2,)
+
+
+def test_values_are_written_in_the_zone_of_their_policy() -> None:
+    """The example in `zones.py`, and a copied value that refers back to its pipeline."""
+
+    @zerocopy.pipeline
+    class Search:
+        encoder: nn.Module = shared()
+        settings: dict[str, Any] = copied()
+        top_k: int = copied(default=5)
+
+    head = nn.Linear(1, 1)
+    search = Search(nn.Linear(1, 1), {"fallback": head})
+    function, (prelude, *_), state, *_ = PipelineReducer({}, Roles()).reduce(search, Place(Zone.AUTO))
+    assert function is call
+    assert prelude == [Place(Zone.AUTO), search.encoder, Place(Zone.COPIED), search.settings, Place(Zone.AUTO)]
+    assert state == vars(search)
+    search.settings["owner"] = search
+    stripped = strip([search], zone=Zone.AUTO, split=Split.ROOTS)
+    assert stripped.roots == [search.encoder]
+    assert [id(obj) for obj in stripped.externals] == [*map(id, [None, search.encoder, head.weight, head.bias])]
+    (back,) = graft(stripped.payload, stripped.externals)
+    assert back.encoder is search.encoder
+    assert back.settings["owner"] is back
+    assert back.settings["fallback"] is not head
 
 
 def test_the_culprit_is_named() -> None:

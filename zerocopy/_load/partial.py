@@ -1,33 +1,44 @@
-"""What is a pipeline with some of its attributes only: why the others are missing, in words."""
+"""What is a pipeline with some of its attributes only, and how does it say why the others are missing?"""
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
 from zerocopy._split import paths
-from zerocopy._split.roles import Zone
 from zerocopy._split.skeleton import Split, strip
+from zerocopy._split.zones import Zone
 from zerocopy._store.tensors import is_tensor_or_array, storage_of
 from zerocopy.errors import ArgumentError
 
-_loaded_names: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
-_names: dict[int, tuple[str, ...]] = {}
+_lock = threading.RLock()  # an instance may go while its own thread holds the lock
 
 
 class NotLoaded:
-    """Stands on a class for an attribute that some instances were loaded without. An attribute of the instance wins."""
+    """Stands on a class for an attribute that some instances were loaded without, as long as one of them lives.
+
+    An attribute of the instance wins.
+
+    Attributes:
+        fields: what these instances were loaded with, by their id.
+    """
 
     def __init__(self, name: str) -> None:
         self.name = name
+        self.fields: dict[int, tuple[str, ...]] = {}
 
     def __get__(self, instance: object, owner: type) -> NoReturn:
         kind = f"{owner.__name__!r} object" if instance is not None else f"type object {owner.__name__!r}"
         text = f"{kind} has no attribute {self.name!r}"
-        if instance is not None and _loaded_names.get(id(instance)) is instance:
-            text += f": it was loaded with fields={list(_names[id(instance)])!r} only"
+        fields = self.fields.get(id(instance))
+        if fields is not None:
+            text += f": it was loaded with fields={list(fields)!r} only"
         raise AttributeError(text, name=self.name, obj=instance)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return NotLoaded, (self.name,)  # with a class that is pickled by value; its instances are others there
 
 
 def names_of(fields: Iterable[str]) -> tuple[str, ...]:
@@ -58,27 +69,47 @@ def values_of(pipeline: Any, fields: Sequence[str]) -> list[Any]:
 
 
 def keep_only(pipeline: Any, fields: Sequence[str]) -> None:
-    """Take every attribute but `fields` away from `pipeline`, and let its class say so."""
+    """Take every attribute but `fields` away from `pipeline`, and let its class say so while `pipeline` lives."""
     cls = type(pipeline)
-    for name in set(paths.attributes_of(pipeline)) - set(fields):
-        for members in paths.member_dicts(pipeline):
+    missing = [name for name in paths.attributes_of(pipeline) if name not in fields]
+    for members in paths.member_dicts(pipeline):
+        for name in missing:
             members.pop(name, None)
-        if not hasattr(cls, name):
-            setattr(cls, name, NotLoaded(name))
-        elif hasattr(pipeline, name) and name in paths.attributes_of(pipeline):
-            delattr(pipeline, name)  # a slot
-    _names[id(pipeline)] = tuple(fields)
-    _loaded_names[id(pipeline)] = pipeline
-    weakref.finalize(pipeline, _names.pop, id(pipeline), None).atexit = False
+    for name in paths.attributes_of(pipeline).keys() & set(missing):
+        delattr(pipeline, name)  # a slot
+    unexplained = [name for name in missing if not _has_own(cls, name)]
+    weakref.finalize(pipeline, _forget, cls, unexplained, id(pipeline)).atexit = False
+    with _lock:
+        for name in unexplained:
+            found = vars(cls).get(name)
+            stand_in = found if isinstance(found, NotLoaded) else NotLoaded(name)
+            stand_in.fields[id(pipeline)] = tuple(fields)
+            if vars(cls).get(name) is not stand_in:
+                setattr(cls, name, stand_in)
+
+
+def _has_own(cls: type, name: str) -> bool:
+    """Whether the class has a slot or a default of this name."""
+    return any(not isinstance(vars(base)[name], NotLoaded) for base in cls.__mro__ if name in vars(base))
+
+
+def _forget(cls: type, names: Sequence[str], instance_id: int) -> None:
+    with _lock:
+        for name in names:
+            stand_in = vars(cls).get(name)
+            if not isinstance(stand_in, NotLoaded):
+                continue  # the user has put something else there
+            stand_in.fields.pop(instance_id, None)
+            if not stand_in.fields:
+                delattr(cls, name)
 
 
 def reach(values: Sequence[Any], tensors: Sequence[Any]) -> set[int]:
     """Positions in `tensors` of those that can be reached from `values`."""
-    index = {id(tensor): position for position, tensor in enumerate(tensors)}
-    memory = {
-        storage_of(tensor).key: position for position, tensor in enumerate(tensors)
-    }  # programs hold them by alias
+    by_id = {id(tensor): position for position, tensor in enumerate(tensors)}
+    # Programs hold other tensors over the same memory.
+    by_memory = {storage_of(tensor).key: position for position, tensor in enumerate(tensors)}
     stripped = strip(list(values), zone=Zone.SHARED, split=Split.NOWHERE)
-    found = [obj for obj in stripped.externals if is_tensor_or_array(obj)]
-    by_memory = {memory.get(storage_of(obj).key) for obj in found} | {index.get(id(obj)) for obj in found}
-    return {position for position in by_memory if position is not None}
+    reached = [obj for obj in stripped.externals if is_tensor_or_array(obj)]
+    found = {by_memory.get(storage_of(obj).key) for obj in reached} | {by_id.get(id(obj)) for obj in reached}
+    return {position for position in found if position is not None}

@@ -18,14 +18,13 @@ import torch
 from torch import nn
 
 from zerocopy._compat.linux import drop_pages
-from zerocopy._compat.torch import leaf_of_class
 from zerocopy._load.publication import Publication
 from zerocopy._publish.publish import put_once
 from zerocopy._split.introspect import Subject, check_pipeline, introspect
 from zerocopy._split.models import models_of
 from zerocopy._split.paths import is_module
 from zerocopy._store import object_store
-from zerocopy._store.tensors import Storage, storage_of
+from zerocopy._store.tensors import Storage, like, storage_of
 from zerocopy.errors import CheckpointError
 
 PathLike: TypeAlias = str | os.PathLike[str]
@@ -152,14 +151,8 @@ def _attach(targets: Targets, tensors: Tensors, dtype: torch.dtype | None, pages
         members, key = targets[name]
         old = members[key]
         if id(old) not in made:
-            made[id(old)] = _like(old, pages.tensor(tensors[name], dtype)), old
+            made[id(old)] = like(old, pages.tensor(tensors[name], dtype)), old
         members[key] = made[id(old)][0]
-
-
-def _like(old: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
-    new: torch.Tensor = leaf_of_class(type(old), tensor, old.requires_grad)
-    vars(new).update(vars(old))
-    return new
 
 
 class _Pages:

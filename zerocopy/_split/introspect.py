@@ -18,8 +18,9 @@ from torch.export import ExportedProgram
 from zerocopy._compat.cpython import held_by_more_than
 from zerocopy._declare.pipeline import fields, is_pipeline_class
 from zerocopy._split import paths
-from zerocopy._split.roles import Zone
-from zerocopy._split.skeleton import Split, Stripped, strip
+from zerocopy._split.ordinary import Stripped
+from zerocopy._split.skeleton import Split, strip
+from zerocopy._split.zones import Zone
 from zerocopy._store.manifest import Outer, Root, Skeleton
 from zerocopy._store.tensors import TensorTable, is_tensor_or_array, storage_of
 from zerocopy.errors import ArgumentError, CannotTravelError, DeviceError
@@ -240,9 +241,9 @@ def _entanglement(pipeline: Any, outer: Stripped, shared: Stripped, common: set[
 def _lasting(stripped: Stripped) -> frozenset[int]:
     """Ids of the mutable objects that live on after the pickling: not of what reducers made on the way.
 
-    All are held by `seen` and by the pickler's memo, and what a reducer made by another thing that one made, perhaps.
+    What they made is held by `seen`, and perhaps by another thing that they made.
     """
-    return held_by_more_than(3, stripped.seen)
+    return held_by_more_than(2, stripped.seen)
 
 
 def _declared_devices(pipeline: Any, table: TensorTable) -> dict[int, tuple[str | None, ...]]:

@@ -6,16 +6,16 @@ from collections.abc import Collection, Iterator
 from typing import Any
 
 from torch import nn
-from torch.export import ExportedProgram
 
 from zerocopy._split import paths
+from zerocopy._split.ordinary import Stripped
 from zerocopy._split.programs import PROGRAMS
-from zerocopy._split.roles import Zone
-from zerocopy._split.skeleton import Split, Stripped, strip
+from zerocopy._split.skeleton import Split, strip
+from zerocopy._split.zones import Zone
 
 
 def is_model(obj: object) -> bool:
-    return paths.is_module(obj) or isinstance(obj, (ExportedProgram, *PROGRAMS))
+    return paths.is_module(obj) or isinstance(obj, PROGRAMS)
 
 
 def models_of(obj: Any, copied: Collection[str] = ()) -> dict[str, Any]:

@@ -39,7 +39,7 @@ class ModuleReducer:
     def __init__(self) -> None:
         self._fills: dict[type, Callable[..., None] | None] = {}
 
-    def __call__(self, module: nn.Module) -> tuple[Any, ...] | None:
+    def reduce(self, module: nn.Module) -> tuple[Any, ...] | None:
         """None where the module's class has a way of its own, or its difference would not tell all."""
         cls = type(module)
         if cls not in self._fills:

@@ -10,7 +10,9 @@ from __future__ import annotations
 import io
 import pickle
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
+
+import attrs
 
 from zerocopy._compat.cpython import written_objects
 from zerocopy._compat.ray import CloudPickler
@@ -27,14 +29,33 @@ class NotOrdinary(Exception):
     """There is something that only the long way knows how to split."""
 
 
-class Ordinary(NamedTuple):
-    """What was split: as `Stripped` in `_skeleton`."""
+@attrs.define(eq=False)
+class Stripped:
+    """What a strip found. All objects are alive and in order of their first appearance.
 
-    payload: bytes
-    externals: list[Any]
-    ends: list[int]
-    seen: dict[int, Any]
-    memo_holder: Any
+    Attributes:
+        payload: the pickled bytes.
+        externals: what the payload refers to by number; number 0 is None.
+        ends: length of `externals` after each of the stripped objects.
+        shared: ids of the tensors that were met in the zone SHARED.
+        roots: where the strip stopped for them.
+        private_reasons: what is in the zone SHARED but cannot be shared, and why, by id.
+        composites: tensors of the zone SHARED that were taken apart.
+        components: what they were taken apart into, where the pickler met it first: nobody else may hold it.
+        has_pipeline: whether a pipeline was met.
+        seen: mutable objects inside the payload, by id.
+    """
+
+    payload: bytes = b""
+    externals: list[Any] = attrs.field(factory=lambda: [None])
+    ends: list[int] = attrs.field(factory=list)
+    shared: set[int] = attrs.field(factory=set)
+    roots: list[Any] = attrs.field(factory=list)
+    private_reasons: dict[int, tuple[Any, str]] = attrs.field(factory=dict)
+    composites: list[Any] = attrs.field(factory=list)
+    components: list[Any] = attrs.field(factory=list)
+    has_pipeline: bool = False
+    seen: dict[int, Any] = attrs.field(factory=dict)
 
 
 def external(number: int) -> Any:
@@ -42,12 +63,7 @@ def external(number: int) -> Any:
     raise pickle.UnpicklingError(f"external {number} was read without its skeleton")
 
 
-def set_attributes(tensor: Any, attributes: dict[str, Any]) -> None:
-    """Give a tensor the Python attributes that it had."""
-    vars(tensor).update(attributes)
-
-
-def strip_ordinary(objects: Sequence[Any]) -> Ordinary:
+def strip_ordinary(objects: Sequence[Any]) -> Stripped:
     """Split `objects`, all of whose tensors are shared.
 
     Raises:
@@ -56,18 +72,16 @@ def strip_ordinary(objects: Sequence[Any]) -> Ordinary:
     """
     file = io.BytesIO()
     stripper = _ShortStripper(file)
-    ends = []
+    found = Stripped(externals=stripper.externals)
     for obj in objects:
         stripper.dump(obj)
-        ends.append(len(stripper.externals))
-    return Ordinary(file.getvalue(), stripper.externals, ends, _seen(stripper), stripper)
-
-
-def _seen(stripper: Any) -> dict[int, Any]:
-    """Mutable objects that were written, by id."""
+        found.ends.append(len(found.externals))
+    found.payload = file.getvalue()
+    found.shared.update(map(id, found.externals[1:]))
     written = written_objects(stripper)
     mutable = {cls for cls in set(map(type, written)) if cls not in SCALARS and stripper.roles[cls] not in _IMMUTABLE}
-    return {id(obj): obj for obj in written if type(obj) in mutable}
+    found.seen = {id(obj): obj for obj in written if type(obj) in mutable}
+    return found
 
 
 class _ShortStripper(CloudPickler):  # type: ignore[misc]
@@ -75,12 +89,12 @@ class _ShortStripper(CloudPickler):  # type: ignore[misc]
         super().__init__(file, protocol=5, buffer_callback=_not_ordinary)
         self.externals: list[Any] = [None]
         self.roles = Roles()
-        self._reduce_module = ModuleReducer()
+        self._modules = ModuleReducer()
 
     def reducer_override(self, obj: Any) -> Any:
         role = self.roles[type(obj)]
         if role is Role.MODULE:
-            reduced = self._reduce_module(obj)
+            reduced = self._modules.reduce(obj)
             if reduced is not None:
                 return reduced
             if reducers.why_copied(obj) is None:
@@ -90,7 +104,7 @@ class _ShortStripper(CloudPickler):  # type: ignore[misc]
                 self.externals.append(obj)
                 made = external, (len(self.externals) - 1,)
                 attributes = getattr(obj, "__dict__", None)
-                return (*made, attributes, None, None, set_attributes) if attributes else made
+                return (*made, attributes, None, None, reducers.set_attributes) if attributes else made
         elif role in _DATA:
             return super().reducer_override(obj)
         raise NotOrdinary

@@ -12,8 +12,8 @@ from zerocopy._declare.fields import Policy
 from zerocopy._declare.pipeline import fields, is_pipeline_class
 from zerocopy._split import paths
 from zerocopy._split.introspect import Introspection, Subject, check_pipeline, introspect
-from zerocopy._split.roles import Zone
 from zerocopy._split.skeleton import Split, strip
+from zerocopy._split.zones import Zone
 from zerocopy._store.tensors import is_tensor_or_array
 from zerocopy._tables import as_html, as_text, format_bytes
 from zerocopy.errors import CannotTravelError

@@ -1,8 +1,7 @@
-"""How are TorchScript programs split from their tensors: they are saved, not pickled.
+"""How are programs split from their tensors: TorchScript and exported programs?
 
-A program is saved with stand-ins of one element in the place of its tensors, and the loaded one is pointed to the real
-ones: assigning `.data` holds for its compiled code too. Tensors in attributes are replaced in a shallow copy of the program. The
-constants of a frozen graph belong to its code, which copies share: they are replaced for the moment of saving.
+torch saves programs, for pickle cannot. A program is saved with stand-ins of one element in the place of its tensors. The tensors
+travel beside the file, and are attached to the program that is loaded from it.
 """
 
 from __future__ import annotations
@@ -10,61 +9,111 @@ from __future__ import annotations
 import copy
 import io
 import threading
+import warnings
 from collections.abc import Iterator
 from typing import Any, TypeAlias
 
 import torch
+from torch import nn
+from torch.export import ExportedProgram
 
-from zerocopy._compat.torch import attribute_names, compiled_module, constants_in_code, submodules
+from zerocopy._compat.torch import (
+    attribute_names,
+    compiled_module,
+    constants_in_code,
+    set_tensors_of_exported,
+    submodules,
+    tensors_of_exported,
+)
+from zerocopy._store.tensors import repeated
 
-PROGRAMS = (torch.jit.ScriptModule, torch.jit.ScriptFunction)
+TORCHSCRIPT = (torch.jit.ScriptModule, torch.jit.ScriptFunction)
+PROGRAMS = (*TORCHSCRIPT, ExportedProgram)
 
 SMALL = 1024  # constants below so many bytes stay in the code
 
-_Key: TypeAlias = tuple[torch.dtype, tuple[int, ...], int]
-
-_saving = threading.Lock()
-
 
 def reduce_program(program: Any) -> tuple[Any, ...]:
-    """A scripted, traced or frozen module, or a scripted function: its code, and its tensors in the order of a walk."""
-    module = compiled_module(program) if isinstance(program, torch.jit.ScriptModule) else None
-    if module is None:
-        return _load_function, (_saved(program),)
-    constants = _numbered(_constants(module))
-    skeleton = _copy_with_stand_ins(module)
-    with _saving:
-        held = {key: constant.data for key, constant in constants.items()}
-        try:
-            for key, constant in constants.items():
-                constant.data = _stand_in(constant, key[2])
-            code = skeleton.save_to_buffer()
-        finally:
-            for key, constant in constants.items():
-                constant.data = held[key]
-    return _load_module, (code, [tensor.detach() for tensor in _slots(module)], constants)
-
-
-def tensors_of(program: torch.jit.ScriptModule) -> Iterator[torch.Tensor]:
-    """Parameters, buffers and tensors in other attributes of a program, as its code sees them."""
-    yield from _slots(compiled_module(program))
-
-
-def _saved(function: Any) -> bytes:
+    """A program of any kind: its file, and the tensors to attach to it."""
+    if isinstance(program, ExportedProgram):
+        return _reduce_exported(program)
+    if isinstance(program, torch.jit.ScriptModule):
+        return _reduce_module(compiled_module(program))
     file = io.BytesIO()
-    torch.jit.save(function, file)
-    return file.getvalue()
+    torch.jit.save(program, file)
+    return _load_function, (file.getvalue(),)
 
 
 def _load_function(code: bytes) -> Any:
     return torch.jit.load(io.BytesIO(code))
 
 
-def _load_module(code: bytes, slots: list[torch.Tensor], constants: dict[_Key, torch.Tensor]) -> Any:
-    placed = [*slots, *constants.values()]
+# Exported programs: their tensors are in two dicts, by name.
+
+
+def _reduce_exported(program: ExportedProgram) -> tuple[Any, ...]:
+    constants = {name: value for name, value in program.constants.items() if isinstance(value, torch.Tensor)}
+    twin = copy.copy(program)
+    set_tensors_of_exported(
+        twin,
+        {name: _exported_stand_in(value) for name, value in program.state_dict.items()},
+        {**program.constants, **{name: _exported_stand_in(value) for name, value in constants.items()}},
+    )
+    graph = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "No complete tensor found")  # of the stand-ins: no tensor covers its storage
+        torch.export.save(twin, graph)
+    return _load_exported, (graph.getvalue(), dict(program.state_dict), constants)
+
+
+def _exported_stand_in(tensor: torch.Tensor) -> torch.Tensor:
+    stand_in = repeated(0, tensor.shape, tensor.dtype, tensor.device)
+    return nn.Parameter(stand_in, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else stand_in
+
+
+def _load_exported(graph: bytes, state: dict[str, torch.Tensor], constants: dict[str, torch.Tensor]) -> ExportedProgram:
+    program = torch.export.load(io.BytesIO(graph))
+    for held, tensors in zip(tensors_of_exported(program), (state, constants), strict=True):
+        held.update(tensors)
+    return program
+
+
+# TorchScript modules: scripted, traced or frozen. `module` is what torch runs below the Python object.
+#
+# Tensors in attributes are replaced in a shallow copy, and attached in the order of a walk: assigning `.data` holds for the
+# compiled code too. The constants of a frozen graph belong to its code, which copies share. They are replaced for the moment of
+# saving, and each is found again by the number in its stand-in.
+
+_Key: TypeAlias = tuple[torch.dtype, tuple[int, ...], int]  # dtype and shape of a constant, the number in its stand-in
+
+_saving = threading.Lock()
+
+
+def tensors_of(program: torch.jit.ScriptModule) -> Iterator[torch.Tensor]:
+    """Parameters, buffers and tensors in other attributes of a program, as its code sees them."""
+    yield from _attribute_tensors(compiled_module(program))
+
+
+def _reduce_module(module: Any) -> tuple[Any, ...]:
+    constants = _numbered(_constants(module))
+    skeleton = _copy_with_stand_ins(module)
+    with _saving:
+        held = {key: constant.data for key, constant in constants.items()}
+        try:
+            for key, constant in constants.items():
+                constant.data = repeated(key[2], constant.shape, constant.dtype, constant.device)
+            code = skeleton.save_to_buffer()
+        finally:
+            for key, constant in constants.items():
+                constant.data = held[key]
+    return _load_module, (code, [tensor.detach() for tensor in _attribute_tensors(module)], constants)
+
+
+def _load_module(code: bytes, tensors: list[torch.Tensor], constants: dict[_Key, torch.Tensor]) -> Any:
+    placed = [*tensors, *constants.values()]
     program = torch.jit.load(io.BytesIO(code), map_location=placed[0].device if placed else None)
     module = compiled_module(program)
-    for own, shared in zip(_slots(module), slots, strict=True):
+    for own, shared in zip(_attribute_tensors(module), tensors, strict=True):
         own.data = shared
     for own in _constants(module):
         if own.numel() and not any(own.stride()):
@@ -72,17 +121,12 @@ def _load_module(code: bytes, slots: list[torch.Tensor], constants: dict[_Key, t
     return program
 
 
-def _stand_in(tensor: torch.Tensor, number: int) -> torch.Tensor:
-    """A tensor like `tensor` over a single element, which is `number`."""
-    return torch.full((), number, dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
-
-
-def _slots(module: Any) -> Iterator[torch.Tensor]:
+def _attribute_tensors(module: Any) -> Iterator[torch.Tensor]:
     """Parameters, buffers and tensors in other attributes, of `module` and below."""
     for name in attribute_names(module):
         yield from _tensors_in(module.getattr(name))
     for _, child in submodules(module):
-        yield from _slots(child)
+        yield from _attribute_tensors(child)
 
 
 def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
@@ -96,26 +140,25 @@ def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
             yield from _tensors_in(item)
 
 
-def _replaced(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        stand_in = _stand_in(value.detach(), 0)
-        return stand_in.requires_grad_() if value.requires_grad else stand_in
-    if isinstance(value, (list, tuple)):
-        return type(value)(_replaced(item) for item in value)
-    if isinstance(value, dict):
-        return {key: _replaced(item) for key, item in value.items()}
-    return value
-
-
 def _copy_with_stand_ins(module: Any) -> Any:
     twin = copy.copy(module)
     for name in attribute_names(module):
         value = module.getattr(name)
         if next(_tensors_in(value), None) is not None:
-            twin.setattr(name, _replaced(value))
+            twin.setattr(name, _with_stand_ins(value))
     for name, child in submodules(module):
         twin.setattr(name, _copy_with_stand_ins(child))
     return twin
+
+
+def _with_stand_ins(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return repeated(0, value.shape, value.dtype, value.device).requires_grad_(value.requires_grad)
+    if isinstance(value, (list, tuple)):
+        return type(value)(_with_stand_ins(item) for item in value)
+    if isinstance(value, dict):
+        return {key: _with_stand_ins(item) for key, item in value.items()}
+    return value
 
 
 def _constants(module: Any) -> list[torch.Tensor]:
@@ -128,10 +171,6 @@ def _constants(module: Any) -> list[torch.Tensor]:
         for constant in _constants(child):
             found.setdefault(constant.data_ptr(), constant)
     return list(found.values())
-
-
-def _key(constant: torch.Tensor, number: int) -> _Key:
-    return constant.dtype, tuple(constant.shape), number
 
 
 def _numbered(constants: list[torch.Tensor]) -> dict[_Key, torch.Tensor]:
@@ -147,3 +186,7 @@ def _numbered(constants: list[torch.Tensor]) -> dict[_Key, torch.Tensor]:
         if number is not None:
             keyed[_key(constant, number)] = constant
     return keyed
+
+
+def _key(constant: torch.Tensor, number: int) -> _Key:
+    return constant.dtype, tuple(constant.shape), number

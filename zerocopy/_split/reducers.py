@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from zerocopy._compat.torch import MKLDNN, leaf_of_class, parametrize_again, rebuild_quantized
+from zerocopy._compat.torch import MKLDNN, parametrize_again, rebuild_quantized
+from zerocopy._store.tensors import leaf
 
 FILES = (io.FileIO, io.TextIOWrapper, io.BufferedReader, io.BufferedWriter, io.BufferedRandom)
 
@@ -51,15 +52,19 @@ def reduce_file(_: object) -> Any:
     raise TypeError("an open file belongs to its process")
 
 
-def reduce_array(array: np.ndarray[Any, Any]) -> Any:
+def reduce_composite(obj: Any) -> Any:
+    """A tensor or an array that no storage describes as it is."""
+    return _reduce_array(obj) if isinstance(obj, np.ndarray) else _reduce_tensor(obj)
+
+
+def _reduce_array(array: np.ndarray[Any, Any]) -> Any:
     """An array of a subclass that pickles as arrays do (`numpy.memmap`, `numpy.matrix`, `numpy.recarray`)."""
     if array.dtype.hasobject or type(array).__reduce__ is not np.ndarray.__reduce__:
         return array.__reduce_ex__(5)
     return np.ndarray.view, (array.view(np.ndarray), type(array))
 
 
-def reduce_tensor(tensor: torch.Tensor) -> Any:
-    """A tensor that is not a plain view of a storage."""
+def _reduce_tensor(tensor: torch.Tensor) -> Any:
     if tensor.layout is MKLDNN:
         return torch.Tensor.to_mkldnn, (tensor.to_dense(),)
     if tensor.is_quantized and type(tensor) is torch.Tensor:
@@ -69,7 +74,7 @@ def reduce_tensor(tensor: torch.Tensor) -> Any:
         nn.Parameter.__reduce_ex__,
     ):
         plain = tensor.detach().as_subclass(torch.Tensor)
-        return _as_class, (plain, type(tensor), tensor.requires_grad), vars(tensor), None, None, _set_attributes
+        return leaf, (plain, type(tensor), tensor.requires_grad), vars(tensor), None, None, set_attributes
     return tensor.__reduce_ex__(5)
 
 
@@ -81,12 +86,8 @@ def _is_view_of_storage(tensor: torch.Tensor) -> bool:
     return tensor.layout is torch.strided and not (wrapper or uninitialized or tensor.is_quantized or tensor.is_nested)
 
 
-def _as_class(plain: torch.Tensor, cls: type[torch.Tensor], requires_grad: bool) -> torch.Tensor:
-    result: torch.Tensor = leaf_of_class(cls, plain, requires_grad)
-    return result
-
-
-def _set_attributes(tensor: torch.Tensor, attributes: dict[str, Any]) -> None:
+def set_attributes(tensor: torch.Tensor, attributes: dict[str, Any]) -> None:
+    """Give a tensor the Python attributes that it had."""
     vars(tensor).update(attributes)
 
 

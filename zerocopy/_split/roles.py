@@ -11,44 +11,18 @@ import pickle
 import types
 import weakref
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import ray
 import ray.actor
 import torch
 from torch import nn
-from torch.export import ExportedProgram
 
 from zerocopy._compat.torch import is_parametrized_class
 from zerocopy._declare.pipeline import is_pipeline_class
 from zerocopy._split import programs, reducers
 from zerocopy._store.manifest import Handle
-
-
-class Zone(enum.Enum):
-    """Which policy rules the place that the pickler has reached."""
-
-    AUTO = "modules are shared, all else is copied"
-    SHARED = "tensors and arrays are shared"
-    COPIED = "all is copied"
-
-
-class Switch(NamedTuple):
-    """Written between objects, so that the pickler changes its state on the way; unpickled as None.
-
-    `zone` is the zone of what follows, None for no change. `whole` is the tensor that what follows is taken from, until a
-    switch without one.
-    """
-
-    zone: Zone | None
-    whole: Any = None
-
-
-class Slot(NamedTuple):
-    """Stands for a tensor that carries Python attributes, while its reducer writes those."""
-
-    tensor: Any
 
 
 class Role(enum.Enum):
@@ -59,8 +33,6 @@ class Role(enum.Enum):
     PIPELINE = enum.auto()
     MODULE = enum.auto()
     PASSENGER = enum.auto()  # travels beside the skeleton, so that Ray counts its references
-    SWITCH = enum.auto()
-    SLOT = enum.auto()
     BUFFER = enum.auto()
     PARAMETRIZED = enum.auto()
     PROGRAM = enum.auto()
@@ -113,9 +85,6 @@ def _classify(cls: type) -> Role:
 
 
 def _roles_by_base() -> Iterator[tuple[Any, Role]]:
-    yield Switch, Role.SWITCH
-    yield Slot, Role.SLOT
     yield pickle.PickleBuffer, Role.BUFFER
     yield reducers.FILES, Role.FILE
     yield programs.PROGRAMS, Role.PROGRAM
-    yield ExportedProgram, Role.PROGRAM

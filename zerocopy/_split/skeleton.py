@@ -1,8 +1,11 @@
-"""How is an object split from its tensors, and joined again.
+"""How is an object split from its tensors, and joined again?
 
 `strip` is a pickler that writes a number instead of each tensor (and of each other thing that must travel beside the
 bytes); what remains is the skeleton. `graft` is its inverse. Because it is pickle that walks, everything that pickle would
 meet is met, at any depth, identity is kept and no property is evaluated.
+
+There are two ways to strip. `ordinary.py` has the short one, for what is shared as a whole and holds nothing special. The
+long one is here: it asks of every object how its type travels (`roles.py`), and which policy rules there (`zones.py`).
 """
 
 from __future__ import annotations
@@ -17,21 +20,15 @@ from typing import Any
 
 import attrs
 import numpy as np
-from torch import nn
-from torch.export import ExportedProgram
 
 from zerocopy._compat.ray import CloudPickler
-from zerocopy._declare.fields import Field
-from zerocopy._declare.pipeline import fields, is_pipeline_class
-from zerocopy._split import export, paths, programs, reducers
+from zerocopy._split import paths, programs, reducers
 from zerocopy._split.modules import ModuleReducer
-from zerocopy._split.ordinary import Ordinary, external, set_attributes, strip_ordinary
-from zerocopy._split.roles import MODULES, SCALARS, Role, Roles, Slot, Switch, Zone
+from zerocopy._split.ordinary import Stripped, external, strip_ordinary
+from zerocopy._split.roles import MODULES, SCALARS, Role, Roles
+from zerocopy._split.zones import PipelineReducer, Place, Zone, components_of
 from zerocopy._store.tensors import is_meta, is_plain
 from zerocopy.errors import CannotTravelError, ZeroCopyError
-
-_CODE = (type, types.FunctionType)
-_BESIDE = (Role.TENSOR, Role.PASSENGER, Role.BUFFER)
 
 
 class Split(enum.Enum):
@@ -40,27 +37,6 @@ class Split(enum.Enum):
     NOWHERE = "everything is in the payload"
     ROOTS = "at shared roots: at values of `shared()` fields, and at modules in the zone AUTO"
     MODULES = "at modules in the zone AUTO, also inside the values of `shared()` fields"
-
-
-@attrs.frozen
-class Stripped:
-    """What a strip found. All objects are alive and in order of their first appearance.
-
-    `externals[number]` is the object that the payload refers to by `number`; number 0 is None. `ends` are the lengths of
-    `externals` after each of the stripped objects.
-    """
-
-    payload: bytes
-    externals: list[Any]
-    ends: list[int]
-    shared: set[int]  # ids of tensors met in the zone SHARED
-    roots: list[Any]  # where the strip stopped for them, in order of their first appearance
-    private_reasons: dict[int, tuple[Any, str]]  # what is in the zone SHARED but cannot be shared, by id
-    composites: list[Any]  # tensors of the zone SHARED that were taken apart
-    components: list[Any]  # what they were taken apart into, where the pickler met it first: nobody else may hold it
-    has_pipeline: bool
-    seen: dict[int, Any]  # mutable objects inside the payload, by id
-    memo_holder: Any  # keeps temporary objects alive: no id in `seen` is used twice
 
 
 def strip(
@@ -86,34 +62,24 @@ def strip(
     Raises:
         CannotTravelError: something inside cannot be pickled; the error names its path.
     """
-    if zone is Zone.SHARED and split is Split.NOWHERE and not (copied or replaced or number_code):
+    rules = _Rules(split, {key: names for key, names in (copied or {}).items() if names}, replaced or {}, number_code)
+    if zone is Zone.SHARED and rules == _NO_RULES:
         # An error is left to the long way, which knows where it is.
         with contextlib.suppress(Exception):
-            return _as_stripped(strip_ordinary(objects))
+            return strip_ordinary(objects)
     file = io.BytesIO()
-    stripper = _Stripper(file, zone, split, copied or {}, replaced or {}, number_code)
-    ends = []
+    stripper = _Stripper(file, Place(zone), rules)
+    found = stripper.found
     try:
         for obj in objects:
             stripper.dump(obj)
-            ends.append(len(stripper.externals))
+            found.ends.append(len(found.externals))
     except ZeroCopyError:
         raise
     except Exception as error:
         raise _cannot_travel(stripper.last, objects, within, error) from error
-    if stripper.refused is not None:
-        raise _cannot_travel(stripper.refused, objects, within, None)
-    return Stripped(
-        file.getvalue(), stripper.externals, ends, stripper.shared, stripper.roots, stripper.private_reasons,
-        stripper.composites, stripper.components, stripper.has_pipeline, stripper.seen, stripper,
-    )  # fmt: skip
-
-
-def _as_stripped(found: Ordinary) -> Stripped:
-    shared = set(map(id, found.externals[1:]))
-    return Stripped(
-        found.payload, found.externals, found.ends, shared, [], {}, [], [], False, found.seen, found.memo_holder
-    )
+    found.payload = file.getvalue()
+    return found
 
 
 def graft(payload: bytes, externals: Sequence[Any], count: int = 1) -> list[Any]:
@@ -134,7 +100,7 @@ class _Grafter(pickle.Unpickler):
         )
 
 
-def _cannot_travel(culprit: object, objects: Sequence[Any], within: Any, error: Exception | None) -> CannotTravelError:
+def _cannot_travel(culprit: object, objects: Sequence[Any], within: Any, error: Exception) -> CannotTravelError:
     holders = objects if within is None else [within, *objects]
     found = (paths.path_to(holder, culprit, paths.name_of(holder)) for holder in holders)
     path = next(filter(None, found), f"{paths.name_of(holders[0])}, below one of its attributes")
@@ -146,241 +112,157 @@ def _cannot_travel(culprit: object, objects: Sequence[Any], within: Any, error: 
             path=path,
             kind=kind,
         )
+    article = "an" if kind[:1].lower() in "aeiou" else "a"
     return CannotTravelError(
-        f"{path!r} is {_article(kind)} {kind!r}, which cannot leave its process: {error}.",
+        f"{path!r} is {article} {kind!r}, which cannot leave its process: {error}.",
         hint="leave it out with __getstate__, or make it where it is used.",
         path=path,
         kind=kind,
     )
 
 
-def _article(word: str) -> str:
-    return "an" if word[:1].lower() in "aeiou" else "a"
+@attrs.frozen
+class _Rules:
+    """What `strip` was asked for; see there."""
+
+    split: Split = Split.NOWHERE
+    copied: Mapping[int, Collection[str]] = attrs.field(factory=dict)
+    replaced: Mapping[int, Any] = attrs.field(factory=dict)
+    number_code: bool = False
+
+
+_NO_RULES = _Rules()
+_REDUCERS: dict[Role, Callable[[Any], Any]] = {
+    Role.PARAMETRIZED: reducers.reduce_parametrized,
+    Role.WEAK_REFERENCE: reducers.reduce_weak_reference,
+    Role.FILE: reducers.reduce_file,
+}
 
 
 class _Stripper(CloudPickler):  # type: ignore[misc]
-    def __init__(
-        self,
-        file: io.BytesIO,
-        zone: Zone,
-        split: Split,
-        copied: Mapping[int, Collection[str]],
-        replaced: Mapping[int, Any],
-        number_code: bool,
-    ) -> None:
+    """The long way.
+
+    Attributes:
+        found: what is returned.
+        place: where the pickler is.
+        last: what it met last: in an error the culprit.
+    """
+
+    def __init__(self, file: io.BytesIO, place: Place, rules: _Rules) -> None:
         super().__init__(file, protocol=5)
-        self.zone = zone
-        self.split = split
-        self.copied = {key: names for key, names in copied.items() if names}
-        self.replaced = replaced
-        self.number_code = number_code
-        self.externals: list[Any] = [None]
-        self.shared: set[int] = set()
-        self.roots: list[Any] = []
-        self.private_reasons: dict[int, tuple[Any, str]] = {}
-        self.composites: list[Any] = []
-        self.components: list[Any] = []
-        self.has_pipeline = False
-        self.seen: dict[int, Any] = {}
+        self.found = Stripped()
+        self.place = place
         self.last: object = None
-        self.refused: object = None
-        self._numbers: dict[int, int] = {}
-        self._declared_roots: set[int] = set()
+        self._rules = rules
+        self._numbers: dict[int, int] = {}  # of externals, by id
         self._roles = Roles()
-        self._visits: dict[int, int] = {}
-        self._whole: Any = None
-        self._reduce_module = ModuleReducer()
+        self._pipelines = PipelineReducer(rules.copied, self._roles)
+        self._modules = ModuleReducer()
 
     def persistent_id(self, obj: Any) -> int | None:
+        """The number that is written instead of `obj`, or None where it is written itself."""
         cls = type(obj)
         if cls in SCALARS:
             return None
-        role = self._roles[cls]
-        if role is Role.SWITCH:
-            self.zone = obj.zone or self.zone
-            self._whole = obj.whole
+        if cls is Place:
+            self.place = obj
             return 0
-        if role is Role.SLOT:
-            return self._numbers[id(obj.tensor)]
         self.last = obj
-        if id(obj) in self.replaced:
+        role = self._roles[cls]
+        if id(obj) in self._rules.replaced:
             return None  # on to `reducer_override`
-        if self.split is not Split.NOWHERE and self._is_root(obj, role):
-            return self._number(obj, self.roots)
-        if role is Role.ATOM:
-            return self._number(obj) if self.number_code and isinstance(obj, _CODE) else None
-        if role in _BESIDE:
-            return self._number_beside(obj, role)
-        if role in (Role.MODULE, Role.PARAMETRIZED) and self.zone is Zone.SHARED:
-            self._note_reason(obj)
-        self.seen[id(obj)] = obj
+        if self._rules.split is not Split.NOWHERE and self._is_root(obj, role):
+            return self._number(obj, is_root=True)
+        if role is Role.TENSOR:
+            return self._tensor_number(obj)
+        if role is Role.BUFFER:
+            return self._buffer_number(obj)
+        if role is Role.PASSENGER or (role is Role.ATOM and self._is_code_to_number(obj)):
+            return self._number(obj)
+        if role is not Role.ATOM:
+            self.found.seen[id(obj)] = obj
+            if self.place.zone is Zone.SHARED and paths.is_module(obj):
+                self._note_reason(obj)
         return None
 
-    def _number_beside(self, obj: Any, role: Role) -> int | None:
-        if role is Role.TENSOR:
-            return self._tensor_id(obj)
-        return self._number(obj) if role is Role.PASSENGER else self._buffer_id(obj)
-
     def _is_root(self, obj: Any, role: Role) -> bool:
-        if id(obj) in self._declared_roots or id(obj) in self._numbers:
+        if id(obj) in self._numbers or (self._rules.split is Split.ROOTS and id(obj) in self._pipelines.roots):
             return True
-        if id(obj) in self.seen or id(obj) in self.copied:  # written already in the zone COPIED; to be taken apart
-            return False
-        return role in MODULES and self.zone is not Zone.COPIED
+        if id(obj) in self.found.seen or id(obj) in self._rules.copied:
+            return False  # written already in the zone COPIED; to be taken apart
+        return role in MODULES and self.place.zone is not Zone.COPIED
 
-    def _number(self, obj: Any, register: list[Any] | None = None) -> int:
+    def _is_code_to_number(self, obj: Any) -> bool:
+        # `external` is known by its name where the payload is read.
+        return self._rules.number_code and isinstance(obj, (type, types.FunctionType)) and obj is not external
+
+    def _number(self, obj: Any, *, is_root: bool = False) -> int:
         number = self._numbers.get(id(obj))
         if number is None:
-            number = self._numbers[id(obj)] = len(self.externals)
-            self.externals.append(obj)
-            if register is not None:
-                register.append(obj)
+            number = self._numbers[id(obj)] = len(self.found.externals)
+            self.found.externals.append(obj)
+            if is_root:
+                self.found.roots.append(obj)
         return number
 
-    def _tensor_id(self, obj: Any) -> int | None:
-        if is_meta(obj):
-            self.refused = self.refused if self.refused is not None else obj
-            return 0
-        if self.zone is Zone.SHARED:
-            self._note_reason(obj)
-        if not is_plain(obj):
-            return None  # on to `reducer_override`, which takes it apart
-        if self.zone is Zone.SHARED:
-            self.shared.add(id(obj))
-            if self._whole is not None and id(obj) not in self._numbers:
-                self.components.append(obj)
-        if id(obj) not in self._numbers and getattr(obj, "__dict__", None):
-            self._number(obj)
-            return None  # on to `reducer_override`, for its attributes
-        if getattr(obj, "__dict__", None):
-            return None  # the pickler's memo knows it
-        return self._number(obj)
+    def _tensor_number(self, tensor: Any) -> int | None:
+        """None where `reducer_override` goes on: with a composite, and with the attributes of a plain tensor."""
+        if is_meta(tensor):
+            raise TypeError("a meta tensor has no data")
+        is_shared = self.place.zone is Zone.SHARED
+        if is_shared:
+            self._note_reason(tensor)
+        if not is_plain(tensor):
+            return None
+        if is_shared:
+            self.found.shared.add(id(tensor))
+            if self.place.composite is not None and id(tensor) not in self._numbers:
+                self.found.components.append(tensor)
+        number = self._number(tensor)
+        return None if getattr(tensor, "__dict__", None) else number
+
+    def _buffer_number(self, buffer: pickle.PickleBuffer) -> int | None:
+        """Of bytes that an object hands out as they lie, as Arrow does: in the zone SHARED an array over them is shared."""
+        content = np.frombuffer(buffer.raw(), np.uint8)
+        if self.place.zone is not Zone.SHARED or not content.nbytes:
+            return None
+        self.found.shared.add(id(content))
+        self.found.components.append(content)
+        return self._number(content)
 
     def _note_reason(self, obj: Any) -> None:
         reason = reducers.why_copied(obj)
         if reason is not None:
-            self.private_reasons[id(obj)] = obj, reason
-
-    def _buffer_id(self, buffer: pickle.PickleBuffer) -> int | None:
-        """Bytes that an object hands out as they lie, as Arrow does: an array over them, in the zone SHARED."""
-        content = np.frombuffer(buffer.raw(), np.uint8)
-        if self.zone is not Zone.SHARED or not content.nbytes:
-            return None
-        self.shared.add(id(content))
-        self.components.append(content)
-        return self._number(content)
+            self.found.private_reasons[id(obj)] = obj, reason
 
     def reducer_override(self, obj: Any) -> Any:
+        """How to write what `persistent_id` gave no number."""
         role = self._roles[type(obj)]
-        if self.replaced and (reduced := self._replacement(obj)):
+        if self._rules.replaced and (reduced := self._replacement(obj)):
             return reduced
-        if id(obj) in self.copied:
-            return self._reduce_pipeline(obj)
-        if role is Role.PARAMETRIZED:
-            return reducers.reduce_parametrized(obj)
+        if role is Role.PIPELINE or id(obj) in self._rules.copied:
+            self.found.has_pipeline |= role is Role.PIPELINE
+            return self._pipelines.reduce(obj, self.place)
+        if role is Role.MODULE and (lean := self._modules.reduce(obj)):
+            return lean
+        if role in _REDUCERS:
+            return _REDUCERS[role](obj)
         if role is Role.PROGRAM:
-            is_exported = isinstance(obj, ExportedProgram)
-            reduced = export.reduce_exported(obj) if is_exported else programs.reduce_program(obj)
-            return self._between(reduced, obj)
-        if role is Role.WEAK_REFERENCE:
-            return reducers.reduce_weak_reference(obj)
-        if role is Role.FILE:
-            return reducers.reduce_file(obj)
-        if role is Role.PIPELINE:
-            self.has_pipeline = True
-            return self._reduce_pipeline(obj)
-        if role is Role.TENSOR and id(obj) in self._numbers:
-            return _identity, (Slot(obj),), vars(obj), None, None, set_attributes
+            return components_of(obj, programs.reduce_program(obj), self.place)
         if role is Role.TENSOR:
-            return self._take_apart(obj)
-        lean = self._reduce_module(obj) if role is Role.MODULE else None
-        return super().reducer_override(obj) if lean is None else lean
+            return self._reduce_tensor(obj)
+        return super().reducer_override(obj)
 
     def _replacement(self, obj: Any) -> Any:
-        if id(obj) in self.replaced:
-            return self.replaced[id(obj)].__reduce_ex__(5)
-        if isinstance(obj, types.MethodType) and id(obj.__self__) in self.replaced:
+        if id(obj) in self._rules.replaced:
+            return self._rules.replaced[id(obj)].__reduce_ex__(5)
+        if isinstance(obj, types.MethodType) and id(obj.__self__) in self._rules.replaced:
             return getattr, (obj.__self__, obj.__func__.__name__)
         return None
 
-    def _take_apart(self, whole: Any) -> Any:
-        reduced = reducers.reduce_array(whole) if isinstance(whole, np.ndarray) else reducers.reduce_tensor(whole)
-        if self.zone is Zone.SHARED:
-            self.composites.append(whole)
-        return self._between(reduced, whole)
-
-    def _between(self, reduced: Any, whole: Any) -> Any:
-        """A reduction during which whatever is met for the first time is a component of `whole`."""
-        function, arguments, *rest = reduced
-        before, after = Switch(None, whole), Switch(None, self._whole)
-        return (_between, (before, function, arguments, after), *rest)
-
-    def _reduce_pipeline(self, obj: Any) -> Any:
-        # Not through the registered reducer, which would publish the pipeline while it is being published.
-        reduced = obj.__reduce_ex__(5)
-        if isinstance(reduced, str):
-            return reduced
-        prelude = self._prelude(obj, reduced[2] if len(reduced) > 2 else None)
-        if not prelude:
-            return reduced
-        function, arguments, *rest = reduced
-        return (_after_prelude, (prelude, function, arguments), *rest)
-
-    def _prelude(self, obj: Any, state: Any) -> list[Any]:
-        """The values of the pipeline's state, each written in the zone that rules it, ahead of the pipeline itself.
-
-        When its state follows, the pickler's memo knows them all; so whatever way the class has to pickle itself, its
-        policies hold. A pipeline that one of its attributes refers back to is met again before that.
-        """
-        visit = self._visits[id(obj)] = self._visits.get(id(obj), 0) + 1
-        declared = self._fields_of(obj)
-        held = paths.attributes_of(obj)
-        if self.split is not Split.MODULES:
-            self._declared_roots.update(id(value) for value in self._roots_among(obj, held, declared))
-        copied_ids = {id(held[name]) for name, field in declared.items() if field.policy == "copied" and name in held}
-        values = [value for value in _values_of(state) if type(value) not in SCALARS]
-        copied = [value for value in values if id(value) in copied_ids]
-        others = [value for value in values if id(value) not in copied_ids]
-        inner = Zone.SHARED if self.zone is Zone.SHARED else Zone.AUTO
-        prelude: list[Any] = []
-        if visit == 1 and (copied or self.zone is Zone.COPIED):
-            prelude += [Switch(inner), *others]
-        if visit <= 2 and copied:
-            prelude += [Switch(Zone.COPIED), *copied]
-        return [*prelude, Switch(self.zone)] if prelude else []
-
-    def _fields_of(self, obj: Any) -> Mapping[str, Field]:
-        declared = fields(type(obj)) if is_pipeline_class(type(obj)) else {}
-        return {**declared, **{name: Field(name, "copied") for name in self.copied.get(id(obj), ())}}
-
-    def _roots_among(self, obj: Any, values: dict[str, Any], declared: Any) -> list[Any]:
-        roots = [value for name, value in values.items() if name in declared and declared[name].policy == "shared"]
-        roots = [value for value in roots if type(value) not in SCALARS]
-        if isinstance(
-            obj, nn.Module
-        ):  # its own parameters and buffers belong to a module, as those of any module below it
-            own = {**obj._parameters, **obj._buffers}
-            roots += [value for name, value in own.items() if value is not None and name not in declared]
-        return [value for value in roots if self._roles[type(value)] is not Role.PIPELINE]
-
-
-def _values_of(state: Any) -> list[Any]:
-    """The values of a pickled state: of its dict, of its slots, and of the members of a module."""
-    parts = state if isinstance(state, tuple) else (state,)
-    values = [value for part in parts if isinstance(part, dict) for value in part.values()]
-    members = [
-        part.get(name) for part in parts if isinstance(part, dict) for name in ("_modules", "_parameters", "_buffers")
-    ]
-    return values + [value for group in members if isinstance(group, dict) for value in group.values()]
-
-
-def _after_prelude(_: object, function: Any, arguments: tuple[Any, ...]) -> Any:
-    return function(*arguments)
-
-
-def _between(_: object, function: Any, arguments: tuple[Any, ...], __: object) -> Any:
-    return function(*arguments)
-
-
-def _identity(tensor: Any) -> Any:
-    return tensor
+    def _reduce_tensor(self, tensor: Any) -> Any:
+        if id(tensor) in self._numbers:  # a plain one
+            return external, (self._numbers[id(tensor)],), vars(tensor), None, None, reducers.set_attributes
+        if self.place.zone is Zone.SHARED:
+            self.found.composites.append(tensor)
+        return components_of(tensor, reducers.reduce_composite(tensor), self.place)

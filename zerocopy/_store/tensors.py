@@ -322,15 +322,31 @@ def _as_published(view: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
         view = view.conj()
     if spec.is_neg:
         view = negated_view(view)
-    # As a subclass of itself a view becomes a plain leaf: `_is_view()` is False, as it was for the original.
-    finished: torch.Tensor = leaf_of_class(CLASSES[spec.kind], view, spec.flag)
-    return finished
+    return leaf(view, CLASSES[spec.kind], spec.flag)
+
+
+def leaf(view: torch.Tensor, cls: type[torch.Tensor], requires_grad: bool) -> torch.Tensor:
+    """A tensor of class `cls` over the memory of `view`, which torch does not take for a view."""
+    made: torch.Tensor = leaf_of_class(cls, view, requires_grad)
+    return made
+
+
+def like(original: torch.Tensor, view: torch.Tensor) -> torch.Tensor:
+    """A tensor over the memory of `view` with the class, `requires_grad` and Python attributes of `original`."""
+    made = leaf(view, type(original), original.requires_grad)
+    vars(made).update(vars(original))
+    return made
+
+
+def repeated(number: int, shape: Sequence[int], dtype: torch.dtype, device: torch.device | str = "cpu") -> torch.Tensor:
+    """A tensor that is `number` everywhere, over memory for one element."""
+    zero = torch.zeros((), dtype=dtype, device=device)
+    return (zero.fill_(number) if number else zero).expand(shape)  # some dtypes cannot be filled
 
 
 def stand_in(spec: TensorSpec) -> Any:
-    """An object like the one that `spec` describes, over a single zero: it takes no memory."""
+    """An object like the one that `spec` describes, over memory for one element."""
     if spec.kind == ARRAY:
         return np.broadcast_to(np.zeros((), spec.dtype), spec.shape)
     with torch.inference_mode(False), torch.no_grad():
-        zero = torch.zeros((), dtype=spec.dtype, device="cpu").expand(spec.shape)
-        return leaf_of_class(CLASSES[spec.kind], zero, spec.flag)
+        return leaf(repeated(0, spec.shape, spec.dtype), CLASSES[spec.kind], spec.flag)

@@ -9,12 +9,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from zerocopy._compat.torch import leaf_of_class
 from zerocopy._split.paths import is_module
-from zerocopy._split.roles import Zone
 from zerocopy._split.skeleton import Split, graft, strip
+from zerocopy._split.zones import Zone
 from zerocopy._store.mapping import map_if_in_store
-from zerocopy._store.tensors import is_plain
+from zerocopy._store.tensors import is_plain, like
 from zerocopy.errors import ArgumentError
 
 Tensors: TypeAlias = list[dict[str, dict[str, Any]]]
@@ -49,8 +48,8 @@ def extract_tensors(module: nn.Module) -> tuple[nn.Module, Tensors]:
         for tensor in (tensor for slots in held.values() for tensor in slots.values()):
             contents.setdefault(id(tensor), _content(tensor))
         tensors.append({kind: {name: contents[id(t)] for name, t in slots.items()} for kind, slots in held.items()})
-    blanks = [_on_meta(obj) if id(obj) in contents else _private(obj) for obj in stripped.externals]
-    (skeleton,) = graft(stripped.payload, blanks)
+    kept = [like(obj, _on_meta(obj)) if id(obj) in contents else _private(obj) for obj in stripped.externals]
+    (skeleton,) = graft(stripped.payload, kept)
     return skeleton, tensors
 
 
@@ -79,9 +78,9 @@ def replace_tensors(skeleton: nn.Module, tensors: Sequence[Mapping[str, Mapping[
     for members, entry in zip(modules, tensors, strict=True):
         for kind, contents in entry.items():
             for name, value in contents.items():
-                blank = members[kind][name]
-                if id(blank) not in filled:
-                    filled[id(blank)] = _filled(blank, live.get(id(value), value)), blank
+                blank, content = members[kind][name], live.get(id(value), value)
+                if id(blank) not in filled:  # the blank one stays alive, so that its id means it
+                    filled[id(blank)] = like(blank, content) if is_plain(blank) else content, blank
                 members[kind][name] = filled[id(blank)][0]
 
 
@@ -111,10 +110,8 @@ def _members(module: nn.Module) -> Iterator[dict[str, MutableMapping[str, Any]]]
         yield {kind: {} if compiled else vars(part)[attribute] for kind, attribute in _MEMBERS.items()}
 
 
-def _on_meta(tensor: Any) -> Any:
-    """A tensor on the meta device that remembers all but the contents. Its attributes come with the skeleton."""
-    empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-    return leaf_of_class(type(tensor), empty, tensor.requires_grad)
+def _on_meta(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
 def _private(obj: Any) -> Any:
@@ -123,8 +120,7 @@ def _private(obj: Any) -> Any:
         return obj.copy(order="K")
     if not isinstance(obj, torch.Tensor):
         return obj
-    copy = obj.detach().clone()
-    return leaf_of_class(type(obj), copy, obj.requires_grad)
+    return like(obj, obj.detach().clone())
 
 
 def _content(tensor: Any) -> Any:
@@ -135,14 +131,6 @@ def _content(tensor: Any) -> Any:
         return plain.numpy() if plain.device.type == "cpu" else plain.cpu().numpy()
     except TypeError:  # NumPy lacks the dtype
         return plain
-
-
-def _filled(blank: Any, content: Any) -> Any:
-    if not is_plain(blank):
-        return content
-    tensor = leaf_of_class(type(blank), content, blank.requires_grad)
-    vars(tensor).update(vars(blank))
-    return tensor
 
 
 def _live_tensors(arrays: Sequence[np.ndarray[Any, Any]]) -> dict[int, torch.Tensor]:

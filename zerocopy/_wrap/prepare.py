@@ -13,9 +13,9 @@ from zerocopy._publish.publish import publish_subject
 from zerocopy._split import paths
 from zerocopy._split.introspect import Subject
 from zerocopy._split.models import callable_models, models_in_train_mode, models_of
-from zerocopy._split.programs import PROGRAMS
-from zerocopy._split.roles import Zone
+from zerocopy._split.programs import TORCHSCRIPT
 from zerocopy._split.skeleton import Split, strip
+from zerocopy._split.zones import Zone
 from zerocopy._store import object_store
 from zerocopy._wrap.remote_model import RemoteModel, class_of, weights_and_methods
 from zerocopy.errors import ArgumentError
@@ -125,7 +125,7 @@ def _exposed(model: Any, method_names: Sequence[str] | None) -> tuple[str, ...]:
     if isinstance(model, ExportedProgram):
         return ("__call__",)
     if method_names is None:
-        method_names = ("forward",) if isinstance(model, PROGRAMS) else ()
+        method_names = ("forward",) if isinstance(model, TORCHSCRIPT) else ()
     wanted = ("__call__", *method_names)
     return tuple(dict.fromkeys(name for name in wanted if callable(getattr(model, name, None))))
 
