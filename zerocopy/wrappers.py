@@ -13,8 +13,8 @@ from zerocopy._load.publication import Publication
 from zerocopy._split.models import is_model, models_of
 from zerocopy._split.programs import TORCHSCRIPT
 from zerocopy._store import object_store
-from zerocopy._wrap.prepare import ModelInfo, attributes_to_copy, moved, prepare_for_actors, prepare_for_tasks
-from zerocopy._wrap.remote_model import RemoteModel, on_device, weights_and_methods
+from zerocopy._wrap.prepare import ModelInfo, attributes_to_copy, prepare_for_actors, prepare_for_tasks
+from zerocopy._wrap.remote_model import RemoteModel, models_on, on_device, weights_and_methods
 from zerocopy.errors import ArgumentError, ModeError
 
 T = TypeVar("T")
@@ -106,7 +106,8 @@ class ModelWrapper(Generic[T]):
         elif self._mode == "actor":
             pipeline = self._skeleton.load(device)
         else:
-            pipeline = moved(self._skeleton.load(), device)
+            with models_on(device):
+                pipeline = self._skeleton.load()
         return pipeline  # type: ignore[no-any-return]
 
     def close(self) -> None:

@@ -14,8 +14,6 @@ from zerocopy._split import paths
 from zerocopy._split.introspect import Subject
 from zerocopy._split.models import callable_models, models_in_train_mode, models_of
 from zerocopy._split.programs import TORCHSCRIPT
-from zerocopy._split.skeleton import Split, strip
-from zerocopy._split.zones import Zone
 from zerocopy._store import object_store
 from zerocopy._wrap.remote_model import RemoteModel, class_of, weights_and_methods
 from zerocopy.errors import ArgumentError
@@ -128,13 +126,3 @@ def _exposed(model: Any, method_names: Sequence[str] | None) -> tuple[str, ...]:
         method_names = ("forward",) if isinstance(model, TORCHSCRIPT) else ()
     wanted = ("__call__", *method_names)
     return tuple(dict.fromkeys(name for name in wanted if callable(getattr(model, name, None))))
-
-
-def moved(pipeline: Any, device: Any) -> Any:
-    """A task-mode pipeline, its models loaded on `device` in their tasks."""
-    if device is not None:
-        inside = strip([pipeline], zone=Zone.AUTO, split=Split.NOWHERE).seen.values()
-        for found in inside:
-            if type(found) is RemoteModel:
-                found._device = device
-    return pipeline

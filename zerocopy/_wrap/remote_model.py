@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
@@ -65,7 +67,25 @@ class RemoteModel:
         return f"<zerocopy: {self._cls.__name__} in Ray tasks: {', '.join(self._methods)}>"
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return RemoteModel, (self._publication, self._cls, self._methods, self._device)
+        return _rebuilt, (self._publication, self._cls, self._methods, self._device)
+
+
+_device_of_load: ContextVar[Any] = ContextVar("device_of_load", default=None)
+
+
+@contextlib.contextmanager
+def models_on(device: Any) -> Iterator[None]:
+    """Whatever is loaded here has its models loaded on `device` in their tasks; None for the device that they were given."""
+    token = _device_of_load.set(device)
+    try:
+        yield
+    finally:
+        _device_of_load.reset(token)
+
+
+def _rebuilt(publication: Publication, cls: type, methods: Sequence[str], device: Any) -> RemoteModel:
+    wanted = _device_of_load.get()
+    return RemoteModel(publication, cls, methods, device if wanted is None else wanted)
 
 
 class _Method:
