@@ -16,7 +16,7 @@ An example, split at shared roots:
 
     search = Search(encoder, {"fallback": head})    # two modules
 
-`PipelineReducer.reduce(search)` gives `call, (prelude, copyreg.__newobj__, (Search,), None), state`, with the prelude
+`PipelineReducer.reduce(search)` gives `call, (prelude, new_object, (Search,), None), state`, with the prelude
 `[Place(AUTO), encoder, Place(COPIED), settings, Place(AUTO)]`. The pickler writes, in this order:
 
     Place(AUTO)        nothing, and is in the zone AUTO, where modules are shared
