@@ -1,4 +1,4 @@
-"""One cluster for the whole session, and what tests ask of it."""
+"""One cluster for each process that runs tests, and what tests ask of it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[None]:
-    with warnings.catch_warnings():
+    with pytest.MonkeyPatch.context() as environment, warnings.catch_warnings():
+        environment.setenv("OMP_NUM_THREADS", "1")  # workers, also those of programs that join, inherit both
+        environment.setenv("PYTHONPATH", IMPORT_PATH)
         warnings.simplefilter("ignore")  # Ray's, about itself
         ray.init(
             "local",
@@ -35,7 +37,6 @@ def cluster() -> Iterator[None]:
             include_dashboard=False,
             log_to_driver=False,
             logging_level="ERROR",
-            runtime_env={"env_vars": {"OMP_NUM_THREADS": "1", "PYTHONPATH": IMPORT_PATH}},
         )
     yield
     ray.shutdown()
@@ -59,6 +60,12 @@ def wait_until(condition: Callable[[], bool], seconds: float = 15) -> bool:
 
 
 @pytest.fixture
+def address(cluster: None) -> str:
+    """By which a program joins the cluster: to start one of its own takes it seconds."""
+    return ray.get_runtime_context().gcs_address
+
+
+@pytest.fixture
 def store_use(cluster: None) -> Callable[[], int]:
     """Bytes in the store now, above those at the start of the test."""
     gc.collect()
@@ -79,6 +86,6 @@ def run_python(source: str, *arguments: str, **environment: str) -> subprocess.C
         env={**os.environ, "PYTHONPATH": path, "RAY_IGNORE_UNHANDLED_ERRORS": "1", **environment},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )

@@ -333,6 +333,7 @@ def test_bad_arguments_are_refused_here() -> None:
 
 MAIN = """
 from __future__ import annotations
+import sys
 import ray, torch
 from torch import nn
 import zerocopy
@@ -366,8 +367,7 @@ class Worker:
     def ask(self, query: float) -> float:
         return self.search.rank(query)
 
-ray.init("local", num_cpus=4, object_store_memory=100_000_000, include_dashboard=False, logging_level="ERROR",
-         log_to_driver=False)
+ray.init(sys.argv[1], logging_level="ERROR", log_to_driver=False)
 search = Search(encoder=nn.Linear(8, 8))
 expected = float(search.encoder(torch.ones(1, 8)).detach().sum()) * SCALE
 close = lambda value, other: abs(value - other) < 1e-4
@@ -384,7 +384,7 @@ with Worker.pool(2, search) as pool:
 """
 
 
-def test_everything_in_main() -> None:
+def test_everything_in_main(address: str) -> None:
     """Pipelines, tasks and actors defined in `__main__`, without a file as in a notebook, work."""
-    done = run_python(MAIN)
+    done = run_python(MAIN, "-", address)
     assert done.stdout.split() == ["True"] * 6, done.stdout + done.stderr

@@ -343,12 +343,12 @@ def test_the_original_is_never_touched() -> None:
     assert restoring.cache.all()
 
 
-def test_classes_of_a_script_stay_themselves() -> None:
+def test_classes_of_a_script_stay_themselves(address: str) -> None:
     """Wrapping changes no class, function or global of `__main__`: nothing is unpickled where it is wrapped."""
     done = run_python(
-        "import ray, torch, zerocopy\n"
+        "import sys, ray, torch, zerocopy\n"
         "from torch import nn\n"
-        "ray.init('local', num_cpus=2, object_store_memory=100_000_000, include_dashboard=False, log_to_driver=False)\n"
+        "ray.init(sys.argv[1], log_to_driver=False)\n"
         "COUNT = 0\n"
         "class Model(nn.Linear):\n"
         "    seen = []\n"
@@ -364,7 +364,9 @@ def test_classes_of_a_script_stay_themselves() -> None:
         "zerocopy.ModelWrapper.from_model(p, mode='task')\n"
         "zerocopy.extract_tensors(p.encoder)\n"
         "p(torch.ones(1, 4))\n"
-        "assert (P.__call__ is call, P.registry is registry, Model.seen is seen, COUNT) == (True, True, True, 1)\n"
+        "assert (P.__call__ is call, P.registry is registry, Model.seen is seen, COUNT) == (True, True, True, 1)\n",
+        "-",
+        address,
     )
     assert done.returncode == 0, done.stderr
 
