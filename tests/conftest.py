@@ -10,11 +10,14 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
 import torch
 from ray._private import internal_api, state
+
+from zerocopy._publish import weights
 
 STORE_BYTES = 1_500_000_000
 HERE = Path(__file__).parent
@@ -89,3 +92,17 @@ def run_python(source: str, *arguments: str, **environment: str) -> subprocess.C
         timeout=300,
         check=False,
     )
+@pytest.fixture
+def publishings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by the number of storages written, each time weights are put into the store."""
+    writes: list[int] = []
+    real = weights.write
+
+    def counted(storages: Any, ends: Any, stored: Any, *rest: Any) -> Any:
+        writes.append(sum(storage.key not in stored for storage in storages))
+        return real(storages, ends, stored, *rest)
+
+    monkeypatch.setattr(weights, "write", counted)
+    return writes
+
+

@@ -21,7 +21,6 @@ from zerocopy.errors import ArgumentError, CannotTravelError, PublicationLostErr
 from zerocopy.testing import assert_zero_copy
 
 pytestmark = pytest.mark.usefixtures("cluster")
-STRICT = os.environ.get("RAY_allow_out_of_band_object_ref_serialization") == "0"
 
 
 def test_every_way_to_call() -> None:

@@ -248,6 +248,7 @@ def test_fields_of_a_pipeline_class_rule() -> None:
     torch.testing.assert_close(in_tasks(INPUT), answer)
 
 
+@pytest.mark.ordinary
 @pytest.mark.parametrize("pickler", [pickle, ray.cloudpickle])
 def test_pickles(pickler: Any) -> None:
     """Wrappers survive plain pickle and Ray's, also into another process."""
@@ -379,6 +380,7 @@ def test_a_dict_is_written_once(store_use: Callable[[], int]) -> None:
     assert isinstance(kept[0].load()["model"], Model)
 
 
+@pytest.mark.ordinary
 def test_close_frees_what_plain_pickle_holds(store_use: Callable[[], int]) -> None:
     """References in plain pickles cannot be counted: `close()` lets go of them too."""
     wrapper = ModelWrapper.from_model(Pipeline())
@@ -716,6 +718,7 @@ def test_what_cannot_travel_is_named() -> None:
         ModelWrapper.from_model(pipeline)
 
 
+@pytest.mark.ordinary
 def test_without_ray_and_after_it(tmp_path: Path) -> None:
     """A wrapper that plain pickle brought to a process without Ray says so; one whose cluster is gone does not hang."""
     content = tmp_path / "wrapper.pickle"
