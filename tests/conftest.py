@@ -51,7 +51,7 @@ def bytes_in_store() -> int:
     return int(reply.store_stats.object_store_bytes_used)
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 15) -> bool:
+def wait_until(condition: Callable[[], bool], seconds: float = 60) -> bool:
     """Whether `condition` comes true in time. Ray frees objects some moments after the last reference is gone."""
     deadline = time.monotonic() + seconds
     while not condition():

@@ -402,11 +402,11 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
         "meta",
     )
     assert isinstance(loaded.encoder.weight, nn.Parameter)
-    monkeypatch.setattr(devices._store, "assigned_gpu", lambda: True)
+    monkeypatch.setattr(object_store, "assigned_gpu", lambda: True)
     if not torch.cuda.is_available():
         with pytest.raises(DeviceError, match="'cuda:0' is not there"):
             publication.load(device="auto")
-    monkeypatch.setattr(devices._store, "assigned_gpu", lambda: False)
+    monkeypatch.setattr(object_store, "assigned_gpu", lambda: False)
     assert publication.load(device="auto").encoder.weight.device.type == "cpu"
     with pytest.raises(DeviceError, match="'warp:9' is not there"):
         publication.load(device="warp:9")

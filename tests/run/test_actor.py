@@ -141,11 +141,11 @@ def test_ray_data() -> None:
     """`map_batches` takes the class, and a pipeline or a publication among its arguments."""
     search = pipelines.search(width=32)
     ray.data.DataContext.get_current().enable_progress_bars = False
-    for given in (search, zerocopy.publish(search)):
+    for given, size in ((search, 2), (zerocopy.publish(search), 1)):
         results = ray.data.from_items([{"query": float(number)} for number in range(8)]).map_batches(
             pipelines.Worker,
             fn_constructor_kwargs={"pipeline": given},
-            compute=ray.data.ActorPoolStrategy(size=2),
+            compute=ray.data.ActorPoolStrategy(size=size),
             batch_size=4,
             num_cpus=0.5,
         )

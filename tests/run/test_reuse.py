@@ -96,6 +96,11 @@ class Process:
 
         return len(reuse._kept)
 
+    def keep_for(self, seconds: float) -> None:
+        from zerocopy._run import reuse
+
+        reuse.IDLE_SECONDS = seconds
+
     def escaped_sum(self) -> float:
         import test_reuse
 
@@ -104,6 +109,14 @@ class Process:
 
 @pytest.fixture(scope="module")
 def process(cluster: None) -> Any:
+    process = Process.remote()
+    ray.get(process.keep_for.remote(600))  # however slow the machine is
+    return process
+
+
+@pytest.fixture(scope="module")
+def empty_process(cluster: None) -> Any:
+    """Keeps nothing before and after each test that has it."""
     return Process.remote()
 
 
@@ -192,12 +205,11 @@ def test_nothing_is_looked_through_while_it_is_used() -> None:
     assert float(again[0].weight.detach().sum()) == before
 
 
-def test_an_error_keeps_nothing() -> None:
+def test_an_error_keeps_nothing(empty_process: Any) -> None:
     """What a call that failed has used is not kept."""
-    process = Process.remote()
     with pytest.raises(ValueError, match="no"):
-        call(process, fail, zerocopy.publish(modules()))
-    assert ray.get(process.kept.remote()) == 0
+        call(empty_process, fail, zerocopy.publish(modules()))
+    assert ray.get(empty_process.kept.remote()) == 0
 
 
 def test_copied_fields_are_fresh(process: Any) -> None:
@@ -213,14 +225,15 @@ def test_arrays_are_loaded_afresh(process: Any) -> None:
     assert [call(process, write_index, publication) for _ in range(3)] == [1.0] * 3
 
 
-def test_a_worker_lets_go(store_use: Callable[[], int]) -> None:
+def test_a_worker_lets_go(empty_process: Any, store_use: Callable[[], int]) -> None:
     """What a worker keeps is bounded, and a publication that was closed is freed soon, though the worker lives."""
-    process = Process.remote()
+    process = empty_process
     publications = [zerocopy.publish(modules()) for _ in range(6)]
     for publication in publications:
         call(process, place, publication)
     assert ray.get(process.kept.remote()) == 4
     assert store_use() > 6 * 4 * WIDTH * WIDTH
+    ray.get(process.keep_for.remote(0.1))
     for publication in publications:
         publication.close()
     assert wait_until(lambda: store_use() < 100_000)

@@ -13,7 +13,7 @@ import pipelines
 import pytest
 import ray
 import torch
-from conftest import run_python
+from conftest import run_python, wait_until
 from torch import nn
 
 import zerocopy
@@ -247,15 +247,16 @@ def test_errors_keep_their_class() -> None:
         divide(search, 0)
 
     @ray.remote
-    def publish_and_end() -> zerocopy.Publication:
+    def publish_and_end() -> tuple[zerocopy.Publication, int]:
         import threading
 
         publication = zerocopy.publish(pipelines.search(width=8))
         threading.Timer(0.5, os._exit, [0]).start()
-        return publication
+        return publication, os.getpid()
 
-    lost = ray.get(publish_and_end.remote())
-    time.sleep(3)
+    lost, pid = ray.get(publish_and_end.remote())
+    assert wait_until(lambda: not Path(f"/proc/{pid}").exists())
+    time.sleep(1)  # until Ray has seen it
     with pytest.raises(PublicationLostError, match="are gone from the cluster"):
         divide(lost, 1)
     with pytest.raises(PublicationLostError):

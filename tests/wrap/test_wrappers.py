@@ -130,13 +130,13 @@ def expected(pipeline: Any) -> torch.Tensor:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")  # Ray Data's, about its own settings
 @pytest.mark.parametrize("wrap", [ModelWrapper.from_model, ActorWrapper])
 def test_ray_data(wrap: Callable[[Any], Any]) -> None:
-    """`map_batches` with the wrapper among the constructor's arguments, four actors."""
+    """`map_batches` with the wrapper among the constructor's arguments, two actors."""
     pipeline = Pipeline()
     rows = ray.data.from_items([{"value": INPUT[0].numpy()} for _ in range(16)])
     answers = rows.map_batches(
         Loader,
         fn_constructor_kwargs={"model_wrapper": wrap(pipeline)},
-        compute=ray.data.ActorPoolStrategy(size=4),
+        compute=ray.data.ActorPoolStrategy(size=2),
         batch_size=4,
         num_cpus=0.5,
     ).take_all()
@@ -524,7 +524,7 @@ def test_exported_programs() -> None:
 def test_actors_that_hold_every_cpu() -> None:
     """A call from an actor finds room: it takes the place of its caller, who waits."""
 
-    @ray.remote(num_cpus=1)
+    @ray.remote(num_cpus=2)
     class Caller:
         def __init__(self, wrapped: Any) -> None:
             self.wrapped = wrapped
@@ -533,7 +533,7 @@ def test_actors_that_hold_every_cpu() -> None:
             return self.wrapped(INPUT)
 
     pipeline = Pipeline()
-    callers = [Caller.remote(TaskWrapper(pipeline)) for _ in range(4)]
+    callers = [Caller.remote(TaskWrapper(pipeline)) for _ in range(2)]
     for answer in ray.get([caller.go.remote() for caller in callers], timeout=60):
         torch.testing.assert_close(answer, expected(pipeline))
 
