@@ -22,9 +22,23 @@ from zerocopy._publish import weights
 STORE_BYTES = 1_500_000_000
 HERE = Path(__file__).parent
 # Workers import what test modules define by the modules' names, each from its folder.
-FOLDERS = [HERE, *sorted(path for path in HERE.iterdir() if path.is_dir())]
-IMPORT_PATH = os.pathsep.join(map(str, FOLDERS))
+IMPORT_PATH = os.pathsep.join(map(str, [HERE, *sorted({path.parent for path in HERE.rglob("test_*.py")})]))
+# Of two processes each takes the next file when it is done with one: the longest start first, so that none is left at the end.
+LONGEST = (
+    "test_examples",
+    "test_docs",
+    "test_actor",
+    "test_wrappers",
+    "test_faithful",
+    "test_task",
+    "test_leaks",
+    "test_passing",
+)
 torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 
 @pytest.fixture(scope="session")
@@ -45,6 +59,12 @@ def cluster() -> Iterator[None]:
     ray.shutdown()
 
 
+@pytest.fixture
+def address(cluster: None) -> str:
+    """By which a program joins the cluster: to start one of its own takes it seconds."""
+    return ray.get_runtime_context().gcs_address
+
+
 def bytes_in_store() -> int:
     """Bytes of all objects that live in this node's store."""
     reply = internal_api.get_memory_info_reply(state.state)
@@ -63,12 +83,6 @@ def wait_until(condition: Callable[[], bool], seconds: float = 60) -> bool:
 
 
 @pytest.fixture
-def address(cluster: None) -> str:
-    """By which a program joins the cluster: to start one of its own takes it seconds."""
-    return ray.get_runtime_context().gcs_address
-
-
-@pytest.fixture
 def store_use(cluster: None) -> Callable[[], int]:
     """Bytes in the store now, above those at the start of the test."""
     gc.collect()
@@ -80,18 +94,6 @@ def store_use(cluster: None) -> Callable[[], int]:
     return lambda: bytes_in_store() - settled
 
 
-def run_python(source: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run source text as `__main__` of a fresh process."""
-    path = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
-    return subprocess.run(
-        [sys.executable, *(arguments or ("-",))],
-        input=source,
-        env={**os.environ, "PYTHONPATH": path, "RAY_IGNORE_UNHANDLED_ERRORS": "1", **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
 @pytest.fixture
 def publishings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows by the number of storages written, each time weights are put into the store."""
@@ -106,3 +108,15 @@ def publishings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return writes
 
 
+def run_python(source: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run source text as `__main__` of a fresh process."""
+    path = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(
+        [sys.executable, *(arguments or ("-",))],
+        input=source,
+        env={**os.environ, "PYTHONPATH": path, "RAY_IGNORE_UNHANDLED_ERRORS": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
