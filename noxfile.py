@@ -8,6 +8,7 @@ import nox
 nox.options.sessions = ["lint", "typing", "tests"]
 nox.options.reuse_existing_virtualenvs = True
 PROJECT = nox.project.load_toml("pyproject.toml")
+OFFLINE = {"HF_HUB_OFFLINE": "1"}
 
 
 def _install(session: nox.Session, *packages: str, group: str | None = None) -> None:
@@ -16,29 +17,40 @@ def _install(session: nox.Session, *packages: str, group: str | None = None) -> 
     session.install("-c", "constraints.txt", "torch", *packages, *tools)
 
 
+def _install_tests(session: nox.Session) -> None:
+    _install(session, "-e", ".[demo,data]", "ray[serve]", group="tests")
+
+
 @nox.session
 def demo(session: nox.Session) -> None:
     """Semantic search over the standard library, over four workers that share one model."""
     _install(session, "-e", ".[demo]")
-    session.run("python", "examples/stdlib_search.py", *session.posargs, env={"HF_HUB_OFFLINE": "1"})
+    session.run("python", "examples/stdlib_search.py", *session.posargs, env=OFFLINE)
 
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """The tests, twice where object references matter: once with references out of band forbidden.
+    """The tests: first where references out of band are forbidden, then those that need them, and what is timed by itself.
 
-    What is timed runs by itself: measuring coverage slows Python down, and so one side of its ratios.
+    Two processes share the work, each with a cluster of its own. Arguments are pytest's, and stand for all of this.
     """
-    _install(session, "-e", ".[demo,data]", "ray[serve]", group="tests")
-    env = {"HF_HUB_OFFLINE": "1"}
-    chosen = session.posargs or ["--ignore", "tests/timed"]
-    session.run("coverage", "run", "-m", "pytest", *chosen, env=env)
-    if not session.posargs:
-        session.run("pytest", "-q", "tests/timed", env=env)
-        strict = {**env, "RAY_allow_out_of_band_object_ref_serialization": "0"}
-        files = ["tests/publish/test_passing.py", "tests/promises/test_leaks.py", "tests/run/test_task.py"]
-        session.run("pytest", "-q", *files, env=strict)
-        session.run("coverage", "report", "--skip-covered", "--show-missing")
+    _install_tests(session)
+    if session.posargs:
+        session.run("pytest", *session.posargs, env=OFFLINE)
+        return
+    two = ["-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]
+    forbidden = {"RAY_allow_out_of_band_object_ref_serialization": "0"}
+    session.run("pytest", *two, "-m", "not ordinary", "--ignore", "tests/timed", env={**OFFLINE, **forbidden})
+    session.run("pytest", "-m", "ordinary", env=OFFLINE)
+    session.run("pytest", "tests/timed", env=OFFLINE)
+
+
+@nox.session
+def coverage(session: nox.Session) -> None:
+    """How much of the package the tests run in their own process. What is timed is left out: measuring slows one side of it."""
+    _install_tests(session)
+    session.run("coverage", "run", "-m", "pytest", *(session.posargs or ["--ignore", "tests/timed"]), env=OFFLINE)
+    session.run("coverage", "report", "--skip-covered", "--show-missing")
 
 
 @nox.session
@@ -48,7 +60,7 @@ def bench(session: nox.Session) -> None:
     is_full = not {*session.posargs} - {"--resume"}
     arguments = [*session.posargs, *(["--output", "docs"] if is_full else [])]
     path = os.pathsep.join([str(Path(__file__).parent / "tests"), os.environ.get("PYTHONPATH", "")])
-    session.run("python", "-m", "benchmarks", *arguments, env={"HF_HUB_OFFLINE": "1", "PYTHONPATH": path})
+    session.run("python", "-m", "benchmarks", *arguments, env={**OFFLINE, "PYTHONPATH": path})
 
 
 @nox.session

@@ -71,6 +71,6 @@ if __name__ == "__main__":
     ray.init("local", num_cpus=2, object_store_memory=500_000_000, include_dashboard=False, **quiet)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
-    context.wait_for_min_actors_s = 60  # every worker is up before the first batch
+    context.wait_for_min_actors_s = 300  # every worker is up before the first batch
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     main()

@@ -1,4 +1,4 @@
-"""One cluster for the whole session, and what tests ask of it."""
+"""One cluster for each process that runs tests, and what tests ask of it."""
 
 from __future__ import annotations
 
@@ -10,23 +10,42 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
 import torch
 from ray._private import internal_api, state
 
+from zerocopy._publish import weights
+
 STORE_BYTES = 1_500_000_000
 HERE = Path(__file__).parent
 # Workers import what test modules define by the modules' names, each from its folder.
-FOLDERS = [HERE, *sorted(path for path in HERE.iterdir() if path.is_dir())]
-IMPORT_PATH = os.pathsep.join(map(str, FOLDERS))
+IMPORT_PATH = os.pathsep.join(map(str, [HERE, *sorted({path.parent for path in HERE.rglob("test_*.py")})]))
+# Of two processes each takes the next file when it is done with one: the longest start first, so that none is left at the end.
+LONGEST = (
+    "test_examples",
+    "test_docs",
+    "test_actor",
+    "test_wrappers",
+    "test_faithful",
+    "test_task",
+    "test_leaks",
+    "test_passing",
+)
 torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[None]:
-    with warnings.catch_warnings():
+    with pytest.MonkeyPatch.context() as environment, warnings.catch_warnings():
+        environment.setenv("OMP_NUM_THREADS", "1")  # workers, also those of programs that join, inherit both
+        environment.setenv("PYTHONPATH", IMPORT_PATH)
         warnings.simplefilter("ignore")  # Ray's, about itself
         ray.init(
             "local",
@@ -35,10 +54,15 @@ def cluster() -> Iterator[None]:
             include_dashboard=False,
             log_to_driver=False,
             logging_level="ERROR",
-            runtime_env={"env_vars": {"OMP_NUM_THREADS": "1", "PYTHONPATH": IMPORT_PATH}},
         )
     yield
     ray.shutdown()
+
+
+@pytest.fixture
+def address(cluster: None) -> str:
+    """By which a program joins the cluster: to start one of its own takes it seconds."""
+    return ray.get_runtime_context().gcs_address
 
 
 def bytes_in_store() -> int:
@@ -47,7 +71,7 @@ def bytes_in_store() -> int:
     return int(reply.store_stats.object_store_bytes_used)
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 15) -> bool:
+def wait_until(condition: Callable[[], bool], seconds: float = 60) -> bool:
     """Whether `condition` comes true in time. Ray frees objects some moments after the last reference is gone."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -70,6 +94,20 @@ def store_use(cluster: None) -> Callable[[], int]:
     return lambda: bytes_in_store() - settled
 
 
+@pytest.fixture
+def publishings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by the number of storages written, each time weights are put into the store."""
+    writes: list[int] = []
+
+    class Counted(weights.Writer):
+        def __init__(self, storages: Any, ends: Any, cut: Any, stored: Any, make_manifest: Any) -> None:
+            writes.append(sum(storage.key not in stored for storage in storages))
+            super().__init__(storages, ends, cut, stored, make_manifest)
+
+    monkeypatch.setattr(weights, "Writer", Counted)
+    return writes
+
+
 def run_python(source: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run source text as `__main__` of a fresh process."""
     path = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
@@ -79,6 +117,6 @@ def run_python(source: str, *arguments: str, **environment: str) -> subprocess.C
         env={**os.environ, "PYTHONPATH": path, "RAY_IGNORE_UNHANDLED_ERRORS": "1", **environment},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )

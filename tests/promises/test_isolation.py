@@ -146,8 +146,7 @@ def no_raylet():
     return iter(())
 
 mapping._raylet_descriptors = no_raylet
-ray.init("local", num_cpus=1, object_store_memory=100_000_000, include_dashboard=False, logging_level="ERROR",
-         log_to_driver=False)
+ray.init(sys.argv[1], logging_level="ERROR", log_to_driver=False)
 publication = zerocopy.publish(nn.Linear(64, 64))
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
@@ -165,9 +164,9 @@ except zerocopy.errors.IsolationError as error:
 """
 
 
-def test_fallback_and_the_setting_against_it() -> None:
+def test_fallback_and_the_setting_against_it(address: str) -> None:
     """Where no private mapping is possible, Ray's own is used, and one warning says what that means; a setting refuses."""
-    done = run_python(FALLBACK)
+    done = run_python(FALLBACK, "-", address)
     fell_back, seen, refused = done.stdout.splitlines()
     assert fell_back == "['IsolationWarning']", done.stderr
     assert seen == "seen by others: True"

@@ -5,18 +5,17 @@ from __future__ import annotations
 from conftest import run_python
 
 PROGRAM = """
-import gc, warnings
+import sys, warnings
 import numpy as np, ray, torch
 import pipelines, zerocopy
 from zerocopy.testing import assert_zero_copy
 
-def start():
+def start(address, **options):
     warnings.simplefilter("default")
-    ray.init("local", num_cpus=1, object_store_memory=100_000_000, include_dashboard=False, logging_level="ERROR",
-         log_to_driver=False)
+    ray.init(address, logging_level="ERROR", log_to_driver=False, **options)
     warnings.simplefilter("error")
 
-start()
+start("local", num_cpus=1, object_store_memory=100_000_000, include_dashboard=False)
 search = pipelines.search(width=256)
 publication = zerocopy.publish(search)
 loaded = publication.load()
@@ -34,7 +33,7 @@ ray.shutdown()
 print("after shutdown", loaded(1.0) == search(1.0))
 for connected in (False, True):
     if connected:
-        start()
+        start(sys.argv[1])
     try:
         publication.load()
     except zerocopy.errors.PublicationLostError as error:
@@ -44,10 +43,10 @@ assert_zero_copy(zerocopy.publish(search).load())
 """
 
 
-def test_crowded_stores_and_ended_sessions() -> None:
+def test_crowded_stores_and_ended_sessions(address: str) -> None:
     """A model beyond the free memory of the store lies in a file, mapped the same way; after `ray.shutdown()` a publication is
     lost, in words, what was loaded goes on, and a new session publishes anew."""
-    done = run_python(PROGRAM)
+    done = run_python(PROGRAM, "-", address)
     lost = "This publication of Search belongs to a connection to Ray that has ended. Hint: publish the pipeline again."
     assert done.stdout.splitlines() == [
         "crowded True",

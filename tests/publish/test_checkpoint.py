@@ -157,7 +157,12 @@ ray.init("local", num_cpus=1, object_store_memory=600_000_000, include_dashboard
 zerocopy.publish(nn.Linear(300, 300), adopt=True)
 total = lambda: memory_report(pids).total
 import os
-pids = [os.getpid(), *[p.pid for p in memory_report().processes if p.name == "raylet"]]
+from pathlib import Path
+parent = lambda pid: int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+# Other clusters may run on this machine.
+raylets = [p.pid for p in memory_report().processes if p.name == "raylet" and parent(p.pid) == os.getpid()]
+assert len(raylets) == 1
+pids = [os.getpid(), *raylets]
 base = total()
 peaks = []
 put = object_store.put

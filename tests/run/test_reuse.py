@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import attrs
 import numpy as np
 import pytest
 import ray
@@ -97,6 +98,11 @@ class Process:
 
         return len(reuse.CACHE._entries)
 
+    def keep_for(self, seconds: float) -> None:
+        from zerocopy._run import reuse
+
+        reuse.CACHE.limits = attrs.evolve(reuse.CACHE.limits, idle_seconds=seconds)
+
     def escaped_sum(self) -> float:
         import test_reuse
 
@@ -105,6 +111,14 @@ class Process:
 
 @pytest.fixture(scope="module")
 def process(cluster: None) -> Any:
+    process = Process.remote()
+    ray.get(process.keep_for.remote(600))  # however slow the machine is
+    return process
+
+
+@pytest.fixture(scope="module")
+def empty_process(cluster: None) -> Any:
+    """Keeps nothing before and after each test that has it."""
     return Process.remote()
 
 
@@ -242,12 +256,11 @@ def test_a_cache_keeps_to_its_limits() -> None:
     assert wait_until(lambda: not cache._entries, seconds=5)
 
 
-def test_an_error_keeps_nothing() -> None:
+def test_an_error_keeps_nothing(empty_process: Any) -> None:
     """The loads of a call that failed are not kept."""
-    process = Process.remote()
     with pytest.raises(ValueError, match="no"):
-        call(process, fail, zerocopy.publish(modules()))
-    assert ray.get(process.kept.remote()) == 0
+        call(empty_process, fail, zerocopy.publish(modules()))
+    assert ray.get(empty_process.kept.remote()) == 0
 
 
 def test_copied_fields_are_fresh(process: Any) -> None:
@@ -263,14 +276,15 @@ def test_arrays_are_loaded_afresh(process: Any) -> None:
     assert [call(process, write_index, publication) for _ in range(3)] == [1.0] * 3
 
 
-def test_a_worker_keeps_few_and_not_for_long(store_use: Callable[[], int]) -> None:
+def test_a_worker_keeps_few_and_not_for_long(empty_process: Any, store_use: Callable[[], int]) -> None:
     """A worker keeps loads of four publications at most, and frees those of a closed publication after a while."""
-    process = Process.remote()
+    process = empty_process
     publications = [zerocopy.publish(modules()) for _ in range(6)]
     for publication in publications:
         call(process, place, publication)
     assert ray.get(process.kept.remote()) == 4
     assert store_use() > 6 * 4 * WIDTH * WIDTH
+    ray.get(process.keep_for.remote(0.1))
     for publication in publications:
         publication.close()
     assert wait_until(lambda: store_use() < 100_000)

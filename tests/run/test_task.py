@@ -13,7 +13,7 @@ import pipelines
 import pytest
 import ray
 import torch
-from conftest import run_python
+from conftest import run_python, wait_until
 from torch import nn
 
 import zerocopy
@@ -21,7 +21,6 @@ from zerocopy.errors import ArgumentError, CannotTravelError, PublicationLostErr
 from zerocopy.testing import assert_zero_copy
 
 pytestmark = pytest.mark.usefixtures("cluster")
-STRICT = os.environ.get("RAY_allow_out_of_band_object_ref_serialization") == "0"
 
 
 def test_every_way_to_call() -> None:
@@ -248,15 +247,16 @@ def test_errors_keep_their_class() -> None:
         divide(search, 0)
 
     @ray.remote
-    def publish_and_end() -> zerocopy.Publication:
+    def publish_and_end() -> tuple[zerocopy.Publication, int]:
         import threading
 
         publication = zerocopy.publish(pipelines.search(width=8))
         threading.Timer(0.5, os._exit, [0]).start()
-        return publication
+        return publication, os.getpid()
 
-    lost = ray.get(publish_and_end.remote())
-    time.sleep(3)
+    lost, pid = ray.get(publish_and_end.remote())
+    assert wait_until(lambda: not Path(f"/proc/{pid}").exists())
+    time.sleep(1)  # until Ray has seen it
     with pytest.raises(PublicationLostError, match="are gone from the cluster"):
         divide(lost, 1)
     with pytest.raises(PublicationLostError):
@@ -333,6 +333,7 @@ def test_bad_arguments_are_refused_here() -> None:
 
 MAIN = """
 from __future__ import annotations
+import sys
 import ray, torch
 from torch import nn
 import zerocopy
@@ -366,8 +367,7 @@ class Worker:
     def ask(self, query: float) -> float:
         return self.search.rank(query)
 
-ray.init("local", num_cpus=4, object_store_memory=100_000_000, include_dashboard=False, logging_level="ERROR",
-         log_to_driver=False)
+ray.init(sys.argv[1], logging_level="ERROR", log_to_driver=False)
 search = Search(encoder=nn.Linear(8, 8))
 expected = float(search.encoder(torch.ones(1, 8)).detach().sum()) * SCALE
 close = lambda value, other: abs(value - other) < 1e-4
@@ -384,7 +384,7 @@ with Worker.pool(2, search) as pool:
 """
 
 
-def test_everything_in_main() -> None:
+def test_everything_in_main(address: str) -> None:
     """Pipelines, tasks and actors defined in `__main__`, without a file as in a notebook, work."""
-    done = run_python(MAIN)
+    done = run_python(MAIN, "-", address)
     assert done.stdout.split() == ["True"] * 6, done.stdout + done.stderr

@@ -61,6 +61,16 @@ def test_loading_does_not_grow_with_bytes() -> None:
     assert ratio < 3, ratio
 
 
+def test_loading_large_models_does_not_grow_with_bytes() -> None:
+    """A model of 128 times the bytes, large from the start, loads about as fast."""
+
+    def load_seconds(width: int) -> float:
+        model = nn.Sequential(*[nn.Linear(width, width, bias=False) for _ in range(8)])
+        return seconds(zerocopy.publish(model).load)
+
+    assert load_seconds(2048) < 4 * load_seconds(181)
+
+
 def test_loading_costs_what_unpickling_modules_does() -> None:
     """A load takes no more than twice the time that pickle needs for the modules alone, without any weights."""
     model = stack(200)

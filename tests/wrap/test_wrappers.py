@@ -130,13 +130,13 @@ def expected(pipeline: Any) -> torch.Tensor:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")  # Ray Data's, about its own settings
 @pytest.mark.parametrize("wrap", [ModelWrapper.from_model, ActorWrapper])
 def test_ray_data(wrap: Callable[[Any], Any]) -> None:
-    """`map_batches` with the wrapper among the constructor's arguments, four actors."""
+    """`map_batches` with the wrapper among the constructor's arguments, two actors."""
     pipeline = Pipeline()
     rows = ray.data.from_items([{"value": INPUT[0].numpy()} for _ in range(16)])
     answers = rows.map_batches(
         Loader,
         fn_constructor_kwargs={"model_wrapper": wrap(pipeline)},
-        compute=ray.data.ActorPoolStrategy(size=4),
+        compute=ray.data.ActorPoolStrategy(size=2),
         batch_size=4,
         num_cpus=0.5,
     ).take_all()
@@ -248,6 +248,7 @@ def test_fields_of_a_pipeline_class_rule() -> None:
     torch.testing.assert_close(in_tasks(INPUT), answer)
 
 
+@pytest.mark.ordinary
 @pytest.mark.parametrize("pickler", [pickle, ray.cloudpickle])
 def test_pickles(pickler: Any) -> None:
     """Wrappers survive plain pickle and Ray's, also into another process."""
@@ -343,12 +344,12 @@ def test_the_original_is_never_touched() -> None:
     assert restoring.cache.all()
 
 
-def test_classes_of_a_script_stay_themselves() -> None:
+def test_classes_of_a_script_stay_themselves(address: str) -> None:
     """Wrapping changes no class, function or global of `__main__`: nothing is unpickled where it is wrapped."""
     done = run_python(
-        "import ray, torch, zerocopy\n"
+        "import sys, ray, torch, zerocopy\n"
         "from torch import nn\n"
-        "ray.init('local', num_cpus=2, object_store_memory=100_000_000, include_dashboard=False, log_to_driver=False)\n"
+        "ray.init(sys.argv[1], log_to_driver=False)\n"
         "COUNT = 0\n"
         "class Model(nn.Linear):\n"
         "    seen = []\n"
@@ -364,7 +365,9 @@ def test_classes_of_a_script_stay_themselves() -> None:
         "zerocopy.ModelWrapper.from_model(p, mode='task')\n"
         "zerocopy.extract_tensors(p.encoder)\n"
         "p(torch.ones(1, 4))\n"
-        "assert (P.__call__ is call, P.registry is registry, Model.seen is seen, COUNT) == (True, True, True, 1)\n"
+        "assert (P.__call__ is call, P.registry is registry, Model.seen is seen, COUNT) == (True, True, True, 1)\n",
+        "-",
+        address,
     )
     assert done.returncode == 0, done.stderr
 
@@ -377,6 +380,7 @@ def test_a_dict_is_written_once(store_use: Callable[[], int]) -> None:
     assert isinstance(kept[0].load()["model"], Model)
 
 
+@pytest.mark.ordinary
 def test_close_frees_what_plain_pickle_holds(store_use: Callable[[], int]) -> None:
     """References in plain pickles cannot be counted: `close()` lets go of them too."""
     wrapper = ModelWrapper.from_model(Pipeline())
@@ -520,7 +524,7 @@ def test_exported_programs() -> None:
 def test_actors_that_hold_every_cpu() -> None:
     """A call from an actor finds room: it takes the place of its caller, who waits."""
 
-    @ray.remote(num_cpus=1)
+    @ray.remote(num_cpus=2)
     class Caller:
         def __init__(self, wrapped: Any) -> None:
             self.wrapped = wrapped
@@ -529,7 +533,7 @@ def test_actors_that_hold_every_cpu() -> None:
             return self.wrapped(INPUT)
 
     pipeline = Pipeline()
-    callers = [Caller.remote(TaskWrapper(pipeline)) for _ in range(4)]
+    callers = [Caller.remote(TaskWrapper(pipeline)) for _ in range(2)]
     for answer in ray.get([caller.go.remote() for caller in callers], timeout=60):
         torch.testing.assert_close(answer, expected(pipeline))
 
@@ -714,6 +718,7 @@ def test_what_cannot_travel_is_named() -> None:
         ModelWrapper.from_model(pipeline)
 
 
+@pytest.mark.ordinary
 def test_without_ray_and_after_it(tmp_path: Path) -> None:
     """A wrapper that plain pickle brought to a process without Ray says so; one whose cluster is gone does not hang."""
     content = tmp_path / "wrapper.pickle"
