@@ -10,8 +10,8 @@ from conftest import run_python
 
 ROOT = Path(__file__).parents[2]
 PAGES = {
-    "README.md": "shared once a node",
-    "docs/guide.md": "shared once a node",
+    "README.md": "shared once per node",
+    "docs/guide.md": "shared once per node",
     "docs/migration.md": "torch.Size([1, 8])",
 }
 

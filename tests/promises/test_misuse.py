@@ -325,7 +325,7 @@ MISUSES: list[tuple[Callable[[], object], type[Exception], str]] = [
     (
         device_that_no_torch_knows,
         ValueError,
-        "@zerocopy.actor has device='gpu0', which torch does not know. Hint: use 'auto', 'cpu' or 'cuda:0', say.",
+        "@zerocopy.actor has device='gpu0', which torch does not know. Hint: use 'auto', 'cpu', or a name such as 'cuda:0'.",
     ),
     (
         field_device_that_no_torch_knows,

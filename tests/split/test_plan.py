@@ -193,7 +193,7 @@ def test_prints_as_a_table() -> None:
     """Every column is there, on a terminal and in a notebook."""
     plan = zerocopy.plan(pipelines.search(width=256))
     text = str(plan)
-    assert text.splitlines()[0].startswith("search: 528.4 kB shared once a node")
+    assert text.splitlines()[0].startswith("search: 528.4 kB shared once per node")
     for word in ("path", "policy", "kind", "tensors", "bytes", "ties", "search.encoder", "Sequential", "526.3 kB"):
         assert word in text
     page = plan._repr_html_()

@@ -1,4 +1,4 @@
-"""What did the user declare: `shared()`, `copied()` and their annotations, collected from a class."""
+"""What did the user declare in the body of a class, with `shared()`, `copied()` and their annotations?"""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import builtins
 import inspect
 import sys
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar, Union, get_args, get_origin, overload
 
 import attrs
@@ -100,7 +100,7 @@ def copied(
     converter: Any = None,
     kw_only: bool | None = None,
 ) -> Any:
-    """Declare a field of which every load has a fresh copy of its own.
+    """Declare a field of which each load has a fresh copy of its own.
 
     The options are those of `attrs.field` and need a class without an `__init__` of its own.
     """
@@ -112,7 +112,7 @@ Copied: TypeAlias = Annotated[T, Marker("copied")]
 
 
 class _Unknown:
-    """Stands for a name that exists for type checkers only; any use of it in an annotation is fine."""
+    """Stands for a name that exists for type checkers only. Anything can be done with it in an annotation."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -132,7 +132,7 @@ class _Unknown:
 
 
 class _LenientNames(dict[str, Any]):
-    """Names as an annotation of `cls` sees them, with `_Unknown` for the missing ones."""
+    """The names that an annotation of `cls` sees. A missing one is `_Unknown`."""
 
     def __init__(self, cls: type) -> None:
         module = sys.modules.get(cls.__module__)
@@ -143,7 +143,7 @@ class _LenientNames(dict[str, Any]):
 
 
 def _ours(name: str) -> Any:
-    """The policies by name: where they were imported inside a function, an annotation's text cannot reach them."""
+    """The policies by name. The text of an annotation cannot reach them where they were imported inside a function."""
     return {"Shared": Shared, "Copied": Copied, "shared": shared, "copied": copied, "Annotated": Annotated}.get(name)
 
 
@@ -156,12 +156,12 @@ def _annotations(cls: type) -> Mapping[str, Any]:
 
 
 def resolve_annotation(annotation: object, cls: type) -> Any:
-    """The object an annotation stands for; names that cannot be found spoil only themselves."""
+    """The object that an annotation stands for. A name that cannot be found does no harm to the others."""
     if not isinstance(annotation, str):
         return annotation
     try:
         return eval(annotation, {}, _LenientNames(cls))
-    except Exception:  # an annotation may be any text: one that is not Python declares no policy
+    except Exception:  # an annotation may be any text, and one that is not Python declares no policy
         return _Unknown()
 
 
@@ -174,7 +174,7 @@ def _annotated_marker(annotation: object) -> Marker | None:
 
 
 def declared_markers(cls: type) -> dict[str, Marker]:
-    """The markers in the body of `cls` itself, by attribute name, in order of appearance.
+    """The markers in the body of `cls` itself, by attribute name, in their order there.
 
     Raises:
         DeclarationError: two policies for one field, or a policy on a property or a method.
@@ -208,13 +208,8 @@ def _marker_of(cls: type, name: str) -> Marker | None:
     return attrs.evolve(assigned, device=assigned.device or annotated.device)
 
 
-def iter_fields(markers: Mapping[str, Marker]) -> Iterator[Field]:
-    for name, marker in markers.items():
-        yield Field(name, marker.policy, marker.device)
-
-
 def check_device_name(device: str | None, where: str) -> None:
-    """Refuse what can be no device anywhere, before any worker is asked.
+    """Check that `device` can be a device somewhere, before any worker is asked.
 
     Raises:
         DeviceError: torch knows no such kind of device.
@@ -226,6 +221,6 @@ def check_device_name(device: str | None, where: str) -> None:
     except (RuntimeError, TypeError):
         raise DeviceError(
             f"{where} has device={device!r}, which torch does not know.",
-            hint="use 'auto', 'cpu' or 'cuda:0', say.",
+            hint="use 'auto', 'cpu', or a name such as 'cuda:0'.",
             device=str(device),
         ) from None

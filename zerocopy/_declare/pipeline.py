@@ -1,4 +1,4 @@
-"""What does `@pipeline` leave on a class: its fields, an `__init__` where it has none, and one attribute of ours."""
+"""What does `@pipeline` leave on a class? Its fields, an `__init__` where it has none, and one attribute of ours."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ import attrs
 from torch import nn
 
 from zerocopy._compat.cpython import is_init_of_protocol
-from zerocopy._declare.fields import Field, Marker, check_device_name, copied, declared_markers, iter_fields, shared
+from zerocopy._declare.fields import Field, Marker, check_device_name, copied, declared_markers, shared
 from zerocopy.errors import DeclarationError
 
 C = TypeVar("C", bound=type)
 
-# `__init_subclass__` is the one name through which a class hears of its undecorated subclasses, in workers too, so the
-# record of the declaration lives there and a class carries a single attribute of ours.
+# Only through `__init_subclass__` does a class hear of its undecorated subclasses, in workers too. So the record of the
+# declaration is there, and a class carries a single attribute of ours.
 FOOTPRINT = "__init_subclass__"
 
 _register: Callable[[type], None]
 
 
 def install(register: Callable[[type], None]) -> None:
-    """From now on call `register` with every pipeline class that this process makes or rebuilds, subclasses included."""
+    """Call `register` with every pipeline class that this process makes or rebuilds from now on, subclasses included."""
     global _register  # noqa: PLW0603 (set once, when zerocopy is imported)
     _register = register
 
@@ -118,6 +118,28 @@ def pipeline(cls: type | None = None, *, kw_only: bool = False) -> Any:
 
 
 def _decorate(cls: Any, *, kw_only: bool) -> Any:
+    _check_class(cls)
+    markers = declared_markers(cls)
+    for name, marker in markers.items():
+        check_device_name(marker.device, f"Field {name!r} of {cls.__name__}")
+    init_class = class_with_own_init(cls)
+    if init_class is not None:
+        _check_init_options(cls, markers, init_class, kw_only)
+    values = {name: vars(cls)[name] for name in markers if name in vars(cls)}
+    for name, value in values.items():
+        if isinstance(value, Marker):
+            delattr(cls, name)
+    if init_class is None:
+        not_defaults = (Marker, types.MemberDescriptorType)
+        defaults = {name: value for name, value in values.items() if not isinstance(value, not_defaults)}
+        _generate_init(cls, markers, defaults, kw_only)
+    declared = tuple(Field(name, marker.policy, marker.device) for name, marker in markers.items())
+    setattr(cls, FOOTPRINT, Footprint(cls, declared, vars(cls).get(FOOTPRINT)))
+    _register_with_subclasses(cls)
+    return cls
+
+
+def _check_class(cls: Any) -> None:
     if not isinstance(cls, type):
         raise DeclarationError(
             f"@zerocopy.pipeline expects a class, got {describe(cls)}.",
@@ -136,22 +158,6 @@ def _decorate(cls: Any, *, kw_only: bool) -> Any:
             hint="use the annotations Shared[...] and Copied[...], or leave @dataclass out.",
             field=taken[0],
         )
-    markers = declared_markers(cls)
-    for name, marker in markers.items():
-        check_device_name(marker.device, f"Field {name!r} of {cls.__name__}")
-    init_class = class_with_own_init(cls)
-    if init_class is not None:
-        _check_init_options(cls, markers, init_class, kw_only)
-    defaults = {name: vars(cls)[name] for name, marker in markers.items() if _has_class_value(cls, name)}
-    for name in markers:
-        if isinstance(vars(cls).get(name), Marker):
-            delattr(cls, name)
-    if init_class is None:
-        _generate_init(cls, markers, defaults, kw_only)
-    previous = vars(cls).get(FOOTPRINT)
-    setattr(cls, FOOTPRINT, Footprint(cls, tuple(iter_fields(markers)), previous))
-    _register_with_subclasses(cls)
-    return cls
 
 
 def _register_with_subclasses(cls: type) -> None:
@@ -162,14 +168,10 @@ def _register_with_subclasses(cls: type) -> None:
         _register_with_subclasses(derived)
 
 
-def _has_class_value(cls: type, name: str) -> bool:
-    return name in vars(cls) and not isinstance(vars(cls)[name], (Marker, types.MemberDescriptorType))
-
-
 def class_with_own_init(cls: type) -> type | None:
     """The class whose hand-written `__init__` makes instances of `cls`, or None where attrs may write one."""
-    inits = (base for base in cls.__mro__ if "__init__" in vars(base))
-    owner = next(base for base in inits if not is_init_of_protocol(vars(base)["__init__"]))
+    inits = ((base, vars(base)["__init__"]) for base in cls.__mro__ if "__init__" in vars(base))
+    owner = next(base for base, init in inits if not is_init_of_protocol(init))
     if owner in (object, nn.Module):
         return None
     props = vars(owner).get("__attrs_props__")

@@ -1,9 +1,11 @@
-"""What does a pipeline share and what does it copy: the two skeletons of a pipeline, and the tensors they refer to.
+"""What does a pipeline share, and what does it copy?
 
-The *shared* skeleton holds the shared roots: the values of `shared()` fields and the modules found elsewhere. It is made
-once for each publication. The *outer* skeleton is the pipeline around them, with all that is copied; it is small and made
-anew each time the pipeline is passed. Where a mutable object is reachable from both, two skeletons would make two of it:
-then the outer skeleton holds everything but the tensors, and the pipeline is *entangled*.
+A pipeline is split into two skeletons, and the tensors that they refer to. The *shared* skeleton holds the shared roots: the
+values of `shared()` fields, and the modules found elsewhere. It is made once per publication. The *outer* skeleton holds the
+pipeline around them, with all that is copied. It is small, and made anew each time the pipeline is passed.
+
+Where a mutable object can be reached from both, two skeletons would make two objects of it. Such a pipeline is *entangled*: its
+outer skeleton holds everything but the tensors.
 """
 
 from __future__ import annotations
@@ -25,42 +27,66 @@ from zerocopy._store.manifest import Outer, Root, Skeleton
 from zerocopy._store.tensors import TensorTable, is_tensor_or_array, storage_of
 from zerocopy.errors import ArgumentError, CannotTravelError, DeviceError
 
-SMALL_COMPONENT = 4096
+SMALL_COMPONENT = 4096  # bytes
 
 
-@attrs.frozen
+@attrs.frozen(kw_only=True)
 class Introspection:
-    """Everything that publishing or planning needs to know of a pipeline. It holds its live objects."""
+    """Everything that publishing or planning needs to know about a pipeline. It holds the live objects.
+
+    Attributes:
+        outer: the outer skeleton.
+        shared: the shared skeleton.
+        table: the shared tensors and their storages.
+        roots: the shared roots.
+        root_ends: number of storages in the table after each root.
+        entangled: the path of an object that can be reached from both sides, or None.
+        private_reasons: shared objects that have private memory wherever they are loaded, and why, by id.
+        devices: the devices that fields declare, by storage; None stands for a field that declares none.
+        known: what is needed to make another outer skeleton.
+        mutable: modules, containers and other mutable objects of the shared skeleton.
+        composites: shared tensors that were taken apart.
+        components: what they were taken apart into. They are kept as long as they may be recognized.
+    """
 
     pipeline: Any
     outer: Outer
     shared: Skeleton
     table: TensorTable
     roots: list[Any]
-    root_ends: list[int]  # number of storages in the table after each root
-    entangled: str | None  # the path of an object reachable from both sides
-    private_reasons: Mapping[
-        int, tuple[Any, str]
-    ]  # shared objects that have private memory wherever loaded, and why, by id
-    devices: dict[int, tuple[str | None, ...]]  # declared devices of a storage's fields, where any is declared
+    root_ends: list[int]
+    entangled: str | None
+    private_reasons: Mapping[int, tuple[Any, str]]
+    devices: dict[int, tuple[str | None, ...]]
     known: Known
-    mutable: list[Any]  # modules, containers and other mutable objects of the shared skeleton
-    composites: list[Any]  # shared tensors that had to be taken apart
-    components: list[Any]  # what they were taken apart into; to be kept as long as it may be recognized
+    mutable: list[Any]
+    composites: list[Any]
+    components: list[Any]
 
 
 @attrs.frozen
 class Known:
-    """What must be known of published weights to make another outer skeleton over them. Ids of living objects, no references."""
+    """What must be known of published weights to make another outer skeleton over them. Ids of living objects, no references.
+
+    Attributes:
+        tensors: index of each shared tensor, by id.
+        storages: index of each shared storage, by key.
+        roots: position of each shared root, by id.
+        mutable: ids of the mutable objects of the shared skeleton.
+        loose: the fingerprint of the roots that have no version counter.
+        tensor_count: number of shared tensors.
+        storage_count: number of shared storages.
+        whole: whether the outer skeleton always holds everything but the tensors.
+    """
 
     tensors: dict[int, int]
     storages: dict[object, int]
     roots: dict[int, int]
     mutable: frozenset[int]
-    loose: tuple[object, ...]  # fingerprint of the roots that no version counter tells of
+    loose: tuple[object, ...]
     tensor_count: int
     storage_count: int
-    whole: bool  # always make one skeleton of everything
+    whole: bool
 
 
 class UnknownRoot(Exception):
@@ -68,7 +94,7 @@ class UnknownRoot(Exception):
 
 
 def check_pipeline(obj: object, what: str) -> None:
-    """Refuse what holds no models by any declaration.
+    """Check that `obj` can hold models by a declaration.
 
     Raises:
         ArgumentError: `obj` is neither an instance of a pipeline class nor an `nn.Module`.
@@ -86,12 +112,12 @@ def check_pipeline(obj: object, what: str) -> None:
 
 @attrs.frozen
 class Subject:
-    """A pipeline, and how it is to be published.
+    """A pipeline, and how to publish it.
 
     Attributes:
         copied: attributes to treat as `copied()` fields, beside those that its class declares.
-        replaced: what stands in it for other objects, by the id of these.
-        to_eval: modules of it to be put into eval mode wherever it is loaded.
+        replaced: objects to publish in the place of others, by the id of these.
+        to_eval: modules inside that every load puts into eval mode.
     """
 
     pipeline: Any
@@ -100,6 +126,7 @@ class Subject:
     to_eval: Sequence[Any] = ()
 
     def strip(self, split: Split) -> Stripped:
+        """The pipeline, and the list of modules to put into eval mode if there are any, without their tensors."""
         objects = [self.pipeline, *([list(self.to_eval)] if self.to_eval else [])]
         copied = {id(self.pipeline): self.copied}
         return strip(objects, zone=Zone.AUTO, split=split, within=self.pipeline, copied=copied, replaced=self.replaced)
@@ -118,34 +145,32 @@ def introspect(subject: Subject) -> Introspection:
     first = subject.strip(Split.ROOTS)
     shared = strip(first.roots, zone=Zone.SHARED, split=Split.NOWHERE, within=pipeline, replaced=subject.replaced)
     table, root_ends = _tabulate(shared)
-    common = set(first.seen) & set(shared.seen)
-    entangled = _entanglement(pipeline, first, shared, common - set(subject.replaced))
-    mutable = _lasting(shared) - set(subject.replaced) if entangled is None else frozenset[int]()
-    roots = {id(root): position for position, root in enumerate(first.roots)}
+    entangled = _entanglement(subject, first, shared)
     known = Known(
-        table.index,
-        table.storage_index,
-        roots,
-        mutable,
-        _fingerprint(pipeline, first.roots),
-        len(table.specs),
-        len(table.storages),
-        entangled is not None,
+        tensors=table.index,
+        storages=table.storage_index,
+        roots={id(root): position for position, root in enumerate(first.roots)},
+        mutable=_lasting(shared.seen) - set(subject.replaced) if entangled is None else frozenset(),
+        loose=_fingerprint(pipeline, first.roots),
+        tensor_count=len(table.specs),
+        storage_count=len(table.storages),
+        whole=entangled is not None,
     )
+    externals = _encode(shared.externals, table, known, whole=True)
     return Introspection(
-        pipeline,
-        _outer_of(subject, known, first),
-        Skeleton(shared.payload, _encode(shared.externals, table, known, whole=True), len(first.roots)),
-        table,
-        first.roots,
-        root_ends,
-        entangled,
-        shared.private_reasons,
-        _declared_devices(pipeline, table),
-        known,
-        list(shared.seen.values()),
-        shared.composites,
-        shared.components,
+        pipeline=pipeline,
+        outer=_outer_of(subject, known, first),
+        shared=Skeleton(shared.payload, externals, len(first.roots)),
+        table=table,
+        roots=first.roots,
+        root_ends=root_ends,
+        entangled=entangled,
+        private_reasons=shared.private_reasons,
+        devices=_declared_devices(pipeline, table),
+        known=known,
+        mutable=list(shared.seen.values()),
+        composites=shared.composites,
+        components=shared.components,
     )
 
 
@@ -158,10 +183,8 @@ def make_outer(pipeline: Any, known: Known) -> Outer:
     """
     subject = Subject(pipeline)
     stripped = subject.strip(Split.ROOTS)
-    if (
-        not all(id(root) in known.roots for root in stripped.roots)
-        or _fingerprint(pipeline, stripped.roots) != known.loose
-    ):
+    are_known = all(id(root) in known.roots for root in stripped.roots)
+    if not are_known or _fingerprint(pipeline, stripped.roots) != known.loose:
         raise UnknownRoot
     return _outer_of(subject, known, stripped)
 
@@ -177,28 +200,8 @@ def _outer_of(subject: Subject, known: Known, stripped: Stripped) -> Outer:
     return Outer(skeleton, tuple(private.specs), storages)
 
 
-def _fingerprint(pipeline: Any, roots: Sequence[Any]) -> tuple[object, ...]:
-    """What tells a change of the shared roots that are neither modules nor tensors: dicts, lists, objects of any class.
-
-    No counter tells of theirs, so they are pickled anew, down to the modules and tensors in them.
-    """
-    loose = [root for root in roots if not isinstance(root, nn.Module) and not is_tensor_or_array(root)]
-    if not loose:
-        return ()
-    stripped = strip(loose, zone=Zone.SHARED, split=Split.ROOTS, within=pipeline)
-    components = set(map(id, stripped.components))
-    parts = (_extent(obj) if id(obj) in components else id(obj) for obj in stripped.externals)
-    return (stripped.payload, tuple(map(id, loose)), *parts)
-
-
-def _extent(component: Any) -> object:
-    """What tells a component from another: small ones may be made anew by each pickling, so their bytes do."""
-    source = storage_of(component)
-    return source.to_bytes().tobytes() if source.nbytes <= SMALL_COMPONENT else source.key
-
-
 def _encode(externals: Sequence[Any], table: TensorTable, known: Known, *, whole: bool) -> tuple[Any, ...]:
-    """Externals as they travel. Tensors that `known` lacks are added to `table` and numbered after the known ones."""
+    """Externals as they travel. Tensors that are not in `known` are added to `table`, and numbered after those that are."""
     encoded: list[Any] = []
     for obj in externals:
         if id(obj) in known.tensors and is_tensor_or_array(obj):
@@ -212,7 +215,28 @@ def _encode(externals: Sequence[Any], table: TensorTable, known: Known, *, whole
     return tuple(encoded)
 
 
+def _fingerprint(pipeline: Any, roots: Sequence[Any]) -> tuple[object, ...]:
+    """What tells a change of the shared roots that are neither modules nor tensors: dicts, lists, objects of any class.
+
+    These have no version counter, so they are pickled anew, down to the modules and tensors in them.
+    """
+    loose = [root for root in roots if not isinstance(root, nn.Module) and not is_tensor_or_array(root)]
+    if not loose:
+        return ()
+    stripped = strip(loose, zone=Zone.SHARED, split=Split.ROOTS, within=pipeline)
+    components = set(map(id, stripped.components))
+    parts = (_content(obj) if id(obj) in components else id(obj) for obj in stripped.externals)
+    return (stripped.payload, tuple(map(id, loose)), *parts)
+
+
+def _content(component: Any) -> object:
+    """What a component is compared by. Each pickling may make small ones anew, so these are compared by their bytes."""
+    source = storage_of(component)
+    return source.to_bytes().tobytes() if source.nbytes <= SMALL_COMPONENT else source.key
+
+
 def _tabulate(shared: Stripped) -> tuple[TensorTable, list[int]]:
+    """The shared tensors, and the number of storages in the table after each root."""
     table = TensorTable()
     root_ends = []
     start = 0
@@ -225,25 +249,26 @@ def _tabulate(shared: Stripped) -> tuple[TensorTable, list[int]]:
     return table, root_ends
 
 
-def _entanglement(pipeline: Any, outer: Stripped, shared: Stripped, common: set[int]) -> str | None:
-    """The path of something that is to be one object, but would be in both skeletons."""
-    name = paths.name_of(pipeline)
+def _entanglement(subject: Subject, outer: Stripped, shared: Stripped) -> str | None:
+    """The path of an object that would be in both skeletons, or None."""
+    pipeline, name = subject.pipeline, paths.name_of(subject.pipeline)
     if shared.has_pipeline:
         starts = paths.paths_to(pipeline, outer.roots, name)
         below = (found for root in outer.roots for found in paths.walk(root, starts.get(id(root), name)))
         return next((path for path, obj in below if is_pipeline_class(type(obj))), name)
+    common = outer.seen.keys() & shared.seen.keys() - set(subject.replaced)
     if not common:
         return None
     walked = paths.walk(pipeline, name)
     return next((path for path, obj in walked if id(obj) in common and outer.seen[id(obj)] is obj), name)
 
 
-def _lasting(stripped: Stripped) -> frozenset[int]:
-    """Ids of the mutable objects that live on after the pickling: not of what reducers made on the way.
+def _lasting(seen: dict[int, Any]) -> frozenset[int]:
+    """Ids of the objects in `seen` that live on after the pickling. Others were made by reducers on the way.
 
-    What they made is held by `seen`, and perhaps by another thing that they made.
+    Those are held by `seen`, and perhaps by another object that a reducer made.
     """
-    return held_by_more_than(2, stripped.seen)
+    return held_by_more_than(2, seen)
 
 
 def _declared_devices(pipeline: Any, table: TensorTable) -> dict[int, tuple[str | None, ...]]:
@@ -258,7 +283,7 @@ def _declared_devices(pipeline: Any, table: TensorTable) -> dict[int, tuple[str 
         field = declared.get(field_name)
         try:
             below = strip([value], zone=Zone.SHARED, split=Split.NOWHERE).externals
-        except CannotTravelError:  # left out by the class' own way to pickle itself
+        except CannotTravelError:  # the class leaves it out when it pickles itself
             continue
         device = field.device if field is not None and field.policy == "shared" else None
         for index in {table.index[id(obj)] for obj in below if id(obj) in table.index}:

@@ -1,4 +1,4 @@
-"""Which models does an object hold, and where."""
+"""Which models does an object hold, and where?"""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def is_model(obj: object) -> bool:
 
 
 def models_of(obj: Any, copied: Collection[str] = ()) -> dict[str, Any]:
-    """The models anywhere in `obj`, by path from it, as `encoder` or `stages['first'][0]`; of a bare one the path is `model`.
+    """The models anywhere in `obj`, by path from it, such as `encoder` or `stages['first'][0]`. That of a bare model is `model`.
 
     Args:
-        copied: attributes in which models do not count, beside those in `copied()` fields.
+        copied: attributes whose models do not count. Those of `copied()` fields do not count either.
 
     Raises:
         CannotTravelError: something around the models cannot leave the process; the error names its path.
@@ -35,7 +35,7 @@ def models_of(obj: Any, copied: Collection[str] = ()) -> dict[str, Any]:
 
 
 def callable_models(models: dict[str, Any]) -> dict[str, Any]:
-    """`models`, with their parts in the place of those that cannot be called: of a `ModuleList`, say."""
+    """`models`, but instead of one that cannot be called, such as a `ModuleList`, its parts."""
     return {below: part for path, model in models.items() for below, part in _callable_parts(path, model)}
 
 
@@ -45,22 +45,18 @@ def _callable_parts(path: str, model: Any) -> Iterator[tuple[str, Any]]:
         yield path, model
         return
     for name, part in model.named_children():
-        yield from _callable_parts(
-            f"{path}[{name!r}]" if isinstance(model, nn.ModuleDict) else path + paths.step(name), part
-        )
+        step = f"[{name!r}]" if isinstance(model, nn.ModuleDict) else paths.step(name)
+        yield from _callable_parts(path + step, part)
 
 
 def models_in_train_mode(obj: Any) -> list[nn.Module]:
-    """The outermost modules anywhere in `obj`, in copied fields too, if any module in them is in train mode."""
+    """The outermost modules anywhere in `obj`, copied fields included, if any module in them is in train mode; else none."""
     found = _found(obj, ())
     modules = [module for module in (*found.roots, *found.seen.values(), obj) if paths.is_module(module)]
     inner = {id(below) for module in modules for below in module.modules() if below is not module}
-    outermost = {id(module): module for module in modules if id(module) not in inner}.values()
-    return (
-        list(outermost)
-        if any(getattr(part, "training", False) for module in outermost for part in module.modules())
-        else []
-    )
+    outermost = list({id(module): module for module in modules if id(module) not in inner}.values())
+    parts = (part for module in outermost for part in module.modules())
+    return outermost if any(getattr(part, "training", False) for part in parts) else []
 
 
 def _found(obj: Any, copied: Collection[str]) -> Stripped:

@@ -1,7 +1,7 @@
-"""How does an ordinary `nn.Module` travel: as its class, and what tells it from a blank one.
+"""How does an ordinary `nn.Module` travel?
 
-A module keeps a dozen dicts, most of them empty, and pickle would write and make each of them. What a blank module has too
-is left out, and made again where the module is rebuilt.
+It travels as its class, and its difference from a blank module. A module keeps a dozen dicts, most of them empty, and pickle
+would write and make each of them. What a blank module has too is left out, and made again where the module is rebuilt.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ _OWN = count_for(3)
 
 
 class ModuleReducer:
-    """Reduces modules to their differences from a blank one; what it finds out of their classes holds for one pickling."""
+    """Reduces modules to their differences from a blank one, for one pickling: it remembers what it finds out about classes."""
 
     def __init__(self) -> None:
         self._fills: dict[type, Callable[..., None] | None] = {}
 
     def reduce(self, module: nn.Module) -> tuple[Any, ...] | None:
-        """None where the module's class has a way of its own, or its difference would not tell all."""
+        """None where the class of the module pickles in a way of its own, or the difference would lose something."""
         cls = type(module)
         if cls not in self._fills:
             self._fills[cls] = _fill_of(cls)
@@ -55,7 +55,7 @@ class ModuleReducer:
 
 
 def _fill_of(cls: Any) -> Callable[..., None] | None:
-    """What rebuilds instances of `cls` that pickle as `object` does it: by their class and what `__getstate__` gives."""
+    """What fills a new instance of `cls`, if `cls` pickles as `object` does: by its name and what `__getstate__` gives."""
     own = ("__reduce_ex__", "__reduce__")
     if any(getattr(cls, name) is not getattr(object, name) for name in own) or cls in copyreg.dispatch_table:
         return None
@@ -86,10 +86,10 @@ def _differences(members: dict[str, Any]) -> dict[str, Any]:
 
 
 def _compiled(name: str, code: str) -> Callable[..., None]:
-    """The function `name`, in whose code {} stands for the members of a blank module, in order: nothing makes them faster."""
+    """The function `name`. {} in its code stands for the members of a blank module, in order: nothing makes them faster."""
     made = {member: "{}" if cls is dict else f"c{i}()" for i, (member, cls) in enumerate(_CONTAINERS.items())}
     names = {f"c{i}": cls for i, cls in enumerate(_CONTAINERS.values())}
-    members = ", ".join(f"{member!r}: {made.get(member, repr(_BLANK[member]))}" for member in _NAMES)
+    members = ", ".join(f"{member!r}: {made.get(member, repr(_MEMBERS[member]))}" for member in _NAMES)
     function = eval(code.format(members), {**names, "__name__": __name__, "set_attribute": object.__setattr__})
     function.__name__ = function.__qualname__ = name  # under which pickle finds it
     compiled: Callable[..., None] = function

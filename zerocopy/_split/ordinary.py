@@ -1,8 +1,10 @@
-"""The short way to split an object from its tensors, for what holds ordinary modules, plain tensors and data: most models.
+"""What is the short way to split an object from its tensors, and what does any split give?
 
-Pickle asks a `persistent_id` about every string and number. Without one it calls back only for what is not built in, a tenth
-of that. So tensors are written as calls, of what stands for `external` where they are read. Whatever needs more is left to
-`_skeleton`: parts with policies of their own, tensors that have to be taken apart, programs, references, errors.
+The short way is for ordinary modules, plain tensors and data: for most models. A pickler with a `persistent_id` calls it for
+every string and number. A pickler without one calls back for what is not built in, a tenth of that. So the short way has none: it
+writes a tensor as a call of `external`, and `graft` puts the function that finds tensors by their numbers in the place of that.
+
+Whatever needs more takes the long way, in `skeleton.py`: policies, composite tensors, programs, references, errors.
 """
 
 from __future__ import annotations
@@ -26,12 +28,12 @@ _IMMUTABLE = (Role.ATOM, Role.TENSOR)
 
 
 class NotOrdinary(Exception):
-    """There is something that only the long way knows how to split."""
+    """An object needs the long way."""
 
 
 @attrs.define(eq=False)
 class Stripped:
-    """What a strip found. All objects are alive and in order of their first appearance.
+    """What a strip found. All objects are alive, in the order in which they were met.
 
     Attributes:
         payload: the pickled bytes.
@@ -39,9 +41,9 @@ class Stripped:
         ends: length of `externals` after each of the stripped objects.
         shared: ids of the tensors that were met in the zone SHARED.
         roots: where the strip stopped for them.
-        private_reasons: what is in the zone SHARED but cannot be shared, and why, by id.
+        private_reasons: objects in the zone SHARED that cannot be shared, and why, by id.
         composites: tensors of the zone SHARED that were taken apart.
-        components: what they were taken apart into, where the pickler met it first: nobody else may hold it.
+        components: what they were taken apart into. Nothing else may hold it.
         has_pipeline: whether a pipeline was met.
         seen: mutable objects inside the payload, by id.
     """
@@ -59,7 +61,7 @@ class Stripped:
 
 
 def external(number: int) -> Any:
-    """Stands in a payload for what finds externals by their numbers."""
+    """Stands in a payload for the function that finds an external by its number."""
     raise pickle.UnpicklingError(f"external {number} was read without its skeleton")
 
 
@@ -68,7 +70,7 @@ def strip_ordinary(objects: Sequence[Any]) -> Stripped:
 
     Raises:
         NotOrdinary: they need the long way.
-        Exception: whatever pickle or the objects raise; the long way tells where.
+        Exception: whatever pickle or the objects raise. The long way finds out where.
     """
     file = io.BytesIO()
     stripper = _ShortStripper(file)

@@ -1,4 +1,4 @@
-"""Where in an object does a thing sit: attributes without evaluating a property, and paths in words."""
+"""What does an object hold, and at which path: read from its dicts and slots, so that no property is evaluated?"""
 
 from __future__ import annotations
 
@@ -18,10 +18,8 @@ _LEAVES = (
 )  # fmt: skip
 
 
-@functools.cache
-def _module_internals() -> frozenset[str]:
-    """What every `nn.Module` keeps for itself: `training`, the hooks, the three dicts of its members."""
-    return frozenset(vars(nn.Module()))
+# What every `nn.Module` keeps for itself: `training`, the hooks, the three dicts of its members.
+_MODULE_INTERNALS = frozenset(vars(nn.Module()))
 
 
 def is_module(obj: object) -> bool:
@@ -30,14 +28,14 @@ def is_module(obj: object) -> bool:
 
 
 def modules_among(objects: Iterable[Any]) -> list[nn.Module]:
-    """Those that really are modules; asked of thousands of objects, of few classes."""
+    """Those that really are modules. Asks each class once, since thousands of objects have few classes."""
     every = list(objects)
     classes = {cls for cls in set(map(type, every)) if issubclass(cls, nn.Module)}
     return [obj for obj in every if type(obj) in classes]
 
 
 def registered_below(modules: Iterable[nn.Module]) -> dict[int, nn.Module]:
-    """By id, some modules and all that they have registered: what `modules()` finds, without a generator for each."""
+    """Some modules and all that they have registered, by id: what `modules()` finds, without a generator per module."""
     found = {id(module): module for module in modules}
     pending = list(found.values())
     for module in pending:  # grows while it is walked
@@ -46,13 +44,6 @@ def registered_below(modules: Iterable[nn.Module]) -> dict[int, nn.Module]:
                 found[id(child)] = child
                 pending.append(child)
     return found
-
-
-def _slot_names(cls: type) -> Iterator[str]:
-    for base in cls.__mro__:
-        for name, value in vars(base).items():
-            if isinstance(value, types.MemberDescriptorType):
-                yield name
 
 
 def member_dicts(obj: object) -> Iterator[dict[str, Any]]:
@@ -67,16 +58,17 @@ def member_dicts(obj: object) -> Iterator[dict[str, Any]]:
 
 def attributes_of(obj: object) -> dict[str, Any]:
     """The data attributes of `obj` by name, from its dicts and slots. No property is evaluated."""
-    hidden = _module_internals() if is_module(obj) else frozenset[str]()
+    hidden = _MODULE_INTERNALS if is_module(obj) else frozenset[str]()
     found = {name: value for members in member_dicts(obj) for name, value in members.items() if name not in hidden}
-    for name in _slot_names(type(obj)):
-        if name not in found and hasattr(obj, name):
-            found[name] = getattr(obj, name)
+    for base in type(obj).__mro__:
+        for name, value in vars(base).items():
+            if isinstance(value, types.MemberDescriptorType) and name not in found and hasattr(obj, name):
+                found[name] = getattr(obj, name)
     return found
 
 
 def step(name: str) -> str:
-    """How a path goes on to an attribute, or to a numbered member, of this name."""
+    """What a path gains by an attribute, or by a numbered member, of this name."""
     return f"[{name}]" if name.isdigit() else f".{name}"
 
 
@@ -118,7 +110,7 @@ def _is_empty(cell: types.CellType) -> bool:
 
 
 def walk(root: object, name: str) -> Iterator[tuple[str, object]]:
-    """Every path and object below `root`, nearest first. A container is entered once, a leaf is met at each of its paths."""
+    """Every path and object from `root` down, nearest first. A container is entered once, a leaf is met at each of its paths."""
     queue: deque[tuple[str, object]] = deque([(name, root)])
     entered = set()
     while queue:
@@ -136,7 +128,7 @@ def path_to(root: object, target: object, name: str) -> str | None:
 
 
 def paths_to(root: object, targets: Iterable[object], name: str) -> dict[int, str]:
-    """By id, the shortest path from `root`, called `name`, to each target that can be reached. One walk finds all."""
+    """The shortest path from `root`, called `name`, to each target that can be reached, by id. One walk finds all."""
     missing = set(map(id, targets))
     found: dict[int, str] = {}
     for path, obj in walk(root, name):

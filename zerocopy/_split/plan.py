@@ -1,4 +1,4 @@
-"""What will be shared: frozen records without any tensor, and how they print."""
+"""What would publishing share and copy, as frozen records without a tensor, and how do they print?"""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ class PlanEntry:
     """One part of a pipeline.
 
     Attributes:
-        path: where it sits, such as `search.encoder`.
+        path: where it is, such as `search.encoder`.
         policy: `"shared"` or `"copied"`.
         kind: the name of its type.
         tensors: how many tensors and arrays it holds.
-        bytes: shared: bytes of storages first met here. Copied: bytes of the pickled value.
-        dtypes: of its tensors and arrays, sorted.
-        ties: `a = b` for each pair of paths at which one tensor, or one memory, is held twice.
+        bytes: for a shared part, those of the storages that are first met here; for a copied one, those of its pickle.
+        dtypes: the dtypes of its tensors and arrays, sorted.
+        ties: `a = b` for each two paths at which one tensor, or one memory, is held.
         note: why something is not shared, or empty.
     """
 
@@ -50,11 +50,11 @@ class SharePlan:
 
     Attributes:
         name: what paths start with.
-        entries: one for each shared part and each copied attribute.
+        entries: one per shared part and one per copied attribute.
         shared_bytes: bytes that exist once on each node.
         copied_bytes: bytes that each load copies.
-        entangled: the path of a mutable object reachable from a shared and a copied part, or None. Such a pipeline is
-            loaded whole for each call.
+        entangled: the path of a mutable object that can be reached from a shared and from a copied part, or None. Each
+            call loads such a pipeline whole.
     """
 
     name: str
@@ -73,7 +73,7 @@ class SharePlan:
         return as_html(_HEADERS, self._rows(), caption=f"{self._title()} {self._caption()}".strip())
 
     def _title(self) -> str:
-        return f"{self.name}: {format_bytes(self.shared_bytes)} shared once a node, {format_bytes(self.copied_bytes)} copied"
+        return f"{self.name}: {format_bytes(self.shared_bytes)} shared once per node, {format_bytes(self.copied_bytes)} copied"
 
     def _caption(self) -> str:
         if self.entangled is None:
@@ -169,7 +169,7 @@ def _copied_entries(found: Introspection) -> Iterator[PlanEntry]:
         dtypes = tuple(sorted({_dtype_name(obj.dtype) for obj in private}))
         try:
             nbytes, note = _copied_bytes(found, value, zone), ""
-        except CannotTravelError:  # the pipeline as a whole could be pickled
+        except CannotTravelError:  # but the pipeline could be pickled: its class leaves this attribute out
             nbytes, note = 0, "left out by its class"
         yield PlanEntry(f"{name}.{attribute}", "copied", type(value).__name__, len(private), nbytes, dtypes, note=note)
 

@@ -1,7 +1,7 @@
-"""How do things travel that pickle badly, or that pickle only by copying their bytes.
+"""How do objects travel that do not pickle, or that pickle only by copying their bytes?
 
-Each reduction takes an object apart into plain tensors or arrays, over the same memory, and a function that puts them together
-again; the plain ones are then shared like any others.
+Each reduction takes an object apart into plain tensors or arrays over the same memory, and a function that puts them together
+again. The plain ones are shared like any others.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ FILES = (io.FileIO, io.TextIOWrapper, io.BufferedReader, io.BufferedWriter, io.B
 
 
 def reduce_parametrized(module: nn.Module) -> tuple[Any, ...]:
-    """A module with parametrizations: its own class refuses to pickle, and is made again where the module is rebuilt."""
+    """A module with parametrizations. Its own class refuses to pickle, and is made again where the module is rebuilt."""
     original = type(module).__bases__[0]
     return _uninitialized, (original,), dict(vars(module)), None, None, _set_parametrized
 
@@ -36,12 +36,12 @@ def _set_parametrized(module: nn.Module, state: dict[str, Any]) -> None:
 
 
 def reduce_weak_reference(reference: weakref.ref[Any]) -> tuple[Any, ...]:
-    """A weak reference: to the same object, if something else brings that along."""
+    """A weak reference. It is to the same object where something else brings that along, else it is dead."""
     return _weak_reference, (reference(),)
 
 
 class _Gone:
-    """What a dead weak reference was to."""
+    """The referent of a weak reference that arrives dead."""
 
 
 def _weak_reference(target: Any) -> weakref.ref[Any]:
@@ -49,6 +49,7 @@ def _weak_reference(target: Any) -> weakref.ref[Any]:
 
 
 def reduce_file(_: object) -> Any:
+    """Refuse an open file: cloudpickle would send its content."""
     raise TypeError("an open file belongs to its process")
 
 
@@ -94,15 +95,12 @@ def set_attributes(tensor: torch.Tensor, attributes: dict[str, Any]) -> None:
 def _reduce_quantized(tensor: torch.Tensor) -> tuple[Any, ...]:
     content = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
     place = (tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
-    return _rebuild_quantized, (content, tensor.dtype, *place, _quantizer(tensor), tensor.requires_grad)
-
-
-def _quantizer(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """As `torch.Tensor.__reduce_ex__` describes it."""
-    scheme = tensor.qscheme()
-    if scheme is torch.per_tensor_affine:
-        return scheme, tensor.q_scale(), tensor.q_zero_point()
-    return scheme, tensor.q_per_channel_scales(), tensor.q_per_channel_zero_points(), tensor.q_per_channel_axis()
+    quantizer: tuple[Any, ...]  # as `torch.Tensor.__reduce_ex__` describes it
+    if tensor.qscheme() is torch.per_tensor_affine:
+        quantizer = tensor.q_scale(), tensor.q_zero_point()
+    else:
+        quantizer = tensor.q_per_channel_scales(), tensor.q_per_channel_zero_points(), tensor.q_per_channel_axis()
+    return _rebuild_quantized, (content, tensor.dtype, *place, (tensor.qscheme(), *quantizer), tensor.requires_grad)
 
 
 def _rebuild_quantized(content: torch.Tensor, dtype: torch.dtype, *description: Any) -> torch.Tensor:
@@ -110,7 +108,7 @@ def _rebuild_quantized(content: torch.Tensor, dtype: torch.dtype, *description: 
 
 
 def why_copied(obj: Any) -> str | None:
-    """Why a tensor or an array, or a module that packs its own, has private memory wherever it is loaded."""
+    """Why a tensor, an array or a module has private memory wherever it is loaded; None where it has not."""
     if isinstance(obj, np.ndarray):
         return "an array of Python objects" if obj.dtype.hasobject else None
     if isinstance(obj, torch.Tensor):
@@ -119,5 +117,5 @@ def why_copied(obj: Any) -> str | None:
 
 
 def packs_its_own(cls: type) -> bool:
-    """Whether a module of this class hides its weights from everybody."""
+    """Whether modules of this class hide their weights, as those of quantized modules do."""
     return cls.__name__ == "LinearPackedParams"

@@ -1,4 +1,4 @@
-"""What is an object to the pickler: how it travels depends on its type alone, and is looked up once for each."""
+"""What is an object to the pickler? That depends on its type alone."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import pathlib
 import pickle
 import types
 import weakref
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -28,14 +27,14 @@ from zerocopy._store.manifest import Handle
 class Role(enum.Enum):
     """How instances of a type travel."""
 
-    ATOM = enum.auto()  # immutable: copies of it cannot be told apart
-    TENSOR = enum.auto()
+    ATOM = enum.auto()  # immutable: nobody can tell copies of it apart
+    TENSOR = enum.auto()  # or a NumPy array
     PIPELINE = enum.auto()
     MODULE = enum.auto()
     PASSENGER = enum.auto()  # travels beside the skeleton, so that Ray counts its references
-    BUFFER = enum.auto()
-    PARAMETRIZED = enum.auto()
-    PROGRAM = enum.auto()
+    BUFFER = enum.auto()  # bytes that an object gives to pickle as they are
+    PARAMETRIZED = enum.auto()  # a module with parametrizations
+    PROGRAM = enum.auto()  # TorchScript, or an exported program
     WEAK_REFERENCE = enum.auto()
     FILE = enum.auto()
     OTHER = enum.auto()
@@ -50,15 +49,23 @@ _ATOMS = (
     fractions.Fraction,
 )  # fmt: skip
 
-# Found by the automatic rule.
+# Shared by the automatic rule.
 MODULES = frozenset({Role.MODULE, Role.PARAMETRIZED, Role.PROGRAM})
 
-# Not worth a memo, a zone or a path.
+# The same in every zone, and never the culprit.
 SCALARS = frozenset({str, int, float, bool, type(None), bytes, complex})
+
+_ROLES_BY_BASE: tuple[tuple[Any, Role], ...] = (
+    ((torch.Tensor, np.ndarray), Role.TENSOR),
+    ((ray.ObjectRef, ray.actor.ActorHandle, Handle), Role.PASSENGER),
+    (pickle.PickleBuffer, Role.BUFFER),
+    (reducers.FILES, Role.FILE),
+    (programs.PROGRAMS, Role.PROGRAM),
+)
 
 
 class Roles(dict[type, Role]):
-    """The roles of instances by type, each looked up once. Made anew for each pickling: it would keep users' classes alive."""
+    """The roles of instances by type, each found once. Made anew for each pickling, for it keeps the types alive."""
 
     def __missing__(self, cls: type) -> Role:
         role = self[cls] = _classify(cls)
@@ -66,11 +73,7 @@ class Roles(dict[type, Role]):
 
 
 def _classify(cls: type) -> Role:
-    if issubclass(cls, (torch.Tensor, np.ndarray)):
-        return Role.TENSOR
-    if issubclass(cls, (ray.ObjectRef, ray.actor.ActorHandle, Handle)):
-        return Role.PASSENGER
-    for bases, role in _roles_by_base():
+    for bases, role in _ROLES_BY_BASE:
         if issubclass(cls, bases):
             return role
     if cls is weakref.ref:
@@ -82,9 +85,3 @@ def _classify(cls: type) -> Role:
     if issubclass(cls, nn.Module):
         return Role.MODULE
     return Role.ATOM if issubclass(cls, _ATOMS) else Role.OTHER
-
-
-def _roles_by_base() -> Iterator[tuple[Any, Role]]:
-    yield pickle.PickleBuffer, Role.BUFFER
-    yield reducers.FILES, Role.FILE
-    yield programs.PROGRAMS, Role.PROGRAM

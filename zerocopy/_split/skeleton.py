@@ -1,11 +1,11 @@
 """How is an object split from its tensors, and joined again?
 
-`strip` is a pickler that writes a number instead of each tensor (and of each other thing that must travel beside the
-bytes); what remains is the skeleton. `graft` is its inverse. Because it is pickle that walks, everything that pickle would
-meet is met, at any depth, identity is kept and no property is evaluated.
+`strip` is a pickler that writes a number instead of each tensor, and instead of each other object that must travel beside the
+bytes. What remains is the skeleton. `graft` is the inverse. Because pickle does the walk, it meets all that pickle would meet, at
+any depth; identity is kept, and no property is evaluated.
 
-There are two ways to strip. `ordinary.py` has the short one, for what is shared as a whole and holds nothing special. The
-long one is here: it asks of every object how its type travels (`roles.py`), and which policy rules there (`zones.py`).
+There are two ways to strip. The short one, in `ordinary.py`, is for what is shared as a whole and holds nothing special. The
+long one is here. It asks for each object how its type travels (`roles.py`), and which policy rules there (`zones.py`).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from zerocopy.errors import CannotTravelError, ZeroCopyError
 
 
 class Split(enum.Enum):
-    """Where a strip stops, beside at tensors."""
+    """Where a strip stops. It always stops at tensors."""
 
     NOWHERE = "everything is in the payload"
     ROOTS = "at shared roots: at values of `shared()` fields, and at modules in the zone AUTO"
@@ -52,19 +52,19 @@ def strip(
     """Pickle `objects` one after the other, with one memo, without what must travel beside them.
 
     Args:
+        zone: the policy that rules the objects.
         split: where to stop, beside at tensors.
-        within: what holds the objects, for the path in an error. By default each of them is taken for itself.
+        within: what holds the objects: the path in an error starts there. None if they are held by nothing else.
         copied: attributes to treat as `copied()` fields, by the id of the object that has them.
         replaced: objects to pickle in the place of others, by the id of these.
-        number_code: write numbers for classes and functions too: what is grafted in this process again must not make
-            new ones of them.
+        number_code: write numbers for classes and functions too, so that a graft in this process makes no new ones.
 
     Raises:
         CannotTravelError: something inside cannot be pickled; the error names its path.
     """
     rules = _Rules(split, {key: names for key, names in (copied or {}).items() if names}, replaced or {}, number_code)
     if zone is Zone.SHARED and rules == _NO_RULES:
-        # An error is left to the long way, which knows where it is.
+        # After an error the long way finds out where it is.
         with contextlib.suppress(Exception):
             return strip_ordinary(objects)
     file = io.BytesIO()
@@ -143,9 +143,9 @@ class _Stripper(CloudPickler):  # type: ignore[misc]
     """The long way.
 
     Attributes:
-        found: what is returned.
+        found: the result.
         place: where the pickler is.
-        last: what it met last: in an error the culprit.
+        last: the object that it met last: after an error the culprit.
     """
 
     def __init__(self, file: io.BytesIO, place: Place, rules: _Rules) -> None:
@@ -189,11 +189,11 @@ class _Stripper(CloudPickler):  # type: ignore[misc]
         if id(obj) in self._numbers or (self._rules.split is Split.ROOTS and id(obj) in self._pipelines.roots):
             return True
         if id(obj) in self.found.seen or id(obj) in self._rules.copied:
-            return False  # written already in the zone COPIED; to be taken apart
+            return False  # it was written in the zone COPIED already, or is to be taken apart
         return role in MODULES and self.place.zone is not Zone.COPIED
 
     def _is_code_to_number(self, obj: Any) -> bool:
-        # `external` is known by its name where the payload is read.
+        # `graft` knows `external` by its name.
         return self._rules.number_code and isinstance(obj, (type, types.FunctionType)) and obj is not external
 
     def _number(self, obj: Any, *, is_root: bool = False) -> int:
@@ -206,7 +206,7 @@ class _Stripper(CloudPickler):  # type: ignore[misc]
         return number
 
     def _tensor_number(self, tensor: Any) -> int | None:
-        """None where `reducer_override` goes on: with a composite, and with the attributes of a plain tensor."""
+        """None where `reducer_override` has to go on: for a composite, and for a plain tensor with Python attributes."""
         if is_meta(tensor):
             raise TypeError("a meta tensor has no data")
         is_shared = self.place.zone is Zone.SHARED
@@ -222,7 +222,7 @@ class _Stripper(CloudPickler):  # type: ignore[misc]
         return None if getattr(tensor, "__dict__", None) else number
 
     def _buffer_number(self, buffer: pickle.PickleBuffer) -> int | None:
-        """Of bytes that an object hands out as they lie, as Arrow does: in the zone SHARED an array over them is shared."""
+        """Bytes that an object gives to pickle as they are, as Arrow does. In the zone SHARED an array over them is shared."""
         content = np.frombuffer(buffer.raw(), np.uint8)
         if self.place.zone is not Zone.SHARED or not content.nbytes:
             return None
@@ -236,7 +236,7 @@ class _Stripper(CloudPickler):  # type: ignore[misc]
             self.found.private_reasons[id(obj)] = obj, reason
 
     def reducer_override(self, obj: Any) -> Any:
-        """How to write what `persistent_id` gave no number."""
+        """How to write an object that got no number, and that pickle itself cannot write."""
         role = self._roles[type(obj)]
         if self._rules.replaced and (reduced := self._replacement(obj)):
             return reduced
@@ -261,7 +261,7 @@ class _Stripper(CloudPickler):  # type: ignore[misc]
         return None
 
     def _reduce_tensor(self, tensor: Any) -> Any:
-        if id(tensor) in self._numbers:  # a plain one
+        if id(tensor) in self._numbers:  # it is plain, and has attributes
             return external, (self._numbers[id(tensor)],), vars(tensor), None, None, reducers.set_attributes
         if self.place.zone is Zone.SHARED:
             self.found.composites.append(tensor)

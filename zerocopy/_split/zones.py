@@ -1,10 +1,10 @@
 """Which policy rules what a pickler is about to write, and how is each value of a pipeline written under its own policy?
 
-A pickler writes the attributes of an object as one dict, without a pause between two of them. A pipeline, though, shares some
-of its attributes and copies others. So its values are written *ahead* of it, grouped by policy: the prelude. A `Place` stands
-before each group. The pickler writes nothing for a `Place`; it only knows from then on which zone it is in. Then it writes the
-pipeline itself. By now its memo knows all values, and writes references to them: whatever policy would rule here, it has
-nothing left to rule. The prelude needs nothing but the values, so policies hold whatever way a class has to pickle itself.
+A pickler writes the attributes of an object as one dict, without a pause between two of them. But a pipeline shares some of its
+attributes and copies others. So its values are written before it, grouped by policy: this is the *prelude*. A `Place` stands
+before each group. The pickler writes nothing for a `Place`, but is in its zone from then on. After the prelude the pickler writes
+the pipeline itself. Its memo now has all values, so it writes references to them, and no policy matters any more. The prelude
+needs nothing but the values: policies hold whatever way a class has to pickle itself.
 
 An example, split at shared roots:
 
@@ -16,23 +16,23 @@ An example, split at shared roots:
 
     search = Search(encoder, {"fallback": head})    # two modules
 
-`PipelineReducer.reduce(search)` gives `call, (prelude, new_object, (Search,), None), state`, with the prelude
+`PipelineReducer.reduce` reduces `search` to `call, (prelude, new_object, (Search,), None), state`. The prelude is
 `[Place(AUTO), encoder, Place(COPIED), settings, Place(AUTO)]`. The pickler writes, in this order:
 
-    Place(AUTO)        nothing, and is in the zone AUTO, where modules are shared
-    encoder            its number: it is a shared root, so it belongs to the other skeleton
-    Place(COPIED)      nothing, and is in the zone COPIED, where nothing is a root
-    settings           the dict, and in it all of `head` but its tensors, which the outer skeleton keeps
-    Place(AUTO)        nothing, and is where it was before the pipeline
-    the new object     `Search.__new__(Search)`, known to the memo from now on
+    Place(AUTO)        nothing. It is now in the zone AUTO, where modules are shared.
+    encoder            its number: it is a shared root, so the other skeleton has it.
+    Place(COPIED)      nothing. It is now in the zone COPIED, where modules are copied.
+    settings           the dict, and `head` in it. The tensors of `head` get numbers: the outer skeleton keeps their bytes.
+    Place(AUTO)        nothing. It is back in the zone that it was in before the pipeline.
+    the new object     `Search.__new__(Search)`. The memo has it from now on.
     state              `{"encoder": number, "settings": reference, "top_k": 5}`
 
-Without the prelude `settings` would first be met in the state, in the zone AUTO, and `head` would be a shared root. `top_k` is
-not in the prelude: strings and numbers are the same in every zone.
+Without the prelude the pickler would meet `settings` in the state, in the zone AUTO, and `head` would become a shared root.
+`top_k` is not in the prelude: strings and numbers are the same in every zone.
 
-If `settings` held `search` itself, the pickler would meet the pipeline for a second time inside the prelude, before the memo
-knows it. The prelude of the second visit holds the copied values alone, since those have to be written before any state; on the
-third there is none. What the pickler is in the middle of writing is in its memo already, so this ends.
+A value may refer back to the pipeline. If `settings` held `search`, the pickler would meet `search` again inside the prelude,
+before the memo has it. The prelude of this second visit holds the copied values only: they must be written before any state is. A
+third visit has no prelude. This ends, because the memo has a dict or a list as soon as the pickler begins to write it.
 """
 
 from __future__ import annotations
@@ -57,11 +57,11 @@ class Zone(enum.Enum):
 
 
 class Place(NamedTuple):
-    """Where the pickler is. A place among the objects to be written is where it is from then on; unpickled it is None.
+    """Where the pickler is. If it meets a place among the objects to write, it is there from then on. Unpickled it is None.
 
     Attributes:
         zone: the policy that rules here.
-        composite: the tensor that is being taken apart here: what is met for the first time is a component of it.
+        composite: the object that is taken apart here. Tensors that are met here first are its components.
     """
 
     zone: Zone
@@ -69,21 +69,21 @@ class Place(NamedTuple):
 
 
 def call(_before: object, function: Any, arguments: tuple[Any, ...], _after: object) -> Any:
-    """Rebuild what was reduced to a function and its arguments. What was written before and after them has done its work."""
+    """Rebuild what was reduced to a function and its arguments. What stands around them was for the pickler only."""
     return function(*arguments)
 
 
 def components_of(composite: Any, reduced: tuple[Any, ...], place: Place) -> tuple[Any, ...]:
-    """`reduced`, written so that what its arguments hold counts as components of `composite`. The pickler is at `place`."""
+    """`reduced`, but so that tensors in its arguments count as components of `composite`. The pickler is at `place`."""
     function, arguments, *rest = reduced
     return (call, (Place(place.zone, composite), function, arguments, place), *rest)
 
 
 class PipelineReducer:
-    """Reduces pipelines so that every value is written in the zone of its policy, for one pickling.
+    """Reduces pipelines so that each value is written in the zone of its policy, for one pickling.
 
     Attributes:
-        roots: ids of the values that are shared by declaration, of the pipelines reduced so far.
+        roots: ids of the values that are shared by declaration, of all pipelines that were reduced so far.
     """
 
     def __init__(self, copied: Mapping[int, Collection[str]], roles: Roles) -> None:
@@ -94,8 +94,8 @@ class PipelineReducer:
         self._visits: dict[int, int] = {}
 
     def reduce(self, pipeline: Any, place: Place) -> Any:
-        """How to write `pipeline`, met at `place`: its values in their zones, and then itself."""
-        # Not through the registered reducer, which would publish the pipeline while it is being published.
+        """How to write a pipeline that was met at `place`: its values in their zones, then itself."""
+        # Not by the registered reducer, which would publish the pipeline while it is being published.
         reduced = pipeline.__reduce_ex__(5)
         if isinstance(reduced, str):
             return reduced
@@ -125,11 +125,11 @@ class PipelineReducer:
         self, pipeline: Any, held: Mapping[str, Any], shared_names: set[str], copied_names: set[str]
     ) -> None:
         roots = [held[name] for name in shared_names if name in held and type(held[name]) not in SCALARS]
-        if isinstance(pipeline, nn.Module):  # its own parameters and buffers are shared, as those of modules below it
+        if isinstance(pipeline, nn.Module):  # its own parameters and buffers are shared, as those of modules inside
             own = {**pipeline._parameters, **pipeline._buffers}
             undeclared = own.keys() - shared_names - copied_names
             roots += [own[name] for name in undeclared if own[name] is not None]
-        # A pipeline inside is no root: its fields follow their own policies.
+        # A pipeline inside is not a root: its fields follow their own policies.
         self.roots.update(id(value) for value in roots if self._roles[type(value)] is not Role.PIPELINE)
 
 
