@@ -89,7 +89,7 @@ def _compiled(name: str, code: str) -> Callable[..., None]:
     """The function `name`. {} in its code stands for the members of a blank module, in order: nothing makes them faster."""
     made = {member: "{}" if cls is dict else f"c{i}()" for i, (member, cls) in enumerate(_CONTAINERS.items())}
     names = {f"c{i}": cls for i, cls in enumerate(_CONTAINERS.values())}
-    members = ", ".join(f"{member!r}: {made.get(member, repr(_MEMBERS[member]))}" for member in _NAMES)
+    members = ", ".join(f"{member!r}: {made.get(member, repr(_BLANK[member]))}" for member in _NAMES)
     function = eval(code.format(members), {**names, "__name__": __name__, "set_attribute": object.__setattr__})
     function.__name__ = function.__qualname__ = name  # under which pickle finds it
     compiled: Callable[..., None] = function
