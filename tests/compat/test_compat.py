@@ -633,11 +633,12 @@ def test_the_collector_is_paused() -> None:
 
 
 def test_references_are_counted() -> None:
-    """An object that some containers hold has the count for as many, in whatever kind of sequence it is asked about."""
+    """An object that some containers hold has the count for as many, asked about by itself or in any kind of sequence."""
     holders: list[list[Any]] = [[object()]]
     for count in (1, 2, 3, 4):
         assert cpython.reference_counts(holders[0]) == [cpython.count_for(count)]
         assert cpython.most_references(holders[0]) == cpython.count_for(count)
+        assert cpython.reference_count(holders[0][0]) == cpython.count_for(count)
         assert cpython.reference_counts(tuple(holders[0])) == [cpython.count_for(count + 1)]
         assert cpython.reference_counts({0: holders[0][0]}.values()) == [cpython.count_for(count + 1)]
         holders.append(list(holders[0]))
@@ -660,6 +661,7 @@ def test_members_of_a_module_are_held_by_three() -> None:
     containers = operator.itemgetter("_parameters", "_modules", "_forward_hooks")
     state = module.__getstate__()
     assert cpython.reference_counts(containers(state)) == 3 * [cpython.count_for(3)]
+    assert cpython.reference_count(state["_modules"]) == cpython.count_for(2)
     other = module._modules
     assert cpython.most_references(containers(state)) == cpython.count_for(4)
     del other

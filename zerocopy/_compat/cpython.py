@@ -35,12 +35,13 @@ def collector_paused(*, promote: bool = False) -> Iterator[None]:
             gc.enable()
 
 
-def reference_counts(objects: Iterable[object]) -> list[int]:
-    """How many references there are to each object, those that asking makes included: to be compared with `count_for`.
+# How many references there are to an object, that of asking included: to be compared with `count_for`. Ask without a name for the
+# object, as in `reference_count(held[0])`: a name would be one more. https://docs.python.org/3.11/library/sys.html#sys.getrefcount
+reference_count: Callable[[object], int] = sys.getrefcount
 
-    Ask in no other way: what asking adds depends on how, and on the version of Python.
-    https://docs.python.org/3.11/library/sys.html#sys.getrefcount
-    """
+
+def reference_counts(objects: Iterable[object]) -> list[int]:
+    """The same of each object. The sequence that is asked about counts with who else holds them."""
     return list(map(sys.getrefcount, objects))
 
 
@@ -53,7 +54,7 @@ _COUNT_FOR_ONE = reference_counts([[]])[0]
 
 
 def count_for(holders: int) -> int:
-    """What `reference_counts` tells of an object to which `holders` refer: the sequence that was asked about, and others."""
+    """The count of an object to which `holders` refer, and nobody else. What asking adds depends on the version of Python."""
     return _COUNT_FOR_ONE + holders - 1
 
 

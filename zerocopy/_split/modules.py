@@ -14,23 +14,30 @@ from typing import Any
 
 from torch import nn
 
-from zerocopy._compat.cpython import count_for, most_references, new_object, reference_counts, slot_names
+from zerocopy._compat.cpython import (
+    count_for,
+    most_references,
+    new_object,
+    reference_count,
+    reference_counts,
+    slot_names,
+)
 from zerocopy._split import reducers
 
 _BLANK = vars(nn.Module())
 _NAMES = tuple(_BLANK)
 _CONTAINERS = {name: type(value) for name, value in _BLANK.items() if isinstance(value, (dict, set))}
 _SCALARS = [(name, value) for name, value in _BLANK.items() if name not in _CONTAINERS]  # True and None, today
-_FILLED = ("_parameters", "_buffers", "_modules")
-_HOOKS = tuple(name for name in _CONTAINERS if name not in _FILLED)  # most modules have none of them
-_ALL = (*_HOOKS, *_FILLED)
-_TYPES = [_CONTAINERS[name] for name in _ALL]
-_containers_of = operator.itemgetter(*_ALL)
-_HOOKS_ONLY = slice(len(_HOOKS))
+_FILLED = [(name, _CONTAINERS[name]) for name in ("_parameters", "_buffers", "_modules")]
+_HOOKS = tuple(
+    name for name in _CONTAINERS if (name, _CONTAINERS[name]) not in _FILLED
+)  # most modules have none of them
+_HOOK_TYPES = [_CONTAINERS[name] for name in _HOOKS]
+_hooks_of = operator.itemgetter(*_HOOKS)
 
-# More references to a container than these tell that something beside its module holds it, too. The module's dict does, the copy
-# of it that `__getstate__` gives, and the tuple that is asked about.
-_OWN = count_for(3)
+# More references to a container than these tell that something beside its module holds it, too: the module's dict does, the copy
+# of it that `__getstate__` gives, and, where it is asked about with others, their tuple.
+_OWN, _OWN_HOOKS = count_for(2), count_for(3)
 
 
 class ModuleReducer:
@@ -68,15 +75,15 @@ def _fill_of(cls: Any) -> Callable[..., None] | None:
 
 def _differences(members: dict[str, Any]) -> dict[str, Any]:
     """Members that a blank module has not, or that somebody else holds, too."""
-    containers = _containers_of(members)
-    if any(containers[_HOOKS_ONLY]) or list(map(type, containers)) != _TYPES or most_references(containers) > _OWN:
-        held = zip(_ALL, containers, _TYPES, reference_counts(containers), strict=True)
-        state = {name: value for name, value, cls, count in held if value or type(value) is not cls or count > _OWN}
+    hooks = _hooks_of(members)
+    if any(hooks) or list(map(type, hooks)) != _HOOK_TYPES or most_references(hooks) > _OWN_HOOKS:
+        held = zip(_HOOKS, hooks, _HOOK_TYPES, reference_counts(hooks), strict=True)
+        state = {name: hook for name, hook, cls, count in held if hook or type(hook) is not cls or count > _OWN_HOOKS}
     else:
         state = {}
-        for name in _FILLED:
-            if members[name]:
-                state[name] = members[name]
+    for name, cls in _FILLED:
+        if members[name] or type(members[name]) is not cls or reference_count(members[name]) > _OWN:
+            state[name] = members[name]
     for name, value in _SCALARS:
         if members[name] is not value:
             state[name] = members[name]
