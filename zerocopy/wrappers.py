@@ -14,7 +14,7 @@ from zerocopy._split.models import is_model, models_of
 from zerocopy._split.programs import TORCHSCRIPT
 from zerocopy._store import object_store
 from zerocopy._wrap.prepare import ModelInfo, attributes_to_copy, prepare_for_actors, prepare_for_tasks
-from zerocopy._wrap.remote_model import RemoteModel, models_on, on_device, weights_and_methods
+from zerocopy._wrap.remote_model import RemoteModel, models_on, on_device, publication_of
 from zerocopy.errors import ArgumentError, ModeError
 
 T = TypeVar("T")
@@ -117,7 +117,7 @@ class ModelWrapper(Generic[T]):
 
     def _published(self) -> Publication:
         if isinstance(self._skeleton, RemoteModel):
-            return weights_and_methods(self._skeleton)[0]
+            return publication_of(self._skeleton)
         return self._skeleton
 
     @property

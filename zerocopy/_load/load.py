@@ -1,4 +1,4 @@
-"""How does what was published become a live pipeline: tensors are rebuilt over the store, and skeletons joined to them."""
+"""How does a publication become a live pipeline? Tensors are rebuilt over the store, and skeletons are grafted around them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from zerocopy.errors import DeviceError
 
 @attrs.frozen(eq=False)
 class SharedPart:
-    """What loads of one publication could have in common: its shared tensors by index, its roots, and their memory."""
+    """What several loads of one publication can use: its shared tensors by index, its roots, and their memory."""
 
     tensors: Mapping[int, Any]
     roots: Sequence[Any]
@@ -32,7 +32,7 @@ def load(
     """A live pipeline, its shared tensors by index, and the memory that they are views of.
 
     Args:
-        target: where tensors go whose field declares no device.
+        target: the device of the tensors whose field declares none.
         fields: attributes to load, None for all.
 
     Raises:
@@ -41,23 +41,44 @@ def load(
     if fields is None and is_separable(manifest, outer):
         shared = load_shared(manifest, target, require_isolation=require_isolation)
         return join(manifest, outer, shared, target), shared.tensors, shared.memory
-    needed: Sequence[int] = _referenced(manifest, outer)
-    if fields is not None:
-        needed = _needed_by(fields, manifest, outer, needed)
+    return _load_needed(manifest, outer, target, fields, require_isolation=require_isolation)
+
+
+def _load_needed(
+    manifest: Manifest, outer: Outer, target: torch.device, fields: Sequence[str] | None, *, require_isolation: bool
+) -> tuple[Any, Mapping[int, Any], StoredMemory]:
+    """As `load`, but only what is needed. Other fields hold stand-ins until they are taken away."""
     specs = (*manifest.specs, *outer.specs)
-    memory = StoredMemory(
-        manifest, _stored(manifest, [specs[index] for index in needed]), require_isolation=require_isolation
-    )
-    live = _live(manifest, outer, {index: specs[index] for index in needed}, memory, target)
+    needed = _needed(manifest, outer, specs, fields)
+    storages = list(dict.fromkeys(specs[index].storage for index in needed))
+    stored = [storage for storage in storages if storage < len(manifest.location_rows)]
+    memory = StoredMemory(manifest, stored, require_isolation=require_isolation)
+    by_storage = _devices_of(storages, manifest.devices, target)
+    regions = {**memory.regions(by_storage), **_private_regions(manifest, outer)}
+    live = dict(zip(needed, rebuild([specs[index] for index in needed], regions, by_storage), strict=True))
     blank = {} if fields is None else {i: stand_in(spec) for i, spec in enumerate(specs) if i not in live}
-    pipeline = _join(manifest, outer, [live.get(index, blank.get(index)) for index in range(len(specs))])
+    pipeline = _join_all(manifest, outer, [live.get(index, blank.get(index)) for index in range(len(specs))])
     if fields is not None:
         partial.keep_only(pipeline, fields)
     return pipeline, {i: tensor for i, tensor in live.items() if i < len(manifest.specs)}, memory
 
 
+def _needed(
+    manifest: Manifest, outer: Outer, specs: Sequence[TensorSpec], fields: Sequence[str] | None
+) -> Sequence[int]:
+    """Indices of the tensors to load."""
+    referenced: Sequence[int] = range(len(specs))
+    if not outer.has_roots():  # entangled or passed on: it may refer to some of the published tensors only
+        referenced = sorted({external for external in outer.skeleton.externals if type(external) is int})
+    if fields is None:
+        return referenced
+    stand_ins = [stand_in(spec) for spec in specs]
+    blank = _join_all(manifest, outer, stand_ins)
+    return sorted(partial.reach(partial.values_of(blank, fields), stand_ins) & set(referenced))
+
+
 def is_separable(manifest: Manifest, outer: Outer) -> bool:
-    """Whether what is shared can be loaded by itself: the copied part refers to it, but has no views of its memory."""
+    """Whether the shared part can be loaded by itself: not if the pipeline is entangled, or copies a view of shared memory."""
     return outer.has_roots() and all(spec.storage >= len(manifest.location_rows) for spec in outer.specs)
 
 
@@ -78,52 +99,29 @@ def join(manifest: Manifest, outer: Outer, shared: SharedPart, target: torch.dev
     """The pipeline around what is shared, with fresh copies of the rest."""
     tensors: Any = shared.tensors
     if outer.specs:
-        tensors = {**tensors, **_private(manifest, outer, target)}
+        regions = _private_regions(manifest, outer)
+        by_storage = {} if target == devices.CPU else dict.fromkeys(regions, target)
+        private = rebuild(outer.specs, regions, by_storage)
+        tensors = {**tensors, **dict(enumerate(private, start=len(manifest.spec_rows)))}
     return _in_eval_mode(graft_skeleton(outer.skeleton, tensors, shared.roots))
 
 
-def _private(manifest: Manifest, outer: Outer, target: torch.device) -> dict[int, Any]:
-    regions = _private_regions(manifest, outer)
-    by_storage = {} if target == devices.CPU else dict.fromkeys(regions, target)
-    return dict(enumerate(rebuild(outer.specs, regions, by_storage), start=len(manifest.spec_rows)))
+def _join_all(manifest: Manifest, outer: Outer, tensors: Sequence[Any]) -> Any:
+    """The pipeline around tensors that are given by index: the shared ones, then those of the outer skeleton."""
+    roots = graft_skeleton(manifest.skeleton, tensors, ()) if outer.has_roots() else ()
+    return _in_eval_mode(graft_skeleton(outer.skeleton, tensors, roots))
 
 
 def _private_regions(manifest: Manifest, outer: Outer) -> dict[int, Region]:
+    """Fresh memory for the storages that are copied, by index."""
     count = len(manifest.location_rows)
     return {count + i: (bytearray(content), 0, len(content)) for i, content in enumerate(outer.storages)}
-
-
-def _stored(manifest: Manifest, specs: Iterable[TensorSpec]) -> list[int]:
-    return [i for i in dict.fromkeys(spec.storage for spec in specs) if i < len(manifest.location_rows)]
-
-
-def _live(
-    manifest: Manifest, outer: Outer, specs: Mapping[int, TensorSpec], memory: StoredMemory, target: torch.device
-) -> dict[int, Any]:
-    storages = dict.fromkeys(spec.storage for spec in specs.values())
-    by_storage = _devices_of(storages, manifest.devices, target)
-    regions = {**memory.regions(by_storage), **_private_regions(manifest, outer)}
-    return dict(zip(specs, rebuild(specs.values(), regions, by_storage), strict=True))
-
-
-def _referenced(manifest: Manifest, outer: Outer) -> Sequence[int]:
-    """Indices of the tensors that a whole load needs: an entangled pipeline, or one passed on, may use some only."""
-    if outer.has_roots():
-        return range(len(manifest.spec_rows) + len(outer.specs))
-    return sorted({external for external in outer.skeleton.externals if type(external) is int})
-
-
-def _needed_by(fields: Sequence[str], manifest: Manifest, outer: Outer, referenced: Sequence[int]) -> list[int]:
-    """Indices of the tensors below `fields`, found on a pipeline of stand-ins that takes no memory."""
-    stand_ins = [stand_in(spec) for spec in (*manifest.specs, *outer.specs)]
-    blank = _join(manifest, outer, stand_ins)
-    return sorted(partial.reach(partial.values_of(blank, fields), stand_ins) & set(referenced))
 
 
 def _devices_of(
     storages: Iterable[int], declared: Mapping[int, Sequence[str | None]], target: torch.device
 ) -> dict[int, torch.device]:
-    """Where storages belong, of those that do not stay in main memory."""
+    """The devices of the storages that do not stay in main memory."""
     if not declared:
         return {} if target == devices.CPU else dict.fromkeys(storages, target)
     found = {storage: _one_device(declared.get(storage, ()), target) for storage in storages}
@@ -141,13 +139,8 @@ def _one_device(declared: Sequence[str | None], target: torch.device) -> torch.d
     return wanted.pop()
 
 
-def _join(manifest: Manifest, outer: Outer, tensors: Sequence[Any]) -> Any:
-    roots = graft_skeleton(manifest.skeleton, tensors, ()) if outer.has_roots() else ()
-    return _in_eval_mode(graft_skeleton(outer.skeleton, tensors, roots))
-
-
 def _in_eval_mode(objects: Sequence[Any]) -> Any:
-    """The pipeline, with the modules that come beside it in eval mode."""
+    """The pipeline, after the modules that come beside it were put into eval mode."""
     pipeline, *to_eval = objects
     for module in itertools.chain(*to_eval):
         module.eval()

@@ -13,7 +13,7 @@ from zerocopy._split.zones import Zone
 from zerocopy._store.tensors import is_tensor_or_array, storage_of
 from zerocopy.errors import ArgumentError
 
-_lock = threading.RLock()  # an instance may go while its own thread holds the lock
+_lock = threading.RLock()  # reentrant: the collector may end an instance in a thread that holds the lock
 
 
 class NotLoaded:
@@ -38,7 +38,7 @@ class NotLoaded:
         raise AttributeError(text, name=self.name, obj=instance)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return NotLoaded, (self.name,)  # with a class that is pickled by value; its instances are others there
+        return NotLoaded, (self.name,)  # a class that is pickled by value takes it along, without the instances
 
 
 def names_of(fields: Iterable[str]) -> tuple[str, ...]:

@@ -40,7 +40,7 @@ class TensorSpec(NamedTuple):
 
     @classmethod
     def of_row(cls, row: tuple[Any, ...]) -> TensorSpec:
-        """Of a row that `rows_of` gave."""
+        """The description in a row of `rows_of`."""
         if len(row) == WHOLE:
             kind, storage, dtype, shape, flag = row
             return cls(kind, storage, dtype, shape, _default_stride(shape), 0, flag, is_whole=True)
@@ -51,7 +51,7 @@ WHOLE = 5  # columns of the row of a tensor that covers its storage
 
 
 def rows_of(specs: Iterable[TensorSpec]) -> tuple[tuple[Any, ...], ...]:
-    """Descriptions as they travel: plain tuples, short ones for tensors that cover their storage, equal shapes once.
+    """Descriptions as they travel: plain tuples, short ones for tensors that cover their storage, with equal shapes once.
 
     Thousands of named tuples would take longer to unpickle than the skeleton.
     """
@@ -68,10 +68,11 @@ def rows_of(specs: Iterable[TensorSpec]) -> tuple[tuple[Any, ...], ...]:
 
 
 class Storage:
-    """Memory that tensors and arrays of the publisher are views of. It keeps that memory alive.
+    """Memory that tensors and arrays of the publisher are views of. Keeps that memory alive.
 
     Attributes:
-        address: where it is in main memory; None for empty memory, and for that of a device.
+        key: equal for two objects that are storages of one memory.
+        address: its address in main memory; None for empty memory, and for memory of a device.
     """
 
     def __init__(self, key: object, nbytes: int, source: torch.UntypedStorage | Bytes, address: int | None) -> None:
@@ -81,25 +82,25 @@ class Storage:
         self.address = address
 
     def to_bytes(self) -> Bytes:
-        """The bytes, shape (nbytes,) uint8: a view where they lie in main memory, else a copy from the device."""
+        """The bytes, shape (nbytes,) uint8: a view of main memory, or a copy of the memory of a device."""
         if isinstance(self.source, np.ndarray):
             return self.source
         if self.source is None:
             raise RuntimeError("this storage was adopted")
         storage = self.source if self.address is not None or not self.nbytes else self.source.cpu()
-        # Not by way of `numpy()`, after which torch would refuse to resize the storage for ever.
+        # Not by `numpy()`: torch would never resize the storage again.
         return _bytes_at(storage.data_ptr(), self.nbytes, storage)
 
     def to_buffer(self) -> Any:
-        """The same as a buffer, to be used while this storage is alive: made for each one of a model, it has to be cheap."""
+        """The bytes as a buffer, valid while this storage is alive. Cheap, because it is made per storage of a model."""
         if self.address is None or self.source is None:
             return self.to_bytes()
-        # An array, for Ray cannot read back a buffer with the format of ctypes.
+        # An array, because Ray cannot read back a buffer with the format of ctypes.
         memory: Any = (ctypes.c_char * self.nbytes).from_address(self.address)
         return np.frombuffer(memory, np.uint8)
 
     def forget(self) -> None:
-        """Let go of the memory."""
+        """Release the memory."""
         self.source = None
 
 
@@ -108,7 +109,7 @@ def is_tensor_or_array(obj: object) -> TypeGuard[torch.Tensor | np.ndarray[Any, 
 
 
 def is_plain(obj: torch.Tensor | np.ndarray[Any, Any]) -> bool:
-    """Whether `obj` can be described against a storage as it is."""
+    """Whether `obj` can be described against a storage as it is, without being taken apart."""
     if isinstance(obj, np.ndarray):
         return type(obj) is np.ndarray and not obj.dtype.hasobject
     if type(obj) not in (torch.Tensor, nn.Parameter) or obj.is_nested:
@@ -120,12 +121,6 @@ def is_meta(obj: object) -> bool:
     return isinstance(obj, torch.Tensor) and obj.is_meta
 
 
-def _root_array(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    while isinstance(array.base, np.ndarray):
-        array = array.base
-    return array
-
-
 def _address(array: np.ndarray[Any, Any]) -> int:
     return int(array.__array_interface__["data"][0])
 
@@ -133,7 +128,7 @@ def _address(array: np.ndarray[Any, Any]) -> int:
 def storage_of(obj: torch.Tensor | np.ndarray[Any, Any]) -> Storage:
     """The storage below `obj`. Two objects over the same memory get equal keys, as long as both are alive.
 
-    Main memory is known by its place, so that a tensor and an array over it are known to share it.
+    Main memory has its address as the key, so that a tensor and an array over one memory have equal keys.
     """
     if isinstance(obj, torch.Tensor):
         storage = obj.untyped_storage()
@@ -142,7 +137,9 @@ def storage_of(obj: torch.Tensor | np.ndarray[Any, Any]) -> Storage:
             address = storage.data_ptr()
             return Storage((address, nbytes), nbytes, storage, address)
         return Storage(("storage", id_of_storage(storage)), nbytes, storage, None)
-    root = _root_array(obj)
+    root = obj
+    while isinstance(root.base, np.ndarray):
+        root = root.base
     if isinstance(root.base, torch.Tensor):
         return storage_of(root.base)
     low, high = np.lib.array_utils.byte_bounds(root)
@@ -153,7 +150,7 @@ def storage_of(obj: torch.Tensor | np.ndarray[Any, Any]) -> Storage:
 
 
 class _Memory:
-    """Exposes memory that `keep` owns through NumPy's array interface."""
+    """Gives memory that `keep` owns NumPy's array interface."""
 
     def __init__(self, address: int, nbytes: int, keep: object) -> None:
         self.keep = keep
@@ -165,7 +162,7 @@ def _bytes_at(address: int, nbytes: int, keep: object) -> Bytes:
 
 
 def spec_of(obj: torch.Tensor | np.ndarray[Any, Any], storage: int, source: Storage) -> TensorSpec:
-    """Describe `obj` as a view of `source`, which has index `storage`."""
+    """The description of `obj` as a view of `source`, whose index is `storage`."""
     if isinstance(obj, np.ndarray):
         start = _address(source.to_bytes()) if source.nbytes else _address(obj)
         return TensorSpec(
@@ -174,7 +171,7 @@ def spec_of(obj: torch.Tensor | np.ndarray[Any, Any], storage: int, source: Stor
     is_special = obj.is_conj(), obj.is_neg(), obj.is_inference()
     kind = PARAMETER if isinstance(obj, nn.Parameter) else TENSOR
     shape, stride = tuple(obj.shape), obj.stride()
-    # So its offset is 0.
+    # A tensor that covers its storage has the offset 0.
     covers = (
         0 < obj.nbytes == source.nbytes and obj.is_contiguous() and (1 not in shape or stride == _default_stride(shape))
     )
@@ -185,7 +182,7 @@ def spec_of(obj: torch.Tensor | np.ndarray[Any, Any], storage: int, source: Stor
 
 
 def _default_stride(shape: Sequence[int]) -> tuple[int, ...]:
-    """The stride of a new tensor: of a dimension of size 1 any would do, but only this one is made."""
+    """The stride of a new contiguous tensor. (Contiguous ones may have any stride in a dimension of size 1.)"""
     steps = itertools.accumulate((max(size, 1) for size in reversed(shape[1:])), operator.mul, initial=1)
     return tuple(steps)[::-1] if shape else ()
 
@@ -193,7 +190,7 @@ def _default_stride(shape: Sequence[int]) -> tuple[int, ...]:
 class TensorTable:
     """The tensors of one skeleton in order of appearance, and the storages below them.
 
-    A table over a `base` refers to the base's storages by their index there and numbers its own ones after them.
+    A table over a `base` refers to the storages in `base` by their index there, and numbers its own after them.
     """
 
     def __init__(self, base: StorageIndex | None = None, base_count: int = 0) -> None:
@@ -234,11 +231,11 @@ def rebuild(
     Args:
         rows: each a `TensorSpec`, or the row of one.
         regions: by index of the storage.
-        devices: where the tensors of a storage belong, if not in main memory; arrays stay there.
+        devices: by index of the storage, the device of its tensors, if that is not the CPU. Arrays stay on the CPU.
     """
-    first: dict[int, torch.Tensor] = {}  # over all of each storage
+    first: dict[int, torch.Tensor] = {}  # of each storage a tensor that covers it
     rebuilt: list[Any] = []
-    # What a loaded model is must not depend on where it is loaded: only what was an inference tensor becomes one.
+    # Loaded tensors are the same in every mode of the caller: only what was an inference tensor becomes one.
     with torch.inference_mode(False), torch.no_grad():
         for row in rows:
             if len(row) == WHOLE and row[1] not in first and row[1] not in devices:  # most are: the shortest way
@@ -248,11 +245,10 @@ def rebuild(
                 if twin is not None:
                     tensor = from_numpy(ndarray(shape, twin, memory, start))
                 else:
-                    tensor = frombuffer(memory, dtype=dtype, count=nbytes // dtype.itemsize, offset=start).resize_(
-                        shape
-                    )
+                    flat = frombuffer(memory, dtype=dtype, count=nbytes // dtype.itemsize, offset=start)
+                    tensor = flat.resize_(shape)
                 if kind == PARAMETER:
-                    tensor.__class__ = nn.Parameter  # as torch's lazy parameters become ordinary ones: no second tensor
+                    tensor.__class__ = nn.Parameter  # as torch does with lazy parameters: there is no second tensor
                 if flag:
                     tensor.requires_grad = True
                 first[storage] = tensor
@@ -269,7 +265,7 @@ def rebuild(
     return rebuilt
 
 
-# Bound once: they are called for every tensor of a model.
+# Bound once, because they are called per tensor of a model.
 ndarray, from_numpy, frombuffer = np.ndarray, torch.from_numpy, torch.frombuffer
 CLASSES: dict[int, Any] = {TENSOR: torch.Tensor, PARAMETER: nn.Parameter}
 NUMPY_TWINS = {
@@ -290,7 +286,7 @@ def _array(spec: TensorSpec, region: Region) -> np.ndarray[Any, Any]:
 
 
 def base_over(region: Region, dtype: torch.dtype, device: torch.device | None = None) -> torch.Tensor:
-    """A tensor over all of a region."""
+    """A tensor that covers a region."""
     memory, start, nbytes = region
     if nbytes % dtype.itemsize:  # a storage with a ragged end: only bytes cover it whole
         dtype = torch.uint8
@@ -302,7 +298,7 @@ def base_over(region: Region, dtype: torch.dtype, device: torch.device | None = 
 
 
 def strided(base: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
-    """The view of all of a storage that `spec` describes, not yet of its class."""
+    """The view that `spec` describes, made from a tensor that covers its storage. It has no class or flag of its own yet."""
     if spec.dtype is base.dtype:
         return base.as_strided(spec.shape, spec.stride, spec.offset)
     empty = torch.empty(0, dtype=spec.dtype, device=base.device)
@@ -310,6 +306,7 @@ def strided(base: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
 
 
 def _finish(view: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
+    """The tensor that `spec` describes, given its view."""
     if not spec.is_inference:
         return _as_published(view, spec)
     with torch.inference_mode():
@@ -326,7 +323,7 @@ def _as_published(view: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
 
 
 def leaf(view: torch.Tensor, cls: type[torch.Tensor], requires_grad: bool) -> torch.Tensor:
-    """A tensor of class `cls` over the memory of `view`, which torch does not take for a view."""
+    """A tensor of class `cls` over the memory of `view`. To torch it is a leaf and not a view."""
     made: torch.Tensor = leaf_of_class(cls, view, requires_grad)
     return made
 

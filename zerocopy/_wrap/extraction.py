@@ -1,4 +1,4 @@
-"""How are the tensors of a module taken out of it as arrays, and put back."""
+"""How are the tensors of a module taken out of it as arrays, and put back?"""
 
 from __future__ import annotations
 
@@ -39,17 +39,17 @@ def extract_tensors(module: nn.Module) -> tuple[nn.Module, Tensors]:
             f"extract_tensors expects an nn.Module, got {type(module).__name__!r}.",
             hint="use ModelWrapper, or JITModelWrapper for TorchScript.",
         )
-    # In the zone SHARED components of what is no plain tensor are told apart: these stay in the skeleton.
+    # In the zone SHARED composites are taken apart: their components stay in the skeleton.
     stripped = strip([module], zone=Zone.SHARED, split=Split.NOWHERE, number_code=True)
     contents: dict[int, Any] = {}
     tensors: Tensors = []
     for members in _members(module):
-        held = {kind: {name: t for name, t in slots.items() if t is not None} for kind, slots in members.items()}
-        for tensor in (tensor for slots in held.values() for tensor in slots.values()):
+        held = {kind: {name: t for name, t in group.items() if t is not None} for kind, group in members.items()}
+        for tensor in (tensor for group in held.values() for tensor in group.values()):
             contents.setdefault(id(tensor), _content(tensor))
-        tensors.append({kind: {name: contents[id(t)] for name, t in slots.items()} for kind, slots in held.items()})
-    kept = [like(obj, _on_meta(obj)) if id(obj) in contents else _private(obj) for obj in stripped.externals]
-    (skeleton,) = graft(stripped.payload, kept)
+        tensors.append({kind: {name: contents[id(t)] for name, t in group.items()} for kind, group in held.items()})
+    blanks = [_blank(obj) if id(obj) in contents else _private(obj) for obj in stripped.externals]
+    (skeleton,) = graft(stripped.payload, blanks)
     return skeleton, tensors
 
 
@@ -85,16 +85,16 @@ def replace_tensors(skeleton: nn.Module, tensors: Sequence[Mapping[str, Mapping[
 
 
 def _misfits(members: Mapping[str, Mapping[str, Any]], entry: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    """What tells that an entry is not that of a module."""
+    """In words, why `entry` cannot be the tensors of the module with these members."""
     for kind in entry.keys() - members.keys():
         yield f"{kind!r} is neither 'params' nor 'buffers'"
-    for kind, slots in members.items():
+    for kind, group in members.items():
         given = entry.get(kind, {})
-        present = {name for name, tensor in slots.items() if tensor is not None}
-        yield from (f"no {kind}[{name!r}] there" for name in sorted(given.keys() - slots.keys()))
+        present = {name for name, tensor in group.items() if tensor is not None}
+        yield from (f"no {kind}[{name!r}] there" for name in sorted(given.keys() - group.keys()))
         yield from (f"{kind}[{name!r}] is missing" for name in sorted(present - given.keys()))
         for name in sorted(present & given.keys()):
-            here, new = _form(slots[name]), _form(given[name])
+            here, new = _form(group[name]), _form(given[name])
             if here != new:
                 yield f"{kind}[{name!r}] is {new[0]} of shape {new[1]}, not {here[0]} of {here[1]}"
 
@@ -104,18 +104,19 @@ def _form(tensor: Any) -> tuple[str, tuple[int, ...]]:
 
 
 def _members(module: nn.Module) -> Iterator[dict[str, MutableMapping[str, Any]]]:
-    """The dicts of parameters and buffers of each module; none of TorchScript, which keeps its own."""
+    """The dicts of parameters and buffers per module. Those of TorchScript count as empty: it keeps its tensors itself."""
     for _, part in module.named_modules():
         compiled = isinstance(part, torch.jit.ScriptModule)
         yield {kind: {} if compiled else vars(part)[attribute] for kind, attribute in _MEMBERS.items()}
 
 
-def _on_meta(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+def _blank(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor on the meta device: all of `tensor` but the contents."""
+    return like(tensor, torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta"))
 
 
 def _private(obj: Any) -> Any:
-    """What a skeleton keeps for itself: a tensor or an array that is no parameter or buffer, or a component of one."""
+    """A copy for the skeleton of a tensor or an array that is not a parameter or buffer. Other objects stay themselves."""
     if isinstance(obj, np.ndarray):
         return obj.copy(order="K")
     if not isinstance(obj, torch.Tensor):

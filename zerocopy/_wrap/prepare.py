@@ -1,4 +1,4 @@
-"""What is published of an object that is wrapped: for actors the whole; for tasks each model, and the rest around them."""
+"""How is a wrapped object published? For actors as a whole; for tasks each model by itself, and the rest around them."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from zerocopy._split.introspect import Subject
 from zerocopy._split.models import callable_models, models_in_train_mode, models_of
 from zerocopy._split.programs import TORCHSCRIPT
 from zerocopy._store import object_store
-from zerocopy._wrap.remote_model import RemoteModel, class_of, weights_and_methods
+from zerocopy._wrap.remote_model import RemoteModel, class_of
 from zerocopy.errors import ArgumentError
 
 
 @attrs.frozen
 class ModelInfo:
-    """One model of a wrapper: the name of its class, where its weights are, and the methods that run as tasks."""
+    """One model of a wrapper: the name of its class, its weights, and the methods that run as tasks."""
 
     kind: str
     publication: Publication
@@ -29,21 +29,21 @@ class ModelInfo:
 
 
 def prepare_for_actors(pipeline: Any, copied: Sequence[str]) -> tuple[Publication, dict[str, ModelInfo]]:
-    """Publish a pipeline, to be loaded with its models in eval mode; and what there is to know of each model, by path.
+    """Publish a pipeline for loads that put its models into eval mode. Also returns what is known of each model, by path.
 
     Raises:
         As `publish`, but for ArgumentError.
     """
     models = models_of(pipeline, copied)
     subject = Subject(pipeline, copied, to_eval=models_in_train_mode(pipeline))
-    publication = publish_subject(subject, *_anchored(pipeline, models, "actor", copied))
+    publication = publish_subject(subject, _anchor(pipeline, models), (type(pipeline).__name__, "actor", *copied))
     return publication, {path: ModelInfo(class_of(model).__name__, publication) for path, model in models.items()}
 
 
 def prepare_for_tasks(
     pipeline: Any, copied: Sequence[str], method_names: Sequence[str] | None
 ) -> tuple[Publication | RemoteModel, dict[str, ModelInfo]]:
-    """Publish each model, and the pipeline with something that calls them in tasks in their place.
+    """Publish each model, and the pipeline with remote models in their place. Also returns what is known of each, by path.
 
     Raises:
         ArgumentError: no model has a method of these names.
@@ -52,34 +52,34 @@ def prepare_for_tasks(
     models = callable_models(models_of(pipeline, copied))
     _check_methods(models, method_names)
     object_store.require()
-    remote = {path: _remote_model(model, method_names) for path, model in models.items()}
-    info = {
-        path: ModelInfo(class_of(models[path]).__name__, *weights_and_methods(model)) for path, model in remote.items()
-    }
+    remote, info = {}, {}
+    for path, model in models.items():
+        cls, methods = class_of(model), _exposed(model, method_names)
+        publication = publish_subject(Subject(model, to_eval=models_in_train_mode(model)), model, ("model",))
+        remote[path] = RemoteModel(publication, cls, methods)
+        info[path] = ModelInfo(cls.__name__, publication, methods)
     if models.get("model") is pipeline:
         return remote["model"], info
     replaced = {id(model): remote[path] for path, model in models.items()}
-    here = [
+    staying = [
         module
         for module in models_in_train_mode(pipeline)
         if not any(id(part) in replaced for part in module.modules())
     ]
-    subject = Subject(pipeline, copied, replaced, here)
-    return publish_subject(subject, *_anchored(pipeline, models, "task", copied)), info
+    subject = Subject(pipeline, copied, replaced, to_eval=staying)
+    return publish_subject(subject, _anchor(pipeline, models), (type(pipeline).__name__, "task", *copied)), info
 
 
-def _anchored(pipeline: Any, models: Mapping[str, Any], *variant: Any) -> tuple[Any, tuple[str, ...]]:
-    """What publishing again is recognized by: the pipeline, or a model of one that cannot be referred to weakly."""
-    anchor = pipeline if type(pipeline).__weakrefoffset__ else next(iter(models.values()))
-    mode, copied = variant
-    return anchor, (type(pipeline).__name__, mode, *copied)
+def _anchor(pipeline: Any, models: Mapping[str, Any]) -> Any:
+    """What a later publishing is recognized by: the pipeline, or its first model if nothing can refer to it weakly."""
+    return pipeline if type(pipeline).__weakrefoffset__ else next(iter(models.values()))
 
 
 def attributes_to_copy(pipeline: Any, model_attr_names: Sequence[str] | None) -> list[str]:
     """The attributes that hold none of the models to share.
 
     Raises:
-        ArgumentError: `pipeline` is a class, or has no such attribute, or that holds no model.
+        ArgumentError: `pipeline` is a class, or it has no such attribute, or the attribute holds no model.
     """
     if isinstance(pipeline, type):
         raise ArgumentError(f"Got the class {pipeline.__name__!r}.", hint="make an instance of it.")
@@ -98,7 +98,7 @@ def attributes_to_copy(pipeline: Any, model_attr_names: Sequence[str] | None) ->
                 f"model_attr_names: this {type(pipeline).__name__} {problem}.",
                 hint=f"it holds models in {', '.join(map(repr, holding))}." if holding else None,
             )
-    listed = {id(held[name]) for name in model_attr_names}  # a listed model may be there under another name, too
+    listed = {id(held[name]) for name in model_attr_names}  # another attribute may hold a listed model too
     return [name for name, value in held.items() if name not in model_attr_names and id(value) not in listed]
 
 
@@ -114,12 +114,8 @@ def _check_methods(models: Mapping[str, Any], method_names: Sequence[str] | None
             )
 
 
-def _remote_model(model: Any, method_names: Sequence[str] | None) -> RemoteModel:
-    publication = publish_subject(Subject(model, to_eval=models_in_train_mode(model)), model, ("model",))
-    return RemoteModel(publication, class_of(model), _exposed(model, method_names))
-
-
 def _exposed(model: Any, method_names: Sequence[str] | None) -> tuple[str, ...]:
+    """The methods of a model that run as tasks."""
     if isinstance(model, ExportedProgram):
         return ("__call__",)
     if method_names is None:

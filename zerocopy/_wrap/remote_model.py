@@ -1,4 +1,4 @@
-"""What stands in a pipeline for a model whose every call is a Ray task."""
+"""What stands in a pipeline for a model, so that each of its calls runs as a Ray task?"""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from zerocopy.errors import NotExposedError
 
 
 class RemoteModel:
-    """Stands for a model: calls of its methods run as Ray tasks, with the model loaded there, and wait for the result.
+    """Stands for a model. A call of one of its methods runs as a Ray task, with the model loaded there, and waits for the result.
 
-    It says of itself that it is an instance of the model's class, so that `isinstance` holds; `inspect.signature` shows that
-    of the model's `forward`. Nothing else of the model is here.
+    `isinstance` takes it for an instance of the model's class, and `inspect.signature` shows the signature of `forward`. It has
+    nothing else of the model.
     """
 
     def __init__(self, publication: Publication, cls: type, methods: Sequence[str], device: Any = None) -> None:
@@ -57,10 +57,10 @@ class RemoteModel:
     def _run(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if method not in self._methods:
             self.__getattr__(method)
-        self._publication.reference  # noqa: B018 (raises what a task could tell only after it was scheduled)
+        self._publication.reference  # noqa: B018 (raises here what a task would raise only after it was scheduled)
         task = _task(None if self._device is None else str(self._device))
         result = ray.get(task.remote(self._publication, method, *args, **kwargs))
-        # Ray's arrays are read-only views of its store; the model's would not be.
+        # Ray's arrays are read-only views of its store. Those of the model itself can be written.
         return result.copy() if isinstance(result, np.ndarray) and not result.flags.writeable else result
 
     def __repr__(self) -> str:
@@ -75,7 +75,7 @@ _device_of_load: ContextVar[Any] = ContextVar("device_of_load", default=None)
 
 @contextlib.contextmanager
 def models_on(device: Any) -> Iterator[None]:
-    """Whatever is loaded here has its models loaded on `device` in their tasks; None for the device that they were given."""
+    """Remote models that are rebuilt in this context load their models on `device`; with None on the device that they had."""
     token = _device_of_load.set(device)
     try:
         yield
@@ -101,9 +101,9 @@ class _Method:
         return self._model._run(self.__name__, args, kwargs)
 
 
-def weights_and_methods(model: RemoteModel) -> tuple[Publication, tuple[str, ...]]:
-    """The weights of a model, and the methods that run as tasks."""
-    return model._publication, model._methods
+def publication_of(model: RemoteModel) -> Publication:
+    """The weights of the model that it stands for."""
+    return model._publication
 
 
 def on_device(model: RemoteModel, device: Any) -> RemoteModel:
@@ -112,7 +112,7 @@ def on_device(model: RemoteModel, device: Any) -> RemoteModel:
 
 
 def class_of(model: Any) -> type:
-    """The class by which a model is known: not the one that a parametrization made for it alone."""
+    """The class of a model, but not one that a parametrization made for this model alone."""
     cls = type(model)
     return cls.__bases__[0] if is_parametrized_class(cls) else cls
 
