@@ -9,6 +9,7 @@ nox.options.sessions = ["lint", "typing", "tests"]
 nox.options.reuse_existing_virtualenvs = True
 PROJECT = nox.project.load_toml("pyproject.toml")
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
+TWO = ["-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]  # processes, each with a cluster of its own
 
 
 def _install(session: nox.Session, *packages: str, group: str | None = None) -> None:
@@ -38,11 +39,25 @@ def tests(session: nox.Session) -> None:
     if session.posargs:
         session.run("pytest", *session.posargs, env=OFFLINE)
         return
-    two = ["-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]
     forbidden = {"RAY_allow_out_of_band_object_ref_serialization": "0"}
-    session.run("pytest", *two, "-m", "not ordinary", "--ignore", "tests/timed", env={**OFFLINE, **forbidden})
+    session.run("pytest", *TWO, "-m", "not ordinary", "--ignore", "tests/timed", env={**OFFLINE, **forbidden})
     session.run("pytest", "-m", "ordinary", env=OFFLINE)
     session.run("pytest", "tests/timed", env=OFFLINE)
+
+
+@nox.session
+def tests_lowest(session: nox.Session) -> None:
+    """The tests with the lowest Ray that `pyproject.toml` allows; what is timed is left out."""
+    requirement = next(one for one in PROJECT["project"]["dependencies"] if one.startswith("ray>="))
+    ray = requirement.removeprefix("ray>=")
+    constraints = Path("constraints.txt").read_text().splitlines()
+    pinned = [line for line in constraints if "==" in line and not line.startswith(("#", "ray=="))]
+    tools = PROJECT["dependency-groups"]["tests"]
+    session.install(*pinned, "-e", ".[demo,data]", f"ray[data,serve]=={ray}", *tools)
+    session.run("python", "-c", f"import ray; assert ray.__version__ == {ray!r}")
+    forbidden = {"RAY_allow_out_of_band_object_ref_serialization": "0"}
+    session.run("pytest", *TWO, "-m", "not ordinary", "--ignore", "tests/timed", env={**OFFLINE, **forbidden})
+    session.run("pytest", "-m", "ordinary", env=OFFLINE)
 
 
 @nox.session
