@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import enum
 import gc
-import itertools
 import sys
 import threading
 import time
@@ -166,9 +165,12 @@ class LoadCache:
 
     def _best_of(self, copies: list[Entry]) -> Entry | None:
         """An unchanged copy. An unchecked one only if no further copy may be loaded, to be compared while another is used."""
-        unchanged = (entry for entry in copies if entry.state is State.UNCHANGED)
-        unchecked = (entry for entry in copies if entry.state is State.UNCHECKED and len(copies) >= self.limits.copies)
-        return next(itertools.chain(unchanged, unchecked), None)
+        is_full = len(copies) >= self.limits.copies
+        for state in (State.UNCHANGED, State.UNCHECKED) if is_full else (State.UNCHANGED,):
+            for entry in copies:
+                if entry.state is state:
+                    return entry
+        return None
 
     def release(self, entries: Iterable[Entry]) -> None:
         """Keep the loads that a call has used, within the limits."""
