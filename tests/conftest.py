@@ -23,10 +23,11 @@ STORE_BYTES = 1_500_000_000
 HERE = Path(__file__).parent
 # Workers import what test modules define by the modules' names, each from its folder.
 IMPORT_PATH = os.pathsep.join(map(str, [HERE, *sorted({path.parent for path in HERE.rglob("test_*.py")})]))
-# Of two processes each takes the next file when it is done with one: the longest start first, so that none is left at the end.
+# Each process takes the next file when it is done with one: the longest start first, so that none is left at the end.
 LONGEST = (
     "test_examples",
     "test_docs",
+    "test_bench",
     "test_actor",
     "test_wrappers",
     "test_faithful",

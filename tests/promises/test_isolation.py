@@ -145,7 +145,7 @@ from zerocopy._store import mapping
 def no_raylet():
     return iter(())
 
-mapping._raylet_descriptors = no_raylet
+mapping.raylets = no_raylet
 ray.init(sys.argv[1], logging_level="ERROR", log_to_driver=False)
 publication = zerocopy.publish(nn.Linear(64, 64))
 with warnings.catch_warnings(record=True) as caught:
@@ -186,14 +186,14 @@ def test_the_publisher_may_require_isolation_of_others(monkeypatch: pytest.Monke
     def load_without_raylet(publication: Any) -> str:
         from zerocopy._store import mapping
 
-        found, mapping._raylet_descriptors = mapping._raylet_descriptors, lambda: iter(())
+        found, mapping.raylets = mapping.raylets, lambda: iter(())
         mapping._descriptors.clear()
         try:
             publication.load()
         except errors.IsolationError as error:
             return str(error)
         finally:
-            mapping._raylet_descriptors = found
+            mapping.raylets = found
         return "loaded"
 
     assert "no raylet of this user" in ray.get(load_without_raylet.remote(publication))
