@@ -16,7 +16,7 @@ from zerocopy import copied, shared
 
 @zerocopy.pipeline
 class Classifier:
-    network: nn.Module = shared()  # one copy a node
+    network: nn.Module = shared()  # one copy per node
     labels: list[str] = copied()  # each worker has its own
 
     def __call__(self, features: torch.Tensor) -> str:

@@ -61,7 +61,7 @@ class Document(NamedTuple):
 class Search:
     """Turns texts into unit vectors: the normalized mean of what a transformer says of their tokens."""
 
-    encoder: nn.Module = shared()  # one copy a node
+    encoder: nn.Module = shared()  # one copy per node
     tokenizer: PreTrainedTokenizerBase = copied()  # each worker has its own
     max_tokens: int = copied(default=64)
 

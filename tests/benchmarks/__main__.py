@@ -97,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
         "--quick", action="store_true", help="memory and times of one model and three systems, once: about two minutes"
     )
     parser.add_argument(
-        "--resume", action="store_true", help="go on with the run in the output folder that was broken off"
+        "--resume", action="store_true", help="go on with the run in the output folder that was interrupted"
     )
     parser.add_argument("--show", type=Path, metavar="JSON", help="take no trials: print and plot these results again")
     return parser

@@ -27,7 +27,7 @@ def raylets(root: int) -> list[int]:
     """Of the tree, the processes that hold Ray's object store."""
     found = []
     for process in psutil.Process(root).children(recursive=True):
-        with contextlib.suppress(psutil.Error):  # ended meanwhile
+        with contextlib.suppress(psutil.Error):  # it has ended
             if process.name() == "raylet":
                 found.append(process.pid)
     return found

@@ -25,7 +25,7 @@ Every figure is from a run of this command, on the machine below:
 {command}
 ```
 
-`nox -s bench` takes all that there is, for hours, and goes on with the same options and `--resume` if it was broken off;
+`nox -s bench` takes all that there is, for hours, and goes on with the same options and `--resume` if it was interrupted;
 `nox -s bench -- --quick` takes a little of it in minutes; `nox -s bench -- module:build` measures a model of your
 own, where `build` is a function without arguments that returns it. Figures are medians over fresh processes, with the lowest
 and the highest in parentheses; loads and publishing are taken in three workers of each trial. Systems take turns. A system
@@ -48,7 +48,7 @@ WHAT = """\
 
 
 def save(results: Results, folder: Path) -> Path:
-    """Write the results as JSON; a run that is interrupted meanwhile leaves those that were there."""
+    """Write the results as JSON; a run that is interrupted during this leaves those that were there."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / FILE
     fresh = path.with_suffix(".tmp")

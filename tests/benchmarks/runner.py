@@ -63,7 +63,7 @@ def run(
     """Take all trials; `save` is given the results after each.
 
     Args:
-        earlier: results of the same run, which was broken off. A comparison that it had begun is taken again as a whole: no
+        earlier: results of the same run, which was interrupted. A comparison that it had begun is taken again as a whole: no
             ratio is of two sittings.
 
     Raises:
@@ -96,7 +96,7 @@ def _require_same(earlier: dict[str, Any], settings: dict[str, Any], here: dict[
         differing.append("machine or versions")
     if differing:
         raise ArgumentError(
-            f"The run that was broken off had other {', '.join(differing)}.",
+            f"The run that was interrupted had other {', '.join(differing)}.",
             hint="resume it with its own options, on its machine, or start a new one.",
         )
 

@@ -248,7 +248,7 @@ def test_an_interrupted_run_goes_on(
     memory = [trial for trial in told["trials"] if trial["measure"] == "memory"]
     path.write_text(json.dumps({**told, "trials": memory}))
     words = refused(capsys, *chosen, "--figures", "times", "--resume")
-    assert "The run that was broken off had other measures." in words
+    assert "The run that was interrupted had other measures." in words
     assert main([*chosen, *both, "--resume"]) == 0
     errors = capsys.readouterr().err
     assert [line[:5] for line in errors.splitlines() if line.startswith("[")] == ["[2/2]"]
@@ -258,7 +258,7 @@ def test_an_interrupted_run_goes_on(
 
 
 def test_a_comparison_is_of_one_sitting() -> None:
-    """One that was broken off between two systems is taken again for both, in every repeat by itself."""
+    """A run that was interrupted between two systems is taken again for both, in every repeat by itself."""
     choice = runner.Choice(["mlp"], ["zerocopy", "plain"], ["memory", "times"], repeats=2, workers=[4])
     planned = list(runner._plan(choice, {"mlp": {"bytes": 1000, "runs": True}}))
     told = [trial for which, repeat in planned for trial in runner._entries(which, repeat, {"figures": {}})]

@@ -37,7 +37,7 @@ def test_automatic_publishing(store_use: Callable[[], int]) -> None:
         with torch.no_grad():
             search.encoder[0].weight.add_(1)
     assert wait_until(lambda: store_use() < 2.5 * WEIGHTS), "the weights of earlier versions are still there"
-    assert store_use() > 0.9 * WEIGHTS  # what an idle worker kept of an earlier test may go meanwhile
+    assert store_use() > 0.9 * WEIGHTS  # what an idle worker kept of an earlier test may go at the same time
     del search, results
     assert is_free(store_use)
 
@@ -52,7 +52,7 @@ def test_handles_and_loaded_pipelines(store_use: Callable[[], int]) -> None:
     del search, publication
     gc.collect()
     assert loaded(1.0) == expected
-    assert store_use() > 0.9 * WEIGHTS  # what an idle worker kept of an earlier test may go meanwhile
+    assert store_use() > 0.9 * WEIGHTS  # what an idle worker kept of an earlier test may go at the same time
     total = float(weight.detach().sum())
     del loaded
     gc.collect()
@@ -65,7 +65,7 @@ def test_a_handle_dropped_while_the_pipeline_lives(store_use: Callable[[], int])
     """Publishing by hand holds the weights by the handle alone."""
     search = pipelines.search(width=1024)
     publication = zerocopy.publish(search)
-    assert store_use() > 0.9 * WEIGHTS  # what an idle worker kept of an earlier test may go meanwhile
+    assert store_use() > 0.9 * WEIGHTS  # what an idle worker kept of an earlier test may go at the same time
     del publication
     assert is_free(store_use)
     assert search.top_k == 5
@@ -126,7 +126,7 @@ def test_tasks_actors_and_pools(store_use: Callable[[], int]) -> None:
     expected = search(1.0)
     del search
     assert ray.get(worker.ask.remote(1.0)) == expected
-    assert store_use() > 0.9 * WEIGHTS  # what an idle worker kept of an earlier test may go meanwhile
+    assert store_use() > 0.9 * WEIGHTS  # what an idle worker kept of an earlier test may go at the same time
     del worker, pool
     assert is_free(store_use)
 
@@ -140,7 +140,7 @@ def test_a_bare_module(store_use: Callable[[], int]) -> None:
         return float(module[0].weight.detach().sum())
 
     assert total(module) == pytest.approx(float(module[0].weight.detach().sum()))
-    assert store_use() > 0.9 * WEIGHTS  # what an idle worker kept of an earlier test may go meanwhile
+    assert store_use() > 0.9 * WEIGHTS  # what an idle worker kept of an earlier test may go at the same time
     del module
     assert is_free(store_use)
 

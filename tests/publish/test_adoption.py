@@ -179,7 +179,7 @@ def test_a_failure_leaves_the_pipeline_whole(fails_at: Any, monkeypatch: pytest.
 
 
 def test_publishing_leaves_storages_resizable() -> None:
-    """Publishing reads memory without telling torch that NumPy has it, which would forbid to resize it for ever."""
+    """Publishing reads memory without telling torch that NumPy has it, after which torch would never resize it."""
     model = nn.Linear(WIDTH, WIDTH)
     zerocopy.publish(model)
     assert model.weight.untyped_storage().resizable()

@@ -139,13 +139,13 @@ def open_files(pid: int) -> Iterator[str]:
     """
     try:
         entries = list(os.scandir(f"/proc/{pid}/fd"))
-    except OSError:  # ended meanwhile, or another user's
+    except OSError:  # it has ended, or belongs to another user
         return
     for entry in entries:
         try:
             if str(Path(entry.path).readlink()).startswith("/"):
                 yield entry.path
-        except OSError:  # closed meanwhile
+        except OSError:  # it was closed in the meantime
             continue
 
 

@@ -147,7 +147,7 @@ def workers_of(raylet: psutil.Process) -> Iterator[psutil.Process]:
     """The processes in which a raylet runs user code."""
     try:
         children = raylet.children()
-    except psutil.Error:  # ended meanwhile
+    except psutil.Error:  # it has ended
         return
     yield from (child for child in children if _name_of(child).startswith(WORKER_TITLE))
 
@@ -155,5 +155,5 @@ def workers_of(raylet: psutil.Process) -> Iterator[psutil.Process]:
 def _name_of(process: psutil.Process) -> str:
     try:
         return str(process.name())
-    except psutil.Error:  # ended meanwhile, or another user's
+    except psutil.Error:  # it has ended, or belongs to another user
         return ""
