@@ -9,8 +9,7 @@ nox.options.sessions = ["lint", "typing", "tests"]
 nox.options.reuse_existing_virtualenvs = True
 PROJECT = nox.project.load_toml("pyproject.toml")
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
-# Each process has a cluster of its own. Three keep two cores busy: a cluster waits for itself half of the time.
-BESIDE = ["-n", "3", "--dist", "loadfile", "--no-loadscope-reorder"]
+TWO = ["-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]  # processes, each with a cluster of its own
 
 
 def _install(session: nox.Session, *packages: str, group: str | None = None) -> None:
@@ -34,14 +33,14 @@ def demo(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """The tests: first where references out of band are forbidden, then those that need them, and what is timed by itself.
 
-    Processes share the work, each with a cluster of its own. Arguments are pytest's, and stand for all of this.
+    Two processes share the work, each with a cluster of its own. Arguments are pytest's, and stand for all of this.
     """
     _install_tests(session)
     if session.posargs:
         session.run("pytest", *session.posargs, env=OFFLINE)
         return
     forbidden = {"RAY_allow_out_of_band_object_ref_serialization": "0"}
-    session.run("pytest", *BESIDE, "-m", "not ordinary", "--ignore", "tests/timed", env={**OFFLINE, **forbidden})
+    session.run("pytest", *TWO, "-m", "not ordinary", "--ignore", "tests/timed", env={**OFFLINE, **forbidden})
     session.run("pytest", "-m", "ordinary", env=OFFLINE)
     session.run("pytest", "tests/timed", env=OFFLINE)
 
@@ -57,7 +56,7 @@ def tests_lowest(session: nox.Session) -> None:
     session.install(*pinned, "-e", ".[demo,data]", f"ray[data,serve]=={ray}", *tools)
     session.run("python", "-c", f"import ray; assert ray.__version__ == {ray!r}")
     forbidden = {"RAY_allow_out_of_band_object_ref_serialization": "0"}
-    session.run("pytest", *BESIDE, "-m", "not ordinary", "--ignore", "tests/timed", env={**OFFLINE, **forbidden})
+    session.run("pytest", *TWO, "-m", "not ordinary", "--ignore", "tests/timed", env={**OFFLINE, **forbidden})
     session.run("pytest", "-m", "ordinary", env=OFFLINE)
 
 
