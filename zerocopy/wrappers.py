@@ -69,7 +69,7 @@ class ModelWrapper(Generic[T]):
             raise ModeError(f"mode={mode!r} is neither 'actor' nor 'task'.", mode=mode)
         pipeline: Any = model_or_pipeline
         copied = attributes_to_copy(pipeline, model_attr_names)
-        cls._require_models(pipeline, models_of(pipeline, copied))
+        cls._check_models(pipeline, models_of(pipeline, copied))
         if mode == "actor":
             skeleton, info = prepare_for_actors(pipeline, copied)
             return cls(skeleton, info, is_model(pipeline), mode, type(pipeline).__doc__)
@@ -77,7 +77,7 @@ class ModelWrapper(Generic[T]):
         return cls(in_tasks, info, is_model(pipeline), mode, type(pipeline).__doc__)
 
     @classmethod
-    def _require_models(cls, pipeline: Any, models: Mapping[str, Any]) -> None:
+    def _check_models(cls, pipeline: Any, models: Mapping[str, Any]) -> None:
         if not models:
             raise ArgumentError(
                 f"{cls.__name__} found no model in this {type(pipeline).__name__}.",
@@ -160,7 +160,7 @@ class JITModelWrapper(ModelWrapper[T]):
     """`ModelWrapper` for TorchScript: traced, scripted or frozen, alone or in an object that holds some."""
 
     @classmethod
-    def _require_models(cls, pipeline: Any, models: Mapping[str, Any]) -> None:
+    def _check_models(cls, pipeline: Any, models: Mapping[str, Any]) -> None:
         if not any(isinstance(model, TORCHSCRIPT) for model in models.values()):
             raise ArgumentError(
                 f"{cls.__name__} found no TorchScript in this {type(pipeline).__name__}.",

@@ -139,7 +139,7 @@ class Publication(Handle):
             ZeroCopyError: plain pickle brought it here, where Ray is not running.
         """
         if isinstance(self._state, Sealed):
-            object_store.require_running(f"This publication of {self.kind}")
+            object_store.check_running(f"This publication of {self.kind}")
             self._state = self._opened(self._state)
         if isinstance(self._state, Closed):
             raise PublicationClosedError(
@@ -221,7 +221,7 @@ class Publication(Handle):
 
     def _sealed(self) -> Sealed:
         content = self.content()
-        object_store.refuse_out_of_band(f"A publication of {self.kind}")
+        object_store.check_out_of_band(f"A publication of {self.kind}")
         object_store.count_pin(content.reference)
         return Sealed(object_store.cluster(), ray.cloudpickle.dumps((content.reference, content.outer)))
 

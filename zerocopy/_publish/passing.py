@@ -17,7 +17,7 @@ def _reduce(pipeline: Any) -> Any:
     if not object_store.is_running():
         return pipeline.__reduce_ex__(5)
     try:
-        object_store.refuse_out_of_band(f"A pipeline of class {type(pipeline).__name__}")
+        object_store.check_out_of_band(f"A pipeline of class {type(pipeline).__name__}")
     except OutOfBandError:
         introspect(
             Subject(pipeline)
@@ -33,7 +33,7 @@ def _load(publication: Publication) -> Any:
 def _reduce_publication(publication: Publication) -> Any:
     reduced = publication.reduce()
     if object_store.is_running():
-        object_store.refuse_out_of_band(f"A publication of {publication.kind}")
+        object_store.check_out_of_band(f"A publication of {publication.kind}")
         object_store.count_pin(publication.reference)  # which Ray pickles next
     return reduced
 

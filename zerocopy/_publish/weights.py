@@ -199,7 +199,7 @@ def put_streaming(
 
 
 def _writer_of(found: Introspection, stored: Mapping[object, Placement], cut: Cut) -> Writer:
-    object_store.require_room(_shared_bytes(found), type(found.pipeline).__name__)
+    object_store.check_room(_shared_bytes(found), type(found.pipeline).__name__)
 
     def make_manifest(locations: Sequence[LocationRow], shards: Sequence[ray.ObjectRef[Any]]) -> Manifest:
         return Manifest(rows_of(found.table.specs), locations, found.devices, found.shared, shards, _is_reusable(found))

@@ -53,7 +53,7 @@ def require() -> None:
         )
 
 
-def require_running(what: str) -> None:
+def check_running(what: str) -> None:
     """Refuse what needs a connection to the cluster.
 
     Raises:
@@ -129,7 +129,7 @@ def in_background(call: Callable[[], R]) -> Callable[[], R]:
     return wait
 
 
-def refuse_out_of_band(what: str) -> None:
+def check_out_of_band(what: str) -> None:
     """Refuse to pickle object references where Ray was told not to let them escape its counting.
 
     Raises:
@@ -158,7 +158,7 @@ def _capacity_of(node_id: str) -> int | None:
     return None
 
 
-def require_room(needed: int, what: str) -> None:
+def check_room(needed: int, what: str) -> None:
     """Refuse weights that can never fit. Ray itself would accept them, and spill them to disk.
 
     Raises:
