@@ -9,7 +9,6 @@ nox.options.sessions = ["lint", "typing", "tests"]
 nox.options.reuse_existing_virtualenvs = True
 PROJECT = nox.project.load_toml("pyproject.toml")
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
-TWO = ["-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]  # processes, each with a cluster of its own
 
 
 def _install(session: nox.Session, *packages: str, group: str | None = None) -> None:
@@ -31,18 +30,12 @@ def demo(session: nox.Session) -> None:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """The tests: first where references out of band are forbidden, then those that need them, and what is timed by itself.
-
-    Two processes share the work, each with a cluster of its own. Arguments are pytest's, and stand for all of this.
-    """
+    """The tests. Arguments are pytest's, and stand for all of this."""
     _install_tests(session)
     if session.posargs:
         session.run("pytest", *session.posargs, env=OFFLINE)
-        return
-    forbidden = {"RAY_allow_out_of_band_object_ref_serialization": "0"}
-    session.run("pytest", *TWO, "-m", "not ordinary", "--ignore", "tests/timed", env={**OFFLINE, **forbidden})
-    session.run("pytest", "-m", "ordinary", env=OFFLINE)
-    session.run("pytest", "tests/timed", env=OFFLINE)
+    else:
+        _run_tests(session)
 
 
 @nox.session
@@ -55,9 +48,15 @@ def tests_lowest(session: nox.Session) -> None:
     tools = PROJECT["dependency-groups"]["tests"]
     session.install(*pinned, "-e", ".[demo,data]", f"ray[data,serve]=={ray}", *tools)
     session.run("python", "-c", f"import ray; assert ray.__version__ == {ray!r}")
+    _run_tests(session, "--ignore", "tests/timed")
+
+
+def _run_tests(session: nox.Session, *arguments: str) -> None:
+    """Two processes, each with a cluster where references out of band are forbidden; then what needs to be alone."""
+    two = ["-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]
     forbidden = {"RAY_allow_out_of_band_object_ref_serialization": "0"}
-    session.run("pytest", *TWO, "-m", "not ordinary", "--ignore", "tests/timed", env={**OFFLINE, **forbidden})
-    session.run("pytest", "-m", "ordinary", env=OFFLINE)
+    session.run("pytest", *two, "-m", "not alone", *arguments, env={**OFFLINE, **forbidden})
+    session.run("pytest", "-m", "alone", *arguments, env=OFFLINE)
 
 
 @nox.session

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import os
+import runpy
 import subprocess
 import sys
 import time
@@ -19,6 +21,7 @@ from ray._private import internal_api, state
 
 from zerocopy._publish import weights
 
+CPUS = 4
 STORE_BYTES = 1_500_000_000
 HERE = Path(__file__).parent
 # Workers import what test modules define by the modules' names, each from its folder.
@@ -50,7 +53,7 @@ def cluster() -> Iterator[None]:
         warnings.simplefilter("ignore")  # Ray's, about itself
         ray.init(
             "local",
-            num_cpus=4,
+            num_cpus=CPUS,
             object_store_memory=STORE_BYTES,
             include_dashboard=False,
             log_to_driver=False,
@@ -64,6 +67,39 @@ def cluster() -> Iterator[None]:
 def address(cluster: None) -> str:
     """By which a program joins the cluster: to start one of its own takes it seconds."""
     return ray.get_runtime_context().gcs_address
+
+
+@pytest.fixture
+def run_as_main(
+    cluster: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., str]:
+    """Runs a program as `__main__` of this process and gives its output. To start a process and a cluster takes seconds."""
+
+    def init(address: str, **options: Any) -> None:
+        assert address == "local"
+        inspect.signature(start).bind(address, **options)
+
+    def run(path: Path, *arguments: object) -> str:
+        monkeypatch.setattr(sys, "argv", list(map(str, [path, *arguments])))
+        monkeypatch.syspath_prepend(path.parent)
+        earlier = set(unnamed_actors())
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # what the interpreter would show, and go on
+                runpy.run_path(str(path), run_name="__main__")
+        finally:
+            for actor in set(unnamed_actors()) - earlier:  # they would end with its process
+                ray._private.worker.global_worker.core_worker.kill_actor(ray.ActorID.from_hex(actor), True)
+        return capsys.readouterr().out
+
+    start = ray.init
+    monkeypatch.setattr(ray, "init", init)
+    return run
+
+
+def unnamed_actors() -> list[str]:
+    """Identifiers of the actors that live, except those of Ray itself, which have names."""
+    return [actor for actor, told in state.actors().items() if told["State"] == "ALIVE" and not told["Name"]]
 
 
 def bytes_in_store() -> int:
@@ -107,6 +143,9 @@ def publishings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(weights, "Writer", Counted)
     return writes
+
+
+ORDINARY = {"RAY_allow_out_of_band_object_ref_serialization": "1"}  # for a process where most tests forbid them
 
 
 def run_python(source: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -96,7 +96,7 @@ class _Observer:
             return flags, tuple(tensor.shape)
         storage = tensor.untyped_storage()
         place, known = self.number(("storage", storage._cdata), storage)
-        bits = None if known else digest(bytes(storage))
+        bits = None if known else digest(torch.empty(0, dtype=torch.uint8).set_(storage).numpy().tobytes())
         extra = str(tensor.qscheme()) if tensor.is_quantized else (tensor.is_conj(), tensor.is_neg())
         return (
             flags,
@@ -114,8 +114,10 @@ def digest(content: bytes) -> str:
 
 def difference(first: Any, second: Any, path: str = "") -> str:
     """Where two observations differ, in words; empty where they do not."""
+    if first == second:
+        return ""
     if type(first) is not type(second) or not isinstance(first, (list, tuple)):
-        return "" if first == second else f"{path}: {first!r} != {second!r}"
+        return f"{path}: {first!r} != {second!r}"
     if len(first) != len(second):
         return f"{path}: {len(first)} != {len(second)} items: {first!r} {second!r}"
     found = (difference(a, b, f"{path}.{index}") for index, (a, b) in enumerate(zip(first, second, strict=True)))

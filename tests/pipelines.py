@@ -6,11 +6,13 @@ import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+import ray
 import torch
 from torch import nn
 
 import zerocopy
 from zerocopy import copied, shared
+from zerocopy.testing import assert_zero_copy
 
 if TYPE_CHECKING:
     from nowhere import OnlyForTypeCheckers
@@ -54,6 +56,18 @@ class Narrow(Search):
     @zerocopy.task
     def rank(self, query: float) -> float:  # type: ignore[override]
         return super().rank(query)
+
+
+@ray.remote
+def plain_answer(search: Search, query: float) -> float:
+    """A plain remote function, whose pipeline arrives loaded."""
+    assert_zero_copy(search)
+    return search(query)
+
+
+@ray.remote
+def top_k_and_mode(search: Search) -> tuple[int, bool, bool]:
+    return search.top_k, search.encoder.training, search.encoder[0].weight.requires_grad
 
 
 def search(width: int = 256, cls: type[Search] = Search, **changes: Any) -> Search:

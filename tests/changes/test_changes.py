@@ -16,20 +16,8 @@ from torch import nn
 
 import zerocopy
 from zerocopy import shared
-from zerocopy.testing import assert_zero_copy
 
 pytestmark = pytest.mark.usefixtures("cluster")
-
-
-@ray.remote
-def answer(search: pipelines.Search, query: float) -> float:
-    assert_zero_copy(search)
-    return search(query)
-
-
-@ray.remote
-def top_k_and_mode(search: pipelines.Search) -> tuple[int, bool, bool]:
-    return search.top_k, search.encoder.training, search.encoder[0].weight.requires_grad
 
 
 def test_changes_that_are_seen(publishings: list[int]) -> None:
@@ -48,8 +36,10 @@ def test_changes_that_are_seen(publishings: list[int]) -> None:
     with torch.no_grad():
         for change, _ in [(lambda: None, 5), *changes]:
             change()
-            assert ray.get(answer.remote(search, 1.0)) == search(1.0)
-            arrived = ray.get(top_k_and_mode.remote(search)) if isinstance(search.encoder, nn.Sequential) else None
+            assert ray.get(pipelines.plain_answer.remote(search, 1.0)) == search(1.0)
+            arrived = (
+                ray.get(pipelines.top_k_and_mode.remote(search)) if isinstance(search.encoder, nn.Sequential) else None
+            )
             assert arrived in (
                 None,
                 (5, search.encoder.training, search.encoder[0].weight.requires_grad) if arrived else None,
@@ -144,7 +134,7 @@ def test_unchanged_means_not_published(publishings: list[int]) -> None:
     """Reading, running and passing a pipeline is no change."""
     search = pipelines.search(width=64)
     for _ in range(3):
-        ray.get(answer.remote(search, 1.0))
+        ray.get(pipelines.plain_answer.remote(search, 1.0))
         search(3.0)
         str(zerocopy.plan(search))
     assert publishings == [5]

@@ -465,7 +465,7 @@ def test_too_large_for_the_store() -> None:
     assert "object_store_memory" in str(caught.value)
 
 
-@pytest.mark.ordinary
+@pytest.mark.alone
 def test_handles_are_small_and_plain() -> None:
     """A handle prints, hashes by identity and is a few hundred bytes, whatever the model's size."""
     publication = zerocopy.publish(pipelines.search(width=1024))

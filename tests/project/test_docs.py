@@ -3,32 +3,35 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from conftest import run_python
 
 ROOT = Path(__file__).parents[2]
-PAGES = {
-    "README.md": "shared once per node",
-    "docs/guide.md": "shared once per node",
-    "docs/migration.md": "torch.Size([1, 8])",
-}
+PAGES = {"docs/guide.md": "shared once per node", "docs/migration.md": "torch.Size([1, 8])"}
+
+
+def program(page: str, folder: Path) -> Path:
+    """Every Python block of a page, one after the other."""
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE)
+    path = folder / "page.py"
+    path.write_text("\n".join(blocks))
+    return path
+
+
+def test_the_readme_runs(tmp_path: Path) -> None:
+    """As a program of its own, on the cluster that it starts."""
+    done = run_python("", str(program("README.md", tmp_path)))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "shared once per node" in done.stdout
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_code_runs(page: str, tmp_path: Path, address: str) -> None:
-    """Every Python block of a page, one after the other, is a program."""
-    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE)
-    code = "\n".join(blocks)
-    if page != "README.md":  # one page starts its cluster as it says, the others save the time
-        code, count = re.subn(r"^ray\.init\(.*\)$", f"ray.init({address!r})", code, flags=re.MULTILINE)
-        assert count == 1
-    program = tmp_path / "page.py"
-    program.write_text(code)
-    done = run_python("", str(program))
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert PAGES[page] in done.stdout
+def test_code_runs(page: str, tmp_path: Path, run_as_main: Callable[..., str]) -> None:
+    """What a page shows is a program that runs."""
+    assert PAGES[page] in run_as_main(program(page, tmp_path))
 
 
 def test_links_lead_somewhere() -> None:

@@ -106,12 +106,13 @@ def test_the_version_is_that_of_the_distribution() -> None:
     assert zerocopy.__version__ == importlib.metadata.version("zerocopy-ray")
 
 
-def test_importing_starts_nothing() -> None:
-    """`import zerocopy` starts neither Ray nor CUDA, no thread and no process."""
+def test_importing_is_light_and_starts_nothing() -> None:
+    """`import zerocopy` adds little to importing torch and Ray; it starts neither Ray nor CUDA, no thread and no process."""
     done = run_python(
-        "import ray, torch, threading\n"
-        "before = threading.active_count()\n"
+        "import ray, torch, threading, ray.actor, ray.cloudpickle, time\n"
+        "before, start = threading.active_count(), time.process_time()\n"
         "import zerocopy\n"
+        "print(time.process_time() - start)\n"
         "assert not ray.is_initialized()\n"
         "assert not torch.cuda.is_initialized()\n"
         "assert threading.active_count() == before\n"
@@ -120,14 +121,4 @@ def test_importing_starts_nothing() -> None:
         "assert 'ray.data' not in sys.modules\n"
     )
     assert done.returncode == 0, done.stderr
-
-
-def test_importing_is_light() -> None:
-    """It adds little to importing torch and Ray."""
-    done = run_python(
-        "import ray, torch, ray.actor, ray.cloudpickle, time\n"
-        "start = time.process_time()\n"
-        "import zerocopy\n"
-        "print(time.process_time() - start)\n"
-    )
     assert float(done.stdout) < 0.4, "an import of something heavy crept in"

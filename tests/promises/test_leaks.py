@@ -120,7 +120,7 @@ def test_tasks_actors_and_pools(store_use: Callable[[], int]) -> None:
     """Generated tasks and actors hold weights as long as they run, and no longer."""
     search = pipelines.search(width=1024)
     assert pipelines.answer(search, 1.0) == search(1.0)
-    with pipelines.Worker.pool(2, search) as pool:
+    with pipelines.Worker.pool(1, search) as pool:
         assert list(pool.map("ask", [1.0, 1.0])) == [search(1.0)] * 2
     worker = pipelines.Worker.remote(search)
     expected = search(1.0)

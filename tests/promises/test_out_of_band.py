@@ -15,7 +15,7 @@ import zerocopy
 pytestmark = pytest.mark.usefixtures("cluster")
 
 
-@pytest.mark.ordinary
+@pytest.mark.alone
 def test_closures_and_globals() -> None:
     """A pipeline or a publication captured by a function arrives as well; closing it releases what that pinned."""
     search = pipelines.search(width=64)
@@ -28,7 +28,7 @@ def test_closures_and_globals() -> None:
     assert ray.get(captured.remote()) == (search(1.0), search(1.0))
 
 
-@pytest.mark.ordinary
+@pytest.mark.alone
 def test_what_a_closure_pins_is_released_by_close(store_use: Callable[[], int]) -> None:
     """A publication captured by a function is pinned until it is closed."""
     publication = zerocopy.publish(pipelines.search(width=1024))
@@ -46,7 +46,7 @@ def test_what_a_closure_pins_is_released_by_close(store_use: Callable[[], int]) 
     assert wait_until(lambda: store_use() <= 0)
 
 
-@pytest.mark.ordinary
+@pytest.mark.alone
 def test_plain_pickles_of_a_handle_are_handles() -> None:
     """They are closed by themselves: closing the handle leaves what was made of its pickle, and the other way round."""
     search = pipelines.search(width=64)

@@ -28,6 +28,12 @@ DTYPES = [
     torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.complex64, torch.int64,
     torch.int8, torch.uint8, torch.uint16, torch.bool,
 ]  # fmt: skip
+FLAGS = st.booleans()
+SHAPES = st.lists(st.integers(0, 5), max_size=3)
+NAMES = st.lists(st.sampled_from("abc"), min_size=1, unique=True)
+KEYS = st.lists(st.text(max_size=2), unique=True, max_size=3)
+LABELS = st.text(max_size=3)
+PLAIN = st.one_of(st.integers(), LABELS, st.none(), FLAGS)
 _count = itertools.count()
 
 
@@ -56,12 +62,17 @@ class Block(nn.Module):
         return found
 
 
+def pick(draw: st.DrawFn, items: list[Any]) -> Any:
+    """One of them. `sampled_from` would make a strategy at each draw, and describe every item."""
+    return items[draw(st.integers(0, len(items) - 1))]
+
+
 @st.composite
 def tensors(draw: st.DrawFn) -> torch.Tensor:
-    shape = draw(st.lists(st.integers(0, 5), max_size=3))
+    shape = draw(SHAPES)
     count = torch.Size(shape).numel()
-    tensor = torch.arange(count, dtype=torch.float64).reshape(shape).to(draw(st.sampled_from(DTYPES)))
-    return draw(st.sampled_from(views(tensor)))
+    tensor = torch.arange(count, dtype=torch.float64).reshape(shape).to(pick(draw, DTYPES))
+    return pick(draw, views(tensor))
 
 
 def views(tensor: torch.Tensor) -> list[torch.Tensor]:
@@ -76,55 +87,57 @@ def views(tensor: torch.Tensor) -> list[torch.Tensor]:
     return found
 
 
-@st.composite
-def pools(draw: st.DrawFn) -> list[torch.Tensor]:
+POOLS = st.lists(tensors(), min_size=1, max_size=4)
+
+
+def pool_of(draw: st.DrawFn) -> list[torch.Tensor]:
     """Tensors to be used more than once, and views of them."""
-    own = draw(st.lists(tensors(), min_size=1, max_size=4))
-    return own + [draw(st.sampled_from(views(tensor.detach()))) for tensor in own]
+    own = draw(POOLS)
+    return own + [pick(draw, views(tensor.detach())) for tensor in own]
 
 
-@st.composite
-def blocks(draw: st.DrawFn, pool: list[torch.Tensor], depth: int = 2) -> nn.Module:
+def block_of(draw: st.DrawFn, pool: list[torch.Tensor], depth: int = 2) -> nn.Module:
     block = Block()
     floating = [tensor for tensor in pool if tensor.dtype.is_floating_point or tensor.dtype.is_complex]
-    parameters = [nn.Parameter(tensor, requires_grad=draw(st.booleans())) for tensor in floating[:3]]
-    for name in draw(st.lists(st.sampled_from("abc"), unique=True)):
+    parameters = [nn.Parameter(tensor, requires_grad=draw(FLAGS)) for tensor in floating[:3]]
+    for name in draw(NAMES):
         kind = draw(st.integers(0, 5))
         if kind == 0 and parameters:
-            block.register_parameter(name, draw(st.sampled_from(parameters)))
+            block.register_parameter(name, pick(draw, parameters))
         elif kind == 1:
-            block.register_buffer(name, draw(st.sampled_from([*pool, None])), persistent=draw(st.booleans()))
+            block.register_buffer(name, pick(draw, [*pool, None]), persistent=draw(FLAGS))
         elif kind == 2:
-            setattr(block, name, draw(containers(pool)))
+            setattr(block, name, value_of(draw, pool))
         elif kind == 3 and depth:
-            setattr(block, name, draw(blocks(pool, depth - 1)))
+            setattr(block, name, block_of(draw, pool, depth - 1))
         elif kind == 4:
-            setattr(block, name, nn.Linear(2, 3, dtype=draw(st.sampled_from([torch.float32, torch.bfloat16]))))
+            setattr(block, name, nn.Linear(2, 3, dtype=pick(draw, [torch.float32, torch.bfloat16])))
         elif depth:
-            inner = draw(blocks(pool, depth - 1))
+            inner = block_of(draw, pool, depth - 1)
             setattr(block, name, nn.ModuleList([inner, nn.BatchNorm1d(2), inner]))
-    return block.train(draw(st.booleans()))
+    return block.train(draw(FLAGS))
 
 
-def containers(pool: list[Any]) -> st.SearchStrategy[Any]:
-    leaves = st.one_of(st.sampled_from(pool), st.integers(), st.text(max_size=3), st.none(), st.booleans())
-    return st.recursive(
-        leaves,
-        lambda inner: st.one_of(
-            st.lists(inner, max_size=3),
-            st.tuples(inner, inner),
-            st.dictionaries(st.text(max_size=2), inner, max_size=3),
-        ),
-        max_leaves=6,
-    )
+def value_of(draw: st.DrawFn, pool: list[Any], depth: int = 3) -> Any:
+    """Something of the pool, or plain data, by itself or in containers."""
+    kind = draw(st.integers(0, 4 if depth else 1))
+    if kind == 0:
+        return pick(draw, pool)
+    if kind == 1:
+        return draw(PLAIN)
+    if kind == 2:
+        return [value_of(draw, pool, depth - 1) for _ in range(draw(st.integers(0, 3)))]
+    if kind == 3:
+        return value_of(draw, pool, depth - 1), value_of(draw, pool, depth - 1)
+    return {key: value_of(draw, pool, depth - 1) for key in draw(KEYS)}
 
 
 @st.composite
 def pipelines(draw: st.DrawFn) -> Random:
-    pool = draw(pools())
-    model = draw(blocks(pool))
+    pool = pool_of(draw)
+    model = block_of(draw, pool)
     mentioned = [*pool, *model.modules()]
-    return Random(model, draw(containers(mentioned)), draw(containers(mentioned)), label=draw(st.text(max_size=3)))
+    return Random(model, value_of(draw, mentioned), value_of(draw, mentioned), label=draw(LABELS))
 
 
 @ray.remote
@@ -159,7 +172,7 @@ def test_writes_change_nothing_elsewhere(pipeline: Random, data: st.DataObject) 
     with zerocopy.publish(pipeline) as publication:
         written, other = publication.load(), publication.load()
         for tensor in [*written.model.parameters(), *written.model.buffers()]:
-            if tensor.numel() and data.draw(st.booleans()):
+            if tensor.numel() and data.draw(FLAGS):
                 tensor.data.view(-1)[:1].zero_() if tensor.is_contiguous() else None
                 with torch.no_grad(), contextlib.suppress(RuntimeError):  # overlapping memory refuses to be filled
                     tensor.copy_(torch.ones_like(tensor))

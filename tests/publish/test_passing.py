@@ -19,38 +19,27 @@ from zerocopy.testing import assert_zero_copy
 pytestmark = pytest.mark.usefixtures("cluster")
 
 
-@ray.remote
-def answer(search: pipelines.Search, query: float) -> float:
-    assert_zero_copy(search)
-    return search(query)
-
-
-@ray.remote
-def top_k_and_mode(search: pipelines.Search) -> tuple[int, bool, bool]:
-    return search.top_k, search.encoder.training, search.encoder[0].weight.requires_grad
-
-
 def test_a_hundred_calls_publish_once(publishings: list[int]) -> None:
     """A plain remote function gets the pipeline loaded; its weights are published on first use, and again when changed."""
     search = pipelines.search(width=128)
     expected = search(2.0)
-    assert set(ray.get([answer.remote(search, 2.0) for _ in range(100)])) == {expected}
+    assert set(ray.get([pipelines.plain_answer.remote(search, 2.0) for _ in range(100)])) == {expected}
     assert len(publishings) == 1
     optimizer = torch.optim.SGD(search.encoder.parameters(), lr=0.1)
     search.encoder(torch.ones(1, 128)).sum().backward()
     optimizer.step()
     assert search(2.0) != expected
-    assert set(ray.get([answer.remote(search, 2.0) for _ in range(10)])) == {search(2.0)}
+    assert set(ray.get([pipelines.plain_answer.remote(search, 2.0) for _ in range(10)])) == {search(2.0)}
     assert len(publishings) == 2
 
 
 def test_a_changed_copied_field_arrives_without_publishing(publishings: list[int]) -> None:
     """What is copied is pickled at each pass."""
     search = pipelines.search(width=64)
-    ray.get(answer.remote(search, 1.0))
+    ray.get(pipelines.plain_answer.remote(search, 1.0))
     search.top_k = 900
     search.settings["new"] = [1, 2]
-    assert ray.get(answer.remote(search, 1.0)) == search(1.0) > 800
+    assert ray.get(pipelines.plain_answer.remote(search, 1.0)) == search(1.0) > 800
     assert len(publishings) == 1
 
 
@@ -58,9 +47,9 @@ def test_explicit_and_automatic_share_one_set(publishings: list[int]) -> None:
     """Publishing by hand, then passing the instance, writes the weights once; so does the other order."""
     search = pipelines.search(width=64)
     publication = zerocopy.publish(search)
-    ray.get(answer.remote(search, 1.0))
+    ray.get(pipelines.plain_answer.remote(search, 1.0))
     other = pipelines.search(width=64)
-    ray.get(answer.remote(other, 1.0))
+    ray.get(pipelines.plain_answer.remote(other, 1.0))
     again = zerocopy.publish(other)
     assert len(publishings) == 2
     assert not publication.closed
@@ -72,15 +61,15 @@ def test_a_loaded_pipeline_travels_as_what_it_came_from(publishings: list[int]) 
     publication = zerocopy.publish(pipelines.search(width=64))
     loaded = publication.load()
     loaded.top_k = 77
-    assert ray.get(answer.remote(loaded, 1.0)) == loaded(1.0)
+    assert ray.get(pipelines.plain_answer.remote(loaded, 1.0)) == loaded(1.0)
     part = publication.load(fields=["encoder"])
     assert ray.get(mean.remote(part)) == pytest.approx(float(part.encoder[0].weight.detach().mean()))
     assert len(publishings) == 1
     loaded.encoder.train(False)
-    assert ray.get(top_k_and_mode.remote(loaded)) == (77, False, True)
+    assert ray.get(pipelines.top_k_and_mode.remote(loaded)) == (77, False, True)
     with torch.no_grad():
         loaded.encoder[0].weight.add_(1)
-    assert ray.get(answer.remote(loaded, 1.0)) == loaded(1.0)
+    assert ray.get(pipelines.plain_answer.remote(loaded, 1.0)) == loaded(1.0)
     assert len(publishings) == 2
 
 
@@ -92,7 +81,7 @@ def mean(search: pipelines.Search) -> float:
 
 @ray.remote
 def pass_on(search: pipelines.Search) -> tuple[pipelines.Search, float]:
-    return search, ray.get(answer.remote(search, 1.0))
+    return search, ray.get(pipelines.plain_answer.remote(search, 1.0))
 
 
 def test_through_a_worker_and_back(publishings: list[int]) -> None:
@@ -182,7 +171,7 @@ def test_undecorated_subclasses_and_local_classes() -> None:
 
     for cls in (Local, Derived):
         assert ray.get(check.remote(cls(pipelines.encoder()))) == (cls.__name__, cls.__name__)
-    assert ray.get(answer.remote(pipelines.search(width=64, cls=pipelines.Narrow), 1.0)) < 0
+    assert ray.get(pipelines.plain_answer.remote(pipelines.search(width=64, cls=pipelines.Narrow), 1.0)) < 0
 
 
 def test_errors_of_arguments_carry_our_text() -> None:
@@ -190,4 +179,4 @@ def test_errors_of_arguments_carry_our_text() -> None:
     search = pipelines.search(width=64)
     search.settings["stream"] = (number for number in range(3))
     with pytest.raises(TypeError, match=r"search.settings\['stream'\]"):
-        answer.remote(search, 1.0)
+        pipelines.plain_answer.remote(search, 1.0)

@@ -11,7 +11,7 @@ import pipelines
 import pytest
 import ray
 import ray.data
-from conftest import run_python
+from conftest import ORDINARY, run_python
 
 import zerocopy
 from zerocopy.errors import ArgumentError
@@ -93,8 +93,6 @@ def test_inherited_inits_load_too() -> None:
     search = pipelines.search(width=8)
     actors = [Derived.remote(search), Mixed.options(num_cpus=0.1).remote(search)]
     assert ray.get([actor.told.remote() for actor in actors]) == ["Search", "Search"]
-    with Derived.pool(1, search) as pool:
-        assert list(pool.map("told", [])) == []
 
 
 def test_pool() -> None:
@@ -103,6 +101,7 @@ def test_pool() -> None:
     with pipelines.Worker.pool(3, search) as pool:
         assert len(pool) == 3
         assert len(set(ray.get([actor.pid.remote() for actor in pool]))) == 3
+        assert list(pool.map("ask", [])) == []
         queries = [float(number) for number in range(10)]
         assert list(pool.map("ask", iter(queries))) == [search(query) for query in queries]
         biases = ray.get([pool[0].bias.remote(5.0), pool[1].bias.remote(), pool[2].bias.remote()])
@@ -211,10 +210,9 @@ serve.shutdown()
 """
 
 
-@pytest.mark.ordinary
 def test_serve(address: str) -> None:
     """A deployment's arguments arrive loaded."""
-    done = run_python(SERVE, "-", address)
+    done = run_python(SERVE, "-", address, **ORDINARY)
     assert done.stdout.splitlines()[:2] == ["True", "True"], done.stdout + done.stderr
 
 

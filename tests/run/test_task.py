@@ -13,7 +13,7 @@ import pipelines
 import pytest
 import ray
 import torch
-from conftest import run_python, wait_until
+from conftest import CPUS, run_python, wait_until
 from torch import nn
 
 import zerocopy
@@ -181,7 +181,7 @@ def test_map_shows_progress_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsy
 def test_map_stops_at_the_first_error(tmp_path: Path) -> None:
     """The first error is raised, and the calls under way are cancelled."""
 
-    @zerocopy.task(num_cpus=4, max_retries=0)  # one after the other
+    @zerocopy.task(num_cpus=CPUS, max_retries=0)  # one after the other
     def fail_at_two(number: int) -> int:
         if number == 2:
             raise KeyError("two")
@@ -193,7 +193,7 @@ def test_map_stops_at_the_first_error(tmp_path: Path) -> None:
     assert [next(results), next(results)] == [0, 1]
     with pytest.raises(KeyError, match="two"):
         next(results)
-    assert ray.get(where.options(num_cpus=4).remote())
+    assert ray.get(where.options(num_cpus=CPUS).remote())
     assert len(list(tmp_path.iterdir())) <= 2 + 1, "one more may have been running"
 
 
@@ -372,7 +372,7 @@ search = Search(encoder=nn.Linear(8, 8))
 expected = float(search.encoder(torch.ones(1, 8)).detach().sum()) * SCALE
 close = lambda value, other: abs(value - other) < 1e-4
 worker = Worker.remote(search)
-with Worker.pool(2, search) as pool:
+with Worker.pool(1, search) as pool:
     print(
         close(search.rank(1.0), expected),
         close(answer(search, 1.0), expected + 3),

@@ -15,7 +15,7 @@ from torch import nn
 import zerocopy
 from zerocopy._split.introspect import Subject, introspect
 
-pytestmark = pytest.mark.usefixtures("cluster")
+pytestmark = [pytest.mark.usefixtures("cluster"), pytest.mark.alone]
 
 
 def seconds(call: Callable[[], Any], times: int = 25) -> float:
@@ -115,7 +115,7 @@ def test_publishing_costs_little_more_than_putting(store_use: Callable[[], int])
 
     for call in (publish, put):
         taken(call)
-    ratio = median(taken(publish) for _ in range(7)) / median(taken(put) for _ in range(7))
+    ratio = median(taken(publish) for _ in range(5)) / median(taken(put) for _ in range(5))
     assert ratio < 3, ratio
 
 
@@ -125,5 +125,4 @@ def test_importing_is_light() -> None:
         "import time; start = time.perf_counter(); import torch, ray; middle = time.perf_counter(); import zerocopy\n"
         "print((time.perf_counter() - middle) / (middle - start))"
     )
-    ratios = [float(run_python(program).stdout) for _ in range(3)]
-    assert min(ratios) < 0.15, ratios
+    assert any(float(run_python(program).stdout) < 0.15 for _ in range(3))

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import ray
 import torch
-from conftest import run_python, wait_until
+from conftest import CPUS, ORDINARY, run_python, wait_until
 from torch import nn
 
 import zerocopy
@@ -128,15 +128,15 @@ def expected(pipeline: Any) -> torch.Tensor:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")  # Ray Data's, about its own settings
-@pytest.mark.parametrize("wrap", [ModelWrapper.from_model, ActorWrapper])
-def test_ray_data(wrap: Callable[[Any], Any]) -> None:
-    """`map_batches` with the wrapper among the constructor's arguments, two actors."""
+@pytest.mark.parametrize(("wrap", "actors"), [(ModelWrapper.from_model, 2), (ActorWrapper, 1)])
+def test_ray_data(wrap: Callable[[Any], Any], actors: int) -> None:
+    """`map_batches` with the wrapper among the constructor's arguments."""
     pipeline = Pipeline()
     rows = ray.data.from_items([{"value": INPUT[0].numpy()} for _ in range(16)])
     answers = rows.map_batches(
         Loader,
         fn_constructor_kwargs={"model_wrapper": wrap(pipeline)},
-        compute=ray.data.ActorPoolStrategy(size=2),
+        compute=ray.data.ActorPoolStrategy(size=actors),
         batch_size=4,
         num_cpus=0.5,
     ).take_all()
@@ -248,7 +248,7 @@ def test_fields_of_a_pipeline_class_rule() -> None:
     torch.testing.assert_close(in_tasks(INPUT), answer)
 
 
-@pytest.mark.ordinary
+@pytest.mark.alone
 @pytest.mark.parametrize("pickler", [pickle, ray.cloudpickle])
 def test_pickles(pickler: Any) -> None:
     """Wrappers survive plain pickle and Ray's, also into another process."""
@@ -380,7 +380,7 @@ def test_a_dict_is_written_once(store_use: Callable[[], int]) -> None:
     assert isinstance(kept[0].load()["model"], Model)
 
 
-@pytest.mark.ordinary
+@pytest.mark.alone
 def test_close_frees_what_plain_pickle_holds(store_use: Callable[[], int]) -> None:
     """References in plain pickles cannot be counted: `close()` lets go of them too."""
     wrapper = ModelWrapper.from_model(Pipeline())
@@ -524,7 +524,7 @@ def test_exported_programs() -> None:
 def test_actors_that_hold_every_cpu() -> None:
     """A call from an actor finds room: it takes the place of its caller, who waits."""
 
-    @ray.remote(num_cpus=2)
+    @ray.remote(num_cpus=CPUS / 2)
     class Caller:
         def __init__(self, wrapped: Any) -> None:
             self.wrapped = wrapped
@@ -601,15 +601,14 @@ class Wide(nn.Module):
         return self.layers(value)
 
 
-@pytest.mark.parametrize("kind", ["scripted", "frozen"])
-def test_torchscript_is_zero_copy(kind: str) -> None:
-    """A worker's private memory grows by less than 2 % of the weights when it loads and runs a program."""
+def test_torchscript_is_zero_copy() -> None:
+    """A worker's private memory grows by less than 2 % of the weights when it loads and runs a program, frozen or not."""
 
     @ray.remote(num_cpus=0.1)
     class Worker:
-        def __init__(self, warm_up: Any) -> None:
+        def warm_up(self, wrapper: Any) -> None:
             for _ in range(3):
-                warm_up.load()(torch.ones(1, 1000))
+                wrapper.load()(torch.ones(1, 1000))
 
         def growth(self, wrapper: Any) -> int:
             before = private_bytes()
@@ -617,13 +616,12 @@ def test_torchscript_is_zero_copy(kind: str) -> None:
             self.program(torch.ones(1, 1000))
             return private_bytes() - before
 
-    program = torch.jit.script(Wide().eval())
-    program = torch.jit.freeze(program) if kind == "frozen" else program
-    other = torch.jit.script(Wide().eval())
-    worker = Worker.remote(JITModelWrapper.from_model(torch.jit.freeze(other) if kind == "frozen" else other))
-    wrapper = JITModelWrapper.from_model(program)
-    growths = [ray.get(worker.growth.remote(wrapper)) for _ in range(3)]
-    assert min(growths) < 0.02 * 40_000_000, growths
+    worker = Worker.remote()
+    for finish in (lambda program: program, torch.jit.freeze):
+        other, wrapper = (JITModelWrapper.from_model(finish(torch.jit.script(Wide().eval()))) for _ in range(2))
+        ray.get(worker.warm_up.remote(other))
+        growths = [ray.get(worker.growth.remote(wrapper)) for _ in range(3)]
+        assert min(growths) < 0.02 * 40_000_000, growths
 
 
 # Functions.
@@ -718,7 +716,6 @@ def test_what_cannot_travel_is_named() -> None:
         ModelWrapper.from_model(pipeline)
 
 
-@pytest.mark.ordinary
 def test_without_ray_and_after_it(tmp_path: Path) -> None:
     """A wrapper that plain pickle brought to a process without Ray says so; one whose cluster is gone does not hang."""
     content = tmp_path / "wrapper.pickle"
@@ -731,7 +728,7 @@ def test_without_ray_and_after_it(tmp_path: Path) -> None:
         "try: wrapper.load()\n"
         "except zerocopy.errors.PublicationLostError as error: print(error)\n"
     )
-    done = run_python(writer)
+    done = run_python(writer, **ORDINARY)
     assert "belongs to a connection to Ray that has ended" in done.stdout, done.stderr
     reader = f"import pickle, zerocopy\npickle.load(open({str(content)!r}, 'rb')).load()\n"
     done = run_python(reader)
