@@ -98,8 +98,8 @@ def run_as_main(
 
 
 def unnamed_actors() -> list[str]:
-    """Identifiers of the actors that live, except those of Ray itself, which have names."""
-    return [actor for actor, told in state.actors().items() if told["State"] == "ALIVE" and not told["Name"]]
+    """Identifiers of the actors that live or are about to, except those of Ray itself, which have names."""
+    return [actor for actor, told in state.actors().items() if told["State"] != "DEAD" and not told["Name"]]
 
 
 def bytes_in_store() -> int:

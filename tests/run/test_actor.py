@@ -11,7 +11,7 @@ import pipelines
 import pytest
 import ray
 import ray.data
-from conftest import ORDINARY, run_python
+from conftest import run_python
 
 import zerocopy
 from zerocopy.errors import ArgumentError
@@ -210,9 +210,10 @@ serve.shutdown()
 """
 
 
+@pytest.mark.alone  # the controller pickles references too
 def test_serve(address: str) -> None:
     """A deployment's arguments arrive loaded."""
-    done = run_python(SERVE, "-", address, **ORDINARY)
+    done = run_python(SERVE, "-", address)
     assert done.stdout.splitlines()[:2] == ["True", "True"], done.stdout + done.stderr
 
 
