@@ -47,7 +47,6 @@ def tests_lowest(session: nox.Session) -> None:
     pinned = [line for line in constraints if "==" in line and not line.startswith(("#", "ray=="))]
     tools = PROJECT["dependency-groups"]["tests"]
     session.install(*pinned, "-e", ".[demo,data]", f"ray[data,serve]=={ray}", *tools)
-    session.run("python", "-c", f"import ray; assert ray.__version__ == {ray!r}")
     _run_tests(session, "--ignore", "tests/timed")
 
 
