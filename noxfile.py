@@ -46,7 +46,7 @@ def tests_lowest(session: nox.Session) -> None:
     constraints = Path("constraints.txt").read_text().splitlines()
     pinned = [line for line in constraints if "==" in line and not line.startswith(("#", "ray=="))]
     tools = PROJECT["dependency-groups"]["tests"]
-    older = "protobuf<7"  # the Serve of an older Ray asks for what 7 has no more
+    older = "protobuf<7"  # Serve of Ray 2.53 reads an attribute that protobuf 7 has removed
     session.install(*pinned, "-e", ".[demo,data]", f"ray[data,serve]=={ray}", older, *tools)
     _run_tests(session, "--ignore", "tests/timed")
 

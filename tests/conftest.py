@@ -23,6 +23,7 @@ from zerocopy._publish import weights
 
 CPUS = 4
 STORE_BYTES = 1_500_000_000
+ORDINARY = {"RAY_allow_out_of_band_object_ref_serialization": "1"}  # for a process of its own: the tests' may forbid it
 HERE = Path(__file__).parent
 # Workers import what test modules define by the modules' names, each from its folder.
 IMPORT_PATH = os.pathsep.join(map(str, [HERE, *sorted({path.parent for path in HERE.rglob("test_*.py")})]))
@@ -73,11 +74,12 @@ def address(cluster: None) -> str:
 def run_as_main(
     cluster: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., str]:
-    """Runs a program as `__main__` of this process and gives its output. To start a process and a cluster takes seconds."""
+    """Runs a program as `__main__` of this process, on its cluster, and gives its output: to start both anew takes seconds."""
+    started: list[str] = []
 
     def init(address: str, **options: Any) -> None:
-        assert address == "local"
         inspect.signature(start).bind(address, **options)
+        started.append(address)
 
     def run(path: Path, *arguments: object) -> str:
         monkeypatch.setattr(sys, "argv", list(map(str, [path, *arguments])))
@@ -90,6 +92,7 @@ def run_as_main(
         finally:
             for actor in set(unnamed_actors()) - earlier:  # they would end with its process
                 ray._private.worker.global_worker.core_worker.kill_actor(ray.ActorID.from_hex(actor), True)
+        assert started == ["local"]
         return capsys.readouterr().out
 
     start = ray.init
@@ -143,9 +146,6 @@ def publishings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(weights, "Writer", Counted)
     return writes
-
-
-ORDINARY = {"RAY_allow_out_of_band_object_ref_serialization": "1"}  # for a process where most tests forbid them
 
 
 def run_python(source: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -93,6 +93,8 @@ def test_inherited_inits_load_too() -> None:
     search = pipelines.search(width=8)
     actors = [Derived.remote(search), Mixed.options(num_cpus=0.1).remote(search)]
     assert ray.get([actor.told.remote() for actor in actors]) == ["Search", "Search"]
+    with Derived.pool(1, search) as pool:
+        assert list(pool.map("told", [])) == []
 
 
 def test_pool() -> None:
@@ -101,7 +103,6 @@ def test_pool() -> None:
     with pipelines.Worker.pool(3, search) as pool:
         assert len(pool) == 3
         assert len(set(ray.get([actor.pid.remote() for actor in pool]))) == 3
-        assert list(pool.map("ask", [])) == []
         queries = [float(number) for number in range(10)]
         assert list(pool.map("ask", iter(queries))) == [search(query) for query in queries]
         biases = ray.get([pool[0].bias.remote(5.0), pool[1].bias.remote(), pool[2].bias.remote()])
