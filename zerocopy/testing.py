@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from zerocopy._declare.pipeline import is_pipeline_class
 from zerocopy._split import paths
 from zerocopy._split.skeleton import Split, strip
 from zerocopy._split.zones import Zone
-from zerocopy._store.tensors import is_tensor_or_array, storage_of
+from zerocopy._store.tensors import COPIED, is_tensor_or_array, storage_of
 
 
 def shares_memory(first: Any, second: Any) -> bool:
@@ -22,27 +23,36 @@ def shares_memory(first: Any, second: Any) -> bool:
 
     Of a pipeline only the shared parts count, of anything else all tensors and arrays below it. Each tensor of the one is
     compared with that of the other at the same place of the walk. They share memory when they start at the same byte of
-    the same file of the object store, in pages that nobody has written, or at the same address.
+    the same file of the object store, in pages that nobody has written, or at the same address. Tensors over at most 16 bytes
+    count only where there are no larger ones: each load copies them.
     """
     ours, theirs = _tensors(first), _tensors(second)
     if len(ours) != len(theirs) or not ours:
         return False
+    pairs = list(zip(ours, theirs, strict=True))
+    counted = [pair for pair in pairs if not all(map(_is_tiny, pair))] or pairs
     files = _store_files()
-    return all(_origin(one, files) == _origin(other, files) for one, other in zip(ours, theirs, strict=True))
+    return all(_origin(one, files) == _origin(other, files) for one, other in counted)
 
 
 def assert_zero_copy(pipeline: Any) -> None:
     """Fail unless every shared tensor of a loaded pipeline is an unwritten view of the object store.
 
+    Tensors over at most 16 bytes do not count: each load copies them.
+
     Raises:
-        AssertionError: a tensor has memory of its own; the message says which.
+        AssertionError: a tensor has memory of its own; the message says which, and how much.
     """
-    tensors = _tensors(pipeline)
     files = _store_files()
-    for tensor in tensors:
-        if tensor.nbytes and _origin(tensor, files)[0] != "store":
-            path = paths.path_to(pipeline, tensor, paths.name_of(pipeline))
-            raise AssertionError(f"{path} is not a view of the object store, but {tensor.nbytes:,} bytes of its own")
+    for tensor in _tensors(pipeline):
+        own = 0 if _is_tiny(tensor) else _own_bytes(tensor, files)
+        if own:
+            path = (
+                paths.path_to(pipeline, tensor, paths.name_of(pipeline)) or f"a tensor inside {paths.name_of(pipeline)}"
+            )
+            raise AssertionError(
+                f"{path} is not a view of the object store: {own:,} of its {tensor.nbytes:,} bytes are memory of this process"
+            )
 
 
 def _tensors(obj: Any) -> list[Any]:
@@ -60,13 +70,34 @@ def _store_files() -> list[linux.Mapping]:
     return [mapping for mapping in linux.mappings() if is_store_file(mapping.path)]
 
 
+def _is_tiny(tensor: Any) -> bool:
+    return storage_of(tensor).nbytes <= COPIED
+
+
 def _origin(tensor: torch.Tensor | np.ndarray[Any, Any], files: Sequence[linux.Mapping]) -> tuple[object, ...]:
     """Where the bytes of a tensor come from: a place in a file of the store, or memory of this process."""
+    start, _ = _extent(tensor)
+    file = _file_around(start, files)
+    if file is None or _own_bytes(tensor, files):
+        return "private", start
+    return "store", file.device, file.inode, file.file_offset + start - file.start
+
+
+def _own_bytes(tensor: torch.Tensor | np.ndarray[Any, Any], files: Sequence[linux.Mapping]) -> int:
+    """How many bytes of a tensor lie in pages of this process: in all of them, or in those of the store that were written."""
     start, nbytes = _extent(tensor)
-    for file in files:
-        if file.start <= start < file.end and not linux.has_pages_of_its_own(start, nbytes):
-            return "store", file.device, file.inode, file.file_offset + start - file.start
-    return "private", start
+    file = _file_around(start, files)
+    if file is None or not nbytes:
+        return nbytes
+    page = mmap.PAGESIZE
+    own = linux.own_pages(start // page * page, -(-(start + nbytes) // page) * page)
+    if own is None:
+        raise OSError("the kernel does not tell which pages of this process were written")
+    return sum(min(end, start + nbytes) - max(first, start) for first, end in own)
+
+
+def _file_around(address: int, files: Sequence[linux.Mapping]) -> linux.Mapping | None:
+    return next((file for file in files if file.start <= address < file.end), None)
 
 
 def _extent(tensor: Any) -> tuple[int, int]:

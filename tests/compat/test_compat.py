@@ -545,18 +545,45 @@ def test_processes_that_have_ended() -> None:
     assert list(linux.open_files(ended)) == []
 
 
+def own_pages(memory: mmap.mmap) -> tuple[list[tuple[int, int]], ...]:
+    """Ranges of pages of its own, as page numbers: as they are asked for, and in both ways to tell them."""
+    start, end = address_of(memory), address_of(memory) + len(memory)
+    with Path("/proc/self/pagemap").open("rb") as pagemap:
+        ways = (linux._scanned, linux._read)
+        found = [linux.own_pages(start, end), *(list(way(pagemap.fileno(), start, end)) for way in ways)]
+    return tuple([((first - start) // PAGE, (last - start) // PAGE) for first, last in ranges] for ranges in found)
+
+
 def test_written_pages_are_told(file: int) -> None:
     """Of a private mapping the pages that were written are told from those that are the file's, or were not touched yet."""
     with mmap.mmap(file, 8 * PAGE, flags=mmap.MAP_PRIVATE) as memory:
-        start = address_of(memory)
-        assert not linux.has_pages_of_its_own(start, 8 * PAGE)
+        assert own_pages(memory) == ([], [], [])
         assert memory[:PAGE] == b"7" * PAGE
-        assert not linux.has_pages_of_its_own(start, 8 * PAGE)
+        assert own_pages(memory) == ([], [], [])
         memory[3 * PAGE + 5] = 1
-        assert linux.has_pages_of_its_own(start, 8 * PAGE)
-        assert linux.has_pages_of_its_own(start + 3 * PAGE + 100, 1)
-        assert not linux.has_pages_of_its_own(start, 3 * PAGE)
-        assert not linux.has_pages_of_its_own(start + 4 * PAGE, 4 * PAGE)
+        memory[4 * PAGE] = ord("7")
+        memory[7 * PAGE] = 1
+        assert own_pages(memory) == ([(3, 5), (7, 8)],) * 3
+
+
+def test_many_written_pages_are_told(file: int) -> None:
+    """There may be more ranges than the kernel tells at once, and more pages than are read at once."""
+    count = 2 * linux._ENTRIES_READ + 10
+    os.ftruncate(file, count * PAGE)
+    with mmap.mmap(file, count * PAGE, flags=mmap.MAP_PRIVATE) as memory:
+        written = [*range(0, 3 * linux._MOST_RANGES, 2), linux._ENTRIES_READ - 1, linux._ENTRIES_READ, count - 1]
+        for page in written:
+            memory[page * PAGE] = 1
+        for ranges in own_pages(memory):
+            assert [page for first, last in ranges for page in range(first, last)] == written
+
+
+def test_swapped_pages_are_told(file: int) -> None:
+    """A written page that the kernel has moved out of main memory is still the process' own."""
+    with mmap.mmap(file, 4 * PAGE, flags=mmap.MAP_PRIVATE) as memory:
+        memory[PAGE] = 1
+        memory.madvise(21)  # MADV_PAGEOUT: without a swap device the kernel leaves it where it is
+        assert own_pages(memory) == ([(1, 2)],) * 3
 
 
 def test_open_files_can_be_opened_again(file: int) -> None:
@@ -572,15 +599,26 @@ def test_open_files_can_be_opened_again(file: int) -> None:
     os.close(write)
 
 
-def test_memory_is_put_in_the_place_of_a_mapping(file: int) -> None:
-    """Fresh zeros take the place of some pages of a mapping, and the file is left as it is."""
-    with mmap.mmap(file, 4 * PAGE, flags=mmap.MAP_SHARED) as memory:
-        linux.map_anonymous(address_of(memory) + PAGE, PAGE)
-        assert memory[:] == b"7" * PAGE + bytes(PAGE) + b"7" * 2 * PAGE
-        memory[PAGE : 2 * PAGE] = b"1" * PAGE
-        assert os.pread(file, 4 * PAGE, 0) == b"7" * 4 * PAGE
-        with pytest.raises(OSError, match="private memory"):
-            linux.map_anonymous(address_of(memory) + 1, PAGE)
+def test_pages_are_populated(file: int) -> None:
+    """A range of a private mapping keeps what it shows when the file changes, and what was written there."""
+    with mmap.mmap(file, 4 * PAGE, flags=mmap.MAP_PRIVATE) as memory:
+        memory[2 * PAGE] = 1
+        start = address_of(memory)
+        linux.populate(start, start + 3 * PAGE, PAGE)
+        os.pwrite(file, b"8" * 4 * PAGE, 0)
+        assert memory[:] == b"7" * 2 * PAGE + b"\1" + b"7" * (PAGE - 1) + b"8" * PAGE
+
+
+def test_pages_are_populated_without_the_kernel(file: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same where the kernel does not know how: it refuses a number that it does not know."""
+    monkeypatch.setattr(linux, "_MADV_POPULATE_WRITE", 1 << 20)
+    test_pages_are_populated(file)
+
+
+def test_what_cannot_be_populated_is_refused() -> None:
+    """A range that is not mapped is an error."""
+    with pytest.raises(OSError, match="private memory"):
+        linux.populate(PAGE, 2 * PAGE, PAGE)
 
 
 def test_memory_is_not_reserved() -> None:

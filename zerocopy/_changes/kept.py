@@ -1,7 +1,8 @@
 """Has a load that its process keeps changed, or does something else refer to it?
 
-Version counters, members and modes tell of changes. Reference counts tell whether a module or a tensor has escaped: whoever
-has it may change it at any later time.
+The kernel tells whether mapped memory was written. Places, members and modes tell of other changes, version counters and the
+steps of optimizers of what is on a device. Reference counts tell whether a module or a tensor has escaped: whoever has it may
+change it at any later time.
 """
 
 from __future__ import annotations
@@ -13,33 +14,40 @@ from typing import Any
 import torch
 from torch import nn
 
+from zerocopy._changes.contents import Contents
 from zerocopy._changes.members import HeldMembers, has_members
+from zerocopy._changes.tensor_states import TensorStates, has_storage
 from zerocopy._compat.cpython import reference_counts
-from zerocopy._compat.torch import version_of
 from zerocopy._split import paths, programs
+from zerocopy._store.mapping import PrivateMap
+from zerocopy._store.tensors import storage_of
 
 
 class Kept:
     """Modules and tensors of one load, and how they were. Keeps them alive."""
 
-    def __init__(self, roots: Sequence[Any], tensors: Iterable[torch.Tensor]) -> None:
+    def __init__(self, roots: Sequence[Any], tensors: Iterable[torch.Tensor], memory: Iterable[Any]) -> None:
         """Count references now. Nobody but the load may have any yet, the caller's own variables included.
 
         Args:
             roots: what was loaded: modules, with all that they have registered, and tensors.
             tensors: the tensors of the load.
+            memory: the mapped memory that they are views of. Where it is not private, nobody can tell who has written.
         """
+        self._is_isolated = all(isinstance(one, PrivateMap) for one in memory)
         self._modules = list(paths.registered_below(paths.modules_among(roots)).values())
         self._tensors = _each_once([*tensors, *_tensors_of(self._modules)])
         self._members = HeldMembers([vars(module) for module in self._modules if has_members(module)])
         self._without_members = [module for module in self._modules if not has_members(module)]
         self._references = self._count_references()
-        self._values: tuple[list[Any], ...] | None = None
+        self._recorded: tuple[TensorStates, Contents, list[bool]] | None = None
 
     def record(self) -> None:
-        """Record the modes and versions that everything has now. Until then it counts as changed."""
+        """Record how everything is now. Until then it counts as changed."""
         self._members.record_modes()
-        self._values = self._look()
+        storages = {storage.key: storage for storage in map(storage_of, filter(has_storage, self._tensors))}
+        contents = Contents(list(storages.values()))
+        self._recorded = TensorStates(self._tensors), contents, self._modes_without_members()
 
     def is_unchanged(self, breath: float = 0.0) -> bool:
         """Whether everything is as recorded, and nobody else refers to any of it.
@@ -58,16 +66,18 @@ class Kept:
         return True
 
     def _parts_unchanged(self) -> Iterator[bool]:
+        if self._recorded is None or not self._is_isolated:
+            yield False
+            return
+        states, contents, modes = self._recorded
+        yield states.are_unchanged(self._tensors) and self._modes_without_members() == modes
+        yield all(tensor.grad is None for tensor in self._tensors)
         yield from self._members.parts_unchanged()
-        yield self._look() == self._values
         yield self._count_references() == self._references
+        yield contents.are_unchanged()
 
-    def _look(self) -> tuple[list[Any], ...]:
-        return (
-            [getattr(module, "training", None) for module in self._without_members],  # a frozen program has none
-            list(map(version_of, self._tensors)),
-            [(tensor.requires_grad, tensor.grad is None) for tensor in self._tensors],
-        )
+    def _modes_without_members(self) -> list[bool]:
+        return [getattr(module, "training", False) for module in self._without_members]  # a frozen program has none
 
     def _count_references(self) -> list[int]:
         return reference_counts((*self._modules, *self._tensors))

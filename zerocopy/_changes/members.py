@@ -11,6 +11,7 @@ import operator
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -19,6 +20,7 @@ from zerocopy._compat.torch import hooks_registered
 Vars: TypeAlias = dict[str, Any]  # what `vars` gives for a module
 
 _MEMBERS = ("_parameters", "_buffers", "_modules")
+TENSORS = (torch.Tensor, np.ndarray)
 _HOOKS = tuple(name for name, value in vars(nn.Module()).items() if isinstance(value, dict) and name not in _MEMBERS)
 _ALWAYS_THERE = {"training", *_MEMBERS, *_HOOKS}
 _training_of, _members_of, _hooks_of = (operator.itemgetter(*names) for names in (("training",), _MEMBERS, _HOOKS))
@@ -35,27 +37,36 @@ class Members:
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         module_vars = list(map(vars, modules))
-        kinds = {
-            cls for cls in set(map(type, _flatten(map(dict.values, module_vars)))) if issubclass(cls, torch.Tensor)
-        }
-        self._tensor_attributes = [
+        kinds = {cls for cls in set(map(type, _flatten(map(dict.values, module_vars)))) if issubclass(cls, TENSORS)}
+        self._attributes = [
             (position, name)
             for position, held in enumerate(module_vars if kinds else ())
             for name, value in held.items()
             if type(value) in kinds
         ]
-        self._state = self._state_of(module_vars)
+        values = _values_of(module_vars)
+        self._tensors = [position for position, value in enumerate(values) if isinstance(value, TENSORS)]
+        self._state = self._state_of(module_vars, values)
         self._hooks = _Hooks(module_vars)
 
-    def is_unchanged(self, modules: Sequence[nn.Module]) -> bool:
-        """Whether the same modules hold what they held."""
+    def tensors(self, modules: Sequence[nn.Module]) -> list[Any] | None:
+        """The tensors that the same modules hold, in the same order at any time; None if they hold other things now."""
         module_vars = list(map(vars, modules))
-        return self._state_of(module_vars) == self._state and self._hooks.is_unchanged(module_vars)
+        values = _values_of(module_vars)
+        if self._state_of(module_vars, values) != self._state or not self._hooks.is_unchanged(module_vars):
+            return None
+        attributes = [module_vars[position][name] for position, name in self._attributes]
+        return [*[values[position] for position in self._tensors], *attributes]
 
-    def _state_of(self, module_vars: Sequence[Vars]) -> tuple[list[Any], ...]:
-        attributes = [id(module_vars[position].get(name)) for position, name in self._tensor_attributes]
-        members = _names_and_ids(list(_flatten(map(_members_of, module_vars))))
-        return list(map(_training_of, module_vars)), list(map(len, module_vars)), *members, attributes
+    def _state_of(self, module_vars: Sequence[Vars], values: list[Any]) -> tuple[list[Any], ...]:
+        members = list(_flatten(map(_members_of, module_vars)))
+        attributes = [id(module_vars[position].get(name)) for position, name in self._attributes]
+        counts = list(map(len, module_vars)), list(map(len, members))
+        return list(map(_training_of, module_vars)), *counts, list(_flatten(members)), list(map(id, values)), attributes
+
+
+def _values_of(module_vars: Sequence[Vars]) -> list[Any]:
+    return list(_flatten(map(dict.values, filter(None, _flatten(map(_members_of, module_vars))))))
 
 
 class HeldMembers:

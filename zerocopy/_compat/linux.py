@@ -7,22 +7,21 @@ bytes of which file a process has mapped, nor of single pages, nor of open files
 from __future__ import annotations
 
 import ctypes
+import errno
+import fcntl
 import mmap
 import os
-import struct
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeAlias
+
+import numpy as np
 
 # Not in Python's mmap module before 3.13; the same on every architecture that Ray supports.
 # https://man7.org/linux/man-pages/man2/mmap.2.html,
 # https://github.com/torvalds/linux/blob/v6.12/include/uapi/asm-generic/mman.h
 MAP_NORESERVE = 0x4000
-
-# In no version of it; the same everywhere, too.
-# https://github.com/torvalds/linux/blob/v6.12/include/uapi/asm-generic/mman-common.h
-_MAP_FIXED = 0x10
 
 
 def why_no_mappings() -> str | None:
@@ -115,21 +114,82 @@ def anonymous_bytes(pid: int) -> int | None:
     return None
 
 
-_IS_OF_FILE = 1 << 61  # or shared anonymous memory
-_IS_PRESENT = 1 << 63
+# What a page is, in the words of PAGEMAP_SCAN: https://docs.kernel.org/admin-guide/mm/pagemap.html#pagemap-scan-ioctl
+_IS_FILE, _IS_PRESENT, _IS_SWAPPED = 1 << 2, 1 << 3, 1 << 4
+# Its number, `_IOWR('f', 16, struct pm_scan_arg)`: https://github.com/torvalds/linux/blob/v6.12/include/uapi/linux/fs.h
+_PAGEMAP_SCAN = 0xC0606610
+_MOST_RANGES = 1024  # told by one scan
+
+# The same in a number of /proc/self/pagemap, one per page.
+_ENTRY_IS_FILE = 1 << 61  # or shared anonymous memory
+_ENTRY_HAS_CONTENT = 1 << 63 | 1 << 62  # present or swapped
+_ENTRIES_READ = 1 << 18  # at a time: 2 MB, for 1 GB of memory
+
+Range: TypeAlias = tuple[int, int]  # start and end, as addresses
 
 
-def has_pages_of_its_own(start: int, nbytes: int) -> bool:
-    """Whether a write has given this process a page of its own in a range of a private mapping.
+class _ScanArguments(ctypes.Structure):
+    """`struct pm_scan_arg`, in the same header."""
 
-    /proc/self/pagemap, a number for each page: https://docs.kernel.org/admin-guide/mm/pagemap.html
+    _fields_: ClassVar[Any] = [
+        (name, ctypes.c_uint64)
+        for name in (
+            "size", "flags", "start", "end", "walk_end", "vec", "vec_len", "max_pages",
+            "category_inverted", "category_mask", "category_anyof_mask", "return_mask",
+        )
+    ]  # fmt: skip
+
+
+def own_pages(start: int, end: int) -> list[Range] | None:
+    """Where a private mapping has pages of this process: those that a write has copied, whoever wrote; swapped ones too.
+
+    Also pages that were pinned for writing, or populated. Takes 10 microseconds where no page was touched, and some 10 ms per GB
+    where all were.
+
+    Args:
+        start: a multiple of the page size, as is `end`.
+
+    Returns:
+        Ranges of whole pages in order; None where the kernel does not tell.
     """
-    first, last = start // mmap.PAGESIZE, (start + max(nbytes, 1) - 1) // mmap.PAGESIZE
-    with Path("/proc/self/pagemap").open("rb") as pagemap:
-        pagemap.seek(first * 8)
-        content = pagemap.read((last - first + 1) * 8)
-    entries = struct.unpack(f"{len(content) // 8}Q", content)
-    return any(entry & _IS_PRESENT and not entry & _IS_OF_FILE for entry in entries)
+    try:
+        with Path("/proc/self/pagemap").open("rb", buffering=0) as pagemap:
+            try:
+                return list(_scanned(pagemap.fileno(), start, end))
+            except OSError:  # before Linux 6.7
+                return list(_read(pagemap.fileno(), start, end))
+    except OSError:
+        return None
+
+
+def _scanned(pagemap: int, start: int, end: int) -> Iterator[Range]:
+    found = (ctypes.c_uint64 * (3 * _MOST_RANGES))()  # of each range its start, its end, and what its pages are
+    while start < end:
+        asked = _ScanArguments(
+            size=ctypes.sizeof(_ScanArguments),
+            start=start,
+            end=end,
+            vec=ctypes.addressof(found),
+            vec_len=_MOST_RANGES,
+            category_inverted=_IS_FILE,
+            category_mask=_IS_FILE,
+            category_anyof_mask=_IS_PRESENT | _IS_SWAPPED,
+        )
+        count = fcntl.ioctl(pagemap, _PAGEMAP_SCAN, asked)
+        yield from zip(found[: 3 * count : 3], found[1 : 3 * count : 3], strict=True)
+        # Where `found` became full, the walk ends before the last range.
+        start = max(asked.walk_end, found[3 * count - 2] if count else 0)
+
+
+def _read(pagemap: int, start: int, end: int) -> Iterator[Range]:
+    page = mmap.PAGESIZE
+    for first in range(start, end, _ENTRIES_READ * page):
+        count = min(_ENTRIES_READ, -(-(end - first) // page))
+        entries = np.frombuffer(os.pread(pagemap, count * 8, first // page * 8), np.uint64)
+        is_own = (entries & np.uint64(_ENTRY_HAS_CONTENT) != 0) & (entries & np.uint64(_ENTRY_IS_FILE) == 0)
+        edges = np.flatnonzero(np.diff(is_own, prepend=False, append=False)).tolist()
+        for begin, stop in zip(edges[::2], edges[1::2], strict=True):
+            yield first + begin * page, first + stop * page
 
 
 def open_files(pid: int) -> Iterator[str]:
@@ -150,23 +210,38 @@ def open_files(pid: int) -> Iterator[str]:
 
 
 _libc = ctypes.CDLL(None, use_errno=True)
-_libc.mmap.restype = ctypes.c_void_p
-_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _libc.memcmp.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
 
 
-def map_anonymous(address: int, nbytes: int) -> None:
-    """Put fresh private memory in the place of whatever is mapped there: zeros. Python's mmap takes no address.
+# Since Linux 5.14; not in Python's mmap module before 3.14.
+# https://github.com/torvalds/linux/blob/v6.12/include/uapi/asm-generic/mman-common.h
+_MADV_POPULATE_WRITE = 23
 
-    https://man7.org/linux/man-pages/man2/mmap.2.html: MAP_FIXED
+
+def populate(start: int, end: int, step: int) -> None:
+    """Give this process pages of its own for a whole range of a private mapping, with the content that they have.
+
+    The kernel copies page by page in place: other threads that read or write there notice nothing. Before Linux 5.14 a byte of
+    each page is written as it is read: readers notice nothing, but a write of another thread to that byte at that moment is lost.
+
+    Args:
+        start: a multiple of the page size, as is `end`.
+        step: the page size.
 
     Raises:
         OSError: the kernel refused.
+
+    https://man7.org/linux/man-pages/man2/madvise.2.html: MADV_POPULATE_WRITE
     """
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_FIXED
-    if _libc.mmap(address, nbytes, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0) != address:
-        raise OSError(ctypes.get_errno(), "mmap refused private memory")
+    while _libc.madvise(start, end - start, _MADV_POPULATE_WRITE) != 0:
+        error = ctypes.get_errno()
+        if error == errno.EINVAL:
+            for address in range(start, end, step):
+                ctypes.memmove(address, address, 1)
+            return
+        if error not in (errno.EINTR, errno.EAGAIN):
+            raise OSError(error, "madvise refused private memory")
 
 
 def is_equal(first: int, second: int, nbytes: int) -> bool:

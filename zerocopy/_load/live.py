@@ -9,20 +9,28 @@ from typing import Any, TypeAlias
 import attrs
 import ray
 
-from zerocopy._changes.snapshot import LoadedMarks
 from zerocopy._store import object_store
 from zerocopy._store.mapping import PrivateMap
 from zerocopy.errors import ArgumentError, IsolationError
 
 
-@attrs.frozen(eq=False)
 class Origin:
-    """Where a loaded pipeline came from. The reference keeps the weights in the store."""
+    """Where a loaded pipeline came from. The reference keeps the weights in the store.
 
-    manifest: ray.ObjectRef[Any]
-    shared_bytes: int
-    marks: LoadedMarks
-    session: object = attrs.field(factory=object_store.session)
+    Attributes:
+        session: of the reference.
+    """
+
+    def __init__(self, manifest: ray.ObjectRef[Any], shared_bytes: int, memory: Iterable[Any]) -> None:
+        """`memory`: the mapped memory that the tensors are views of. It is not kept alive."""
+        self.manifest = manifest
+        self.shared_bytes = shared_bytes
+        self.session = object_store.session()
+        self._memory = list(map(weakref.ref, memory))
+
+    def memory(self) -> list[Any]:
+        """The mapped memory that is still in use."""
+        return [memory for ref in self._memory if (memory := ref()) is not None]
 
 
 @attrs.define(eq=False)
@@ -92,7 +100,7 @@ def unshare(pipeline: Any) -> None:
             f"This {type(pipeline).__name__} was not loaded from a publication in this process.",
             hint="unshare() takes what publication.load() returned, or what arrived in a task or an actor.",
         )
-    memories = entry.origin.marks.memories()
+    memories = entry.origin.memory()
     if not all(isinstance(memory, PrivateMap) for memory in memories):
         raise IsolationError(
             f"This {type(pipeline).__name__} uses Ray's own mapping, which cannot be taken over.",

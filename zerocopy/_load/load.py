@@ -28,8 +28,8 @@ class SharedPart:
 
 def load(
     manifest: Manifest, outer: Outer, target: torch.device, fields: Sequence[str] | None, *, require_isolation: bool
-) -> tuple[Any, Mapping[int, Any], StoredMemory]:
-    """A live pipeline, its shared tensors by index, and the memory that they are views of.
+) -> tuple[Any, StoredMemory]:
+    """A live pipeline, and the memory that its shared tensors are views of.
 
     Args:
         target: the device of the tensors whose field declares none.
@@ -40,13 +40,13 @@ def load(
     """
     if fields is None and is_separable(manifest, outer):
         shared = load_shared(manifest, target, require_isolation=require_isolation)
-        return join(manifest, outer, shared, target), shared.tensors, shared.memory
+        return join(manifest, outer, shared, target), shared.memory
     return _load_needed(manifest, outer, target, fields, require_isolation=require_isolation)
 
 
 def _load_needed(
     manifest: Manifest, outer: Outer, target: torch.device, fields: Sequence[str] | None, *, require_isolation: bool
-) -> tuple[Any, Mapping[int, Any], StoredMemory]:
+) -> tuple[Any, StoredMemory]:
     """As `load`, but only what is needed. Other fields hold stand-ins until they are taken away."""
     specs = (*manifest.specs, *outer.specs)
     needed = _needed(manifest, outer, specs, fields)
@@ -60,7 +60,7 @@ def _load_needed(
     pipeline = _join_all(manifest, outer, [live.get(index, blank.get(index)) for index in range(len(specs))])
     if fields is not None:
         partial.keep_only(pipeline, fields)
-    return pipeline, {i: tensor for i, tensor in live.items() if i < len(manifest.specs)}, memory
+    return pipeline, memory
 
 
 def _needed(

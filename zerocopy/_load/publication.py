@@ -12,7 +12,6 @@ import attrs
 import ray
 import torch
 
-from zerocopy._changes.snapshot import LoadedMarks
 from zerocopy._compat.cpython import collector_paused
 from zerocopy._load import devices, live, partial
 from zerocopy._load.load import load
@@ -123,11 +122,8 @@ class Publication(Handle):
         with collector_paused(promote=_is_first_load(content.reference)):
             manifest = manifest_of(content.reference)
             target = devices.resolve(device)
-            pipeline, tensors, memory = load(
-                manifest, content.outer, target, names, require_isolation=self.requires_isolation
-            )
-            marks = LoadedMarks(tensors, memory.mapped)
-            live.note_load(pipeline, live.Origin(content.reference, self.shared_bytes, marks))
+            pipeline, memory = load(manifest, content.outer, target, names, require_isolation=self.requires_isolation)
+            live.note_load(pipeline, live.Origin(content.reference, self.shared_bytes, memory.mapped_memory()))
         return pipeline
 
     def content(self) -> Open:

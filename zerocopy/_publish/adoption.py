@@ -10,17 +10,15 @@ from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
-import ray
 import torch
 
-from zerocopy._changes.snapshot import LoadedMarks
 from zerocopy._compat.linux import give_back_heap
 from zerocopy._compat.torch import base_of, id_of_storage, storage_use_count
 from zerocopy._split.introspect import Introspection
+from zerocopy._store.manifest import Placement
 from zerocopy._store.mapping import Mapped, map_private
-from zerocopy._store.read import buffers_of, manifest_of
-from zerocopy._store.tensors import Storage, TensorSpec, base_over, spec_of, strided
-from zerocopy._store.write import Placement
+from zerocopy._store.read import buffers_of
+from zerocopy._store.tensors import COPIED, Storage, TensorSpec, base_over, spec_of, strided
 
 
 class Adoption:
@@ -38,7 +36,7 @@ class Adoption:
                     id(base), (base, spec_of(base, spec.storage, self._storages[spec.storage]))
                 )
         self._movable = {i for i, storage in enumerate(self._storages) if self._is_movable(i, storage)}
-        self._mapped: list[tuple[ray.ObjectRef[Any], Mapped]] = []
+        self._mapped: list[Mapped] = []
 
     def is_possible(self) -> bool:
         """Whether any memory can be given back. Memory that was adopted before cannot."""
@@ -47,7 +45,7 @@ class Adoption:
     def _is_movable(self, index: int, storage: Storage) -> bool:
         """Whether only the known tensors have a view of a storage: no other tensor, no NumPy array."""
         source = storage.source
-        if not isinstance(source, torch.UntypedStorage) or source.device.type != "cpu" or not source.nbytes():
+        if not isinstance(source, torch.UntypedStorage) or source.device.type != "cpu" or source.nbytes() <= COPIED:
             return False
         tensors = [tensor for tensor, _ in self._views[index].values()]
         if not all(
@@ -67,8 +65,8 @@ class Adoption:
         if not movable:
             return
         shard = next(iter(movable.values())).shard
-        memory, offsets = mapped = map_private(buffers_of(shard), required=True)
-        self._mapped.append((shard, mapped))
+        memory, offsets = mapped = map_private(buffers_of(shard), shard=shard, required=True)
+        self._mapped.append(mapped)
         with torch.inference_mode(False), torch.no_grad():
             for index, place in movable.items():
                 self._point(index, (memory, offsets[place.buffer] + place.offset, self._storages[index].nbytes))
@@ -81,14 +79,11 @@ class Adoption:
             tensor.data = strided(base, spec)
         self._storages[index].forget()
 
-    def marks(self, manifest: ray.ObjectRef[Any]) -> LoadedMarks:
-        """The re-pointed tensors, as a load from `manifest` would have made them."""
-        moved = {key for index in self._movable for key in self._views[index]}
-        tensors = {index: tensor for index, tensor in enumerate(self._known) if id(tensor) in moved}
-        shards = [manifest, *manifest_of(manifest).shards]  # as locations number them
-        return LoadedMarks(tensors, {shards.index(shard): mapped for shard, mapped in self._mapped})
+    def memory(self) -> list[Any]:
+        """The memory that tensors were re-pointed at."""
+        return [mapped.memory for mapped in self._mapped]
 
     def undo(self) -> None:
         """Give private memory back to what was adopted so far."""
-        for _, mapped in self._mapped:
+        for mapped in self._mapped:
             mapped.memory.detach()

@@ -15,12 +15,11 @@ from zerocopy._compat.cpython import collector_paused
 from zerocopy._load import live
 from zerocopy._load.publication import Open, Publication
 from zerocopy._publish.adoption import Adoption
-from zerocopy._publish.weights import ForeignWeights, Weights, put, put_and_adopt, put_streaming
+from zerocopy._publish.weights import ForeignWeights, OwnWeights, Weights, put, put_and_adopt, put_streaming
 from zerocopy._split.introspect import Introspection, Subject, check_pipeline, introspect
-from zerocopy._store import mapping, object_store
-from zerocopy._store.manifest import Outer, Versions
+from zerocopy._store import mapping, object_store, windows
+from zerocopy._store.manifest import Outer, Placement, Versions
 from zerocopy._store.tensors import Storage
-from zerocopy._store.write import Placement
 
 _lock = threading.RLock()
 
@@ -108,17 +107,33 @@ def publish_subject(
     with _lock, collector_paused():
         entry = live.entry_of(anchor, variant)
         found = introspect(subject)
-        weights = _weights_to_compare(entry, found)
-        outer = None if weights is None else weights.outer_if_same(found)
+        weights: Weights
         adoption = Adoption(found) if adopt else None
         if adoption is not None and adoption.is_possible():
-            stored = _verified_places(found) if weights is None or outer is None else weights.placements
-            weights, outer = put_and_adopt(subject, found, stored, adoption)
-            entry.origin = live.Origin(weights.manifest, weights.shared_bytes, adoption.marks(weights.manifest))
-        elif weights is None or outer is None:
-            weights, outer = put(found, _verified_places(found)), found.outer
+            weights, outer = put_and_adopt(subject, found, _stored(found, entry, exactly=True), adoption)
+            entry.origin = live.Origin(weights.manifest, weights.shared_bytes, adoption.memory())
+        else:
+            weights, outer = _same_weights(entry, found) or (
+                put(found, _stored(found, entry, exactly=True)),
+                found.outer,
+            )
         _remember(entry, weights, automatic=False)
-        return _handle(subject.pipeline, weights, outer, _lease_of(entry))
+        return _handle(subject.pipeline, weights.manifest, weights.shared_bytes, outer, _lease_of(entry))
+
+
+def _same_weights(entry: live.Entry, found: Introspection) -> tuple[Weights, Outer] | None:
+    """The weights that `found` was published as or loaded from, if the store has all its bytes; and its outer skeleton."""
+    published: Weights | None = entry.published.weights if entry.published is not None else None
+    if isinstance(published, OwnWeights) and published.are_in_store() and (outer := published.outer_if_same(found)):
+        return published, outer
+    return _weights_of_loaded(entry, found)
+
+
+def _weights_of_loaded(entry: live.Entry, found: Introspection) -> tuple[Weights, Outer] | None:
+    """The weights that a pipeline was loaded with, if it has them still; and its outer skeleton over them."""
+    weights = ForeignWeights.of_loaded(found, entry.origin)
+    outer = None if weights is None else weights.current_outer(found.pipeline)
+    return None if weights is None or outer is None else (weights, outer)
 
 
 def publish_automatically(pipeline: Any) -> Publication:
@@ -130,19 +145,12 @@ def publish_automatically(pipeline: Any) -> Publication:
     with _lock, collector_paused():
         entry = live.entry_of(pipeline)
         weights: Weights | None = entry.published.weights if entry.published is not None else None
-        outer = weights.outer_of(pipeline) if weights is not None and weights.are_current() else None
+        outer = weights.current_outer(pipeline) if weights is not None and weights.are_in_store() else None
         if weights is None or outer is None:
             found = introspect(Subject(pipeline))
-            weights, outer = _passed_on(found, entry) or (put(found, _unchanged_places()), found.outer)
+            weights, outer = _weights_of_loaded(entry, found) or (put(found, _stored(found, entry)), found.outer)
         _remember(entry, weights, automatic=True)
-        return _handle(pipeline, weights, outer)
-
-
-def _passed_on(found: Introspection, entry: live.Entry) -> tuple[Weights, Outer] | None:
-    """The weights that a pipeline was loaded with, if it has them still."""
-    weights = ForeignWeights.of_loaded(found, entry.origin)
-    outer = None if weights is None else weights.outer_of(found.pipeline)
-    return None if weights is None or outer is None else (weights, outer)
+        return _handle(pipeline, weights.manifest, weights.shared_bytes, outer)
 
 
 def put_once(
@@ -156,37 +164,39 @@ def put_once(
     Raises:
         StoreTooSmallError: the weights are larger than this node's object store.
     """
-    return _handle(pipeline, put_streaming(found, fill, drop), found.outer, Lease())
+    return _handle(pipeline, put_streaming(found, fill, drop), found.table.nbytes, found.outer, Lease())
 
 
-def _weights_to_compare(entry: live.Entry, found: Introspection) -> Weights | None:
-    """The weights that `found` may already have in the store: those it was published as, or was loaded from."""
-    published: Weights | None = entry.published.weights if entry.published is not None else None
-    if published is not None and published.are_current():
-        return published
-    return ForeignWeights.of_loaded(found, entry.origin) or published
+def _stored(found: Introspection, entry: live.Entry, *, exactly: bool = False) -> dict[object, Placement]:
+    """Where storages of `found` lie that need not be written again.
+
+    Args:
+        exactly: compare every byte of memory that does not show the store. Else only of storages that may have changed.
+    """
+    places: dict[object, Placement] = {}
+    for weights in _published():
+        if weights.are_in_store():
+            has = weights.verified_places(found.table.storages) if exactly else weights.unchanged_places(found)
+            is_superseded = entry.published is not None and weights is entry.published.weights
+            places.update(weights.worth_keeping(has, found.table.sizes()) if is_superseded else has)
+    shown = windows.places_of(found.table.storages)
+    owned = object_store.with_owner({place.shard for place in shown.values()})
+    return {**places, **{key: place for key, place in shown.items() if place.shard in owned}}
 
 
-def _published() -> list[Weights]:
-    """The weights of every live pipeline of this process."""
-    return [entry.published.weights for entry in live.entries() if entry.published is not None]
+def _published() -> list[OwnWeights]:
+    """What this process has written of every live pipeline."""
+    published = [entry.published.weights for entry in live.entries() if entry.published is not None]
+    return [weights for weights in published if isinstance(weights, OwnWeights)]
 
 
-def _unchanged_places() -> dict[object, Placement]:
-    """Where storages of any pipeline lie that need not be written again, as far as version counters tell."""
-    return {key: place for weights in _published() for key, place in weights.unchanged_places().items()}
-
-
-def _verified_places(found: Introspection) -> dict[object, Placement]:
-    """The same for the storages of `found`, byte by byte."""
-    return {key: place for weights in _published() for key, place in weights.verified_places(found).items()}
-
-
-def _handle(pipeline: Any, weights: Weights, outer: Outer, lease: Lease | None = None) -> Publication:
+def _handle(
+    pipeline: Any, manifest: ray.ObjectRef[Any], shared_bytes: int, outer: Outer, lease: Lease | None = None
+) -> Publication:
     return Publication(
-        Open(weights.manifest, outer),
+        Open(manifest, outer),
         type(pipeline).__name__,
-        weights.shared_bytes,
+        shared_bytes,
         os.environ.get(mapping.REQUIRE_ISOLATION, "0") not in ("", "0"),
         Versions.here(),
         cls=type(pipeline),

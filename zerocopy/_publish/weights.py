@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self, TypeAlias
 
@@ -9,16 +10,18 @@ import attrs
 import ray
 import torch
 
-from zerocopy._changes.snapshot import Snapshot
+from zerocopy._changes.snapshot import Held, Snapshot
 from zerocopy._load.live import Origin
 from zerocopy._publish.adoption import Adoption
+from zerocopy._publish.found_again import find
 from zerocopy._split import paths
 from zerocopy._split.introspect import Introspection, Known, Subject, UnknownRoot, introspect, make_outer
 from zerocopy._store import object_store
-from zerocopy._store.manifest import Manifest, Outer, Skeleton
+from zerocopy._store.manifest import Manifest, Outer, Placement, Skeleton
 from zerocopy._store.read import StoredMemory, manifest_of
 from zerocopy._store.tensors import ARRAY, Storage, TensorSpec, rows_of
-from zerocopy._store.write import ORDINARY, STREAMED, Cut, LocationRow, Placement, Writer
+from zerocopy._store.write import ORDINARY, STREAMED, Cut, LocationRow, Writer
+from zerocopy.errors import PublicationLostError
 
 
 @attrs.frozen(eq=False, kw_only=True)
@@ -26,7 +29,7 @@ class _Weights:
     """Weights in the store, and the state of the live pipeline that they are the weights of. Keeps no part of it alive.
 
     Attributes:
-        placements: where storages are, by their key, in the process that wrote them.
+        borrowed: what they rest on that other processes put into the store.
         components: of tensors that were taken apart. They stay alive, so that their ids and storages mean them.
     """
 
@@ -35,71 +38,84 @@ class _Weights:
     known: Known
     snapshot: Snapshot
     components: list[Any]
-    placements: Mapping[object, Placement] = attrs.field(factory=dict)
+    borrowed: object_store.Borrowed
     session: object = attrs.field(factory=object_store.session)
 
     def are_in_store(self) -> bool:
-        return self.session is not None and self.session is object_store.session()
+        return self.session is not None and self.session is object_store.session() and self.borrowed.have_owners()
 
-    def are_current(self) -> bool:
-        """Whether the live pipeline still has these weights, as far as versions, members and modes tell."""
-        return self.are_in_store() and self.snapshot.is_unchanged()
-
-    def outer_of(self, pipeline: Any) -> Outer | None:
-        """The outer skeleton of `pipeline` as it is now, if these weights hold all that it shares."""
+    def current_outer(self, pipeline: Any) -> Outer | None:
+        """The outer skeleton of `pipeline` as it is now, if the pipeline still has these weights, as far as one can tell."""
         try:
-            return make_outer(pipeline, self.known)
+            outer, loose = make_outer(pipeline, self.known)
         except UnknownRoot:
             return None
-
-    def unchanged_places(self) -> Mapping[object, Placement]:
-        """Where storages are that have not changed, as far as version counters tell."""
-        return self.placements if self.are_in_store() and self.snapshot.tensors.is_unchanged() else {}
-
-    def verified_places(self, found: Introspection) -> Mapping[object, Placement]:
-        """Where those storages of `found` lie whose exact bytes the store has. Reads all of them."""
-        verified = self._verified(found) if self.placements else ()
-        return {key: self.placements[key] for key in verified if key in self.placements}
-
-    def _verified(self, found: Introspection) -> set[object]:
-        """Keys of those storages of `found` whose exact bytes the store has."""
-        storages = [storage for storage in found.table.storages if storage.key in self.known.storages]
-        if not storages or not self.are_in_store() or not self.snapshot.tensors.is_unchanged():
-            return set()
-        manifest = manifest_of(self.manifest)
-        memory = StoredMemory(manifest, range(len(manifest.locations)), require_isolation=False)
-        return {s.key for s in storages if memory.holds(self.known.storages[s.key], s.to_bytes())}
-
-    def _have_all_of(self, found: Introspection) -> bool:
-        return self.are_in_store() and len(self._verified(found)) == len(found.table.storages)
+        return outer if self.snapshot.is_unchanged(loose, self.components) else None
 
 
 @attrs.frozen(eq=False, kw_only=True)
 class OwnWeights(_Weights):
-    """Weights that this process wrote, and what it wrote."""
+    """Weights that this process wrote, and what it wrote.
+
+    Attributes:
+        placements: where storages are, by their key.
+        sizes: bytes that were written into each shard.
+    """
 
     skeleton: Skeleton
     specs: tuple[TensorSpec, ...]
+    placements: Mapping[object, Placement]
+    sizes: Mapping[ray.ObjectRef[Any], int]
 
     @classmethod
     def written(cls, found: Introspection, snapshot: Snapshot, writer: Writer) -> Self:
         """What `writer` wrote of `found`; the manifest is written now, if it does not lie beside a shard."""
         return cls(
             manifest=writer.finish(),
-            shared_bytes=_shared_bytes(found),
+            shared_bytes=found.table.nbytes,
             known=found.known,
             snapshot=snapshot,
             components=found.components,
+            borrowed=object_store.Borrowed(writer.reused),
             placements={found.table.storages[index].key: place for index, place in writer.placements.items()},
             skeleton=found.shared,
             specs=tuple(found.table.specs),
+            sizes=writer.sizes,
         )
 
     def outer_if_same(self, found: Introspection) -> Outer | None:
         """The outer skeleton of `found` over these weights, if they are those of `found`, byte by byte."""
         same_objects = (self.known.tensors, self.known.storages) == (found.known.tensors, found.known.storages)
         same_form = (self.skeleton, self.specs) == (found.shared, tuple(found.table.specs))
-        return found.outer if same_objects and same_form and self._have_all_of(found) else None
+        if not (same_objects and same_form):
+            return None
+        return found.outer if len(self.verified_places(found.table.storages)) == len(self.placements) else None
+
+    def unchanged_places(self, found: Introspection) -> Mapping[object, Placement]:
+        """Where those storages of `found` are that the store has. What may have changed is compared byte by byte."""
+        same = self.snapshot.unchanged(found.table)
+        doubtful = [storage for storage in found.table.storages if storage.key not in same]
+        places = {key: self.placements[key] for key in same if key in self.placements}
+        return {**places, **self.verified_places(doubtful)}
+
+    def verified_places(self, storages: Sequence[Storage]) -> Mapping[object, Placement]:
+        """The same for any storages. All that the store may have are compared byte by byte."""
+        candidates = [storage for storage in storages if storage.key in self.placements]
+        if not candidates:
+            return {}
+        manifest = manifest_of(self.manifest)
+        indices = {storage.key: self.known.storages[storage.key] for storage in candidates}
+        memory = StoredMemory(manifest, indices.values(), require_isolation=False)
+        return {s.key: self.placements[s.key] for s in candidates if memory.holds(indices[s.key], s.to_bytes())}
+
+    def worth_keeping(
+        self, places: Mapping[object, Placement], nbytes: Mapping[object, int]
+    ) -> Mapping[object, Placement]:
+        """Those of `places` whose shards are still needed for at least half of their bytes. The others had better be freed."""
+        used: dict[ray.ObjectRef[Any], int] = defaultdict(int)
+        for key, place in places.items():
+            used[place.shard] += nbytes[key]
+        return {key: place for key, place in places.items() if 2 * used[place.shard] >= self.sizes.get(place.shard, 0)}
 
 
 class ForeignWeights(_Weights):
@@ -110,24 +126,20 @@ class ForeignWeights(_Weights):
 
     @classmethod
     def of_loaded(cls, found: Introspection, origin: Origin | None) -> Self | None:
-        """The weights that a pipeline came from, if it still has all of them and no others."""
+        """The weights that a pipeline came from, if it still has all of them and no others, byte by byte."""
         if origin is None or origin.session is not object_store.session():
             return None
-        manifest = manifest_of(origin.manifest)
-        if not origin.marks.is_unchanged(manifest):
+        try:
+            manifest = manifest_of(origin.manifest)
+        except PublicationLostError:
             return None
-        index = origin.marks.index()
-        if not all(key in index for key in found.table.index):
+        borrowed = object_store.Borrowed([origin.manifest, *manifest.shards])
+        indices = find(found.table, manifest) if borrowed.have_owners() else None
+        if indices is None:
             return None
-        storages = {}
-        for obj, spec in zip(found.table.objects, found.table.specs, strict=True):
-            published = manifest.specs[index[id(obj)]]
-            if spec.flag != published.flag:
-                return None
-            storages[found.table.storages[spec.storage].key] = published.storage
         known = Known(
-            index, storages, found.known.roots, frozenset(), found.known.loose, len(manifest.specs), len(manifest.locations),
-            whole=True,
+            indices.tensors, indices.storages, found.known.roots, frozenset(), found.known.loose, len(manifest.specs),
+            len(manifest.locations), whole=True,
         )  # fmt: skip
         return cls(
             manifest=origin.manifest,
@@ -135,11 +147,8 @@ class ForeignWeights(_Weights):
             known=known,
             snapshot=_snapshot(found),
             components=found.components,
+            borrowed=borrowed,
         )
-
-    def outer_if_same(self, found: Introspection) -> Outer | None:
-        """The outer skeleton of `found` over these weights, if it has all of them still, byte by byte."""
-        return self.outer_of(found.pipeline) if self._have_all_of(found) and self.are_current() else None
 
 
 Weights: TypeAlias = OwnWeights | ForeignWeights
@@ -181,25 +190,24 @@ def put_and_adopt(
 
 def put_streaming(
     found: Introspection, fill: Callable[[Sequence[Storage]], None], drop: Callable[[Sequence[Storage]], None]
-) -> OwnWeights:
-    """Write shard by shard. Each shard is filled before it is written, and dropped afterwards.
+) -> ray.ObjectRef[Any]:
+    """Write shard by shard. Each shard is filled before it is written, and dropped afterwards. Returns the manifest.
 
     Args:
         fill: called with the storages of each shard before their bytes are read.
         drop: called with them when they are written.
     """
-    snapshot = _snapshot(found)
     writer = _writer_of(found, {}, STREAMED)
     for shard in writer.shards:
         sources = [found.table.storages[index] for index in shard]
         fill(sources)
         writer.write(shard)
         drop(sources)
-    return OwnWeights.written(found, snapshot, writer)
+    return writer.finish()
 
 
 def _writer_of(found: Introspection, stored: Mapping[object, Placement], cut: Cut) -> Writer:
-    object_store.check_room(_shared_bytes(found), type(found.pipeline).__name__)
+    object_store.check_room(found.table.nbytes, type(found.pipeline).__name__)
 
     def make_manifest(locations: Sequence[LocationRow], shards: Sequence[ray.ObjectRef[Any]]) -> Manifest:
         return Manifest(rows_of(found.table.specs), locations, found.devices, found.shared, shards, _is_reusable(found))
@@ -221,8 +229,4 @@ def _is_reusable(found: Introspection) -> bool:
 
 
 def _snapshot(found: Introspection) -> Snapshot:
-    return Snapshot(found.table, found.composites, found.mutable)
-
-
-def _shared_bytes(found: Introspection) -> int:
-    return sum(storage.nbytes for storage in found.table.storages)
+    return Snapshot(Held(found.table, found.composites, found.components, found.mutable, found.loose))

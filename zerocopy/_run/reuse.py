@@ -19,7 +19,6 @@ import ray
 import torch
 
 from zerocopy._changes.kept import Kept
-from zerocopy._changes.snapshot import LoadedMarks
 from zerocopy._compat.cpython import collector_paused
 from zerocopy._load import devices, live
 from zerocopy._load.load import SharedPart, is_separable, join, load_shared
@@ -108,8 +107,7 @@ class Entry:
         self.reference = reference
         self.manifest = manifest
         self.shared = shared
-        self.marks = LoadedMarks(shared.tensors, shared.memory.mapped)
-        self.kept = Kept(shared.roots, shared.tensors.values())
+        self.kept = Kept(shared.roots, shared.tensors.values(), shared.memory.mapped_memory())
         self.state = State.NEW
         self.last_used = 0.0
 
@@ -283,7 +281,8 @@ class CallLoads:
         if entry.state is State.NEW:
             entry.kept.record()  # now: joining may put modules into eval mode
             entry.note(Event.JOINED)
-        live.note_load(pipeline, live.Origin(entry.reference, publication.shared_bytes, entry.marks))
+        memory = entry.shared.memory.mapped_memory()
+        live.note_load(pipeline, live.Origin(entry.reference, publication.shared_bytes, memory))
         self._entries.append(entry)
         return pipeline
 

@@ -11,7 +11,7 @@ outer skeleton holds everything but the tensors.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import attrs
 from torch import nn
@@ -47,6 +47,7 @@ class Introspection:
         mutable: modules, containers and other mutable objects of the shared skeleton.
         composites: shared tensors that were taken apart.
         components: what they were taken apart into. They are kept as long as they may be recognized.
+        loose: shared tensors that the pipeline holds outside of modules.
     """
 
     pipeline: Any
@@ -62,6 +63,7 @@ class Introspection:
     mutable: list[Any]
     composites: list[Any]
     components: list[Any]
+    loose: list[Any]
 
 
 @attrs.frozen
@@ -73,7 +75,7 @@ class Known:
         storages: index of each shared storage, by key.
         roots: position of each shared root, by id.
         mutable: ids of the mutable objects of the shared skeleton.
-        loose: the fingerprint of the roots that have no version counter.
+        loose: the fingerprint of the roots that are neither modules nor tensors.
         tensor_count: number of shared tensors.
         storage_count: number of shared storages.
         whole: whether the outer skeleton always holds everything but the tensors.
@@ -146,12 +148,13 @@ def introspect(subject: Subject) -> Introspection:
     shared = strip(first.roots, zone=Zone.SHARED, split=Split.NOWHERE, within=pipeline, replaced=subject.replaced)
     table, root_ends = _tabulate(shared)
     entangled = _entanglement(subject, first, shared)
+    loose = _look_outside_of_modules(pipeline, first.roots)
     known = Known(
         tensors=table.index,
         storages=table.storage_index,
         roots={id(root): position for position, root in enumerate(first.roots)},
         mutable=_lasting(shared.seen) - set(subject.replaced) if entangled is None else frozenset(),
-        loose=_fingerprint(pipeline, first.roots),
+        loose=loose.fingerprint,
         tensor_count=len(table.specs),
         storage_count=len(table.storages),
         whole=entangled is not None,
@@ -171,11 +174,12 @@ def introspect(subject: Subject) -> Introspection:
         mutable=list(shared.seen.values()),
         composites=shared.composites,
         components=shared.components,
+        loose=loose.tensors,
     )
 
 
-def make_outer(pipeline: Any, known: Known) -> Outer:
-    """The outer skeleton of `pipeline` as it is now, over published weights.
+def make_outer(pipeline: Any, known: Known) -> tuple[Outer, list[Any]]:
+    """The outer skeleton of `pipeline` as it is now, over published weights, and the shared tensors outside of modules.
 
     Raises:
         UnknownRoot: the weights do not hold a module or a shared value that the pipeline has now.
@@ -183,10 +187,10 @@ def make_outer(pipeline: Any, known: Known) -> Outer:
     """
     subject = Subject(pipeline)
     stripped = subject.strip(Split.ROOTS)
-    are_known = all(id(root) in known.roots for root in stripped.roots)
-    if not are_known or _fingerprint(pipeline, stripped.roots) != known.loose:
+    loose = _look_outside_of_modules(pipeline, stripped.roots)
+    if not all(id(root) in known.roots for root in stripped.roots) or loose.fingerprint != known.loose:
         raise UnknownRoot
-    return _outer_of(subject, known, stripped)
+    return _outer_of(subject, known, stripped), loose.tensors
 
 
 def _outer_of(subject: Subject, known: Known, stripped: Stripped) -> Outer:
@@ -215,18 +219,29 @@ def _encode(externals: Sequence[Any], table: TensorTable, known: Known, *, whole
     return tuple(encoded)
 
 
-def _fingerprint(pipeline: Any, roots: Sequence[Any]) -> tuple[object, ...]:
-    """What tells a change of the shared roots that are neither modules nor tensors: dicts, lists, objects of any class.
+class _Loose(NamedTuple):
+    """What a pipeline shares outside of modules.
 
-    These have no version counter, so they are pickled anew, down to the modules and tensors in them.
+    Attributes:
+        fingerprint: tells a change of the shared roots that are neither modules nor tensors: dicts, lists, objects of any class.
+        tensors: tensors and arrays that are roots or inside such roots; none that were made on the way.
     """
+
+    fingerprint: tuple[object, ...]
+    tensors: list[Any]
+
+
+def _look_outside_of_modules(pipeline: Any, roots: Sequence[Any]) -> _Loose:
+    """Roots that are neither modules nor tensors have no version counter. So they are pickled anew, down to these."""
+    tensors = [root for root in roots if is_tensor_or_array(root)]
     loose = [root for root in roots if not isinstance(root, nn.Module) and not is_tensor_or_array(root)]
     if not loose:
-        return ()
+        return _Loose((), tensors)
     stripped = strip(loose, zone=Zone.SHARED, split=Split.ROOTS, within=pipeline)
     components = set(map(id, stripped.components))
     parts = (_content(obj) if id(obj) in components else id(obj) for obj in stripped.externals)
-    return (stripped.payload, tuple(map(id, loose)), *parts)
+    inside = [obj for obj in stripped.externals if is_tensor_or_array(obj) and id(obj) not in components]
+    return _Loose((stripped.payload, tuple(map(id, loose)), *parts), [*tensors, *inside, *stripped.composites])
 
 
 def _content(component: Any) -> object:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import types
 from collections import deque
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -143,3 +143,34 @@ def paths_to(root: object, targets: Iterable[object], name: str) -> dict[int, st
 def name_of(pipeline: object) -> str:
     """What paths into `pipeline` start with."""
     return type(pipeline).__name__.lower()
+
+
+Route: TypeAlias = tuple[int, ...]
+
+
+def routes_to(roots: Sequence[object], targets: Collection[int]) -> dict[int, Route]:
+    """How to find the objects with the ids `targets` again: the position of the root, then that of each child on the way."""
+    found: dict[int, Route] = {}
+    queue: deque[tuple[Route, object]] = deque(((position,), root) for position, root in enumerate(roots))
+    entered = set()
+    while queue and len(found) < len(targets):
+        route, obj = queue.popleft()
+        if id(obj) in targets:
+            found.setdefault(id(obj), route)
+        if isinstance(obj, _LEAVES) or id(obj) in entered:
+            continue
+        entered.add(id(obj))
+        queue.extend(((*route, position), child) for position, (_, child) in enumerate(_children(obj)))
+    return found
+
+
+def follow(roots: Sequence[object], route: Route) -> object:
+    """What is at the end of a route now; None if it leads nowhere."""
+    children: Sequence[object] = roots
+    obj: object = None
+    for position in route:
+        if position >= len(children):
+            return None
+        obj = children[position]
+        children = [child for _, child in _children(obj)]
+    return obj

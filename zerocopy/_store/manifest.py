@@ -32,6 +32,14 @@ class Location(NamedTuple):
     nbytes: int
 
 
+class Placement(NamedTuple):
+    """Where a storage is in the store. Valid as long as `shard` is referenced."""
+
+    shard: ray.ObjectRef[Any]
+    buffer: int
+    offset: int
+
+
 class Root(NamedTuple):
     """An external of the outer skeleton that is the object number `position` of the shared skeleton."""
 
@@ -76,7 +84,8 @@ class Manifest:
     Attributes:
         spec_rows: one row per tensor, as `rows_of` makes it.
         location_rows: one `Location` per storage, as a plain tuple.
-        beside: the other buffers of the store object that held this manifest. Set in the process that read it.
+        reference: refers to the store object that held this manifest. Set in the process that read it.
+        beside: the other buffers of that object. Set there, too.
     """
 
     def __init__(
@@ -94,7 +103,15 @@ class Manifest:
         self.skeleton = skeleton
         self.shards = shards
         self.is_reusable = is_reusable
+        self.reference: ray.ObjectRef[Any] | None = None
         self.beside: Sequence[Any] = ()
+
+    def shard(self, number: int) -> ray.ObjectRef[Any]:
+        """The shard that locations call by this number."""
+        reference = self.reference if number == BESIDE else self.shards[number - 1]
+        if reference is None:
+            raise RuntimeError("this manifest was not read from the store")
+        return reference
 
     @functools.cached_property
     def specs(self) -> tuple[TensorSpec, ...]:

@@ -16,13 +16,15 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import ray
 
 from zerocopy._compat import linux
 from zerocopy._compat.ray import BUFFER_ALIGNMENT, raylets
+from zerocopy._store import windows
+from zerocopy._store.windows import Window
 from zerocopy.errors import IsolationError, IsolationWarning
 
 REQUIRE_ISOLATION = "ZEROCOPY_REQUIRE_ISOLATION"
-DETACH_BYTES = 16 << 20  # copied at a time when a mapping is detached; a multiple of every page size
 
 
 class MappingImpossible(Exception):
@@ -57,24 +59,23 @@ def starts_of(buffers: Sequence[Any]) -> list[int]:
 
 
 class PrivateMap(mmap.mmap):
-    """A private mapping that keeps Ray's buffers referenced: that pins the object in the store."""
+    """A private mapping of an object of the store, and what it keeps alive for that: see `Window`."""
 
-    pinned: Sequence[Any]
+    kept: Any
 
     def detach(self) -> None:
-        """Replace the mapping by anonymous memory with the same bytes. Views of it stay valid."""
+        """Give every page to this process. The store may change after that; views of the memory stay valid."""
         start = start_of(self)
-        for offset in range(0, len(self), DETACH_BYTES):
-            content = self[offset : offset + DETACH_BYTES]
-            linux.map_anonymous(start + offset, len(content))
-            self[offset : offset + len(content)] = content
-        self.pinned = ()
+        linux.populate(start, start + len(self), mmap.PAGESIZE)
+        if isinstance(self.kept, Window):
+            windows.remove(self.kept)
+        self.kept = None
 
 
 def _alias(address: int, nbytes: int, keep: object) -> Any:
     """Memory that `keep` owns, seen through ctypes. For ctypes no memory is read-only, so torch does not warn."""
     alias = (ctypes.c_char * nbytes).from_address(address)
-    alias.keep = keep  # type: ignore[attr-defined]
+    alias.kept = keep  # type: ignore[attr-defined]
     return alias
 
 
@@ -84,7 +85,12 @@ _warned: set[str] = set()
 
 
 def map_private(
-    buffers: Sequence[Any], starts: Sequence[int] | None = None, *, writable: bool = True, required: bool = False
+    buffers: Sequence[Any],
+    starts: Sequence[int] | None = None,
+    *,
+    shard: ray.ObjectRef[Any] | None = None,
+    writable: bool = True,
+    required: bool = False,
 ) -> Mapped:
     """Map the store memory that `buffers` (all of one object of the store) lie in once more, private to this process.
 
@@ -92,6 +98,7 @@ def map_private(
         buffers: readable buffers as `ray.get` returned them, not empty. The first one must be unique to the object: it
             proves that the right file was found.
         starts: their addresses, if they are known.
+        shard: refers to the object. If it is given, it is known from now on what the memory shows: see `windows`.
         writable: False for a read-only mapping, the right source for copies to a GPU: drivers pin the source with write
             intent, which would make the kernel copy each page of a writable private mapping.
         required: raise instead of falling back to Ray's own, shared mapping.
@@ -103,13 +110,17 @@ def map_private(
     end = max(map(operator.add, starts, map(len, buffers)))
     try:
         memory, first = _map_checked(min(starts), end, writable, starts[0], bytes(buffers[0]))
-        memory.pinned = buffers
+        memory.kept = buffers
     except (MappingImpossible, OSError, ValueError) as error:
         _report(str(error), required)
         first = min(starts)
         memory = _alias(first, end - first, buffers)
     if not writable and isinstance(memory, mmap.mmap):
         memory = _alias(start_of(memory), len(memory), memory)
+    if shard is not None:
+        start = start_of(memory)
+        memory.kept = Window(start, start + len(memory), first, buffers, starts, shard, isinstance(memory, PrivateMap))
+        windows.add(memory.kept)
     return Mapped(memory, [start - first for start in starts])
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import functools
 import os
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Collection
 from typing import Any, TypeVar
 
 import ray
 import ray.exceptions
+import ray.experimental
 
 from zerocopy._compat.ray import (
     OWNER_UNKNOWN,
@@ -29,6 +31,9 @@ from zerocopy.errors import (
 )
 
 R = TypeVar("R")
+
+OWNER_TIMEOUT_MS = 2000
+OWNER_SECONDS = 0.5  # that an owner is taken to live after it was asked
 
 
 def is_running() -> bool:
@@ -101,6 +106,31 @@ def get_all(refs: list[ray.ObjectRef[Any]]) -> list[Any]:
             "last node that held them did.",
             hint="publish the pipeline again.",
         ) from error
+
+
+def with_owner(refs: Collection[ray.ObjectRef[Any]]) -> set[ray.ObjectRef[Any]]:
+    """Those of `refs` whose owner lives. Others cannot be fetched by another node, even where this one has the object."""
+    try:
+        return set(ray.experimental.get_object_locations(list(refs), OWNER_TIMEOUT_MS)) if refs else set()
+    except ray.exceptions.GetTimeoutError:  # the owner is busy
+        return set(refs)
+
+
+class Borrowed:
+    """References that other processes may own."""
+
+    def __init__(self, refs: Collection[ray.ObjectRef[Any]]) -> None:
+        self._refs = refs
+        self._is_known_until = 0.0
+
+    def have_owners(self) -> bool:
+        """Whether the owners of all of them live, or did so a moment ago: to ask takes a millisecond."""
+        now = time.monotonic()
+        if self._refs and now > self._is_known_until:
+            if len(with_owner(self._refs)) < len(self._refs):
+                return False
+            self._is_known_until = now + OWNER_SECONDS
+        return True
 
 
 def in_background(call: Callable[[], R]) -> Callable[[], R]:

@@ -24,7 +24,7 @@ def buffers_of(shard: ray.ObjectRef[Any]) -> Sequence[Any]:
 def manifest_of(reference: ray.ObjectRef[Any]) -> Manifest:
     """The manifest of a publication; see `object_store.get`."""
     buffers, manifest = object_store.get(reference)
-    manifest.beside = buffers
+    manifest.reference, manifest.beside = reference, buffers
     result: Manifest = manifest
     return result
 
@@ -33,6 +33,7 @@ class StoredMemory:
     """The memory of a manifest's storages in this process. Each load maps it anew."""
 
     def __init__(self, manifest: Manifest, needed: Iterable[int], *, require_isolation: bool) -> None:
+        self._manifest = manifest
         self._locations = manifest.location_rows
         self._require_isolation = require_isolation
         self._needed = list(needed)
@@ -42,7 +43,7 @@ class StoredMemory:
             BESIDE: manifest.beside,
             **{n: buffers for n, (buffers, _) in zip(shards, others, strict=True)},
         }
-        self.mapped: dict[int, Mapped] = {}  # writable memory, by shard
+        self.mapped: dict[int, Mapped] = {}  # writable memory, by number of the shard
 
     def regions(self, on_devices: Container[int]) -> dict[int, Region]:
         """The bytes of each storage, private to this load. For storages `on_devices`: the source to copy from."""
@@ -63,7 +64,19 @@ class StoredMemory:
 
     def _map(self, shard: int, *, writable: bool) -> Mapped:
         buffers = self._buffers[shard]
-        return map_private(buffers, starts_of(buffers), writable=writable, required=self._require_isolation)
+        source = self._manifest.shard(shard) if writable else None
+        return map_private(
+            buffers, starts_of(buffers), shard=source, writable=writable, required=self._require_isolation
+        )
+
+    def mapped_memory(self) -> list[Any]:
+        """The memory that has been mapped for tensors so far."""
+        return [mapped.memory for mapped in self.mapped.values()]
+
+    def content(self, storage: int) -> bytes:
+        """The bytes of a storage, copied."""
+        shard, buffer, offset, nbytes = self._locations[storage]
+        return bytes(memoryview(self._buffers[shard][buffer])[offset : offset + nbytes]) if nbytes else b""
 
     def holds(self, storage: int, content: np.ndarray[Any, Any]) -> bool:
         """Whether a storage has exactly these bytes in the store."""

@@ -18,6 +18,10 @@ Bytes: TypeAlias = np.ndarray[Any, np.dtype[np.uint8]]
 
 TENSOR, PARAMETER, ARRAY = range(3)
 
+# Bytes of a storage that each load copies: those of one element of any dtype. That costs no more than to map it, and torch can
+# resize it. Observers start with one element, and grow.
+COPIED = 16
+
 
 class TensorSpec(NamedTuple):
     """One tensor or array over one storage.
@@ -216,6 +220,15 @@ class TensorTable:
         self.index[id(obj)] = len(self.objects) - 1
         return self.index[id(obj)]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all storages."""
+        return sum(storage.nbytes for storage in self.storages)
+
+    def sizes(self) -> dict[object, int]:
+        """Bytes of each storage, by key."""
+        return {storage.key: storage.nbytes for storage in self.storages}
+
 
 StorageIndex: TypeAlias = dict[object, int]
 
@@ -233,7 +246,9 @@ def rebuild(
         regions: by index of the storage.
         devices: by index of the storage, the device of its tensors, if that is not the CPU. Arrays stay on the CPU.
     """
+    rows = list(rows)
     first: dict[int, torch.Tensor] = {}  # of each storage a tensor that covers it
+    mapped = {row[1] for row in rows if row[0] == ARRAY}  # an array could not follow what torch allocates
     rebuilt: list[Any] = []
     # Loaded tensors are the same in every mode of the caller: only what was an inference tensor becomes one.
     with torch.inference_mode(False), torch.no_grad():
@@ -247,6 +262,8 @@ def rebuild(
                 else:
                     flat = frombuffer(memory, dtype=dtype, count=nbytes // dtype.itemsize, offset=start)
                     tensor = flat.resize_(shape)
+                if nbytes <= COPIED and storage not in mapped:
+                    tensor = tensor.clone()
                 if kind == PARAMETER:
                     tensor.__class__ = nn.Parameter  # as torch does with lazy parameters: there is no second tensor
                 if flag:
@@ -260,7 +277,10 @@ def rebuild(
                 continue
             base = first.get(spec.storage)
             if base is None:
-                base = first[spec.storage] = base_over(regions[spec.storage], spec.dtype, devices.get(spec.storage))
+                base = base_over(regions[spec.storage], spec.dtype, devices.get(spec.storage))
+                if base.nbytes <= COPIED and spec.storage not in mapped:
+                    base = base.clone()
+                first[spec.storage] = base
             rebuilt.append(_finish(strided(base, spec), spec))
     return rebuilt
 

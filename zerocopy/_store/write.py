@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeAlias
 import ray
 
 from zerocopy._store import object_store
-from zerocopy._store.manifest import BESIDE, NOWHERE, Manifest
+from zerocopy._store.manifest import BESIDE, NOWHERE, Manifest, Placement
 from zerocopy._store.tensors import Storage
 
 MB = 1 << 20
@@ -19,14 +19,6 @@ PACKED = MB // 32  # a storage below this is copied into a pack: each further bu
 PACKS_PER_SHARD = 64 * MB  # bounds the heap that packs take while publishing
 ALIGNMENT = 64
 NONCE_BYTES = 16
-
-
-class Placement(NamedTuple):
-    """A storage's place in the store. Valid as long as `shard` is referenced."""
-
-    shard: ray.ObjectRef[Any]
-    buffer: int
-    offset: int
 
 
 Placements: TypeAlias = dict[int, Placement]  # of one shard, by index of the storage
@@ -74,6 +66,7 @@ class Writer:
         stored: places of storages that are in the store already, by shard.
         shards: indices of the storages of each shard that has to be written.
         placements: the place of each storage that has bytes, as far as it is written.
+        sizes: bytes of each shard that was written.
     """
 
     def __init__(
@@ -92,6 +85,12 @@ class Writer:
         self.stored: list[Placements] = _by_shard(self.placements)
         sizes = [0 if index in self.placements else storage.nbytes for index, storage in enumerate(storages)]
         self.shards = layout(sizes, root_ends, cut)
+        self.sizes: dict[ray.ObjectRef[Any], int] = {}
+
+    @property
+    def reused(self) -> list[ray.ObjectRef[Any]]:
+        """The shards that were in the store already."""
+        return list({place.shard: None for placed in self.stored for place in placed.values()})
 
     def write(self, shard: Sequence[int]) -> Placements:
         """Write one of `shards`. Returns the places of its storages."""
@@ -102,6 +101,7 @@ class Writer:
             self._manifest = ref
         placed = {index: Placement(ref, *place) for index, place in zip(shard, places, strict=True)}
         self.placements.update(placed)
+        self.sizes[ref] = sum(self._storages[index].nbytes for index in shard)
         return placed
 
     def finish(self) -> ray.ObjectRef[Any]:

@@ -1,0 +1,119 @@
+"""Which version, storage and place do tensors have?"""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from zerocopy._compat.torch import hold_storage_ids, release_storage_id, storage_id, version_of
+from zerocopy._store.tensors import is_plain
+
+_dtype_of, _needs_grad = operator.attrgetter("dtype"), operator.attrgetter("requires_grad")
+
+
+class TensorStates:
+    """Identities, versions and places of tensors and arrays at one moment. Keeps none of them alive."""
+
+    def __init__(self, tensors: Sequence[Any]) -> None:
+        self._are_plain = [is_plain(tensor) and not _is_special(tensor) for tensor in tensors]
+        self._ids = list(map(id, tensors))
+        plain, others = self._divided(tensors)
+        self._state = _state_of(plain)
+        self._states_of_others = list(map(_state_of_any, others))
+        self._storages = _StorageIdentities([*plain, *filter(has_storage, others)])
+
+    def are_unchanged(self, tensors: Sequence[Any]) -> bool:
+        """Whether these are the same ones in the same order, and nobody has written to them by way of torch."""
+        if list(map(id, tensors)) != self._ids:
+            return False
+        plain, others = self._divided(tensors)
+        try:
+            return _state_of(plain) == self._state and list(map(_state_of_any, others)) == self._states_of_others
+        except RuntimeError:  # an id was used again by a tensor of another kind
+            return False
+
+    def unchanged(self, tensors: Iterable[Any]) -> set[int]:
+        """Ids of those of `tensors` that were there, and to which nobody has written by way of torch."""
+        ids = itertools.compress(self._ids, self._are_plain)
+        states = dict(zip(ids, zip(*self._state[:_BYTES], strict=True), strict=True))
+        known = [tensor for tensor in tensors if id(tensor) in states and is_plain(tensor) and not _is_special(tensor)]
+        found = zip(*_state_of(known)[:_BYTES], strict=True)
+        return {id(tensor) for tensor, state in zip(known, found, strict=True) if state == states[id(tensor)]}
+
+    def _divided(self, tensors: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+        """The plain tensors, and all others."""
+        plain = list(itertools.compress(tensors, self._are_plain))
+        if len(plain) == len(tensors):
+            return plain, []
+        return plain, list(itertools.compress(tensors, map(operator.not_, self._are_plain)))
+
+
+class _StorageIdentities:
+    """Keeps the identities of some tensors' storages from being used again, but not their memory."""
+
+    def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
+        self._held = hold_storage_ids(tensors)
+        self._release: Any = release_storage_id  # this module may be gone when it is needed
+
+    def __del__(self) -> None:
+        for held in self._held:
+            self._release(held)
+
+
+_BYTES = 6  # so many columns of a state tell of the bytes
+
+
+def _state_of(tensors: Sequence[Any]) -> tuple[list[Any], ...]:
+    """Versions, storages, places and kinds of plain tensors, a list of each: this is asked at every pass."""
+    return (
+        list(map(version_of, tensors)),
+        list(map(storage_id, tensors)),
+        list(map(torch.Tensor.data_ptr, tensors)),
+        list(map(torch.Tensor.stride, tensors)),
+        list(map(torch.Tensor.size, tensors)),
+        list(map(_dtype_of, tensors)),
+        list(map(_needs_grad, tensors)),
+        list(map(type, tensors)),
+    )
+
+
+def _state_of_any(tensor: Any) -> tuple[object, ...]:
+    """The same of one tensor of any kind, or of an array."""
+    if isinstance(tensor, np.ndarray):
+        return type(tensor), _place_of(tensor), tensor.flags.writeable
+    storage = storage_id(tensor) if has_storage(tensor) else None
+    return type(tensor), tensor.requires_grad, _version_of(tensor), storage, _place_of(tensor)
+
+
+def _version_of(tensor: torch.Tensor) -> int:
+    """The version counter; 0 where there is none."""
+    if nn.parameter.is_lazy(tensor) or tensor.is_inference() or tensor.is_nested:
+        return 0
+    return int(version_of(tensor))
+
+
+def _place_of(tensor: Any) -> tuple[object, ...]:
+    """Where in memory a tensor or an array lies, and how; empty for one that has no memory of its own."""
+    if isinstance(tensor, np.ndarray):
+        return tensor.__array_interface__["data"][0], tensor.shape, tensor.strides, tensor.dtype
+    if not has_storage(tensor):
+        return ()
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+
+
+def has_storage(tensor: Any) -> bool:
+    """Whether a tensor is a view of plain memory, which it names as its storage."""
+    if isinstance(tensor, np.ndarray) or nn.parameter.is_lazy(tensor):
+        return False
+    return tensor.layout is torch.strided and not tensor.is_nested and type(tensor) in (torch.Tensor, nn.Parameter)
+
+
+def _is_special(tensor: Any) -> bool:
+    """Whether a tensor has no version counter; an array has none either."""
+    return isinstance(tensor, np.ndarray) or tensor.is_inference()

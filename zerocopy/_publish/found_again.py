@@ -1,0 +1,92 @@
+"""Which tensors of a manifest does a live pipeline have, byte by byte?
+
+They are found by where they lie in the store, not by who they are: a loaded pipeline may have been taken apart and put together
+again. What lies in ordinary memory, because it is tiny, is found by its bytes.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+from zerocopy._store import windows
+from zerocopy._store.manifest import Manifest
+from zerocopy._store.read import StoredMemory
+from zerocopy._store.tensors import COPIED, Storage, TensorSpec, TensorTable
+
+_Specs: TypeAlias = dict[int, set[TensorSpec]]  # of the tensors over each storage, with 0 in the place of its index
+
+
+class Indices(NamedTuple):
+    """Which numbers a manifest gives to live tensors, by id, and to their storages, by key."""
+
+    tensors: dict[int, int]
+    storages: dict[object, int]
+
+
+def find(table: TensorTable, manifest: Manifest) -> Indices | None:
+    """The numbers of all tensors of `table` in `manifest`; None if one of them is not there, or has other bytes."""
+    storages = _find_storages(table, manifest)
+    if storages is None:
+        return None
+    free: dict[TensorSpec, list[int]] = defaultdict(list)
+    for index, spec in enumerate(manifest.specs):
+        free[spec].append(index)
+    tensors: dict[int, int] = {}
+    for tensor, spec in zip(table.objects, table.specs, strict=True):
+        same = free.get(spec._replace(storage=storages[table.storages[spec.storage].key]))
+        if not same:
+            return None
+        tensors[id(tensor)] = same.pop(0)  # two that are described alike cannot be told apart
+    return Indices(tensors, storages)
+
+
+def _find_storages(table: TensorTable, manifest: Manifest) -> dict[object, int] | None:
+    places = windows.places_of(table.storages)
+    shards = [manifest.reference, *manifest.shards]  # as locations number them
+    numbers = {shard: number for number, shard in enumerate(shards)}
+    by_location = {location: index for index, location in enumerate(manifest.locations)}
+    tiny = _Tiny(manifest)
+    needed = _specs_of(table.specs)
+    found: dict[object, int] = {}
+    for position, storage in enumerate(table.storages):
+        place = places.get(storage.key)
+        if place is None:
+            index = tiny.take(storage, needed[position])
+        else:
+            row: Any = (numbers.get(place.shard), place.buffer, place.offset, storage.nbytes)
+            index = by_location.get(row)
+        if index is None:
+            return None
+        found[storage.key] = index
+    return found
+
+
+class _Tiny:
+    """The tiny storages of a manifest, by their bytes. Each is found once."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        indices = [index for index, location in enumerate(manifest.locations) if location.nbytes <= COPIED]
+        memory = StoredMemory(manifest, indices, require_isolation=False)
+        self._specs = _specs_of(manifest.specs)
+        self._free: dict[bytes, list[int]] = defaultdict(list)
+        for index in indices:
+            self._free[memory.content(index)].append(index)
+
+    def take(self, storage: Storage, specs: set[TensorSpec]) -> int | None:
+        """The index of one with the bytes of `storage` that has tensors like `specs`."""
+        if storage.nbytes > COPIED:
+            return None
+        same = self._free.get(storage.to_bytes().tobytes(), [])
+        index = next((index for index in same if self._specs[index] >= specs), None)
+        if index is not None:
+            same.remove(index)
+        return index
+
+
+def _specs_of(specs: Sequence[TensorSpec]) -> _Specs:
+    found: _Specs = defaultdict(set)
+    for spec in specs:
+        found[spec.storage].add(spec._replace(storage=0))
+    return found

@@ -1,0 +1,126 @@
+"""Which memory of this process shows an object of the store, and which of its bytes are the store's still?
+
+A write to a private mapping makes the kernel copy the page. So the kernel knows which pages were written, whoever wrote: torch, a
+fused optimizer, NumPy, code in C++. What was not written is the store's. What was is compared.
+"""
+
+from __future__ import annotations
+
+import bisect
+import operator
+import weakref
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import attrs
+import ray
+
+from zerocopy._compat import linux
+from zerocopy._store import object_store
+from zerocopy._store.manifest import Placement
+from zerocopy._store.tensors import Storage
+
+
+@attrs.define(eq=False)
+class Window:
+    """Memory of this process that shows one object of the store. It lives as long as that memory.
+
+    Attributes:
+        start: the address of the memory, at the start of a page; `end` is the end of its last page.
+        shown: where Ray's own mapping has the byte that is at `start`.
+        buffers: Ray's buffers: they pin the object.
+        starts: their addresses in Ray's own mapping, in order.
+        shard: what keeps the object in the store.
+        is_private: whether a write copies the page. If not, it is written to the store.
+    """
+
+    start: int
+    end: int
+    shown: int
+    buffers: Sequence[Any]
+    starts: Sequence[int]
+    shard: ray.ObjectRef[Any]
+    is_private: bool
+    session: object = attrs.field(factory=object_store.session)
+
+    def written(self, extents: Sequence[linux.Range]) -> list[bool]:
+        """Of each extent in this memory, whether it has other bytes than the store."""
+        if self.session is None or self.session is not object_store.session():
+            return [True] * len(extents)
+        own = self.own_pages()
+        return [self._differs(own, *extent) for extent in extents] if own else [False] * len(extents)
+
+    def own_pages(self) -> list[linux.Range]:
+        """Where this memory has pages of its own; all of it where the kernel does not tell."""
+        if not self.is_private:
+            return []
+        found = linux.own_pages(self.start, self.end)
+        return [(self.start, self.end)] if found is None else found
+
+    def _differs(self, own: Sequence[linux.Range], low: int, high: int) -> bool:
+        """Whether the bytes from `low` to `high` differ from those of the store, where there are pages of its own."""
+        for start, end in own[bisect.bisect_right(own, low, key=operator.itemgetter(1)) :]:
+            if start >= high:
+                return False
+            first, last = max(start, low), min(end, high)
+            if not linux.is_equal(first, first - self.start + self.shown, last - first):
+                return True
+        return False
+
+    def placement(self, low: int, high: int) -> Placement | None:
+        """The place in the store of the bytes from `low` to `high`, if they lie in one buffer."""
+        shown = low - self.start + self.shown
+        buffer = bisect.bisect_right(self.starts, shown) - 1
+        if buffer < 0 or shown - self.starts[buffer] + high - low > len(self.buffers[buffer]):
+            return None
+        return Placement(self.shard, buffer, shown - self.starts[buffer])
+
+
+_windows: weakref.WeakValueDictionary[int, Window] = weakref.WeakValueDictionary()  # by `start`
+
+
+def add(window: Window) -> None:
+    """Know a window from now on, as long as it lives."""
+    _windows[window.start] = window
+
+
+def remove(window: Window) -> None:
+    """Know it no longer: its memory does not show the store any more."""
+    if _windows.get(window.start) is window:
+        del _windows[window.start]
+
+
+def split(storages: Iterable[Storage]) -> tuple[dict[Window, list[Storage]], list[Storage]]:
+    """The storages that lie in each window, and those that lie in none."""
+    known = sorted((window.start, window) for ref in _windows.valuerefs() if (window := ref()) is not None)
+    starts = [start for start, _ in known]
+    inside: dict[Window, list[Storage]] = defaultdict(list)
+    outside: list[Storage] = []
+    for storage in storages:
+        address = storage.address
+        position = -1 if address is None else bisect.bisect_right(starts, address) - 1
+        if position >= 0 and address is not None and address + storage.nbytes <= known[position][1].end:
+            inside[known[position][1]].append(storage)
+        else:
+            outside.append(storage)
+    return inside, outside
+
+
+def extent_of(storage: Storage) -> linux.Range:
+    """Where a storage in main memory lies."""
+    if storage.address is None:
+        raise ValueError("this storage is not in main memory")
+    return storage.address, storage.address + storage.nbytes
+
+
+def places_of(storages: Iterable[Storage]) -> dict[object, Placement]:
+    """Where in the store those storages lie that show it and have its bytes, exactly; by key."""
+    places: dict[object, Placement] = {}
+    for window, members in split(storages)[0].items():
+        extents = list(map(extent_of, members))
+        for storage, extent, is_written in zip(members, extents, window.written(extents), strict=True):
+            placement = None if is_written else window.placement(*extent)
+            if placement is not None:
+                places[storage.key] = placement
+    return places
