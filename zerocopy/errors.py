@@ -62,6 +62,13 @@ class StoreTooSmallError(ZeroCopyError, MemoryError):
     capacity: int
 
 
+class OutOfMemoryError(ZeroCopyError, MemoryError):
+    """A pipeline would take more private memory than the node has left. Attributes: `needed`, `free` (bytes)."""
+
+    needed: int
+    free: int
+
+
 class PublicationClosedError(ZeroCopyError, ValueError):
     """A publication was used after `close()`."""
 

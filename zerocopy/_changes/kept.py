@@ -26,7 +26,7 @@ from zerocopy._store.tensors import storage_of
 class Kept:
     """Modules and tensors of one load, and how they were. Keeps them alive."""
 
-    def __init__(self, roots: Sequence[Any], tensors: Iterable[torch.Tensor], memory: Iterable[Any]) -> None:
+    def __init__(self, roots: Sequence[Any], tensors: Iterable[torch.Tensor], memory: Iterable[Any] = ()) -> None:
         """Count references now. Nobody but the load may have any yet, the caller's own variables included.
 
         Args:

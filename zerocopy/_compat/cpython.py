@@ -7,10 +7,18 @@ from __future__ import annotations
 
 import contextlib
 import copyreg
+import ctypes
 import gc
+import os
 import sys
+import sysconfig
+import threading
+import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
+
+import ray
 
 K = TypeVar("K")
 
@@ -80,6 +88,37 @@ new_object: Callable[..., Any] = copyreg.__newobj__  # type: ignore[attr-defined
 
 # The names of the slots that `object` pickles of instances of a class, inherited ones too. In the same file: `_slotnames`.
 slot_names: Callable[[type], list[str]] = copyreg._slotnames  # type: ignore[attr-defined]
+
+
+_STANDARD_LIBRARY, _RAY = sysconfig.get_path("stdlib") + os.sep, str(Path(ray.__file__).parent) + os.sep
+_CALLS_WHAT_IT_IS_GIVEN = {("threading.py", "run"), ("thread.py", "run")}  # the latter of `concurrent.futures`
+
+
+def other_threads_may_compute() -> bool:
+    """Whether another thread may be inside of an operator of torch at this moment.
+
+    Threads that wait do so in the standard library, or in Ray. https://docs.python.org/3.11/library/sys.html#sys._current_frames
+    """
+    frames = sys._current_frames()
+    frames.pop(threading.get_ident(), None)
+    return not all(map(_is_waiting, frames.values()))
+
+
+def _is_waiting(frame: types.FrameType) -> bool:
+    code = frame.f_code
+    if (Path(code.co_filename).name, code.co_name) in _CALLS_WHAT_IT_IS_GIVEN:
+        return False
+    is_of_python = code.co_filename.startswith(_STANDARD_LIBRARY) and "site-packages" not in code.co_filename
+    return is_of_python or code.co_filename.startswith(_RAY)
+
+
+def make_immortal(obj: object) -> None:
+    """Let an object, and what it refers to, live until its process ends.
+
+    Not even the end of the interpreter drops it, as it would drop a global variable.
+    https://docs.python.org/3.11/c-api/refcounting.html#c.Py_IncRef
+    """
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(obj))
 
 
 def is_init_of_protocol(init: Callable[..., None]) -> bool:

@@ -11,6 +11,8 @@ import errno
 import fcntl
 import mmap
 import os
+import socket
+import stat
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -206,6 +208,22 @@ def open_files(pid: int) -> Iterator[str]:
             if str(Path(entry.path).readlink()).startswith("/"):
                 yield entry.path
         except OSError:  # it was closed in the meantime
+            continue
+
+
+def sockets_to(path: str) -> Iterator[int]:
+    """Descriptors of this process' connections to the Unix socket at `path`.
+
+    https://man7.org/linux/man-pages/man5/proc_pid_fd.5.html
+    """
+    for entry in Path("/proc/self/fd").iterdir():
+        descriptor = int(entry.name)
+        try:
+            if stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+                with socket.socket(fileno=os.dup(descriptor)) as connection:
+                    if connection.family == socket.AF_UNIX and connection.getpeername() == path:
+                        yield descriptor
+        except OSError:  # it was closed in the meantime, or is not connected
             continue
 
 

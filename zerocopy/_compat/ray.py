@@ -12,7 +12,9 @@ import psutil
 import ray
 import ray.cloudpickle
 from ray._common import ray_option_utils
+from ray._common.utils import get_system_memory
 from ray._private import serialization, worker
+from ray._private.utils import get_used_memory
 
 Kind: TypeAlias = Literal["actor", "task"]
 
@@ -30,6 +32,23 @@ def mode() -> int | None:
 def connection() -> object:
     """What is made anew each time that this process connects. In the same file: `Worker.core_worker`."""
     return _worker.core_worker
+
+
+def available_memory() -> int:
+    """Bytes of main memory that this node has left, or this container.
+
+    https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/_common/utils.py: `get_system_memory`,
+    https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/_private/utils.py: `get_used_memory`
+    """
+    return max(int(get_system_memory() - get_used_memory()), 0)
+
+
+def store_socket() -> str:
+    """The path of the socket at which this node's object store waits for processes.
+
+    https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/_private/node.py: `Node.plasma_store_socket_name`
+    """
+    return str(_worker.node.plasma_store_socket_name)
 
 
 def cluster_id() -> str:

@@ -9,8 +9,8 @@ from typing import Any, TypeAlias
 import attrs
 import ray
 
-from zerocopy._store import object_store
-from zerocopy._store.mapping import PrivateMap
+from zerocopy._store import object_store, pins
+from zerocopy._store.mapping import PrivateMap, detach_all
 from zerocopy.errors import ArgumentError, IsolationError
 
 
@@ -93,6 +93,7 @@ def unshare(pipeline: Any) -> None:
     Raises:
         ArgumentError: `pipeline` was not loaded from a publication in this process.
         IsolationError: it was loaded where private mappings are not possible; `copy.deepcopy` it instead.
+        OutOfMemoryError: there is not enough memory. Nothing has happened.
     """
     entry = _entries.get((id(pipeline), ()))
     if entry is None or entry.pipeline() is not pipeline or entry.origin is None:
@@ -106,6 +107,8 @@ def unshare(pipeline: Any) -> None:
             f"This {type(pipeline).__name__} uses Ray's own mapping, which cannot be taken over.",
             hint="use copy.deepcopy(pipeline).",
         )
-    for memory in memories:
-        memory.detach()
+    detach_all(memories)
     entry.origin = entry.published = None
+
+
+pins.keep_in_children(entries)

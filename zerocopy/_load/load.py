@@ -13,7 +13,7 @@ from zerocopy._load import devices, partial
 from zerocopy._split.skeleton import graft
 from zerocopy._store.manifest import Manifest, Outer, Root, Skeleton
 from zerocopy._store.read import StoredMemory
-from zerocopy._store.tensors import Region, TensorSpec, rebuild, stand_in
+from zerocopy._store.tensors import Region, TensorSpec, allocated, rebuild, stand_in
 from zerocopy.errors import DeviceError
 
 
@@ -115,7 +115,7 @@ def _join_all(manifest: Manifest, outer: Outer, tensors: Sequence[Any]) -> Any:
 def _private_regions(manifest: Manifest, outer: Outer) -> dict[int, Region]:
     """Fresh memory for the storages that are copied, by index."""
     count = len(manifest.location_rows)
-    return {count + i: (bytearray(content), 0, len(content)) for i, content in enumerate(outer.storages)}
+    return {count + i: allocated(content) for i, content in enumerate(outer.storages)}
 
 
 def _devices_of(

@@ -6,19 +6,31 @@ that somebody else has a view of stays where it is, since that view could not fo
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
+from zerocopy._compat.cpython import other_threads_may_compute
 from zerocopy._compat.linux import give_back_heap
 from zerocopy._compat.torch import base_of, id_of_storage, storage_use_count
 from zerocopy._split.introspect import Introspection
 from zerocopy._store.manifest import Placement
-from zerocopy._store.mapping import Mapped, map_private
+from zerocopy._store.mapping import Mapped, detach_all, map_private
 from zerocopy._store.read import buffers_of
 from zerocopy._store.tensors import COPIED, Storage, TensorSpec, base_over, spec_of, strided
+from zerocopy.errors import OutOfMemoryError
+
+GRACE_SECONDS = 10.0  # that replaced memory is kept for operators that run in other threads
+
+
+def _keep_for_a_while(replaced: list[Any]) -> None:
+    timer = threading.Timer(GRACE_SECONDS, replaced.clear)
+    timer.daemon = True
+    timer.start()
 
 
 class Adoption:
@@ -70,6 +82,10 @@ class Adoption:
         with torch.inference_mode(False), torch.no_grad():
             for index, place in movable.items():
                 self._point(index, (memory, offsets[place.buffer] + place.offset, self._storages[index].nbytes))
+        replaced = [self._storages[index].forget() for index in movable]
+        if other_threads_may_compute():  # with memory that nothing else holds any more
+            _keep_for_a_while(replaced)
+        del replaced
         give_back_heap()
 
     def _point(self, index: int, region: tuple[Any, int, int]) -> None:
@@ -77,13 +93,12 @@ class Adoption:
         base = base_over(region, next(iter(views))[1].dtype)
         for tensor, spec in views:
             tensor.data = strided(base, spec)
-        self._storages[index].forget()
 
     def memory(self) -> list[Any]:
         """The memory that tensors were re-pointed at."""
         return [mapped.memory for mapped in self._mapped]
 
     def undo(self) -> None:
-        """Give private memory back to what was adopted so far."""
-        for mapped in self._mapped:
-            mapped.memory.detach()
+        """Give private memory back to what was adopted so far, if there is enough. Else it keeps what is in the store."""
+        with contextlib.suppress(OutOfMemoryError):
+            detach_all(self.memory())

@@ -19,10 +19,11 @@ import numpy as np
 import ray
 
 from zerocopy._compat import linux
-from zerocopy._compat.ray import BUFFER_ALIGNMENT, raylets
+from zerocopy._compat.ray import BUFFER_ALIGNMENT, available_memory, raylets
 from zerocopy._store import windows
+from zerocopy._store.pins import Pin
 from zerocopy._store.windows import Window
-from zerocopy.errors import IsolationError, IsolationWarning
+from zerocopy.errors import IsolationError, IsolationWarning, OutOfMemoryError
 
 REQUIRE_ISOLATION = "ZEROCOPY_REQUIRE_ISOLATION"
 
@@ -59,23 +60,53 @@ def starts_of(buffers: Sequence[Any]) -> list[int]:
 
 
 class PrivateMap(mmap.mmap):
-    """A private mapping of an object of the store, and what it keeps alive for that: see `Window`."""
+    """A private mapping of an object of the store.
 
-    kept: Any
+    Attributes:
+        pin: keeps the object in the store.
+        window: what the mapping shows, if that is known.
+    """
+
+    pin: Pin | None = None
+    window: Window | None = None
+
+    def shown_bytes(self) -> int:
+        """How many bytes still show the store: so many more this process takes when it is detached."""
+        start = start_of(self)
+        own = linux.own_pages(start, start + len(self)) or ()
+        return len(self) - sum(end - first for first, end in own)
 
     def detach(self) -> None:
-        """Give every page to this process. The store may change after that; views of the memory stay valid."""
+        """Give every page to this process. Then the store may change; views of the memory stay valid."""
         start = start_of(self)
         linux.populate(start, start + len(self), mmap.PAGESIZE)
-        if isinstance(self.kept, Window):
-            windows.remove(self.kept)
-        self.kept = None
+        if self.window is not None:
+            windows.remove(self.window)
+        self.pin = self.window = None
+
+
+def detach_all(memories: Sequence[PrivateMap]) -> None:
+    """Detach all of them, or none.
+
+    Raises:
+        OutOfMemoryError: they would take more than is free. The kernel would not refuse, but end a process.
+    """
+    needed, free = sum(memory.shown_bytes() for memory in memories), available_memory()
+    if needed > free:
+        raise OutOfMemoryError(
+            f"{needed:,} bytes of private memory are needed, but {free:,} are free.",
+            hint="keep the pipeline as it is, and stay connected to Ray; or make room.",
+            needed=needed,
+            free=free,
+        )
+    for memory in memories:
+        memory.detach()
 
 
 def _alias(address: int, nbytes: int, keep: object) -> Any:
     """Memory that `keep` owns, seen through ctypes. For ctypes no memory is read-only, so torch does not warn."""
     alias = (ctypes.c_char * nbytes).from_address(address)
-    alias.kept = keep  # type: ignore[attr-defined]
+    alias.keep = keep  # type: ignore[attr-defined]
     return alias
 
 
@@ -108,19 +139,20 @@ def map_private(
     """
     starts = list(map(start_of, buffers)) if starts is None else starts
     end = max(map(operator.add, starts, map(len, buffers)))
+    pin = Pin(buffers, shard)
     try:
         memory, first = _map_checked(min(starts), end, writable, starts[0], bytes(buffers[0]))
-        memory.kept = buffers
+        memory.pin = pin
     except (MappingImpossible, OSError, ValueError) as error:
         _report(str(error), required)
         first = min(starts)
-        memory = _alias(first, end - first, buffers)
-    if not writable and isinstance(memory, mmap.mmap):
+        memory = _alias(first, end - first, pin)
+    if not writable and isinstance(memory, PrivateMap):
         memory = _alias(start_of(memory), len(memory), memory)
     if shard is not None:
         start = start_of(memory)
-        memory.kept = Window(start, start + len(memory), first, buffers, starts, shard, isinstance(memory, PrivateMap))
-        windows.add(memory.kept)
+        memory.window = Window(start, start + len(memory), first, starts, pin, isinstance(memory, PrivateMap))
+        windows.add(memory.window)
     return Mapped(memory, [start - first for start in starts])
 
 
@@ -212,15 +244,22 @@ def _around(start: int, end: int, intervals: Sequence[linux.Mapping]) -> linux.M
 def _map(interval: linux.Mapping, start: int, end: int, writable: bool) -> tuple[PrivateMap, int]:
     descriptor = _open(interval)
     try:
-        first = start - start % mmap.PAGESIZE
-        length = -(-(end - first) // mmap.PAGESIZE) * mmap.PAGESIZE
-        memory = PrivateMap(
-            descriptor,
-            length,
-            flags=mmap.MAP_PRIVATE | linux.MAP_NORESERVE,
-            prot=mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0),
-            offset=interval.file_offset + first - interval.start,
-        )
+        page = max(os.fstat(descriptor).st_blksize, mmap.PAGESIZE)
+        offset = interval.file_offset + start - interval.start
+        first = start - offset % page
+        try:
+            memory = PrivateMap(
+                descriptor,
+                -(-(end - first) // page) * page,
+                # Of huge pages there may be none for the copy of a page. Then a process that has not reserved any is killed.
+                flags=mmap.MAP_PRIVATE | (linux.MAP_NORESERVE if page == mmap.PAGESIZE else 0),
+                prot=mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0),
+                offset=offset - offset % page,
+            )
+        except OSError as error:
+            if page == mmap.PAGESIZE:
+                raise
+            raise MappingImpossible(f"no {end - first:,} bytes of huge pages are free for copies: {error}") from error
     finally:
         os.close(descriptor)
     return memory, first

@@ -36,9 +36,20 @@ OWNER_TIMEOUT_MS = 2000
 OWNER_SECONDS = 0.5  # that an owner is taken to live after it was asked
 
 
+_inherited: list[object] = []  # the connections of the parents, in a child that was forked
+
+
+def _note_fork() -> None:
+    if ray.is_initialized():
+        _inherited.append(connection())
+
+
+os.register_at_fork(after_in_child=_note_fork)
+
+
 def is_running() -> bool:
-    """Whether this process is connected to a cluster, in any way."""
-    return bool(ray.is_initialized())
+    """Whether this process is connected to a cluster, in any way. A forked child is not: the connection is its parent's."""
+    return bool(ray.is_initialized()) and not (_inherited and connection() in _inherited)
 
 
 def require() -> None:
@@ -51,6 +62,11 @@ def require() -> None:
         if os.environ.get("RAY_ENABLE_AUTO_CONNECT", "") == "0":
             raise ZeroCopyError("Ray is not running in this process.", hint="call ray.init() first.")
         ray.init()
+    if not is_running():
+        raise ZeroCopyError(
+            "This process was forked from one that is connected to Ray. Their connection is its parent's.",
+            hint="start it with multiprocessing's 'spawn' method, or let Ray start it.",
+        )
     if ray.util.client.ray.is_connected():
         raise RayClientError(
             "zerocopy cannot work through Ray Client (ray://): it has no object store on this side.",
@@ -64,7 +80,7 @@ def check_running(what: str) -> None:
     Raises:
         ZeroCopyError: Ray is not running in this process.
     """
-    if not ray.is_initialized():
+    if not is_running():
         raise ZeroCopyError(
             f"{what} needs Ray, which is not running in this process.",
             hint="connect to the cluster that holds the weights: ray.init(address='auto').",
@@ -220,6 +236,11 @@ def cluster() -> str:
 
 
 _pins: dict[ray.ObjectRef[Any], int] = {}
+
+
+def counted_pins() -> list[object]:
+    """What refers to the objects whose picklings were counted."""
+    return [_pins]
 
 
 def count_pin(ref: ray.ObjectRef[Any]) -> None:

@@ -103,9 +103,10 @@ class Storage:
         memory: Any = (ctypes.c_char * self.nbytes).from_address(self.address)
         return np.frombuffer(memory, np.uint8)
 
-    def forget(self) -> None:
-        """Release the memory."""
-        self.source = None
+    def forget(self) -> object:
+        """Let go of the memory, and return what keeps it."""
+        source, self.source = self.source, None
+        return source
 
 
 def is_tensor_or_array(obj: object) -> TypeGuard[torch.Tensor | np.ndarray[Any, Any]]:
@@ -233,7 +234,17 @@ class TensorTable:
 StorageIndex: TypeAlias = dict[object, int]
 
 
-Region: TypeAlias = tuple[Any, int, int]  # memory of a storage in this process: a buffer, the offset in it, bytes
+Region: TypeAlias = tuple[
+    Any, int, int
+]  # memory of a storage in this process: a buffer or a tensor, the offset in it, bytes
+
+
+def allocated(content: bytes) -> Region:
+    """Memory of torch's own that holds `content`: torch can resize it, unlike the memory of a buffer."""
+    with torch.inference_mode(False):
+        memory = torch.empty(len(content), dtype=torch.uint8, device="cpu")
+    ctypes.memmove(memory.data_ptr(), content, len(content))
+    return memory, 0, len(content)
 
 
 def rebuild(
@@ -299,7 +310,7 @@ NUMPY_TWINS = {
 
 def _array(spec: TensorSpec, region: Region) -> np.ndarray[Any, Any]:
     memory, start, nbytes = region
-    content = np.frombuffer(memory, np.uint8, nbytes, start)
+    content = memory.numpy() if isinstance(memory, torch.Tensor) else np.frombuffer(memory, np.uint8, nbytes, start)
     array: np.ndarray[Any, Any] = np.ndarray(spec.shape, spec.dtype, content, spec.offset, spec.stride)
     array.flags.writeable = spec.flag
     return array
@@ -312,6 +323,10 @@ def base_over(region: Region, dtype: torch.dtype, device: torch.device | None = 
         dtype = torch.uint8
     if nbytes == 0:
         base = torch.empty(0, dtype=dtype, device="cpu")
+    elif isinstance(memory, torch.Tensor):
+        base = torch.empty(0, dtype=dtype, device="cpu").set_(
+            memory.untyped_storage(), 0, (nbytes // dtype.itemsize,), (1,)
+        )
     else:
         base = torch.frombuffer(memory, dtype=dtype, count=nbytes // dtype.itemsize, offset=start)
     return base if device is None else base.to(device)

@@ -11,14 +11,13 @@ import operator
 import weakref
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import attrs
-import ray
 
 from zerocopy._compat import linux
 from zerocopy._store import object_store
 from zerocopy._store.manifest import Placement
+from zerocopy._store.pins import Pin
 from zerocopy._store.tensors import Storage
 
 
@@ -29,18 +28,16 @@ class Window:
     Attributes:
         start: the address of the memory, at the start of a page; `end` is the end of its last page.
         shown: where Ray's own mapping has the byte that is at `start`.
-        buffers: Ray's buffers: they pin the object.
-        starts: their addresses in Ray's own mapping, in order.
-        shard: what keeps the object in the store.
+        starts: addresses of the object's buffers in Ray's own mapping, in order.
+        pin: keeps the object in the store.
         is_private: whether a write copies the page. If not, it is written to the store.
     """
 
     start: int
     end: int
     shown: int
-    buffers: Sequence[Any]
     starts: Sequence[int]
-    shard: ray.ObjectRef[Any]
+    pin: Pin
     is_private: bool
     session: object = attrs.field(factory=object_store.session)
 
@@ -72,9 +69,9 @@ class Window:
         """The place in the store of the bytes from `low` to `high`, if they lie in one buffer."""
         shown = low - self.start + self.shown
         buffer = bisect.bisect_right(self.starts, shown) - 1
-        if buffer < 0 or shown - self.starts[buffer] + high - low > len(self.buffers[buffer]):
+        if buffer < 0 or shown - self.starts[buffer] + high - low > len(self.pin.buffers[buffer]):
             return None
-        return Placement(self.shard, buffer, shown - self.starts[buffer])
+        return Placement(self.pin.reference, buffer, shown - self.starts[buffer])
 
 
 _windows: weakref.WeakValueDictionary[int, Window] = weakref.WeakValueDictionary()  # by `start`

@@ -1,0 +1,89 @@
+"""What keeps an object in the store as long as this process uses its memory?
+
+The store keeps an object for a process as long as that has a buffer of it, and as long as their connection lasts. When
+`ray.shutdown()` closes the connection, the store can put other objects in the same memory, which would show through. A duplicate
+of the descriptor keeps the connection open.
+
+A forked child has the buffers, references and descriptors of its parent. What it drops would be released in the name of the
+parent. So in a child they live for ever.
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from zerocopy._compat import linux
+from zerocopy._compat.cpython import make_immortal
+from zerocopy._compat.ray import store_socket
+from zerocopy._store import object_store
+
+
+class Connection:
+    """A duplicate of the descriptor of this process' connection to the store, of one session."""
+
+    def __init__(self, session: object, descriptor: int) -> None:
+        self.session = session
+        self.descriptor = descriptor
+
+    def close(self) -> None:
+        """End the connection, if Ray has closed its own descriptor."""
+        descriptor, self.descriptor = self.descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+    def __del__(self) -> None:
+        self.close()
+
+
+_connections: weakref.WeakSet[Connection] = weakref.WeakSet()
+
+
+def _connection() -> Connection | None:
+    """That of this session, made when it is first asked for; None where the system does not tell of connections."""
+    session, ours = object_store.session(), list(_connections)
+    known = next((connection for connection in ours if connection.session is session), None)
+    if known is not None or linux.why_no_mappings() is not None:
+        return known
+    descriptors = {connection.descriptor for connection in ours}
+    original = next(fd for fd in linux.sockets_to(store_socket()) if fd not in descriptors)
+    connection = Connection(session, os.dup(original))
+    _connections.add(connection)
+    return connection
+
+
+class Pin:
+    """Keeps one object in the store, for this process, as long as it lives.
+
+    Attributes:
+        buffers: Ray's buffers of the object.
+        reference: what keeps it for the cluster, if that is known.
+    """
+
+    def __init__(self, buffers: Sequence[Any], reference: Any = None) -> None:
+        self.buffers = buffers
+        self.reference = reference
+        self._connection = _connection()
+        _pins.add(self)
+
+
+_pins: weakref.WeakSet[Pin] = weakref.WeakSet()
+_sources: list[Callable[[], Iterable[object]]] = [lambda: list(_pins), object_store.counted_pins]
+
+
+def keep_in_children(source: Callable[[], Iterable[object]]) -> None:
+    """Let what `source` gives, and what that refers to, live for ever in every child that is forked from now on."""
+    _sources.append(source)
+
+
+def _after_fork_in_child() -> None:
+    for source in _sources:
+        for obj in source():
+            make_immortal(obj)
+    for connection in list(_connections):
+        connection.close()  # else it would last longer than the parent
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
