@@ -35,7 +35,7 @@ def find(table: TensorTable, manifest: Manifest) -> Indices | None:
         free[spec].append(index)
     tensors: dict[int, int] = {}
     for tensor, spec in zip(table.objects, table.specs, strict=True):
-        same = free.get(spec._replace(storage=storages[table.storages[spec.storage].key]))
+        same = free.get(spec.over(storages[table.storages[spec.storage].key]))
         if not same:
             return None
         tensors[id(tensor)] = same.pop(0)  # two that are described alike cannot be told apart
@@ -88,5 +88,5 @@ class _Tiny:
 def _specs_of(specs: Sequence[TensorSpec]) -> _Specs:
     found: _Specs = defaultdict(set)
     for spec in specs:
-        found[spec.storage].add(spec._replace(storage=0))
+        found[spec.storage].add(spec.over(0))
     return found

@@ -50,6 +50,10 @@ class TensorSpec(NamedTuple):
             return cls(kind, storage, dtype, shape, _default_stride(shape), 0, flag, is_whole=True)
         return cls._make(row)
 
+    def over(self, storage: int) -> TensorSpec:
+        """The same over another storage."""
+        return TensorSpec(self.kind, storage, *self[2:])
+
 
 WHOLE = 5  # columns of the row of a tensor that covers its storage
 
