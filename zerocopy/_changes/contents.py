@@ -22,9 +22,9 @@ from zerocopy._store.tensors import Storage
 
 SPOT = 64  # bytes: a cache line
 SPOTS = 8  # of a large storage, spread from its start to its end
-MOST_SPOTS = 4096  # of all large storages together, but two of each
+MOST_SPOTS = 2048  # of all large storages together, but two of each
 WHOLE = 16 << 10  # bytes: a storage up to this is small
-MOST_WHOLE = 1 << 20  # bytes of all small storages together
+MOST_WHOLE = 512 << 10  # bytes of all small storages together
 
 
 class Contents:

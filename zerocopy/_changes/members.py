@@ -44,29 +44,32 @@ class Members:
             for name, value in held.items()
             if type(value) in kinds
         ]
-        values = _values_of(module_vars)
-        self._tensors = [position for position, value in enumerate(values) if isinstance(value, TENSORS)]
-        self._state = self._state_of(module_vars, values)
+        self._state, values = self._look(module_vars)
+        self._tensors = [isinstance(value, TENSORS) for value in values]
         self._hooks = _Hooks(module_vars)
 
     def tensors(self, modules: Sequence[nn.Module]) -> list[Any] | None:
         """The tensors that the same modules hold, in the same order at any time; None if they hold other things now."""
         module_vars = list(map(vars, modules))
-        values = _values_of(module_vars)
-        if self._state_of(module_vars, values) != self._state or not self._hooks.is_unchanged(module_vars):
+        state, values = self._look(module_vars)
+        if state != self._state or not self._hooks.is_unchanged(module_vars):
             return None
         attributes = [module_vars[position][name] for position, name in self._attributes]
-        return [*[values[position] for position in self._tensors], *attributes]
+        return [*itertools.compress(values, self._tensors), *attributes]
 
-    def _state_of(self, module_vars: Sequence[Vars], values: list[Any]) -> tuple[list[Any], ...]:
-        members = list(_flatten(map(_members_of, module_vars)))
-        attributes = [id(module_vars[position].get(name)) for position, name in self._attributes]
-        counts = list(map(len, module_vars)), list(map(len, members))
-        return list(map(_training_of, module_vars)), *counts, list(_flatten(members)), list(map(id, values)), attributes
-
-
-def _values_of(module_vars: Sequence[Vars]) -> list[Any]:
-    return list(_flatten(map(dict.values, filter(None, _flatten(map(_members_of, module_vars))))))
+    def _look(self, module_vars: Sequence[Vars]) -> tuple[tuple[list[Any], ...], list[Any]]:
+        """What is compared, and the values of all members."""
+        members: list[Vars] = list(_flatten(map(_members_of, module_vars)))
+        filled = list(filter(None, members))
+        values = list(_flatten(map(dict.values, filled)))
+        return (
+            list(map(_training_of, module_vars)),
+            list(map(len, module_vars)),
+            list(map(len, members)),
+            list(_flatten(filled)),
+            list(map(id, values)),
+            [id(module_vars[position].get(name)) for position, name in self._attributes],
+        ), values
 
 
 class HeldMembers:

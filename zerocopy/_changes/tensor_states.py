@@ -76,7 +76,7 @@ def _state_of(tensors: Sequence[Any]) -> tuple[list[Any], ...]:
         list(map(storage_id, tensors)),
         list(map(torch.Tensor.data_ptr, tensors)),
         list(map(torch.Tensor.stride, tensors)),
-        list(map(torch.Tensor.size, tensors)),
+        list(map(torch.Tensor.numel, tensors)),
         list(map(_dtype_of, tensors)),
         list(map(_needs_grad, tensors)),
         list(map(type, tensors)),
