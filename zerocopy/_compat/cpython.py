@@ -87,4 +87,4 @@ def is_init_of_protocol(init: Callable[..., None]) -> bool:
 
     https://github.com/python/cpython/blob/v3.11.7/Lib/typing.py: `_no_init_or_replace_init`.
     """
-    return init.__name__ == "_no_init_or_replace_init"
+    return getattr(init, "__name__", "") == "_no_init_or_replace_init"  # a partialmethod has no name
