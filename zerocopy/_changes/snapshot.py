@@ -7,7 +7,7 @@ are not seen.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,7 @@ class Snapshot:
         self._tensors = list(map(weakref.ref, tensors))
         self._requires_grad = [tensor.requires_grad for tensor in tensors]
         modules = list(filter(has_members, modules_among(objects)))
-        self._modules = list(map(weakref.ref, modules))
+        self._modules = list(map(_weakly, modules))
         self._members = Members(modules)
 
     def is_unchanged(self) -> bool:
@@ -45,6 +45,11 @@ class Snapshot:
         if [tensor.requires_grad for tensor in tensors] != self._requires_grad:
             return False
         return self._members.is_unchanged(modules)
+
+
+def _weakly(module: nn.Module) -> Callable[[], nn.Module | None]:
+    """A weak reference; a strong one to a module that is a tuple, a number or the like, too, where Python has no weak ones."""
+    return weakref.ref(module) if type(module).__weakrefoffset__ else lambda: module
 
 
 class TensorMarks:

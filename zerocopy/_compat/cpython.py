@@ -78,9 +78,6 @@ def written_objects(pickler: Any) -> list[Any]:
 # https://github.com/python/cpython/blob/v3.11.7/Lib/copyreg.py: `__newobj__`
 new_object: Callable[..., Any] = copyreg.__newobj__  # type: ignore[attr-defined]
 
-# The names of the slots that `object` pickles of instances of a class, inherited ones too. In the same file: `_slotnames`.
-slot_names: Callable[[type], list[str]] = copyreg._slotnames  # type: ignore[attr-defined]
-
 
 def is_init_of_protocol(init: Callable[..., None]) -> bool:
     """Whether nobody wrote this `__init__`: typing gives it to every class that is a Protocol.
