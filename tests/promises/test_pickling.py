@@ -1,4 +1,4 @@
-"""Whatever Ray's pickle keeps, the short ways through it keep: reducers, bases, slots, states; and what `__init__` of an actor does."""
+"""Whatever Ray's pickle keeps, the short ways through it keep; and what Ray does with the `__init__` of an actor, ours do."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import copyreg
 import functools
-import io
 import itertools
 import logging
 import pickle
@@ -38,7 +37,10 @@ from zerocopy._split.zones import Zone
 from zerocopy.errors import CannotTravelError
 from zerocopy.testing import assert_zero_copy, shares_memory
 
-pytestmark = [pytest.mark.usefixtures("cluster"), pytest.mark.filterwarnings("ignore")]  # torch's and Ray's, about themselves
+pytestmark = [
+    pytest.mark.usefixtures("cluster"),
+    pytest.mark.filterwarnings("ignore"),
+]  # torch's and Ray's, about themselves
 WEIGHT = torch.arange(5000.0)
 
 
@@ -481,7 +483,7 @@ WAYS: dict[str, dict[str, Any]] = {
 def test_what_pickle_keeps_is_kept(spec: tuple[str, str, str, str, bool]) -> None:
     """An object of an odd class arrives as Ray's pickle would bring it: type, items, attributes, bytes, identities."""
     *described, initialized = spec
-    base, slots, _, reducer = described
+    _, slots, _, reducer = described
     cls = class_of(*described)
     if cls is None:
         return
@@ -830,13 +832,17 @@ def test_what_is_refused_has_a_path(kind: str) -> None:
         with pytest.raises(CannotTravelError) as caught:
             zerocopy.plan(pipeline)
         assert caught.value.path.startswith(start + below)
-        assert below or str(caught.value).startswith(f"{start!r} brings along a 'lock', which cannot leave its process: ")
+        assert below or str(caught.value).startswith(
+            f"{start!r} brings along a 'lock', which cannot leave its process: "
+        )
         assert caught.value.kind in ("lock", "Tensor", "Parameter")
 
 
 def test_a_program_alone_has_a_path() -> None:
     """An exported program that is published by itself, too."""
-    with pytest.raises(CannotTravelError, match=r"^\"exportedprogram.constants\['table'\]\" is a 'lock', which cannot leave"):
+    with pytest.raises(
+        CannotTravelError, match=r"^\"exportedprogram.constants\['table'\]\" is a 'lock', which cannot leave"
+    ):
         zerocopy.publish(exported_with(threading.Lock()))
 
 
@@ -854,10 +860,14 @@ def test_hints_for_meta_tensors() -> None:
     """A model without weights is to be loaded; one that accelerate has offloaded is to be loaded without offloading."""
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    with pytest.raises(CannotTravelError, match=r"Hint: load its weights first, as with load_state_dict\(weights, assign=True\)"):
+    with pytest.raises(
+        CannotTravelError, match=r"Hint: load its weights first, as with load_state_dict\(weights, assign=True\)"
+    ):
         zerocopy.publish(Holder(model))
     model[0]._hf_hook = "an AlignDevicesHook, as accelerate's add_hook_to_module leaves it"
-    with pytest.raises(CannotTravelError, match="Hint: accelerate has offloaded its weights: load the model without") as caught:
+    with pytest.raises(
+        CannotTravelError, match="Hint: accelerate has offloaded its weights: load the model without"
+    ) as caught:
         zerocopy.publish(Holder(model))
     assert "to_empty" not in str(caught.value)
     model[0].to_empty(device="cpu")
@@ -889,7 +899,7 @@ class Further(Derived):
         self.limit = limit
 
     async def loaded(self, publication: zerocopy.Publication, passed: pipelines.Search) -> Any:
-        """What arrived, by every way to load, and what the logger of Ray was told, before and after a `ray.get` of this author."""
+        """What arrived, by every way to load, and what Ray's logger was told before and after a `ray.get` of this author."""
         with logged() as texts:
             here = publication.load()
             there = await asyncio.to_thread(publication.load)

@@ -123,8 +123,8 @@ def is_ray_actor_class(cls: object) -> bool:
 CloudPickler: Any = ray.cloudpickle.CloudPickler
 
 
-# By it CloudPickler finds what reduces instances of exactly one class: a chain of what `ray.util.register_serializer` wrote, and of
-# what `copyreg` has. Ours stands between the two: a user who registers wins, and deregistering brings ours back.
+# By it CloudPickler finds what reduces instances of exactly one class: a chain of what `ray.util.register_serializer` wrote,
+# and of what `copyreg` has. Ours stands between the two: a user who registers wins, and deregistering brings ours back.
 # https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/cloudpickle/cloudpickle.py: `Pickler.dispatch_table`,
 # https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/util/serialization.py
 _of_users, *_others = CloudPickler.dispatch_table.maps

@@ -42,8 +42,8 @@ class Stripped:
         shared: ids of the tensors that were met in the zone SHARED.
         roots: where the strip stopped for them.
         private_reasons: objects in the zone SHARED that cannot be shared, and why, by id.
-        composites: tensors of the zone SHARED that were taken apart, and those of modules that pickle in a way of their own, which
-            need not give them as they are.
+        composites: tensors of the zone SHARED that were taken apart, and those of modules that pickle in a way of their own,
+            which need not give them as they are.
         components: what they were taken apart into. Nothing else may hold it.
         has_pipeline: whether a pipeline was met.
         seen: mutable objects inside the payload, by id.

@@ -42,7 +42,7 @@ def registered_below(modules: Iterable[nn.Module]) -> dict[int, nn.Module]:
     found = {id(module): module for module in modules}
     pending = list(found.values())
     for module in pending:  # grows while it is walked
-        for child in vars(module).get("_modules", {}).values():  # none if its `__init__` never called that of `nn.Module`
+        for child in vars(module).get("_modules", {}).values():  # none where `nn.Module.__init__` was not called
             if child is not None and id(child) not in found:
                 found[id(child)] = child
                 pending.append(child)
@@ -106,7 +106,7 @@ def _items(obj: Any) -> Iterator[tuple[str, object]]:
         if isinstance(obj, defaultdict):
             yield ".default_factory", obj.default_factory
     elif isinstance(obj, (list, tuple, deque)):
-        base = next(base for base in (list, tuple, deque) if isinstance(obj, base))
+        base: Any = next(base for base in (list, tuple, deque) if isinstance(obj, base))
         yield from ((f"[{position}]", value) for position, value in enumerate(base.__iter__(obj)))
     elif isinstance(obj, np.ndarray) and obj.dtype.hasobject:
         yield from ((f".flat[{position}]", value) for position, value in enumerate(obj.flat))

@@ -42,7 +42,8 @@ def _uninitialized(cls: Any) -> Any:
 
 def _set_parametrized(module: nn.Module, state: Any) -> None:
     module.__setstate__(state)
-    parametrize_again(module, module._modules["parametrizations"])
+    names: Any = module._modules["parametrizations"]
+    parametrize_again(module, names)
 
 
 def reduce_weak_reference(reference: weakref.ref[Any]) -> tuple[Any, ...]:
