@@ -6,6 +6,7 @@ import functools
 import hashlib
 import types
 import weakref
+from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
@@ -39,7 +40,7 @@ class _Observer:
         return self.numbers[key], known
 
     def observe(self, obj: Any) -> Any:
-        if isinstance(obj, ATOMS):
+        if isinstance(obj, ATOMS) and not isinstance(obj, nn.Module):
             return type(obj).__name__, repr(obj)
         if isinstance(obj, type):
             return "class", obj.__name__
@@ -55,6 +56,8 @@ class _Observer:
         if isinstance(obj, np.ndarray):
             bits = obj.tolist() if obj.dtype.hasobject else digest(np.ascontiguousarray(obj).tobytes())
             return str(obj.dtype.descr), obj.shape, obj.strides, obj.flags.writeable, obj.flags.f_contiguous, bits
+        if isinstance(obj, nn.Module):
+            return self.items(obj), self.members(vars(obj)), self.members(attributes_of(obj))
         if isinstance(obj, Mapping):
             return [(self.observe(key), self.observe(value)) for key, value in obj.items()]
         if isinstance(obj, (list, tuple)):
@@ -72,9 +75,17 @@ class _Observer:
             return self.observe(obj())
         if type(obj).__name__ == "_WrappedHook":  # torch's own state of it leaves out all but the hook
             return self.observe(obj.hook)
-        if isinstance(obj, nn.Module):
-            return obj.training, self.members(vars(obj))
         return self.members(attributes_of(obj))
+
+    def items(self, module: Any) -> Any:
+        """What a module holds that is a container or a value, too."""
+        if isinstance(module, Mapping):
+            return [(self.observe(key), self.observe(value)) for key, value in module.items()]
+        if isinstance(module, (str, int)):
+            return str.__str__(module) if isinstance(module, str) else int.__int__(module)
+        if isinstance(module, BaseException):
+            return self.observe(module.args)
+        return [self.observe(item) for item in module] if isinstance(module, (list, tuple, set, deque)) else None
 
     def members(self, members: Mapping[str, Any]) -> Any:
         return [(name, self.observe(value)) for name, value in members.items()]

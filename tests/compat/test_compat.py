@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import ast
 import copy
+import copyreg
 import gc
 import io
+import logging
 import mmap
 import operator
 import os
@@ -181,6 +183,64 @@ def test_a_registered_reducer_is_used_by_ray_alone() -> None:
     assert pickle.loads(ray.cloudpickle.dumps(Registered())) == "reduced"
     assert type(pickle.loads(pickle.dumps(Registered()))) is Registered
     assert type(pickle.loads(ray.cloudpickle.dumps(BelowRegistered()))) is BelowRegistered
+
+
+def test_what_users_register_goes_before_ours() -> None:
+    """What is registered with Ray wins, and ours is back when it is deregistered; ours goes before `copyreg`."""
+    compat_ray.register_reducer(Registered, lambda _: (str, ("ours",)))
+
+    def reduced() -> object:
+        return pickle.loads(ray.cloudpickle.dumps(Registered()))
+
+    copyreg.pickle(Registered, lambda _: "Registered")  # type: ignore[arg-type, return-value]
+    try:
+        assert reduced() == "ours"
+        ray.util.register_serializer(Registered, serializer=str, deserializer=lambda _: "theirs")
+        assert reduced() == "theirs"
+        ray.util.deregister_serializer(Registered)
+        assert reduced() == "ours"
+    finally:
+        copyreg.dispatch_table.pop(Registered)
+
+
+def test_reducers_of_users_are_told() -> None:
+    """What was registered with Ray or `copyreg` is told, until it is deregistered; not ours, nor what cloudpickle brings."""
+    told = compat_ray.registered_reducer
+    compat_ray.register_reducer(Registered, lambda _: (str, ("ours",)))
+    assert told(Registered) is None
+    assert told(io.TextIOWrapper) is None
+    assert ray.cloudpickle.CloudPickler.dispatch_table[io.TextIOWrapper] is not None
+    assert told(re.Pattern) is copyreg.dispatch_table[re.Pattern]
+    ray.util.register_serializer(Registered, serializer=str, deserializer=str)
+    found = told(Registered)
+    assert found is not None
+    assert found(Registered())[0] is str
+    ray.util.deregister_serializer(Registered)
+    assert told(Registered) is None
+
+
+def test_async_actors_are_told_and_get_silently(cluster: None) -> None:
+    """Only an actor with an async method is one. There `ray.get` gives its advice, once, and what the package uses does not."""
+
+    class Plain:
+        def told(self, _: Any) -> Any:
+            return compat_ray.is_async_actor()
+
+    class Asynchronous:
+        async def told(self, refs: list[ray.ObjectRef[int]]) -> Any:
+            records: list[str] = []
+            handler = logging.Handler()
+            handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]
+            logging.getLogger("ray._private.worker").addHandler(handler)
+            silently = compat_ray.get_silently(refs), list(records)
+            return compat_ray.is_async_actor(), silently, ray.get(refs), [text[:28] for text in records]
+
+    refs = [[ray.put(1), ray.put(2)]]
+    actors = [ray.remote(num_cpus=0.1)(cls).remote() for cls in (Plain, Asynchronous)]  # type: ignore[attr-defined]
+    plain, asynchronous = ray.get([actor.told.remote(*refs) for actor in actors])
+    assert not compat_ray.is_async_actor()
+    assert not plain
+    assert asynchronous == (True, ([1, 2], []), [1, 2], ["Using blocking ray.get inside"[:28]])
 
 
 def test_the_pickler_can_be_derived_from() -> None:
@@ -727,19 +787,6 @@ def test_a_pickler_remembers_what_it_wrote(pickler: Any) -> None:
     assert {id(inner), id(outer)} <= set(map(id, written))
     assert ["only", "for pickling"] in written
     assert not any(type(obj) is int for obj in written)
-
-
-def test_slots_are_named() -> None:
-    """Slots are told by the names of their attributes, inherited ones too; a class without any has none."""
-
-    class Above:
-        __slots__ = ("__private", "first")
-
-    class Below(Above):
-        __slots__ = ("second",)
-
-    assert sorted(cpython.slot_names(Below)) == ["_Above__private", "first", "second"]
-    assert cpython.slot_names(Registered) == cpython.slot_names(nn.Linear) == []
 
 
 class Remade:

@@ -390,8 +390,8 @@ MISUSES: list[tuple[Callable[[], object], type[Exception], str]] = [
     (
         meta_tensor,
         TypeError,
-        "'search.encoder[0].weight' is a meta tensor: it has no data to share. Hint: materialize it with to_empty() or "
-        "load its weights first.",
+        "'search.encoder[0].weight' is a meta tensor: it has no data to share. Hint: load its weights first, as "
+        "with load_state_dict(weights, assign=True).",
     ),
 ]
 

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import weakref
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import attrs
+from torch import nn
 
 from zerocopy._changes.contents import Contents
 from zerocopy._changes.members import Members, has_members
@@ -47,7 +48,7 @@ class Snapshot:
 
     def __init__(self, held: Held) -> None:
         modules = list(filter(has_members, paths.modules_among(held.objects)))
-        self._modules = list(map(weakref.ref, modules))
+        self._modules = list(map(_weakly, modules))
         self._members = Members(modules)
         found = [*(self._members.tensors(modules) or ()), *held.loose, *held.components]
         ids = set(map(id, found))
@@ -79,3 +80,8 @@ class Snapshot:
         known = self._tensors.unchanged(table.objects)
         same = {key for key, tensors in by_key.items() if known.issuperset(map(id, tensors))}
         return same - self._contents.changed(same)
+
+
+def _weakly(module: nn.Module) -> Callable[[], nn.Module | None]:
+    """A weak reference; a strong one to a module that is a tuple, a number or the like, too, where Python has no weak ones."""
+    return weakref.ref(module) if type(module).__weakrefoffset__ else lambda: module

@@ -86,9 +86,6 @@ def written_objects(pickler: Any) -> list[Any]:
 # https://github.com/python/cpython/blob/v3.11.7/Lib/copyreg.py: `__newobj__`
 new_object: Callable[..., Any] = copyreg.__newobj__  # type: ignore[attr-defined]
 
-# The names of the slots that `object` pickles of instances of a class, inherited ones too. In the same file: `_slotnames`.
-slot_names: Callable[[type], list[str]] = copyreg._slotnames  # type: ignore[attr-defined]
-
 
 _STANDARD_LIBRARY, _RAY = sysconfig.get_path("stdlib") + os.sep, str(Path(ray.__file__).parent) + os.sep
 _CALLS_WHAT_IT_IS_GIVEN = {("threading.py", "run"), ("thread.py", "run")}  # the latter of `concurrent.futures`
@@ -126,4 +123,4 @@ def is_init_of_protocol(init: Callable[..., None]) -> bool:
 
     https://github.com/python/cpython/blob/v3.11.7/Lib/typing.py: `_no_init_or_replace_init`.
     """
-    return init.__name__ == "_no_init_or_replace_init"
+    return getattr(init, "__name__", "") == "_no_init_or_replace_init"  # a partialmethod has no name

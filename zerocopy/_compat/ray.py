@@ -5,6 +5,7 @@ psutil is asked for what any process may know of others; only what Ray's process
 
 from __future__ import annotations
 
+import copyreg
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, TypeAlias
 
@@ -83,6 +84,23 @@ def allows_out_of_band() -> bool:
     return bool(serialization.ALLOW_OUT_OF_BAND_OBJECT_REF_SERIALIZATION)
 
 
+def is_async_actor() -> bool:
+    """Whether this process is an actor with async methods: there `ray.get` advises its author to use `await`.
+
+    https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/_private/worker.py: `get`.
+    """
+    return hasattr(_worker, "core_worker") and bool(_worker.core_worker.current_actor_is_asyncio())
+
+
+def get_silently(refs: list[ray.ObjectRef[Any]]) -> list[Any]:
+    """As `ray.get`, but without that advice, which is given once in a process: the next `ray.get` of the author's is still told.
+
+    In the same file: `Worker.get_objects`.
+    """
+    values: list[Any] = _worker.get_objects(refs)[0]
+    return values
+
+
 # Of the `ValueError` that getting an object raises of which this process knows neither owner nor place.
 # https://github.com/ray-project/ray/blob/ray-2.60.0/src/ray/core_worker/core_worker.cc: `GetOwnerAddress`
 OWNER_UNKNOWN = "owner is unknown"
@@ -124,13 +142,27 @@ def is_ray_actor_class(cls: object) -> bool:
 CloudPickler: Any = ray.cloudpickle.CloudPickler
 
 
-def register_reducer(cls: type, reduce: Callable[[Any], Any]) -> None:
-    """Let Ray pickle instances of exactly `cls` by `reduce`, in this process. Receivers need no registration.
+# By it CloudPickler finds what reduces instances of exactly one class: a chain of what `ray.util.register_serializer` wrote,
+# and of what `copyreg` has. Ours stands between the two: a user who registers wins, and deregistering brings ours back.
+# https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/cloudpickle/cloudpickle.py: `Pickler.dispatch_table`,
+# https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/util/serialization.py
+_of_users, *_others = CloudPickler.dispatch_table.maps
+_ours: dict[type, Callable[[Any], Any]] = {}
+CloudPickler.dispatch_table.maps[:] = [_of_users, _ours, *_others]
 
-    What `ray.util.register_serializer` does, for a process that is not connected yet:
-    https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/_private/serialization.py
+
+def register_reducer(cls: type, reduce: Callable[[Any], Any]) -> None:
+    """Let Ray pickle instances of exactly `cls` by `reduce`, in this process. Receivers need no registration."""
+    _ours[cls] = reduce
+
+
+def registered_reducer(cls: type) -> Callable[[Any], Any] | None:
+    """What a user registered to reduce instances of exactly `cls`, with Ray or with `copyreg`; None where nobody did.
+
+    What the pickler itself brings is no user's.
     """
-    CloudPickler.dispatch[cls] = reduce
+    reduce: Callable[[Any], Any] | None = _of_users.get(cls) or copyreg.dispatch_table.get(cls)
+    return None if getattr(reduce, "__module__", "") == CloudPickler.__module__ else reduce
 
 
 def is_pickled_by_value(module: str) -> bool:

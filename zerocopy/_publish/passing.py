@@ -9,13 +9,14 @@ from zerocopy._declare import pipeline
 from zerocopy._load.publication import Publication
 from zerocopy._publish.publish import publish_automatically
 from zerocopy._split.introspect import Subject, introspect
+from zerocopy._split.reducers import reduce_as_pickle
 from zerocopy._store import object_store
 from zerocopy.errors import OutOfBandError
 
 
 def _reduce(pipeline: Any) -> Any:
     if not object_store.is_running():
-        return pipeline.__reduce_ex__(5)
+        return reduce_as_pickle(pipeline)
     try:
         object_store.check_out_of_band(f"A pipeline of class {type(pipeline).__name__}")
     except OutOfBandError:

@@ -6,7 +6,7 @@ import functools
 import inspect
 import itertools
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar, cast, overload
 
 import attr
@@ -250,14 +250,27 @@ def _prepare(cls: type) -> None:
         cls.__init__ = _with_arguments_loaded(init)  # type: ignore[misc]
 
 
-def _with_arguments_loaded(init: Callable[..., None]) -> Callable[..., None]:
-    @functools.wraps(init)
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        values, named = load_arguments(args, kwargs, getattr(type(self), _SPEC).device)
-        init(self, *values, **named)
+def _with_arguments_loaded(init: Callable[..., Any]) -> Callable[..., Any]:
+    """`init`, but with its arguments loaded. Python or Ray gets whatever it gives, to await it or to refuse it."""
+    if inspect.iscoroutinefunction(init):
+
+        @functools.wraps(init)
+        async def __init__(self: Any, *args: Any, **kwargs: Any) -> Any:
+            values, named = _loaded_for(self, args, kwargs)
+            return await init(self, *values, **named)
+    else:
+
+        @functools.wraps(init)
+        def __init__(self: Any, *args: Any, **kwargs: Any) -> Any:
+            values, named = _loaded_for(self, args, kwargs)
+            return init(self, *values, **named)
 
     setattr(__init__, _SPEC, True)
     return __init__
+
+
+def _loaded_for(actor: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+    return load_arguments(args, kwargs, getattr(type(actor), _SPEC).device)
 
 
 def _prepare_subclasses(cls: Any) -> None:

@@ -69,4 +69,4 @@ def copy_argument(value: Any, device: str | None) -> Any:
     if isinstance(value, ray.ObjectRef):
         return load_argument(ray.get(value), device)
     value = pack_argument(value)
-    return load_argument(ray.get(ray.put(value)), device)
+    return load_argument(object_store.get(object_store.put(value)), device)

@@ -6,7 +6,6 @@ would write and make each of them. What a blank module has too is left out, and 
 
 from __future__ import annotations
 
-import copyreg
 import itertools
 import operator
 from collections.abc import Callable
@@ -20,8 +19,8 @@ from zerocopy._compat.cpython import (
     new_object,
     reference_count,
     reference_counts,
-    slot_names,
 )
+from zerocopy._compat.ray import registered_reducer
 from zerocopy._split import reducers
 
 _BLANK = vars(nn.Module())
@@ -55,7 +54,7 @@ class ModuleReducer:
         if fill is None:
             return None
         members = module.__getstate__()
-        if type(members) is not dict or tuple(members)[: len(_NAMES)] != _NAMES:
+        if type(members) is not dict or tuple(members)[: len(_NAMES)] != _NAMES or "__reduce_ex__" in members:
             return None
         state = _differences(members)
         return new_object, (cls,), state, None, None, fill
@@ -63,14 +62,18 @@ class ModuleReducer:
 
 def _fill_of(cls: Any) -> Callable[..., None] | None:
     """What fills a new instance of `cls`, if `cls` pickles as `object` does: by its name and what `__getstate__` gives."""
-    own = ("__reduce_ex__", "__reduce__")
-    if any(getattr(cls, name) is not getattr(object, name) for name in own) or cls in copyreg.dispatch_table:
+    own = ("__new__", "__reduce_ex__", "__reduce__")
+    if any(getattr(cls, name) is not getattr(object, name) for name in own) or registered_reducer(cls) is not None:
         return None
     if hasattr(cls, "__getnewargs_ex__") or hasattr(cls, "__getnewargs__") or reducers.packs_its_own(cls):
         return None
-    if slot_names(cls):
-        return None
+    if _layout(cls) != _layout(nn.Module):
+        return None  # a base keeps items or values of its own beside the members: a dict, a list, slots, what C wrote
     return _fill if cls.__setstate__ is nn.Module.__setstate__ else _set_state
+
+
+def _layout(cls: type) -> tuple[int, int]:
+    return cls.__basicsize__, cls.__itemsize__
 
 
 def _differences(members: dict[str, Any]) -> dict[str, Any]:

@@ -42,7 +42,8 @@ class Stripped:
         shared: ids of the tensors that were met in the zone SHARED.
         roots: where the strip stopped for them.
         private_reasons: objects in the zone SHARED that cannot be shared, and why, by id.
-        composites: tensors of the zone SHARED that were taken apart.
+        composites: tensors of the zone SHARED that were taken apart, and those of modules that pickle in a way of their own,
+            which need not give them as they are.
         components: what they were taken apart into. Nothing else may hold it.
         has_pipeline: whether a pipeline was met.
         seen: mutable objects inside the payload, by id.
@@ -74,7 +75,7 @@ def strip_ordinary(objects: Sequence[Any]) -> Stripped:
     """
     file = io.BytesIO()
     stripper = _ShortStripper(file)
-    found = Stripped(externals=stripper.externals)
+    found = Stripped(externals=stripper.externals, composites=stripper.composites)
     for obj in objects:
         stripper.dump(obj)
         found.ends.append(len(found.externals))
@@ -90,6 +91,7 @@ class _ShortStripper(CloudPickler):  # type: ignore[misc]
     def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file, protocol=5, buffer_callback=_not_ordinary)
         self.externals: list[Any] = [None]
+        self.composites: list[Any] = []
         self.roles = Roles()
         self._modules = ModuleReducer()
 
@@ -100,7 +102,8 @@ class _ShortStripper(CloudPickler):  # type: ignore[misc]
             if reduced is not None:
                 return reduced
             if reducers.why_copied(obj) is None:
-                return super().reducer_override(obj)
+                self.composites += reducers.tensors_of(obj)
+                return reducers.reduce_as_pickle(obj)
         elif role is Role.TENSOR:
             if is_plain(obj) and not is_meta(obj):
                 self.externals.append(obj)

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import functools
 import types
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import nn
+from torch.export import ExportedProgram
 
 _LEAVES = (
-    str, bytes, bytearray, int, float, complex, type(None), type, types.ModuleType, np.ndarray, np.generic,
+    str, bytes, bytearray, int, float, complex, type(None), type, types.ModuleType, np.generic,
     torch.dtype, torch.device, types.BuiltinFunctionType, types.CodeType,
 )  # fmt: skip
 
+
+_WITHOUT_ATTRIBUTES = (dict, list, tuple, deque, set, frozenset, np.ndarray)
 
 # What every `nn.Module` keeps for itself: `training`, the hooks, the three dicts of its members.
 _MODULE_INTERNALS = frozenset(vars(nn.Module()))
@@ -39,7 +42,7 @@ def registered_below(modules: Iterable[nn.Module]) -> dict[int, nn.Module]:
     found = {id(module): module for module in modules}
     pending = list(found.values())
     for module in pending:  # grows while it is walked
-        for child in module._modules.values():
+        for child in vars(module).get("_modules", {}).values():  # none where `nn.Module.__init__` was not called
             if child is not None and id(child) not in found:
                 found[id(child)] = child
                 pending.append(child)
@@ -73,32 +76,57 @@ def step(name: str) -> str:
 
 
 def _children(obj: object) -> Iterable[tuple[str, object]]:
-    if isinstance(obj, torch.Tensor):
-        return [(step(name), value) for name, value in getattr(obj, "__dict__", {}).items()]
-    if isinstance(obj, dict):
-        items = [(f"[{key!r}]", value) for key, value in obj.items()]
-        return items + [(f"[{key!r}]", key) for key in obj if not isinstance(key, _LEAVES)]
-    if isinstance(obj, (list, tuple, deque)):
-        members = [(f"[{position}]", value) for position, value in enumerate(obj)]
-        return members + [(step(name), value) for name, value in attributes_of(obj).items()]
-    if isinstance(obj, (set, frozenset)):
-        return [(f"{{{value!r}}}", value) for value in obj]
-    if isinstance(obj, functools.partial):
-        return [(".func", obj.func), (".args", obj.args), (".keywords", obj.keywords)]
-    if isinstance(obj, types.MethodType):
-        return [(".__self__", obj.__self__), (".__func__", obj.__func__)]
     if isinstance(obj, types.FunctionType):
-        cells = zip(obj.__code__.co_freevars, obj.__closure__ or (), strict=True)
-        closure = [(f".<closure {name!r}>", cell.cell_contents) for name, cell in cells if not _is_empty(cell)]
-        used = [
-            (f".<global {name!r}>", obj.__globals__[name]) for name in obj.__code__.co_names if name in obj.__globals__
-        ]
-        return [*closure, *used, (".__defaults__", obj.__defaults__)]
-    attributes = [(step(name), value) for name, value in attributes_of(obj).items()]
+        return _children_of_function(obj)
+    if isinstance(obj, torch.jit.ScriptModule):
+        tensors = (*obj.named_parameters(recurse=False), *obj.named_buffers(recurse=False))
+        return [(step(name), value) for name, value in (*tensors, *obj.named_children())]
+    items = list(_items(obj))
+    if type(obj) in _WITHOUT_ATTRIBUTES:
+        return items
+    if type(obj) in (torch.Tensor, nn.Parameter):
+        return [(step(name), value) for name, value in getattr(obj, "__dict__", {}).items()]
+    held = attributes_of(obj)
+    if isinstance(obj, ExportedProgram):  # it has properties of these names
+        held = {name.removeprefix("_"): value for name, value in held.items()}
+    attributes = [(step(name), value) for name, value in held.items()]
     if is_module(obj):
         hooks = ((name, value) for name, value in vars(obj).items() if name.endswith("hooks") and value)
         attributes += [(step(name), value) for name, value in hooks]
-    return attributes
+    return [*items, *attributes]
+
+
+def _items(obj: Any) -> Iterator[tuple[str, object]]:
+    """What an object holds beside its attributes. Not by methods that a user's class may override."""
+    if isinstance(obj, (dict, types.MappingProxyType)):
+        mapping = dict.items(obj) if isinstance(obj, dict) else obj.items()
+        pairs = [(f"[{key!r}]", key, value) for key, value in mapping]
+        yield from ((place, value) for place, _, value in pairs)
+        yield from ((place, key) for place, key, _ in pairs if not isinstance(key, _LEAVES))
+        if isinstance(obj, defaultdict):
+            yield ".default_factory", obj.default_factory
+    elif isinstance(obj, (list, tuple, deque)):
+        base: Any = next(base for base in (list, tuple, deque) if isinstance(obj, base))
+        yield from ((f"[{position}]", value) for position, value in enumerate(base.__iter__(obj)))
+    elif isinstance(obj, np.ndarray) and obj.dtype.hasobject:
+        yield from ((f".flat[{position}]", value) for position, value in enumerate(obj.flat))
+    elif isinstance(obj, (set, frozenset)):
+        yield from ((f"{{{value!r}}}", value) for value in obj)
+    elif isinstance(obj, functools.partial):
+        yield from ((".func", obj.func), (".args", obj.args), (".keywords", obj.keywords))
+    elif isinstance(obj, types.MethodType):
+        yield from ((".__self__", obj.__self__), (".__func__", obj.__func__))
+    elif isinstance(obj, BaseException):
+        yield ".args", obj.args
+
+
+def _children_of_function(function: types.FunctionType) -> Iterator[tuple[str, object]]:
+    cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+    yield from ((f".<closure {name!r}>", cell.cell_contents) for name, cell in cells if not _is_empty(cell))
+    names, known = function.__code__.co_names, function.__globals__
+    yield from ((f".<global {name!r}>", known[name]) for name in names if name in known)
+    yield from ((".__defaults__", function.__defaults__), (".__kwdefaults__", function.__kwdefaults__))
+    yield from ((step(name), value) for name, value in vars(function).items())
 
 
 def _is_empty(cell: types.CellType) -> bool:

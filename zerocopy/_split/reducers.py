@@ -14,25 +14,36 @@ import numpy as np
 import torch
 from torch import nn
 
+from zerocopy._compat.ray import registered_reducer
 from zerocopy._compat.torch import MKLDNN, parametrize_again, rebuild_quantized
+from zerocopy._split import paths
 from zerocopy._store.tensors import leaf
 
 FILES = (io.FileIO, io.TextIOWrapper, io.BufferedReader, io.BufferedWriter, io.BufferedRandom)
 
 
+def reduce_as_pickle(obj: Any) -> Any:
+    """An object in the way that Ray's pickle takes: by the reducer that a user registered, else by its own."""
+    registered = registered_reducer(type(obj))
+    return obj.__reduce_ex__(5) if registered is None else registered(obj)
+
+
 def reduce_parametrized(module: nn.Module) -> tuple[Any, ...]:
     """A module with parametrizations. Its own class refuses to pickle, and is made again where the module is rebuilt."""
-    original = type(module).__bases__[0]
-    return _uninitialized, (original,), dict(vars(module)), None, None, _set_parametrized
+    original: Any = type(module).__bases__[0]
+    items = iter(module) if isinstance(module, list) else None
+    pairs = iter(module.items()) if isinstance(module, dict) else None
+    return _uninitialized, (original,), original.__getstate__(module), items, pairs, _set_parametrized
 
 
 def _uninitialized(cls: Any) -> Any:
     return cls.__new__(cls)
 
 
-def _set_parametrized(module: nn.Module, state: dict[str, Any]) -> None:
-    vars(module).update(state)
-    parametrize_again(module, state["_modules"]["parametrizations"])
+def _set_parametrized(module: nn.Module, state: Any) -> None:
+    module.__setstate__(state)
+    names: Any = module._modules["parametrizations"]
+    parametrize_again(module, names)
 
 
 def reduce_weak_reference(reference: weakref.ref[Any]) -> tuple[Any, ...]:
@@ -60,7 +71,8 @@ def reduce_composite(obj: Any) -> Any:
 
 def _reduce_array(array: np.ndarray[Any, Any]) -> Any:
     """An array of a subclass that pickles as arrays do (`numpy.memmap`, `numpy.matrix`, `numpy.recarray`)."""
-    if array.dtype.hasobject or type(array).__reduce__ is not np.ndarray.__reduce__:
+    own = ("__reduce_ex__", "__reduce__", "__setstate__")
+    if array.dtype.hasobject or any(getattr(type(array), name) is not getattr(np.ndarray, name) for name in own):
         return array.__reduce_ex__(5)
     return np.ndarray.view, (array.view(np.ndarray), type(array))
 
@@ -75,7 +87,9 @@ def _reduce_tensor(tensor: torch.Tensor) -> Any:
         nn.Parameter.__reduce_ex__,
     ):
         plain = tensor.detach().as_subclass(torch.Tensor)
-        return leaf, (plain, type(tensor), tensor.requires_grad), vars(tensor), None, None, set_attributes
+        state = tensor.__getstate__()  # attributes, what is in slots, or what the class makes of them
+        made = leaf, (plain, type(tensor), tensor.requires_grad)
+        return (*made, (state,), None, None, _set_state_of_tensor) if state is not None or _sets_state(tensor) else made
     return tensor.__reduce_ex__(5)
 
 
@@ -92,6 +106,23 @@ def set_attributes(tensor: torch.Tensor, attributes: dict[str, Any]) -> None:
     vars(tensor).update(attributes)
 
 
+def _sets_state(tensor: Any) -> bool:
+    """Whether the class of a tensor has a way of its own to be set."""
+    return type(tensor).__setstate__ is not torch.Tensor.__setstate__
+
+
+def _set_state_of_tensor(tensor: Any, held: tuple[Any]) -> None:
+    """As torch does, which lets a class set `None`, too."""
+    (state,) = held
+    if _sets_state(tensor):
+        tensor.__setstate__(state)
+        return
+    attributes, slots = state if type(state) is tuple else (state, {})
+    vars(tensor).update(attributes or {})
+    for name, value in slots.items():
+        object.__setattr__(tensor, name, value)
+
+
 def _reduce_quantized(tensor: torch.Tensor) -> tuple[Any, ...]:
     content = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
     place = (tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
@@ -105,6 +136,15 @@ def _reduce_quantized(tensor: torch.Tensor) -> tuple[Any, ...]:
 
 def _rebuild_quantized(content: torch.Tensor, dtype: torch.dtype, *description: Any) -> torch.Tensor:
     return rebuild_quantized(content.untyped_storage(), dtype, *description)
+
+
+def tensors_of(obj: Any) -> list[torch.Tensor]:
+    """A tensor itself; the parameters and buffers of a module and of all that it has registered; of other things none."""
+    if isinstance(obj, torch.Tensor):
+        return [obj]
+    members = map(vars, paths.registered_below([obj] if paths.is_module(obj) else []).values())
+    groups = (held.get(name, {}) for held in members for name in ("_parameters", "_buffers"))
+    return [tensor for group in groups for tensor in group.values() if tensor is not None]
 
 
 def why_copied(obj: Any) -> str | None:

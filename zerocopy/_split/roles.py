@@ -18,6 +18,7 @@ import ray.actor
 import torch
 from torch import nn
 
+from zerocopy._compat.ray import registered_reducer
 from zerocopy._compat.torch import is_parametrized_class
 from zerocopy._declare.pipeline import is_pipeline_class
 from zerocopy._split import programs, reducers
@@ -39,6 +40,8 @@ class Role(enum.Enum):
     FILE = enum.auto()
     OTHER = enum.auto()
 
+
+_VALUES = (str, bytes, int, float, complex, tuple, frozenset)
 
 _ATOMS = (
     str, bytes, int, float, complex, bool, type(None), type(...), type(NotImplemented), tuple, frozenset, range, slice, type,
@@ -64,11 +67,30 @@ _ROLES_BY_BASE: tuple[tuple[Any, Role], ...] = (
 )
 
 
+# What of these types is shared needs no reducer, and Ray itself may register one for its own ways to send tensors.
+_ALWAYS_SHARED = frozenset({torch.Tensor, nn.Parameter, np.ndarray})
+
+# What travels beside the skeleton, or what pickle writes before it asks for reducers.
+_NEVER_REDUCED = frozenset({Role.PASSENGER, Role.BUFFER})
+
+
 class Roles(dict[type, Role]):
-    """The roles of instances by type, each found once. Made anew for each pickling, for it keeps the types alive."""
+    """The roles of instances by type, each found once.
+
+    Made anew for each pickling, for it keeps the types alive, and users may register and deregister reducers.
+
+    Attributes:
+        registered: the types, of those found so far, for which a user has registered a reducer. That wins.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.registered: set[type] = set()
 
     def __missing__(self, cls: type) -> Role:
         role = self[cls] = _classify(cls)
+        if role not in _NEVER_REDUCED and cls not in _ALWAYS_SHARED and registered_reducer(cls) is not None:
+            self.registered.add(cls)
         return role
 
 
@@ -84,4 +106,6 @@ def _classify(cls: type) -> Role:
         return Role.PIPELINE
     if issubclass(cls, nn.Module):
         return Role.MODULE
+    if issubclass(cls, _VALUES) and cls.__dictoffset__ and not issubclass(cls, enum.Enum):
+        return Role.OTHER  # it has attributes, by which copies of it can be told apart
     return Role.ATOM if issubclass(cls, _ATOMS) else Role.OTHER

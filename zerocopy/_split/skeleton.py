@@ -20,6 +20,7 @@ from typing import Any
 
 import attrs
 import numpy as np
+from torch.export import ExportedProgram
 
 from zerocopy._compat.ray import CloudPickler
 from zerocopy._split import paths, programs, reducers
@@ -77,7 +78,7 @@ def strip(
     except ZeroCopyError:
         raise
     except Exception as error:
-        raise _cannot_travel(stripper.last, objects, within, error) from error
+        raise _cannot_travel(stripper, objects if within is None else [within, *objects], error) from error
     found.payload = file.getvalue()
     return found
 
@@ -100,25 +101,48 @@ class _Grafter(pickle.Unpickler):
         )
 
 
-def _cannot_travel(culprit: object, objects: Sequence[Any], within: Any, error: Exception) -> CannotTravelError:
-    holders = objects if within is None else [within, *objects]
-    found = (paths.path_to(holder, culprit, paths.name_of(holder)) for holder in holders)
-    path = next(filter(None, found), f"{paths.name_of(holders[0])}, below one of its attributes")
+def _cannot_travel(stripper: _Stripper, holders: Sequence[Any], error: Exception) -> CannotTravelError:
+    """What to tell of the object at which a strip failed. Paths start at the `holders`."""
+    if isinstance(program := stripper.met[-1], ExportedProgram):
+        parts = [program.state_dict, program.constants, program.example_inputs]
+        stripper, error = stripper.failure_at(parts) or (stripper, error)
+    culprit = stripper.met[-1]
+    path, is_culprit = _where(stripper, culprit, holders)
     kind = type(culprit).__name__
-    if is_meta(culprit):
-        return CannotTravelError(
-            f"{path!r} is a meta tensor: it has no data to share.",
-            hint="materialize it with to_empty() or load its weights first.",
-            path=path,
-            kind=kind,
-        )
     article = "an" if kind[:1].lower() in "aeiou" else "a"
-    return CannotTravelError(
-        f"{path!r} is {article} {kind!r}, which cannot leave its process: {error}.",
-        hint="leave it out with __getstate__, or make it where it is used.",
-        path=path,
-        kind=kind,
-    )
+    if is_meta(culprit):
+        problem, hint = "a meta tensor: it has no data to share", _hint_for_meta(culprit, stripper.met)
+    else:
+        problem = f"{article} {kind!r}, which cannot leave its process: {error}"
+        hint = "leave it out with __getstate__, or make it where it is used."
+    text = f"{path!r} is {problem}." if is_culprit else f"{path!r} brings along {problem}."
+    return CannotTravelError(text, hint=hint, path=path, kind=kind)
+
+
+def _where(stripper: _Stripper, culprit: object, holders: Sequence[Any]) -> tuple[str, bool]:
+    """The path of the culprit, and True; where no path leads there, that of what brought it along, and False.
+
+    What an object pickles instead of itself is at no path. That object is the last of those met that fails by itself.
+    """
+    known: dict[int, str] = {}
+    for holder in holders:
+        for path, obj in paths.walk(holder, paths.name_of(holder)):
+            known.setdefault(id(obj), path)
+    if id(culprit) in known:
+        return known[id(culprit)], True
+    reachable = (obj for obj in reversed(stripper.met) if id(obj) in known)
+    holder = next((obj for obj in reachable if stripper.failure_at(obj)), holders[0])
+    below = paths.walk(holder, known[id(holder)]) if is_meta(culprit) else ()
+    twin = next((path for path, obj in below if is_meta(obj)), None)  # a program gives other tensors than it holds
+    return (twin, True) if twin else (known[id(holder)], False)
+
+
+def _hint_for_meta(tensor: Any, met: Sequence[Any]) -> str:
+    """Loading is the only way: after `to_empty()` there would be garbage, and nothing would say so."""
+    hooked = [module for module in paths.modules_among(met) if "_hf_hook" in vars(module)]
+    if any(tensor is own for module in hooked for own in reducers.tensors_of(module)):
+        return "accelerate has offloaded its weights: load the model without offloading, as with device_map='cpu'."
+    return "load its weights first, as with load_state_dict(weights, assign=True)."
 
 
 @attrs.frozen
@@ -145,14 +169,14 @@ class _Stripper(CloudPickler):  # type: ignore[misc]
     Attributes:
         found: the result.
         place: where the pickler is.
-        last: the object that it met last: after an error the culprit.
+        met: the objects that it met, in order. After an error the last one is the culprit.
     """
 
     def __init__(self, file: io.BytesIO, place: Place, rules: _Rules) -> None:
         super().__init__(file, protocol=5)
         self.found = Stripped()
         self.place = place
-        self.last: object = None
+        self.met: list[Any] = []
         self._rules = rules
         self._numbers: dict[int, int] = {}  # of externals, by id
         self._roles = Roles()
@@ -167,13 +191,13 @@ class _Stripper(CloudPickler):  # type: ignore[misc]
         if cls is Place:
             self.place = obj
             return 0
-        self.last = obj
+        self.met.append(obj)
         role = self._roles[cls]
         if id(obj) in self._rules.replaced:
             return None  # on to `reducer_override`
         if self._rules.split is not Split.NOWHERE and self._is_root(obj, role):
             return self._number(obj, is_root=True)
-        if role is Role.TENSOR:
+        if role is Role.TENSOR and cls not in self._roles.registered:
             return self._tensor_number(obj)
         if role is Role.BUFFER:
             return self._buffer_number(obj)
@@ -183,6 +207,15 @@ class _Stripper(CloudPickler):  # type: ignore[misc]
             self.found.seen[id(obj)] = obj
             if self.place.zone is Zone.SHARED and paths.is_module(obj):
                 self._note_reason(obj)
+        return None
+
+    def failure_at(self, obj: Any) -> tuple[_Stripper, Exception] | None:
+        """A stripper that failed at `obj` by itself, where this one is now, and its error; None if there was none."""
+        alone = _Stripper(io.BytesIO(), Place(self.place.zone), self._rules)
+        try:
+            alone.dump(obj)
+        except Exception as error:
+            return alone, error
         return None
 
     def _is_root(self, obj: Any, role: Role) -> bool:
@@ -243,8 +276,8 @@ class _Stripper(CloudPickler):  # type: ignore[misc]
         if role is Role.PIPELINE or id(obj) in self._rules.copied:
             self.found.has_pipeline |= role is Role.PIPELINE
             return self._pipelines.reduce(obj, self.place)
-        if role is Role.MODULE and (lean := self._modules.reduce(obj)):
-            return lean
+        if type(obj) in self._roles.registered or role is Role.MODULE:
+            return self._reduce_as_pickle(obj)
         if role in _REDUCERS:
             return _REDUCERS[role](obj)
         if role is Role.PROGRAM:
@@ -252,6 +285,14 @@ class _Stripper(CloudPickler):  # type: ignore[misc]
         if role is Role.TENSOR:
             return self._reduce_tensor(obj)
         return super().reducer_override(obj)
+
+    def _reduce_as_pickle(self, obj: Any) -> Any:
+        """A module, or what a user has registered a reducer for."""
+        if type(obj) not in self._roles.registered and (lean := self._modules.reduce(obj)):
+            return lean
+        if self.place.zone is Zone.SHARED:
+            self.found.composites += reducers.tensors_of(obj)
+        return reducers.reduce_as_pickle(obj)
 
     def _replacement(self, obj: Any) -> Any:
         if id(obj) in self._rules.replaced:

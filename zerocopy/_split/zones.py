@@ -38,13 +38,13 @@ third visit has no prelude. This ends, because the memo has a dict or a list as 
 from __future__ import annotations
 
 import enum
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from torch import nn
 
 from zerocopy._declare.pipeline import fields, is_pipeline_class
-from zerocopy._split import paths
+from zerocopy._split import paths, reducers
 from zerocopy._split.roles import SCALARS, Role, Roles
 
 
@@ -95,22 +95,24 @@ class PipelineReducer:
 
     def reduce(self, pipeline: Any, place: Place) -> Any:
         """How to write a pipeline that was met at `place`: its values in their zones, then itself."""
-        # Not by the registered reducer, which would publish the pipeline while it is being published.
-        reduced = pipeline.__reduce_ex__(5)
+        # Not by our own reducer, which would publish the pipeline while it is being published.
+        reduced = reducers.reduce_as_pickle(pipeline)
         if isinstance(reduced, str):
             return reduced
         function, arguments, *rest = reduced
-        prelude = self._prelude(pipeline, rest[0] if rest else None, place)
+        prelude = self._prelude(pipeline, (arguments, *rest[:1]), place)
         return (call, (prelude, function, arguments, None), *rest) if prelude else reduced
 
-    def _prelude(self, pipeline: Any, state: Any, place: Place) -> list[Any]:
+    def _prelude(self, pipeline: Any, written: tuple[Any, ...], place: Place) -> list[Any]:
+        """What to write before a pipeline of which `written` is to be written: arguments of a call, and a state."""
         held = paths.attributes_of(pipeline)
         declared = fields(type(pipeline)) if is_pipeline_class(type(pipeline)) else {}
         copied_names = {name for name, field in declared.items() if field.policy == "copied"}
         copied_names.update(self._copied.get(id(pipeline), ()))
         self._note_roots(pipeline, held, declared.keys() - copied_names, copied_names)
         copied_ids = {id(held[name]) for name in copied_names if name in held}
-        values = [value for value in _values_of(state) if type(value) not in SCALARS]
+        written_values = _values_in(written, set(map(id, held.values())))
+        values = [value for value in written_values if type(value) not in SCALARS and not isinstance(value, type)]
         copied = [value for value in values if id(value) in copied_ids]
         others = [value for value in values if id(value) not in copied_ids]
         visit = self._visits[id(pipeline)] = self._visits.get(id(pipeline), 0) + 1
@@ -133,8 +135,13 @@ class PipelineReducer:
         self.roots.update(id(value) for value in roots if self._roles[type(value)] is not Role.PIPELINE)
 
 
-def _values_of(state: Any) -> list[Any]:
-    """The values of a pickled state: of its dict, of its slots, and of the members of a module."""
-    parts = [part for part in (state if isinstance(state, tuple) else (state,)) if isinstance(part, dict)]
-    members = [part.get(name) for part in parts for name in ("_modules", "_parameters", "_buffers")]
-    return [value for group in [*parts, *members] if isinstance(group, dict) for value in group.values()]
+def _values_in(written: Any, held_ids: set[int], depth: int = 4) -> Iterator[Any]:
+    """The values in what is to be written of a pipeline: in its state and its slots, in the members of a module, in arguments.
+
+    Containers that a pipeline does not hold itself were made, or are a module's own, to bring its values along.
+    """
+    for value in written:
+        if id(value) in held_ids or not depth or type(value) not in (dict, list, tuple):
+            yield value
+        else:
+            yield from _values_in(value.values() if type(value) is dict else value, held_ids, depth - 1)
