@@ -82,6 +82,14 @@ new_object: Callable[..., Any] = copyreg.__newobj__  # type: ignore[attr-defined
 slot_names: Callable[[type], list[str]] = copyreg._slotnames  # type: ignore[attr-defined]
 
 
+def module_of_caller(frames: int) -> str:
+    """The name of the module whose code called the function that asks; with `frames` = 2, that called its caller.
+
+    Code that Cython compiled has no frames. https://docs.python.org/3.11/library/sys.html#sys._getframe
+    """
+    return str(sys._getframe(frames + 1).f_globals.get("__name__", ""))
+
+
 def is_init_of_protocol(init: Callable[..., None]) -> bool:
     """Whether nobody wrote this `__init__`: typing gives it to every class that is a Protocol.
 

@@ -114,6 +114,11 @@ def register_reducer(cls: type, reduce: Callable[[Any], Any]) -> None:
     CloudPickler.dispatch[cls] = reduce
 
 
+def is_registered(cls: type) -> bool:
+    """Whether somebody has registered how to pickle instances of exactly `cls`: by `ray.util.register_serializer`, or copyreg."""
+    return cls in CloudPickler.dispatch
+
+
 def is_pickled_by_value(module: str) -> bool:
     """Whether a user asked for what is in `module` to be pickled by value.
 

@@ -138,6 +138,24 @@ def publish_automatically(pipeline: Any) -> Publication:
         return _handle(pipeline, weights, outer)
 
 
+def publish_unremembered(found: Introspection) -> Publication:
+    """A handle to the weights of a pipeline: those that it is published with, or new ones. Nothing is known of it afterwards.
+
+    Raises:
+        As `publish`.
+    """
+    object_store.require()
+    with _lock, collector_paused():
+        entry = live.entry_of(found.pipeline)
+        if entry.origin is None and entry.published is None:
+            live.forget(found.pipeline)
+        weights = _weights_to_compare(entry, found)
+        outer = None if weights is None else weights.outer_if_same(found)
+        if weights is None or outer is None:
+            weights, outer = put(found, _verified_places(found)), found.outer
+        return _handle(found.pipeline, weights, outer)
+
+
 def _passed_on(found: Introspection, entry: live.Entry) -> tuple[Weights, Outer] | None:
     """The weights that a pipeline was loaded with, if it has them still."""
     weights = ForeignWeights.of_loaded(found, entry.origin)

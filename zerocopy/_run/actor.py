@@ -18,6 +18,7 @@ from zerocopy._declare.fields import Marker, check_device_name
 from zerocopy._declare.pipeline import class_with_own_init, describe, is_pipeline_class
 from zerocopy._run.arguments import load_arguments, pack_arguments
 from zerocopy._run.checks import Parameters, check_in_flight, check_options
+from zerocopy._run.copies import warn_if_called_by_ray
 from zerocopy._run.results import in_order
 from zerocopy._store import object_store
 from zerocopy.errors import ArgumentError, DeclarationError
@@ -253,6 +254,7 @@ def _prepare(cls: type) -> None:
 def _with_arguments_loaded(init: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(init)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        warn_if_called_by_ray(init, (self, *args), kwargs)
         values, named = load_arguments(args, kwargs, getattr(type(self), _SPEC).device)
         init(self, *values, **named)
 
