@@ -254,7 +254,7 @@ def _prepare(cls: type) -> None:
 def _with_arguments_loaded(init: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(init)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        warn_if_called_by_ray(init, (self, *args), kwargs)
+        warn_if_called_by_ray(init.__get__(self), args, kwargs)
         values, named = load_arguments(args, kwargs, getattr(type(self), _SPEC).device)
         init(self, *values, **named)
 

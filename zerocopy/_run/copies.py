@@ -9,7 +9,7 @@ import types
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -20,29 +20,33 @@ from zerocopy._compat import linux
 from zerocopy._compat.cpython import module_of_caller, slot_names
 from zerocopy._compat.ray import is_store_file
 from zerocopy._declare.pipeline import is_pipeline_class
-from zerocopy._split import paths
+from zerocopy._load.publication import Publication
 from zerocopy._split.programs import PROGRAMS
 from zerocopy._store import object_store
-from zerocopy._store.manifest import Handle
 from zerocopy._store.tensors import Storage, is_plain, storage_of
 from zerocopy._tables import format_bytes
 from zerocopy.errors import CopyWarning
 
-LOOKED_AT = 200  # objects of an argument: more would cost more than microseconds
+LOOKED_AT = 64  # objects of an argument: a few microseconds
 NOT_WORTH_A_WORD = 4096  # bytes
 
-_PLAIN = frozenset({str, int, float, bool, type(None), bytes, complex, bytearray, np.ndarray, torch.Tensor, type})
-_STOPS = (Handle, torch.Tensor, np.ndarray, type, types.ModuleType)
-_warned: set[tuple[type, type]] = set()  # of arguments and models
+_PLAIN = frozenset(
+    {str, int, float, bool, type(None), bytes, complex, bytearray, type, np.ndarray, torch.Tensor, Publication}
+)
+_MODELS = (nn.Module, *PROGRAMS)
+_WITHOUT_ATTRIBUTES = frozenset({dict, list, tuple, set, frozenset, deque, types.MethodType})
+_DATA = frozenset({"numpy", "pandas", "pyarrow", "ray"})  # whose objects hold none
+
+_Steps: TypeAlias = tuple[tuple[str, Any], ...]  # each the form of a step, and what to fill in there
+
+_checked: set[tuple[str, str]] = set()  # names of classes: of the argument, and of the first model in it
 
 
 def warn_if_called_by_ray(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """As `warn_of_copies`, where Ray's own code calls what asks this, in a worker: what users pass in place is no copy.
-
-    Where classes of Ray's derive from the user's, `function` is of the user's.
-    """
+    """As `warn_of_copies`, if in a worker Ray's own code makes the call that asks this: what users pass in place is no copy."""
     if not object_store.is_running() or not object_store.is_worker():
         return
+    # Ray derives classes of its own from the user's, and calls them too.
     if _is_of_ray(module_of_caller(2)) and not _is_of_ray(function.__module__):
         warn_of_copies(function, args, kwargs)
 
@@ -52,9 +56,9 @@ def _is_of_ray(module: str) -> bool:
 
 
 def warn_of_copies(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """Warn of each argument, as Ray brought it to `function`, that is or holds a model beside the store.
+    """Warn of each argument, as Ray has brought it to `function`, that is or holds a model outside of the store.
 
-    Once per process and class of argument and model. Of what is no model the first few objects are looked at.
+    Once per process and class of argument and model. Only the first few objects of an argument are looked at.
     """
     for position, value in enumerate(args):
         if type(value) not in _PLAIN:
@@ -66,82 +70,92 @@ def warn_of_copies(function: Callable[..., Any], args: Sequence[Any], kwargs: Ma
 
 def _warn_of_copy(function: Callable[..., Any], where: int | str, argument: Any) -> None:
     models = list(_models_in(argument))
-    if not models or (type(argument), type(models[0][1])) in _warned:
+    if not models:
         return
-    _warned.add((type(argument), type(models[0][1])))
+    steps, first = models[0]
+    classes = _full_name(type(argument)), _full_name(type(first))
+    if classes in _checked:
+        return
+    _checked.add(classes)
     nbytes = _bytes_beside_store(model for _, model in models)
     if nbytes < NOT_WORTH_A_WORD:
         return
-    name = where if isinstance(where, str) else _name_of(function, where)
-    path, model = models[0]
-    kind = type(model).__name__
-    held = f"is a bare {kind}" if model is argument else f"holds a bare {kind} at {name}{path}"
+    name = where if isinstance(where, str) else _parameter(function, where)
+    path = name + "".join(form.format(key) for form, key in steps)
+    kind = type(first).__name__
     more = f" and {len(models) - 1} more" if len(models) > 1 else ""
-    warnings.warn(
-        f"Argument {name!r} of {function.__qualname__}() {held}{more}, which Ray pickled: each worker copies "
-        f"{format_bytes(nbytes)}. Hint: pass zerocopy.publish(model) as an argument of its own, or hold it in a field of "
-        "a class marked with @zerocopy.pipeline, and pass an instance.",
+    held = f"is a bare {kind}" if first is argument else f"holds a bare {kind} at {path!r}{more}"
+    code = inspect.unwrap(function).__code__
+    warnings.warn_explicit(
+        f"Argument {name!r} of {function.__qualname__}() {held}, which Ray has pickled: each worker copies "
+        f"{format_bytes(nbytes)}. Hint: pass zerocopy.publish(model) as an argument of its own, or an instance of a class "
+        "marked with @zerocopy.pipeline that holds it.",
         CopyWarning,
-        stacklevel=4,
+        code.co_filename,
+        code.co_firstlineno,
     )
 
 
-def _name_of(function: Callable[..., Any], position: int) -> str:
+def _full_name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _parameter(function: Callable[..., Any], position: int) -> str:
     parameters = list(inspect.signature(function).parameters.values())
-    variadic = next((one.name for one in parameters if one.kind is one.VAR_POSITIONAL), None)
-    positional = [one.name for one in parameters if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)]
-    if position < len(positional):
-        return positional[position]
-    return f"{variadic}[{position - len(positional)}]"
+    names = [one.name for one in parameters if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)]
+    variadic = [one.name for one in parameters if one.kind is one.VAR_POSITIONAL]
+    return names[position] if position < len(names) else f"{variadic[0]}[{position - len(names)}]"
 
 
-def _models_in(argument: Any) -> Iterator[tuple[str, Any]]:
-    """Models in an argument, with their paths from it, but not those in pipelines, which arrive loaded. Looks at a few objects."""
-    queue = deque([("", argument)])
-    for _ in range(LOOKED_AT):
-        if not queue:
-            return
-        path, obj = queue.popleft()
+def _models_in(argument: Any) -> Iterator[tuple[_Steps, Any]]:
+    """The models in an argument, with the steps to them, but not those in pipelines, which arrive loaded."""
+    queue: deque[tuple[_Steps, Any]] = deque([((), argument)])
+    looked_at = 0
+    while queue and looked_at < LOOKED_AT:
+        steps, obj = queue.popleft()
         cls = type(obj)
-        if is_pipeline_class(cls) or issubclass(cls, _STOPS):
-            continue
-        if issubclass(cls, (nn.Module, *PROGRAMS)):
-            yield path, obj
-            continue
-        children = itertools.islice(_children(obj), LOOKED_AT)
-        queue.extend((path + step, child) for step, child in children if type(child) not in _PLAIN)
+        if issubclass(cls, _MODELS) and not is_pipeline_class(cls):
+            yield steps, obj
+        elif not is_pipeline_class(cls) and cls.__module__.partition(".")[0] not in _DATA:
+            for form, key, value in itertools.islice(_children(obj), LOOKED_AT - looked_at):
+                looked_at += 1
+                if type(value) not in _PLAIN:
+                    queue.append(((*steps, (form, key)), value))
 
 
-def _children(obj: Any) -> Iterator[tuple[str, Any]]:
-    """What an object holds. Nothing is made of what is not asked for."""
-    if isinstance(obj, dict):
-        yield from ((f"[{key!r}]", value) for key, value in obj.items())
-    elif isinstance(obj, (list, tuple, deque)):
-        yield from ((f"[{position}]", value) for position, value in enumerate(obj))
-    elif isinstance(obj, (set, frozenset)):
-        yield from (("{...}", value) for value in obj)
-    elif isinstance(obj, functools.partial):
-        yield from ((".func", obj.func), (".args", obj.args), (".keywords", obj.keywords))
-    elif isinstance(obj, types.MethodType):
-        yield ".__self__", obj.__self__
-    elif isinstance(obj, types.FunctionType):
-        for name, cell in zip(obj.__code__.co_freevars, obj.__closure__ or (), strict=True):
-            yield from ((f".<closure {name!r}>", value) for value in _content(cell))
+def _children(obj: Any) -> Iterator[tuple[str, Any, Any]]:
+    """What an object holds: the form of the step to it, what to fill in there, and the value."""
+    cls = type(obj)
+    if issubclass(cls, dict):
+        yield from (("[{!r}]", key, value) for key, value in obj.items())
+    elif issubclass(cls, (list, tuple, deque)):
+        yield from (("[{}]", position, value) for position, value in enumerate(obj))
+    elif issubclass(cls, (set, frozenset)):
+        yield from (("{{...}}", None, value) for value in obj)
+    elif issubclass(cls, functools.partial):
+        yield from ((".{}", name, getattr(obj, name)) for name in ("func", "args", "keywords"))
+    elif issubclass(cls, types.MethodType):
+        yield ".{}", "__self__", obj.__self__
+    elif issubclass(cls, types.FunctionType):
+        cells = zip(obj.__code__.co_freevars, obj.__closure__ or (), strict=True)
+        yield from ((".<closure {!r}>", name, value) for name, cell in cells for value in _content(cell))
+    if cls in _WITHOUT_ATTRIBUTES or issubclass(cls, (type, types.ModuleType)):
+        return
     members = getattr(obj, "__dict__", None)
     if isinstance(members, dict):
-        yield from ((paths.step(name), value) for name, value in members.items() if isinstance(name, str))
-    yield from ((paths.step(name), getattr(obj, name)) for name in slot_names(type(obj)) if hasattr(obj, name))
+        yield from ((".{}", name, value) for name, value in members.items())
+    yield from ((".{}", name, getattr(obj, name)) for name in slot_names(cls) if hasattr(obj, name))
 
 
 def _content(cell: types.CellType) -> list[Any]:
     try:
         return [cell.cell_contents]
-    except ValueError:  # empty
+    except ValueError:  # it is empty
         return []
 
 
 def _bytes_beside_store(models: Iterable[Any]) -> int:
-    """Bytes of main memory that these models take and that are no views of the store."""
+    """Bytes of main memory that models take, but not those that are views of the store. A GPU has copies anyway."""
     storages = {storage.key: storage for model in models for storage in _storages_of(model)}
     files = [file for file in linux.mappings() if is_store_file(file.path)] if linux.why_no_mappings() is None else []
     return sum(
