@@ -16,7 +16,8 @@ from zerocopy._compat.ray import is_store_file
 from zerocopy._publish.publish import publish_unremembered
 from zerocopy._split import paths
 from zerocopy._split.introspect import Introspection, Subject, check_pipeline, introspect
-from zerocopy._split.plan import Measured, SharePlan, plan_of
+from zerocopy._split.plan import SharePlan
+from zerocopy._split.planning import Measured, plan_of
 from zerocopy._split.skeleton import Split, strip
 from zerocopy._split.zones import Zone
 from zerocopy._store.tensors import Storage, is_plain, is_tensor_or_array, storage_of
@@ -46,16 +47,18 @@ def _verified(found: Introspection) -> SharePlan:
         raise ZeroCopyError(
             f"This plan cannot be verified: {reason}.", hint="leave verify=True out, or run it on Linux."
         )
-    written = _written_bytes()
-    publication = publish_unremembered(found)
     try:
-        measured = plan_of(found, _Loaded(publication.load(), found.pipeline).measure)
-        written = max(_written_bytes() - written, 0)
+        return _measured(found)
     finally:
-        publication.close()
-        del publication
-        gc.collect()  # a loaded pipeline with cycles would keep its memory in the store
-    return attrs.evolve(measured, copied_bytes=measured.copied_bytes + written, written_bytes=written)
+        gc.collect()  # cycles would keep the loaded pipeline, and that the weights in the store
+
+
+def _measured(found: Introspection) -> SharePlan:
+    before = _written_bytes()
+    loaded = publish_unremembered(found).load()
+    written = max(_written_bytes() - before, 0)
+    plan = plan_of(found, _Loaded(loaded, found.pipeline).measure)
+    return attrs.evolve(plan, copied_bytes=plan.copied_bytes + written, written_bytes=written)
 
 
 def _written_bytes() -> int:

@@ -64,7 +64,7 @@ def _way_of(cls: type) -> tuple[str, bool] | None:
     if is_registered(cls) and not is_pipeline_class(cls) and not _is_faithful(cls.__module__):
         return f"the serializer that is registered for {cls.__name__}", True
     filling = [name for base, names in _FILLING.items() if issubclass(cls, base) for name in names]
-    filling += ["__setattr__"] if slot_names(cls) else []
+    filling += ["__setattr__"] if slot_names(cls) and not hasattr(cls, "__setstate__") else []
     if restoring := _method_of(cls, (*_RESTORING, *filling)):
         return restoring, True
     # What this gives is put back as it is, but it may give bytes.
