@@ -181,6 +181,7 @@ def test_a_registered_reducer_is_used_by_ray_alone() -> None:
     assert pickle.loads(ray.cloudpickle.dumps(Registered())) == "reduced"
     assert type(pickle.loads(pickle.dumps(Registered()))) is Registered
     assert type(pickle.loads(ray.cloudpickle.dumps(BelowRegistered()))) is BelowRegistered
+    assert (compat_ray.is_registered(Registered), compat_ray.is_registered(BelowRegistered)) == (True, False)
 
 
 def test_the_pickler_can_be_derived_from() -> None:
@@ -735,6 +736,21 @@ def test_inits_of_protocols_are_told() -> None:
     assert not cpython.is_init_of_protocol(Written.__init__)
 
 
+def test_the_module_of_a_caller_is_told() -> None:
+    """Whose code called: a class that is called is no frame of its own, a function of the standard library is."""
+
+    class Made:
+        def __init__(self) -> None:
+            self.by = cpython.module_of_caller(1)
+
+    class Copied:
+        def __deepcopy__(self, memo: object) -> str:
+            return cpython.module_of_caller(1)
+
+    assert Made().by == __name__
+    assert copy.deepcopy(Copied()) == "copy"
+
+
 # The fence:
 
 PACKAGE = Path(zerocopy.__file__).parent
@@ -746,7 +762,7 @@ FORBIDDEN = re.compile(
     | cloudpickle\.CloudPickler | CloudPickler\.dispatch | \.memo\b | (?<!nn\.)ModuleDict | /plasma | owner\ is\ unknown
     | \b( global_worker | core_worker | gcs_client | get_serialization_context | list_registry_pickle_by_value
         | __ray_actor_class__ | ConcreteModuleType | findAllNodes | RemovableHandle | next_id | getrefcount | __newobj__
-        | malloc_trim | memcmp | _no_init_or_replace_init )\b
+        | malloc_trim | memcmp | _getframe | _no_init_or_replace_init )\b
     """,
     re.VERBOSE,
 )

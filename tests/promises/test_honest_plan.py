@@ -635,6 +635,16 @@ def test_a_large_argument_is_not_walked() -> None:
     assert 0 < len(looked_at) <= copies.LOOKED_AT + 1
 
 
+def test_looking_breaks_nothing() -> None:
+    """An argument that raises when it is looked at, or that its function does not take, is left to the user's own code."""
+
+    class Raising:
+        def __getattribute__(self, name: str) -> Any:
+            raise RuntimeError(name)
+
+    copies.warn_of_copies(lambda: None, (Raising(), [Raising()], {"model": Fifth()}), {"more": Raising()})
+
+
 def test_the_driver_sees_the_warning(address: str) -> None:
     """What a worker says reaches the user's terminal."""
     done = run_python(

@@ -8,7 +8,7 @@ import itertools
 import types
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -39,15 +39,15 @@ _DATA = frozenset({"numpy", "pandas", "pyarrow", "ray"})  # whose objects hold n
 
 _Steps: TypeAlias = tuple[tuple[str, Any], ...]  # each the form of a step, and what to fill in there
 
-_checked: set[tuple[str, str]] = set()  # names of classes: of the argument, and of the first model in it
+_checked: set[tuple[str, ...]] = set()  # names of classes: of the argument, and of the first model in it
 
 
-def warn_if_called_by_ray(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+def warn_if_called_by_ray(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
     """As `warn_of_copies`, if in a worker Ray's own code makes the call that asks this: what users pass in place is no copy."""
     if not object_store.is_running() or not object_store.is_worker():
         return
     # Ray derives classes of its own from the user's, and calls them too.
-    if _is_of_ray(module_of_caller(2)) and not _is_of_ray(function.__module__):
+    if hasattr(function, "__code__") and _is_of_ray(module_of_caller(2)) and not _is_of_ray(function.__module__):
         warn_of_copies(function, args, kwargs)
 
 
@@ -55,52 +55,52 @@ def _is_of_ray(module: str) -> bool:
     return module.partition(".")[0] == "ray"
 
 
-def warn_of_copies(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+def warn_of_copies(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
     """Warn of each argument, as Ray has brought it to `function`, that is or holds a model outside of the store.
 
     Once per process and class of argument and model. Only the first few objects of an argument are looked at.
     """
-    for position, value in enumerate(args):
-        if type(value) not in _PLAIN:
-            _warn_of_copy(function, position, value)
-    for name, value in kwargs.items():
-        if type(value) not in _PLAIN:
-            _warn_of_copy(function, name, value)
+    for where, value in (*enumerate(args), *kwargs.items()):
+        if type(value) not in _PLAIN and (text := _text_on(function, where, value)):
+            code = function.__code__  # the line of the user's own code is shown
+            warnings.warn_explicit(text, CopyWarning, code.co_filename, code.co_firstlineno)
 
 
-def _warn_of_copy(function: Callable[..., Any], where: int | str, argument: Any) -> None:
-    models = list(_models_in(argument))
-    if not models:
-        return
-    steps, first = models[0]
-    classes = _full_name(type(argument)), _full_name(type(first))
-    if classes in _checked:
-        return
-    _checked.add(classes)
-    nbytes = _bytes_beside_store(model for _, model in models)
-    if nbytes < NOT_WORTH_A_WORD:
-        return
+def _text_on(function: Any, where: Any, argument: Any) -> str | None:
+    """What to say of an argument, if there is anything."""
+    try:
+        models = list(_models_in(argument))
+        if not models or not _is_new(type(argument), type(models[0][1])):
+            return None
+        nbytes = _bytes_beside_store(model for _, model in models)
+        return None if nbytes < NOT_WORTH_A_WORD else _text(function, where, argument, models, nbytes)
+    except (
+        Exception
+    ):  # the user's classes may raise anything when they are looked at: that is for the user's own code to meet
+        return None
+
+
+def _is_new(*classes: type) -> bool:
+    names = tuple(f"{cls.__module__}.{cls.__qualname__}" for cls in classes)
+    is_new = names not in _checked
+    _checked.add(names)
+    return is_new
+
+
+def _text(function: Any, where: Any, argument: Any, models: Sequence[tuple[_Steps, Any]], nbytes: int) -> str:
     name = where if isinstance(where, str) else _parameter(function, where)
-    path = name + "".join(form.format(key) for form, key in steps)
-    kind = type(first).__name__
+    steps, first = models[0]
+    kind, path = type(first).__name__, name + "".join(form.format(key) for form, key in steps)
     more = f" and {len(models) - 1} more" if len(models) > 1 else ""
     held = f"is a bare {kind}" if first is argument else f"holds a bare {kind} at {path!r}{more}"
-    code = inspect.unwrap(function).__code__
-    warnings.warn_explicit(
+    return (
         f"Argument {name!r} of {function.__qualname__}() {held}, which Ray has pickled: each worker copies "
         f"{format_bytes(nbytes)}. Hint: pass zerocopy.publish(model) as an argument of its own, or an instance of a class "
-        "marked with @zerocopy.pipeline that holds it.",
-        CopyWarning,
-        code.co_filename,
-        code.co_firstlineno,
+        "marked with @zerocopy.pipeline that holds it."
     )
 
 
-def _full_name(cls: type) -> str:
-    return f"{cls.__module__}.{cls.__qualname__}"
-
-
-def _parameter(function: Callable[..., Any], position: int) -> str:
+def _parameter(function: Any, position: int) -> str:
     parameters = list(inspect.signature(function).parameters.values())
     names = [one.name for one in parameters if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)]
     variadic = [one.name for one in parameters if one.kind is one.VAR_POSITIONAL]
@@ -127,7 +127,7 @@ def _children(obj: Any) -> Iterator[tuple[str, Any, Any]]:
     """What an object holds: the form of the step to it, what to fill in there, and the value."""
     cls = type(obj)
     if issubclass(cls, dict):
-        yield from (("[{!r}]", key, value) for key, value in obj.items())
+        yield from (("[{!r}]", key, value) for key, value in dict.items(obj))
     elif issubclass(cls, (list, tuple, deque)):
         yield from (("[{}]", position, value) for position, value in enumerate(obj))
     elif issubclass(cls, (set, frozenset)):
