@@ -74,9 +74,7 @@ def _text_on(function: Any, where: Any, argument: Any) -> str | None:
             return None
         nbytes = _bytes_beside_store(model for _, model in models)
         return None if nbytes < NOT_WORTH_A_WORD else _text(function, where, argument, models, nbytes)
-    except (
-        Exception
-    ):  # the user's classes may raise anything when they are looked at: that is for the user's own code to meet
+    except Exception:  # of the user's classes, when they are looked at: the user's own code will meet it
         return None
 
 
