@@ -84,6 +84,12 @@ def looking(search: Search) -> int:
     assert_type(plan, zerocopy.SharePlan)
     assert_type(plan.entries, tuple[zerocopy.PlanEntry, ...])
     print(plan, plan.copied_bytes, zerocopy.memory_report().total)
+    verified = zerocopy.plan(search, verify=True)
+    assert_type(verified.view_bytes, int | None)
+    assert_type(verified.written_bytes, int | None)
+    assert_type(verified.entries[0].views, int | None)
+    assert_type(verified.entries[0].copied, int | None)
+    assert_type(verified.entries[0].pickled, int)
     return plan.shared_bytes
 
 
@@ -126,3 +132,7 @@ def actors(search: Search) -> None:
 
 def errors() -> tuple[type[Exception], ...]:
     return zerocopy.errors.ZeroCopyError, zerocopy.errors.CannotTravelError
+
+
+def categories() -> tuple[type[Warning], ...]:
+    return zerocopy.errors.CopyWarning, zerocopy.errors.IsolationWarning

@@ -10,9 +10,10 @@ from zerocopy._load.publication import Publication
 from zerocopy._publish.checkpoint import publish_checkpoint
 from zerocopy._publish.passing import install as _install
 from zerocopy._publish.publish import publish
+from zerocopy._publish.verify import plan
 from zerocopy._run.actor import Actor, Launcher, Pool, actor
 from zerocopy._run.task import BoundTask, Task, task
-from zerocopy._split.plan import PlanEntry, SharePlan, plan
+from zerocopy._split.plan import PlanEntry, SharePlan
 from zerocopy._wrap.extraction import extract_tensors, replace_tensors
 from zerocopy.memory import MemoryReport, ProcessMemory, memory_report
 from zerocopy.wrappers import (

@@ -97,5 +97,9 @@ class IsolationError(ZeroCopyError, RuntimeError):
     """Private mappings were required and are not possible here."""
 
 
+class CopyWarning(UserWarning):
+    """An argument brought a model by plain pickling: each worker has a copy of it."""
+
+
 class IsolationWarning(UserWarning):
     """Store memory could not be mapped privately: writes to a loaded pipeline reach every worker."""

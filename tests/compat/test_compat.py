@@ -789,6 +789,19 @@ def test_a_pickler_remembers_what_it_wrote(pickler: Any) -> None:
     assert not any(type(obj) is int for obj in written)
 
 
+def test_slots_are_named() -> None:
+    """Slots are told by the names of their attributes, inherited ones too; a class without any has none."""
+
+    class Above:
+        __slots__ = ("__private", "first")
+
+    class Below(Above):
+        __slots__ = ("second",)
+
+    assert sorted(cpython.slot_names(Below)) == ["_Above__private", "first", "second"]
+    assert cpython.slot_names(Registered) == cpython.slot_names(nn.Linear) == []
+
+
 class Remade:
     def __init__(self) -> None:
         self.made = True
@@ -820,6 +833,21 @@ def test_inits_of_protocols_are_told() -> None:
     assert not cpython.is_init_of_protocol(Written.__init__)
 
 
+def test_the_module_of_a_caller_is_told() -> None:
+    """Whose code called: a class that is called is no frame of its own, a function of the standard library is."""
+
+    class Made:
+        def __init__(self) -> None:
+            self.by = cpython.module_of_caller(1)
+
+    class Copied:
+        def __deepcopy__(self, memo: object) -> str:
+            return cpython.module_of_caller(1)
+
+    assert Made().by == __name__
+    assert copy.deepcopy(Copied()) == "copy"
+
+
 # The fence:
 
 PACKAGE = Path(zerocopy.__file__).parent
@@ -831,7 +859,7 @@ FORBIDDEN = re.compile(
     | cloudpickle\.CloudPickler | CloudPickler\.dispatch | \.memo\b | (?<!nn\.)ModuleDict | /plasma | owner\ is\ unknown
     | \b( global_worker | core_worker | gcs_client | get_serialization_context | list_registry_pickle_by_value
         | __ray_actor_class__ | ConcreteModuleType | findAllNodes | RemovableHandle | next_id | getrefcount | __newobj__
-        | malloc_trim | memcmp | _no_init_or_replace_init )\b
+        | malloc_trim | memcmp | _getframe | _no_init_or_replace_init )\b
     """,
     re.VERBOSE,
 )

@@ -118,6 +118,19 @@ def make_immortal(obj: object) -> None:
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(obj))
 
 
+def module_of_caller(frames: int) -> str:
+    """The name of the module whose code called the function that asks; with `frames` = 2, that called its caller.
+
+    Code that Cython compiled has no frames. https://docs.python.org/3.11/library/sys.html#sys._getframe
+    """
+    return str(sys._getframe(frames + 1).f_globals.get("__name__", ""))
+
+
+# The names of the slots that `object` pickles of instances of a class, inherited ones too.
+# https://github.com/python/cpython/blob/v3.11.7/Lib/copyreg.py: `_slotnames`
+slot_names: Callable[[type], list[str]] = copyreg._slotnames  # type: ignore[attr-defined]
+
+
 def is_init_of_protocol(init: Callable[..., None]) -> bool:
     """Whether nobody wrote this `__init__`: typing gives it to every class that is a Protocol.
 

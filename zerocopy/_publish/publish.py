@@ -153,6 +153,21 @@ def publish_automatically(pipeline: Any) -> Publication:
         return _handle(pipeline, weights.manifest, weights.shared_bytes, outer)
 
 
+def publish_unremembered(found: Introspection) -> Publication:
+    """A handle to the weights of a pipeline: those that it is published with, or new ones. Nothing is known of it afterwards.
+
+    Raises:
+        As `publish`.
+    """
+    object_store.require()
+    with _lock, collector_paused():
+        entry = live.entry_of(found.pipeline)
+        if entry.origin is None and entry.published is None:
+            live.forget(found.pipeline)
+        weights, outer = _same_weights(entry, found) or (put(found, _stored(found, entry, exactly=True)), found.outer)
+        return _handle(found.pipeline, weights.manifest, weights.shared_bytes, outer)
+
+
 def put_once(
     pipeline: Any,
     found: Introspection,

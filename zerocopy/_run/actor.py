@@ -18,6 +18,7 @@ from zerocopy._declare.fields import Marker, check_device_name
 from zerocopy._declare.pipeline import class_with_own_init, describe, is_pipeline_class
 from zerocopy._run.arguments import load_arguments, pack_arguments
 from zerocopy._run.checks import Parameters, check_in_flight, check_options
+from zerocopy._run.copies import warn_if_called_by_ray, warn_of_copies
 from zerocopy._run.results import in_order
 from zerocopy._store import object_store
 from zerocopy.errors import ArgumentError, DeclarationError
@@ -256,12 +257,14 @@ def _with_arguments_loaded(init: Callable[..., Any]) -> Callable[..., Any]:
 
         @functools.wraps(init)
         async def __init__(self: Any, *args: Any, **kwargs: Any) -> Any:
+            warn_of_copies(init.__get__(self), args, kwargs)  # Ray alone awaits it
             values, named = _loaded_for(self, args, kwargs)
             return await init(self, *values, **named)
     else:
 
         @functools.wraps(init)
         def __init__(self: Any, *args: Any, **kwargs: Any) -> Any:
+            warn_if_called_by_ray(init.__get__(self), args, kwargs)
             values, named = _loaded_for(self, args, kwargs)
             return init(self, *values, **named)
 

@@ -16,6 +16,7 @@ from zerocopy._declare.pipeline import describe
 from zerocopy._run import short_calls
 from zerocopy._run.arguments import copy_argument, pack_argument, pack_arguments, resolve_references
 from zerocopy._run.checks import PLACEHOLDER, Parameters, check_in_flight, check_options
+from zerocopy._run.copies import warn_if_called_by_ray
 from zerocopy._run.results import default_in_flight, in_order
 from zerocopy._run.worker import address_of, call, object_at, run, run_generator, run_short
 from zerocopy._store import object_store
@@ -136,6 +137,7 @@ class Task(_FunctionWrapper[P, R]):
         A generator function gives Ray's `ObjectRefGenerator`.
         """
         if object_store.is_running() and object_store.is_worker():
+            warn_if_called_by_ray(self.__wrapped__, args, kwargs)
             given, named = resolve_references(args, kwargs)
             result: R = call(self.__wrapped__, self._self_device, self._self_reuse, given, named)
             return result

@@ -13,6 +13,7 @@ from zerocopy._compat.ray import is_pickled_by_value
 from zerocopy._load.publication import Publication
 from zerocopy._run import short_calls
 from zerocopy._run.arguments import load_arguments
+from zerocopy._run.copies import warn_of_copies
 from zerocopy._run.reuse import CallLoads, NotCached
 
 Target: TypeAlias = Any  # a function, or the address of a task: its module and its qualified name
@@ -20,7 +21,9 @@ Target: TypeAlias = Any  # a function, or the address of a task: its module and 
 
 def run(target: Target, device: str | None, reuse: bool, *args: Any, **kwargs: Any) -> Any:
     """What Ray runs for a task."""
-    return call(_function_of(target), device, reuse, args, kwargs)
+    function = _function_of(target)
+    warn_of_copies(function, args, kwargs)
+    return call(function, device, reuse, args, kwargs)
 
 
 def call(function: Any, device: str | None, reuse: bool, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -38,9 +41,11 @@ def call(function: Any, device: str | None, reuse: bool, args: Sequence[Any], kw
 
 def run_generator(target: Target, device: str | None, reuse: bool, *args: Any, **kwargs: Any) -> Iterator[Any]:
     """The same for a generator function."""
+    function = _function_of(target)
+    warn_of_copies(function, args, kwargs)
     loads = CallLoads()
     values, named = load_arguments(args, kwargs, device, loads.load if reuse else Publication.load)
-    yield from _function_of(target)(*values, **named)
+    yield from function(*values, **named)
     del values, named
     loads.release()
 

@@ -40,6 +40,7 @@ class Introspection:
         table: the shared tensors and their storages.
         roots: the shared roots.
         root_ends: number of storages in the table after each root.
+        payload_ends: bytes of the shared skeleton after each root.
         entangled: the path of an object that can be reached from both sides, or None.
         private_reasons: shared objects that have private memory wherever they are loaded, and why, by id.
         devices: the devices that fields declare, by storage; None stands for a field that declares none.
@@ -56,6 +57,7 @@ class Introspection:
     table: TensorTable
     roots: list[Any]
     root_ends: list[int]
+    payload_ends: list[int]
     entangled: str | None
     private_reasons: Mapping[int, tuple[Any, str]]
     devices: dict[int, tuple[str | None, ...]]
@@ -167,6 +169,7 @@ def introspect(subject: Subject) -> Introspection:
         table=table,
         roots=first.roots,
         root_ends=root_ends,
+        payload_ends=shared.payload_ends,
         entangled=entangled,
         private_reasons=shared.private_reasons,
         devices=_declared_devices(pipeline, table),

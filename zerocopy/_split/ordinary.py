@@ -39,6 +39,7 @@ class Stripped:
         payload: the pickled bytes.
         externals: what the payload refers to by number; number 0 is None.
         ends: length of `externals` after each of the stripped objects.
+        payload_ends: length of `payload` after each of them.
         shared: ids of the tensors that were met in the zone SHARED.
         roots: where the strip stopped for them.
         private_reasons: objects in the zone SHARED that cannot be shared, and why, by id.
@@ -52,6 +53,7 @@ class Stripped:
     payload: bytes = b""
     externals: list[Any] = attrs.field(factory=lambda: [None])
     ends: list[int] = attrs.field(factory=list)
+    payload_ends: list[int] = attrs.field(factory=list)
     shared: set[int] = attrs.field(factory=set)
     roots: list[Any] = attrs.field(factory=list)
     private_reasons: dict[int, tuple[Any, str]] = attrs.field(factory=dict)
@@ -79,6 +81,7 @@ def strip_ordinary(objects: Sequence[Any]) -> Stripped:
     for obj in objects:
         stripper.dump(obj)
         found.ends.append(len(found.externals))
+        found.payload_ends.append(file.tell())
     found.payload = file.getvalue()
     found.shared.update(map(id, found.externals[1:]))
     written = written_objects(stripper)

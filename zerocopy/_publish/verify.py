@@ -1,0 +1,115 @@
+"""What would publishing a pipeline share and copy, as it is planned and as one load really gives it?"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import gc
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import attrs
+
+from zerocopy._compat import linux
+from zerocopy._compat.ray import is_store_file
+from zerocopy._publish.publish import publish_unremembered
+from zerocopy._split import paths
+from zerocopy._split.introspect import Introspection, Subject, check_pipeline, introspect
+from zerocopy._split.plan import SharePlan
+from zerocopy._split.planning import Measured, plan_of
+from zerocopy._split.skeleton import Split, strip
+from zerocopy._split.zones import Zone
+from zerocopy._store.tensors import Storage, is_plain, is_tensor_or_array, storage_of
+from zerocopy.errors import ZeroCopyError
+
+
+def plan(pipeline: Any, *, verify: bool = False) -> SharePlan:
+    """What publishing `pipeline` would share and copy. Needs no Ray and writes nothing, unless it is to verify.
+
+    Args:
+        verify: publish and load it once, to find out what of the loaded pipeline really is a view of the store; classes may
+            copy what they are given. Takes the store's memory for that time, unless the pipeline is published already. What is
+            known of the pipeline stays as it is. Needs Ray, and Linux.
+
+    Raises:
+        ArgumentError: `pipeline` is neither an instance of a pipeline class nor an `nn.Module`.
+        CannotTravelError: something inside cannot leave the process; the error names its path.
+        ZeroCopyError: it is to be verified where the system does not tell what is mapped, or as `publish` and `load`.
+    """
+    check_pipeline(pipeline, "zerocopy.plan")
+    found = introspect(Subject(pipeline))
+    return _verified(found) if verify else plan_of(found)
+
+
+def _verified(found: Introspection) -> SharePlan:
+    if (reason := linux.why_no_mappings()) is not None:
+        raise ZeroCopyError(
+            f"This plan cannot be verified: {reason}.", hint="leave verify=True out, or run it on Linux."
+        )
+    try:
+        return _measured(found)
+    finally:
+        gc.collect()  # cycles would keep the loaded pipeline, and that the weights in the store
+
+
+def _measured(found: Introspection) -> SharePlan:
+    before = _written_bytes()
+    loaded = publish_unremembered(found).load()
+    written = max(_written_bytes() - before, 0)
+    plan = plan_of(found, _Loaded(loaded, found.pipeline).measure)
+    return attrs.evolve(plan, copied_bytes=plan.copied_bytes + written, written_bytes=written)
+
+
+def _written_bytes() -> int:
+    """Bytes of the pages of the store that this process has as copies of its own, because it wrote to them."""
+    return sum(use.anonymous for mapping, use in linux.usage(os.getpid()) if is_store_file(mapping.path))
+
+
+class _Loaded:
+    """A loaded pipeline whose parts are measured one after the other: memory counts where it is first met."""
+
+    def __init__(self, pipeline: Any, original: Any) -> None:
+        name = paths.name_of(original)
+        self._pipeline = pipeline
+        self._parts: dict[str, Any] = {}
+        for path, obj in paths.walk(pipeline, name):
+            self._parts.setdefault(path, obj)
+        # What was there before, such as a global that a hook uses, was not loaded.
+        self._met = {storage.key for _, storage in _storages_below(original, name)}
+        self._store = sorted((file.start, file.end) for file in linux.mappings() if is_store_file(file.path))
+
+    def measure(self, path: str) -> Measured:
+        """What the part at `path` has that no part had before."""
+        if path not in self._parts:  # its class has put it elsewhere
+            return Measured(0, ())
+        part = self._parts[path]
+        views, private = 0, []
+        for where, storage in (*_storages_below(part, path), *_storages_pickled(part)):
+            if storage.key not in self._met and storage.nbytes:
+                if self._is_in_store(storage):
+                    views += storage.nbytes
+                elif where:
+                    private.append((where, storage.nbytes))
+                self._met.add(storage.key)
+        return Measured(views, tuple(private))
+
+    def _is_in_store(self, storage: Storage) -> bool:
+        if storage.address is None:
+            return False
+        position = bisect.bisect_right(self._store, storage.address, key=lambda bounds: bounds[0]) - 1
+        return position >= 0 and storage.address < self._store[position][1]
+
+
+def _storages_below(part: Any, path: str) -> Iterator[tuple[str, Storage]]:
+    for where, obj in paths.walk(part, path):
+        if is_tensor_or_array(obj) and is_plain(obj):
+            yield where, storage_of(obj)
+
+
+def _storages_pickled(part: Any) -> Iterator[tuple[str, Storage]]:
+    """What programs, composites and objects of C hold has no path. What is not in the store may have been made just now."""
+    with contextlib.suppress(Exception):  # what was loaded need not pickle
+        for obj in strip([part], zone=Zone.SHARED, split=Split.NOWHERE).externals:
+            if is_tensor_or_array(obj):
+                yield "", storage_of(obj)
