@@ -11,8 +11,10 @@ from typing import Any, Literal, TypeAlias
 import psutil
 import ray
 import ray.cloudpickle
+import ray.exceptions
 from ray._common import ray_option_utils
 from ray._private import serialization, worker
+from ray.core.generated import common_pb2
 
 Kind: TypeAlias = Literal["actor", "task"]
 
@@ -67,6 +69,16 @@ def allows_out_of_band() -> bool:
 # Of the `ValueError` that getting an object raises of which this process knows neither owner nor place.
 # https://github.com/ray-project/ray/blob/ray-2.60.0/src/ray/core_worker/core_worker.cc: `GetOwnerAddress`
 OWNER_UNKNOWN = "owner is unknown"
+
+
+def node_of_owner(error: ray.exceptions.ObjectLostError) -> str | None:
+    """The node of the process that owned a lost object, or None where Ray does not say.
+
+    https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/exceptions.py: `OwnerDiedError.__str__`.
+    """
+    node: str = common_pb2.Address.FromString(error.owner_address or b"").node_id.hex()
+    return node or None
+
 
 # Each buffer of at least 2048 bytes starts at a multiple of so many in its object: `kMajorBufferAlign`.
 # https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/includes/serialization.pxi

@@ -19,8 +19,10 @@ from zerocopy._compat.ray import (
     drop_reference,
     is_serializing,
     mode,
+    node_of_owner,
 )
 from zerocopy.errors import (
+    LostReason,
     OutOfBandError,
     PublicationLostError,
     RayClientError,
@@ -84,7 +86,7 @@ def get(ref: ray.ObjectRef[Any]) -> Any:
     """The object behind `ref`.
 
     Raises:
-        PublicationLostError: its owner or the last node that held it is gone.
+        PublicationLostError: it cannot be reached any more; the error tells the reason.
     """
     return get_all([ref])[0]
 
@@ -93,14 +95,56 @@ def get_all(refs: list[ray.ObjectRef[Any]]) -> list[Any]:
     """The objects behind `refs`, in order; see `get`."""
     try:
         return ray.get(refs)
-    except (ray.exceptions.ObjectLostError, ray.exceptions.ObjectFetchTimedOutError, ValueError) as error:
-        if isinstance(error, ValueError) and OWNER_UNKNOWN not in str(error):
+    except ray.exceptions.ObjectLostError as error:
+        raise _lost(_reason_of(error)) from error
+    except ValueError as error:
+        if OWNER_UNKNOWN not in str(error):
             raise
-        raise PublicationLostError(
-            "The weights of this publication are gone from the cluster: the process that published them ended, or the "
-            "last node that held them did.",
-            hint="publish the pipeline again.",
-        ) from error
+        raise _lost("connection ended") from error
+
+
+_LOST: dict[LostReason, tuple[str, str]] = {
+    "owner ended": (
+        "the process that published them ended",
+        "publish from a process that lives as long as they are used, such as the driver or a detached actor.",
+    ),
+    "node lost": (
+        "the node of the process that published them, or the last one that held them, is down",
+        "publish the pipeline again from a node that is up; what was published under its process went with it.",
+    ),
+    "references dropped": (
+        "all references that Ray had counted were closed or dropped",
+        "keep the publication open as long as a plain pickle of it is used, or pass it as an argument, which Ray counts.",
+    ),
+    "not found in time": (
+        "Ray found no copy of them within its time limit",
+        "see whether the publication was closed, and whether the nodes that used it are up and can be reached.",
+    ),
+    "connection ended": (
+        "they belong to an earlier connection of this process to Ray",
+        "publish the pipeline again on this connection.",
+    ),
+}
+
+
+def _lost(reason: LostReason) -> PublicationLostError:
+    what, hint = _LOST[reason]
+    return PublicationLostError(f"The weights of this publication are gone: {what}.", hint=hint, reason=reason)
+
+
+def _reason_of(error: ray.exceptions.ObjectLostError) -> LostReason:
+    if isinstance(error, ray.exceptions.OwnerDiedError):
+        node = node_of_owner(error)
+        return "owner ended" if node is None or _is_up(node) else "node lost"
+    if isinstance(error, (ray.exceptions.ReferenceCountingAssertionError, ray.exceptions.ObjectFreedError)):
+        return "references dropped"
+    if isinstance(error, ray.exceptions.ObjectFetchTimedOutError):
+        return "not found in time"
+    return "node lost"  # also where Ray tried to make it again: nothing that was put can be
+
+
+def _is_up(node_id: str) -> bool:
+    return any(node["NodeID"] == node_id and node["Alive"] for node in ray.nodes())
 
 
 def in_background(call: Callable[[], R]) -> Callable[[], R]:
