@@ -76,9 +76,17 @@ def node_of_owner(error: ray.exceptions.ObjectLostError) -> str | None:
 
     https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/exceptions.py: `OwnerDiedError.__str__`.
     """
-    node: str = common_pb2.Address.FromString(error.owner_address or b"").node_id.hex()
+    owner = common_pb2.Address()  # type: ignore[attr-defined]
+    owner.ParseFromString(error.owner_address or b"")
+    node: str = owner.node_id.hex()
     return node or None
 
+
+# How much of the store the arguments of the tasks that run on a node may take, where this variable says nothing else:
+# `max_task_args_memory_fraction`. Ray lets further tasks wait, and says nothing. References inside of arguments do not count.
+# https://github.com/ray-project/ray/blob/ray-2.60.0/src/ray/common/ray_config_def.h
+ARGUMENTS_FRACTION_VARIABLE = "RAY_max_task_args_memory_fraction"
+ARGUMENTS_FRACTION = 0.7
 
 # Each buffer of at least 2048 bytes starts at a multiple of so many in its object: `kMajorBufferAlign`.
 # https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/includes/serialization.pxi

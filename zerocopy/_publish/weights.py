@@ -199,7 +199,9 @@ def put_streaming(
 
 
 def _writer_of(found: Introspection, stored: Mapping[object, Placement], cut: Cut) -> Writer:
-    object_store.check_room(_shared_bytes(found), type(found.pipeline).__name__)
+    what = type(found.pipeline).__name__
+    object_store.check_room(_shared_bytes(found), what)
+    object_store.check_copies(found.outer.nbytes, what)
 
     def make_manifest(locations: Sequence[LocationRow], shards: Sequence[ray.ObjectRef[Any]]) -> Manifest:
         return Manifest(rows_of(found.table.specs), locations, found.devices, found.shared, shards, _is_reusable(found))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 import threading
+import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -12,6 +14,8 @@ import ray
 import ray.exceptions
 
 from zerocopy._compat.ray import (
+    ARGUMENTS_FRACTION,
+    ARGUMENTS_FRACTION_VARIABLE,
     OWNER_UNKNOWN,
     allows_out_of_band,
     cluster_id,
@@ -216,6 +220,23 @@ def check_room(needed: int, what: str) -> None:
             needed=needed,
             capacity=size,
         )
+
+
+_warned: set[str] = set()
+
+
+def check_copies(copied: int, what: str) -> None:
+    """Warn, once, if each handle carries so much that Ray does not run two calls at a time. Shared weights do not count."""
+    fraction = float(os.environ.get(ARGUMENTS_FRACTION_VARIABLE, ARGUMENTS_FRACTION))
+    if 2 * copied <= fraction * (capacity() or math.inf) or "copies" in _warned:
+        return
+    _warned.add("copies")
+    warnings.warn(
+        f"Each call with {what} among its arguments carries a copy of {copied:,} bytes. Calls whose arguments take more than "
+        f"{fraction:.0%} of the object store together wait for each other, which Ray does not say. Share what is large among "
+        f"these bytes, or start the cluster with {ARGUMENTS_FRACTION_VARIABLE} set higher.",
+        stacklevel=2,
+    )
 
 
 def assigned_gpu() -> bool:
