@@ -127,19 +127,19 @@ def test_a_map_has_its_weights_to_its_end(store_use: Callable[[], int]) -> None:
     """What is given to `map` may be closed, dropped or emptied while it runs."""
     search = pipelines.search(width=64)
     expected = [2 * search(float(number)) for number in range(6)]
-    publication, nested = zerocopy.publish(search), [zerocopy.publish(search)]
+    given, nested = [zerocopy.publish(search)], [zerocopy.publish(search)]
 
     def numbers() -> Iterator[float]:
         for number in range(6):
             if number == 2:
-                publication.close()
+                given.pop().close()
                 nested.pop().close()
             yield float(number)
 
-    results = answer_each.map(publication, nested, numbers(), max_in_flight=1)
+    results = answer_each.map(given[0], nested, numbers(), max_in_flight=1)
     del search
     assert list(results) == pytest.approx(expected)
-    del results, publication
+    del results
     assert wait_until(lambda: store_use() <= 0)
 
 
@@ -150,7 +150,7 @@ def take_all_cpus(sign: str) -> None:
 
 
 def test_a_call_that_waits_has_its_weights(tmp_path: Path) -> None:
-    """A publication may be closed by another thread while a direct call waits for a worker, be it one that has dropped the weights."""
+    """A publication may be closed while a direct call waits for a worker, be it one that has dropped the weights."""
     search = pipelines.search(width=64)
     publication = zerocopy.publish(search)
     assert pipelines.answer(publication, 1.0) == search(1.0)  # now a call names the weights, for a worker that has them
