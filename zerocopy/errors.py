@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 
 class ZeroCopyError(Exception):
@@ -73,8 +73,26 @@ class PublicationClosedError(ZeroCopyError, ValueError):
     """A publication was used after `close()`."""
 
 
+LostReason: TypeAlias = Literal[
+    "owner ended", "node lost", "references dropped", "not found in time", "connection ended", "other cluster"
+]
+
+
 class PublicationLostError(ZeroCopyError, RuntimeError):
-    """The weights of a publication are gone: its owner or the last node holding them died."""
+    """The weights of a publication cannot be reached any more.
+
+    Attributes:
+        reason: what has happened.
+
+            - `"owner ended"`: the process that published them ended.
+            - `"node lost"`: the node of that process, or the last one that held them, is down.
+            - `"references dropped"`: all that Ray had counted was closed or dropped.
+            - `"not found in time"`: Ray found no copy of them within its time limit.
+            - `"connection ended"`: they belong to an earlier connection of this process.
+            - `"other cluster"`: they belong to another cluster.
+    """
+
+    reason: LostReason
 
 
 class DeviceError(ZeroCopyError, ValueError):

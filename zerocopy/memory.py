@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -42,9 +43,15 @@ class ProcessMemory:
 
 @attrs.frozen(repr=False)
 class MemoryReport:
-    """The memory of some processes. Prints as a table, in a notebook as HTML."""
+    """The memory of some processes. Prints as a table, in a notebook as HTML.
+
+    Attributes:
+        processes: one entry for each.
+        notes: what the kernel does not tell here, and what stands in the table instead.
+    """
 
     processes: tuple[ProcessMemory, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def shared(self) -> int:
@@ -62,12 +69,12 @@ class MemoryReport:
         return sum(process.total for process in self.processes)
 
     def __str__(self) -> str:
-        return as_text(_HEADERS, self._rows(), right=_HEADERS[1:])
+        return "\n".join([as_text(_HEADERS, self._rows(), right=_HEADERS[1:]), *self.notes])
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        return as_html(_HEADERS, self._rows())
+        return as_html(_HEADERS, self._rows()) + "".join(f"<p>{html.escape(note)}</p>" for note in self.notes)
 
     def _rows(self) -> Iterator[tuple[str, ...]]:
         for process in self.processes:
@@ -83,18 +90,46 @@ _HEADERS = ("process", "pid", "private", "shared", "saved", "PSS")
 def memory_report(pids: Iterable[int] | None = None) -> MemoryReport:
     """Measure this process, the raylets of this node and their workers, or the processes `pids`.
 
-    Processes that have ended, or that belong to another user, are left out. Linux only: its kernel tells what each mapping takes.
+    Processes that have ended are left out; also those that the kernel does not tell of, such as another user's, and a note of the
+    report says so. Where it tells less (gVisor, a hardened kernel), a note says what is missing and what is told instead. Linux
+    only: its kernel tells what each mapping takes.
     """
     wanted = list(pids) if pids is not None else [os.getpid(), *_ray_processes()]
-    measured = (_measure(pid) for pid in dict.fromkeys(wanted))
-    return MemoryReport(tuple(process for process in measured if process is not None))
+    measured: list[ProcessMemory] = []
+    notes: dict[str, None] = {}
+    untold: list[int] = []
+    for pid in dict.fromkeys(wanted):
+        try:
+            process, has_shares = _measure(pid)
+        except (psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):  # it has ended
+            continue
+        except (OSError, psutil.Error):
+            untold.append(pid)
+            continue
+        if process is not None:
+            measured.append(process)
+        if not has_shares:
+            notes[linux.NO_SHARES] = None
+    if untold:
+        notes[f"Left out, because this process may not look into them: {', '.join(map(str, untold))}."] = None
+    if (reason := linux.why_nothing_is_told()) is not None:
+        notes[f"Nothing is told of any process: {reason}."] = None
+    return MemoryReport(tuple(measured), tuple(notes))
 
 
 def private_bytes(pid: int | None = None) -> int:
-    """Anonymous memory of a process (this one by default), in bytes."""
-    anonymous = linux.anonymous_bytes(pid or os.getpid())
+    """Anonymous memory of a process (this one by default), in bytes.
+
+    Raises:
+        ValueError: the kernel does not tell it.
+        OSError: the process has ended, or is another user's.
+    """
+    pid = pid or os.getpid()
+    if (reason := linux.why_nothing_is_told()) is not None:
+        raise ValueError(f"The memory of process {pid} is not told: {reason}.")
+    anonymous = linux.anonymous_bytes(pid)
     if anonymous is None:
-        raise ValueError(f"the kernel does not tell the anonymous memory of process {pid}")
+        raise ValueError(f"The memory of process {pid} is not told: {linux.NO_ANONYMOUS}.")
     return anonymous
 
 
@@ -104,22 +139,31 @@ def _ray_processes() -> Iterator[int]:
     yield from (worker.pid for raylet in found for worker in workers_of(raylet))
 
 
-def _measure(pid: int) -> ProcessMemory | None:
-    try:
-        name = _name(psutil.Process(pid))
-        # All figures from one reading, so that they are of one moment: psutil would tell the total, of another one.
-        used = linux.usage(pid)
-    except (OSError, psutil.Error):  # ended, or another user's
-        return None
-    if not used:  # ended, but not yet waited for
-        return None
+def _measure(pid: int) -> tuple[ProcessMemory | None, bool]:
+    """The memory of a process, None of one that has ended and was not waited for; and whether the kernel tells shares."""
+    name = _name(psutil.Process(pid))
+    # All figures from one reading, so that they are of one moment: psutil would tell the total, of another one.
+    used = linux.usage(pid)
+    if used is None:
+        return _measure_roughly(pid, name), False
+    if not used:
+        return None, True
     private = sum(usage.anonymous for _, usage in used)
     total = sum(usage.share for _, usage in used)
     of_store = [usage for mapping, usage in used if is_store_file(mapping.path)]
     # Written pages of a private mapping are no longer the store's.
     mapped = sum(usage.resident - usage.anonymous for usage in of_store)
     share = sum(usage.share - usage.anonymous for usage in of_store)
-    return ProcessMemory(pid, name, private, mapped, share, total)
+    return ProcessMemory(pid, name, private, mapped, share, total), True
+
+
+def _measure_roughly(pid: int, name: str) -> ProcessMemory | None:
+    """What a process takes as far as its status tells, which knows no shares and no single mappings."""
+    sizes = linux.resident(pid)
+    if "VmRSS" not in sizes:  # it has ended
+        return None
+    mapped = sizes.get("RssShmem", 0)
+    return ProcessMemory(pid, name, sizes.get("RssAnon", 0), mapped, mapped, sizes["VmRSS"])
 
 
 def _name(process: psutil.Process) -> str:

@@ -57,7 +57,9 @@ class ModelWrapper(Generic[T]):
             mode: `"actor"` or `"task"`.
             model_attr_names: attributes whose models are shared; all else is copied. By default every model is shared, or
                 what the fields of a `@zerocopy.pipeline` class say.
-            method_names: methods of the models that run as tasks, beside `__call__` (by default `forward` for TorchScript).
+            method_names: methods of the models that run as tasks, beside `__call__` (by default `forward` for TorchScript). A
+                method of the object that holds the models may be named too: it runs where it is called, as all of its own
+                methods do, and the models that it calls run as tasks.
 
         Raises:
             ModeError: an unknown mode (a `ValueError`).
@@ -172,7 +174,7 @@ class TaskWrapper(Generic[T]):
     """An object used like the one it wraps, in which every call of a model runs as a Ray task.
 
     It is called, and gives and takes attributes, as the original does. `method_names` are the methods of the models that
-    run as tasks, beside `__call__`.
+    run as tasks, beside `__call__`; they may also name methods of the original, which run here as any of its own.
 
     Raises:
         As `ModelWrapper.from_model`.

@@ -136,6 +136,15 @@ def test_an_unknown_owner_is_told_by_these_words(cluster: None) -> None:
         ray.put([ray.ObjectRef(os.urandom(28))])
 
 
+def test_the_node_of_an_owner_is_told(cluster: None) -> None:
+    """A lost object tells the node of its owner, if Ray knew the owner at all."""
+    worker: Any = ray._private.worker.global_worker
+    owner = worker.core_worker.get_owner_address(ray.put(1))
+    error = ray.exceptions.OwnerDiedError("00", owner, "")
+    assert compat_ray.node_of_owner(error) == ray.get_runtime_context().get_node_id()
+    assert compat_ray.node_of_owner(ray.exceptions.OwnerDiedError("00", None, "")) is None
+
+
 def test_buffers_are_aligned(cluster: None) -> None:
     """Ray lays the buffers of an object out in order, large ones at the next multiple of the alignment."""
     sizes = [16, 5000, 2048, 3001, 70_000]

@@ -171,7 +171,7 @@ def test_fallback_and_the_setting_against_it(address: str) -> None:
     assert fell_back == "['IsolationWarning']", done.stderr
     assert seen == "seen by others: True"
     assert refused.startswith(
-        "refused: The object store cannot be mapped privately in this process: no raylet of this user"
+        "refused: The object store cannot be mapped privately in this process: it can open the store's file through no raylet"
     )
     assert "unset ZEROCOPY_REQUIRE_ISOLATION" in refused
 
@@ -196,4 +196,4 @@ def test_the_publisher_may_require_isolation_of_others(monkeypatch: pytest.Monke
             mapping.raylets = found
         return "loaded"
 
-    assert "no raylet of this user" in ray.get(load_without_raylet.remote(publication))
+    assert "it can open the store's file through no raylet" in ray.get(load_without_raylet.remote(publication))

@@ -75,6 +75,10 @@ class Pipeline:
     def where(self) -> int:
         return os.getpid()
 
+    def describe(self, value: torch.Tensor) -> tuple[int, torch.Tensor]:
+        """Where it runs, and where the encoder's method does."""
+        return os.getpid(), self.encoder.encode(value)
+
 
 class Nested:
     """Models at every depth, one of them twice, and two tied."""
@@ -666,6 +670,22 @@ def test_functions_for_pipelines() -> None:
         torch.testing.assert_close(answer, expected(pipeline))
 
 
+def test_methods_of_the_pipeline_may_be_named() -> None:
+    """`method_names` may name what the pipeline has and no model: it runs as the pipeline's own, and the models in tasks."""
+    pipeline = Pipeline()
+    for wrapped in (
+        TaskWrapper(pipeline, ("__call__", "describe", "encode")),
+        ModelWrapper.for_tasks(pipeline, method_names=["describe", "where", "encode"]),
+        rewrite_pipeline(pipeline, ("encode", "describe")),
+    ):
+        where, of_encoder = wrapped.describe(INPUT)
+        assert where == os.getpid()
+        assert int(of_encoder[0]) != os.getpid()
+        torch.testing.assert_close(wrapped(INPUT), expected(pipeline))
+    in_actor = ModelWrapper.from_model(pipeline, mode="actor", method_names=["describe"]).load()
+    assert in_actor.where() == os.getpid()
+
+
 # Misuse.
 
 
@@ -687,7 +707,11 @@ MISUSES: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: ModelWrapper.from_model(Pipeline(), model_attr_names="encoder"), TypeError, "is a string"),
     (lambda: TaskWrapper(Pipeline(), "forward"), TypeError, "is a string"),
     (lambda: ModelWrapper.from_model(Model(), mode="task").load(device="nonsense"), ValueError, "does not know"),
-    (lambda: TaskWrapper(Pipeline(), ("generate",)), TypeError, "No model has a method 'generate'"),
+    (
+        lambda: TaskWrapper(Pipeline(), ("generate",)),
+        TypeError,
+        "Neither this Pipeline nor a model of it has a method 'generate' .models: Model.",
+    ),
     (lambda: JITModelWrapper.from_model(Model()), TypeError, "no TorchScript in this Model.*use ModelWrapper"),
     (lambda: JITTaskWrapper(Pipeline()), TypeError, "no TorchScript in this Pipeline.*use ModelWrapper"),
     (lambda: JITActorWrapper(Model()), TypeError, "no TorchScript in this Model.*use ModelWrapper"),

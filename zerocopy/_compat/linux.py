@@ -83,17 +83,31 @@ class Usage(NamedTuple):
 
 _SIZES = ("Rss:", "Pss:", "Anonymous:")
 
+NO_ANONYMOUS = "/proc/<pid> has neither smaps_rollup nor smaps, and its status has no RssAnon"
+NO_SHARES = (
+    "There is no /proc/<pid>/smaps here, which tells shares and single mappings. From /proc/<pid>/status instead: private is "
+    "RssAnon, shared is RssShmem in full for each process, so nothing counts as saved, and PSS is VmRSS."
+)
 
-def usage(pid: int) -> list[tuple[Mapping, Usage]]:
-    """What each mapping of a process takes; nothing of one that has ended and was not waited for.
 
-    /proc/<pid>/smaps: https://docs.kernel.org/filesystems/proc.html
+def why_nothing_is_told() -> str | None:
+    """Why no process can be asked for what it takes, or None where some can."""
+    return None if Path("/proc/self/status").exists() else "there is no /proc/self here"
+
+
+def usage(pid: int) -> list[tuple[Mapping, Usage]] | None:
+    """What each mapping of a process takes; nothing of one that has ended and was not waited for; None where that is not told.
+
+    /proc/<pid>/smaps: https://docs.kernel.org/filesystems/proc.html. A kernel without CONFIG_PROC_PAGE_MONITOR has none.
 
     Raises:
         OSError: it has ended, or is another user's.
     """
+    text = _told_of(pid, "smaps")
+    if text is None:
+        return None
     found: list[tuple[Mapping, dict[str, int]]] = []
-    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+    for line in text.splitlines():
         key, _, rest = line.partition(" ")
         if not key.endswith(":"):
             found.append((_parsed(line), {}))
@@ -105,15 +119,42 @@ def usage(pid: int) -> list[tuple[Mapping, Usage]]:
 def anonymous_bytes(pid: int) -> int | None:
     """Anonymous memory of a process, as in `Usage`, of all mappings together; None where the kernel does not tell it.
 
-    /proc/<pid>/smaps_rollup: https://docs.kernel.org/filesystems/proc.html
+    /proc/<pid>/smaps_rollup: https://docs.kernel.org/filesystems/proc.html. Where it is missing, as in gVisor, the sum over
+    /proc/<pid>/smaps; where that is missing too, what /proc/<pid>/status counts.
 
     Raises:
         OSError: it has ended, or is another user's.
     """
-    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+    for line in (_told_of(pid, "smaps_rollup") or "").splitlines():
         if line.startswith("Anonymous:"):
             return int(line.split()[1]) * 1024
-    return None
+    by_mapping = usage(pid)
+    if by_mapping is not None:
+        return sum(used.anonymous for _, used in by_mapping)
+    return resident(pid).get("RssAnon")
+
+
+def resident(pid: int) -> dict[str, int]:
+    """Resident memory of a process by kind, in bytes, as far as it is told: VmRSS, and of this RssAnon, RssFile and RssShmem.
+
+    /proc/<pid>/status: https://man7.org/linux/man-pages/man5/proc_pid_status.5.html
+
+    Raises:
+        OSError: it has ended.
+    """
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    sizes = (line.split() for line in lines if line.startswith(("VmRSS:", "Rss")))
+    return {key.rstrip(":"): int(size) * 1024 for key, size, _ in sizes}
+
+
+def _told_of(pid: int, name: str) -> str | None:
+    """A file of a process in /proc, or None if no process has such a file here."""
+    try:
+        return Path(f"/proc/{pid}/{name}").read_text()
+    except FileNotFoundError:
+        if not Path(f"/proc/{pid}/status").exists():  # it has ended
+            raise
+        return None
 
 
 # What a page is, in the words of PAGEMAP_SCAN: https://docs.kernel.org/admin-guide/mm/pagemap.html#pagemap-scan-ioctl

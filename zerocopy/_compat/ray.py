@@ -12,10 +12,12 @@ from typing import Any, Literal, TypeAlias
 import psutil
 import ray
 import ray.cloudpickle
+import ray.exceptions
 from ray._common import ray_option_utils
 from ray._common.utils import get_system_memory
 from ray._private import serialization, worker
 from ray._private.utils import get_used_memory
+from ray.core.generated import common_pb2
 
 Kind: TypeAlias = Literal["actor", "task"]
 
@@ -104,6 +106,24 @@ def get_silently(refs: list[ray.ObjectRef[Any]]) -> list[Any]:
 # Of the `ValueError` that getting an object raises of which this process knows neither owner nor place.
 # https://github.com/ray-project/ray/blob/ray-2.60.0/src/ray/core_worker/core_worker.cc: `GetOwnerAddress`
 OWNER_UNKNOWN = "owner is unknown"
+
+
+def node_of_owner(error: ray.exceptions.ObjectLostError) -> str | None:
+    """The node of the process that owned a lost object, or None where Ray does not say.
+
+    https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/exceptions.py: `OwnerDiedError.__str__`.
+    """
+    owner = common_pb2.Address()  # type: ignore[attr-defined]
+    owner.ParseFromString(error.owner_address or b"")
+    node: str = owner.node_id.hex()
+    return node or None
+
+
+# How much of the store the arguments of the tasks that run on a node may take, where this variable says nothing else:
+# `max_task_args_memory_fraction`. Ray lets further tasks wait, and says nothing. References inside of arguments do not count.
+# https://github.com/ray-project/ray/blob/ray-2.60.0/src/ray/common/ray_config_def.h
+ARGUMENTS_FRACTION_VARIABLE = "RAY_max_task_args_memory_fraction"
+ARGUMENTS_FRACTION = 0.7
 
 # Each buffer of at least 2048 bytes starts at a multiple of so many in its object: `kMajorBufferAlign`.
 # https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/includes/serialization.pxi

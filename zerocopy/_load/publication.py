@@ -147,6 +147,7 @@ class Publication(Handle):
             raise PublicationLostError(
                 f"This publication of {self.kind} belongs to a connection to Ray that has ended.",
                 hint="publish the pipeline again.",
+                reason="connection ended",
             )
         return self._state
 
@@ -227,7 +228,8 @@ class Publication(Handle):
         if sealed.cluster != object_store.cluster():
             raise PublicationLostError(
                 f"This publication of {self.kind} belongs to another cluster than this process.",
-                hint="publish the pipeline again.",
+                hint="connect to that cluster, or publish the pipeline in this one.",
+                reason="other cluster",
             )
         return Open(*pickle.loads(sealed.content))
 

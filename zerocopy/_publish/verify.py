@@ -63,7 +63,7 @@ def _measured(found: Introspection) -> SharePlan:
 
 def _written_bytes() -> int:
     """Bytes of the pages of the store that this process has as copies of its own, because it wrote to them."""
-    return sum(use.anonymous for mapping, use in linux.usage(os.getpid()) if is_store_file(mapping.path))
+    return sum(use.anonymous for mapping, use in linux.usage(os.getpid()) or () if is_store_file(mapping.path))
 
 
 class _Loaded:

@@ -207,7 +207,9 @@ def put_streaming(
 
 
 def _writer_of(found: Introspection, stored: Mapping[object, Placement], cut: Cut) -> Writer:
-    object_store.check_room(found.table.nbytes, type(found.pipeline).__name__)
+    what = type(found.pipeline).__name__
+    object_store.check_room(found.table.nbytes, what)
+    object_store.warn_of_crowding(found.table.nbytes, found.outer.nbytes, what)
 
     def make_manifest(locations: Sequence[LocationRow], shards: Sequence[ray.ObjectRef[Any]]) -> Manifest:
         return Manifest(rows_of(found.table.specs), locations, found.devices, found.shared, shards, _is_reusable(found))

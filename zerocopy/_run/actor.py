@@ -16,7 +16,7 @@ from ray.actor import ActorHandle
 from zerocopy._compat.ray import is_ray_actor_class
 from zerocopy._declare.fields import Marker, check_device_name
 from zerocopy._declare.pipeline import class_with_own_init, describe, is_pipeline_class
-from zerocopy._run.arguments import load_arguments, pack_arguments
+from zerocopy._run.arguments import keep_arguments, load_arguments
 from zerocopy._run.checks import Parameters, check_in_flight, check_options
 from zerocopy._run.copies import warn_if_called_by_ray, warn_of_copies
 from zerocopy._run.results import in_order
@@ -130,12 +130,13 @@ class Launcher(Generic[P, T]):
         parameters, actor_class = getattr(cls, _SPEC).made_of(cls)
         parameters.check(args, kwargs)
         object_store.require()
-        sent, named = pack_arguments(args, kwargs)
+        sent, named = keep_arguments(args, kwargs)
         if self._options:
             actor_class = actor_class.options(**self._options)
         actors = [actor_class.remote(*sent, **named) for _ in range(count)]
         for handle in actors:
-            # A restarted actor loads again, so its arguments live as long as its handle: the finalizer refers to them.
+            # A restarted actor loads again, and Ray keeps no argument until then: https://github.com/ray-project/ray/issues/53727.
+            # So they live as long as this handle: the finalizer refers to them.
             weakref.finalize(handle, _do_nothing, sent, named).atexit = False
         return actors
 

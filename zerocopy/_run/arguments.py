@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -13,6 +14,7 @@ from zerocopy._declare.pipeline import is_pipeline_class
 from zerocopy._load import devices
 from zerocopy._load.publication import Publication
 from zerocopy._publish.publish import publish_automatically
+from zerocopy._run.short_calls import is_brief
 from zerocopy._split.paths import is_module
 from zerocopy._store import object_store
 
@@ -20,16 +22,34 @@ Load: TypeAlias = Callable[[Publication, str | None], Any]
 
 
 def pack_argument(value: Any) -> Any:
-    """An argument as it is sent: a pipeline or a module becomes a publication.
+    """An argument as it is sent: a pipeline or a module becomes a publication, and a publication a handle of its own.
+
+    Its caller may close the one that was given as soon as the call returns, or from another thread before.
 
     Raises:
         PublicationClosedError, PublicationLostError: it is a publication that cannot be loaded any more.
     """
     if is_module(value) or isinstance(value, ExportedProgram) or is_pipeline_class(type(value)):
         return publish_automatically(value)
-    if isinstance(value, Publication) and value.closed:
-        value.content()  # raises what pickling it would
-    return value
+    return copy.copy(value) if isinstance(value, Publication) else value
+
+
+def keep_argument(value: Any) -> Any:
+    """An argument as it is sent more than once: now, and when an actor is restarted or the next item of a `map` is due.
+
+    As long as the result lives, so does all that the argument refers to, though its caller closes, changes or drops it. So what
+    may refer to more than one handle does is put into the store: Ray keeps the references inside. It is also stored once,
+    where Ray would store a large argument for each call, and drop it before a restart.
+
+    Raises:
+        As `pack_argument`.
+    """
+    packed = pack_argument(value)
+    if isinstance(packed, ray.ObjectRef) or is_brief(packed):
+        return packed
+    if isinstance(packed, Publication) and packed.packed() is not None:
+        return packed
+    return object_store.put(packed)
 
 
 def load_argument(value: Any, device: str | None, load: Load = Publication.load) -> Any:
@@ -45,6 +65,11 @@ def load_argument(value: Any, device: str | None, load: Load = Publication.load)
 def pack_arguments(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
     """The arguments of a call as they are sent."""
     return [pack_argument(value) for value in args], {name: pack_argument(value) for name, value in kwargs.items()}
+
+
+def keep_arguments(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+    """The arguments of a call as they are sent more than once."""
+    return [keep_argument(value) for value in args], {name: keep_argument(value) for name, value in kwargs.items()}
 
 
 def load_arguments(

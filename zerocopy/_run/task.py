@@ -14,7 +14,7 @@ import wrapt
 from zerocopy._declare.fields import check_device_name
 from zerocopy._declare.pipeline import describe
 from zerocopy._run import short_calls
-from zerocopy._run.arguments import copy_argument, pack_argument, pack_arguments, resolve_references
+from zerocopy._run.arguments import copy_argument, keep_arguments, pack_argument, pack_arguments, resolve_references
 from zerocopy._run.checks import PLACEHOLDER, Parameters, check_in_flight, check_options
 from zerocopy._run.copies import warn_if_called_by_ray
 from zerocopy._run.results import default_in_flight, in_order
@@ -202,7 +202,7 @@ class Task(_FunctionWrapper[P, R]):
         check_in_flight(max_in_flight)
         self._self_parameters.check((*constant, PLACEHOLDER), kwargs)
         object_store.require()
-        sent, named = pack_arguments(constant, kwargs)
+        sent, named = keep_arguments(constant, kwargs)
         limit = max_in_flight or default_in_flight()
         return in_order(lambda item: self._submit([*sent, pack_argument(item)], named), items, limit, self.__name__)
 

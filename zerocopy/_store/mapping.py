@@ -1,7 +1,9 @@
 """How is store memory mapped privately? Copy-on-write: the operating system keeps workers apart.
 
 Ray maps the store's file shared and writable into every process and closes the descriptor. The raylet keeps it open, so
-a process of the same user can open it again by way of the raylet's open files, and map the same bytes with `MAP_PRIVATE`.
+a process that may look into the raylet can open it again by way of the raylet's open files, and map the same bytes with
+`MAP_PRIVATE`. Linux lets it (`PTRACE_MODE_READ`) if both have the same user and user namespace, and it lacks no capability of the
+raylet's. https://man7.org/linux/man-pages/man2/ptrace.2.html: "Ptrace access mode checking"
 """
 
 from __future__ import annotations
@@ -279,4 +281,7 @@ def _open(interval: linux.Mapping) -> int:
             _descriptors[key] = path
             return descriptor
         os.close(descriptor)
-    raise MappingImpossible("no raylet of this user has the store's file open")
+    raise MappingImpossible(
+        "it can open the store's file through no raylet, for which Linux asks for the raylet's user, its user namespace, and all "
+        "capabilities that it has"
+    )

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 import threading
 import time
+import warnings
 from collections.abc import Callable, Collection
 from typing import Any, TypeVar
 
@@ -14,6 +16,8 @@ import ray.exceptions
 import ray.experimental
 
 from zerocopy._compat.ray import (
+    ARGUMENTS_FRACTION,
+    ARGUMENTS_FRACTION_VARIABLE,
     OWNER_UNKNOWN,
     allows_out_of_band,
     cluster_id,
@@ -23,8 +27,10 @@ from zerocopy._compat.ray import (
     is_async_actor,
     is_serializing,
     mode,
+    node_of_owner,
 )
 from zerocopy.errors import (
+    LostReason,
     OutOfBandError,
     PublicationLostError,
     RayClientError,
@@ -107,7 +113,7 @@ def get(ref: ray.ObjectRef[Any]) -> Any:
     """The object behind `ref`.
 
     Raises:
-        PublicationLostError: its owner or the last node that held it is gone.
+        PublicationLostError: it cannot be reached any more; the error tells the reason.
     """
     return get_all([ref])[0]
 
@@ -117,14 +123,56 @@ def get_all(refs: list[ray.ObjectRef[Any]]) -> list[Any]:
     try:
         # Whoever wrote an async actor did not write this call, and the bytes are here or under way.
         return get_silently(refs) if is_async_actor() else ray.get(refs)
-    except (ray.exceptions.ObjectLostError, ray.exceptions.ObjectFetchTimedOutError, ValueError) as error:
-        if isinstance(error, ValueError) and OWNER_UNKNOWN not in str(error):
+    except ray.exceptions.ObjectLostError as error:
+        raise _lost(_reason_of(error)) from error
+    except ValueError as error:
+        if OWNER_UNKNOWN not in str(error):
             raise
-        raise PublicationLostError(
-            "The weights of this publication are gone from the cluster: the process that published them ended, or the "
-            "last node that held them did.",
-            hint="publish the pipeline again.",
-        ) from error
+        raise _lost("connection ended") from error
+
+
+_LOST: dict[LostReason, tuple[str, str]] = {
+    "owner ended": (
+        "the process that published them ended",
+        "publish from a process that lives as long as they are used, such as the driver or a detached actor.",
+    ),
+    "node lost": (
+        "the node of the process that published them, or the last one that held them, is down",
+        "publish the pipeline again from a node that is up; what was published under its process went with it.",
+    ),
+    "references dropped": (
+        "all references that Ray had counted were closed or dropped",
+        "keep the publication open as long as a plain pickle of it is used, or pass it as an argument, which Ray counts.",
+    ),
+    "not found in time": (
+        "Ray found no copy of them within its time limit",
+        "see whether the publication was closed, and whether the nodes that used it are up and can be reached.",
+    ),
+    "connection ended": (
+        "they belong to an earlier connection of this process to Ray",
+        "publish the pipeline again on this connection.",
+    ),
+}
+
+
+def _lost(reason: LostReason) -> PublicationLostError:
+    what, hint = _LOST[reason]
+    return PublicationLostError(f"The weights of this publication are gone: {what}.", hint=hint, reason=reason)
+
+
+def _reason_of(error: ray.exceptions.ObjectLostError) -> LostReason:
+    if isinstance(error, ray.exceptions.OwnerDiedError):
+        node = node_of_owner(error)
+        return "owner ended" if node is None or _is_up(node) else "node lost"
+    if isinstance(error, (ray.exceptions.ReferenceCountingAssertionError, ray.exceptions.ObjectFreedError)):
+        return "references dropped"
+    if isinstance(error, ray.exceptions.ObjectFetchTimedOutError):
+        return "not found in time"
+    return "node lost"  # also where Ray tried to make it again: nothing that was put can be
+
+
+def _is_up(node_id: str) -> bool:
+    return any(node["NodeID"] == node_id and node["Alive"] for node in ray.nodes())
 
 
 def with_owner(refs: Collection[ray.ObjectRef[Any]]) -> set[ray.ObjectRef[Any]]:
@@ -221,6 +269,42 @@ def check_room(needed: int, what: str) -> None:
             needed=needed,
             capacity=size,
         )
+
+
+_warned: set[str] = set()
+
+
+def warn_of_crowding(shared: int, copied: int, what: str) -> None:
+    """Warn, once each, if weights leave little of this node's store, or if each handle carries so much that calls wait.
+
+    Args:
+        shared: bytes of the weights. Ray does not count them as arguments of a call: it may run any number of calls at a time.
+        copied: bytes of the copied part, which each call carries.
+    """
+    size = capacity() or math.inf
+    fraction = float(os.environ.get(ARGUMENTS_FRACTION_VARIABLE, ARGUMENTS_FRACTION))
+    rule = (
+        f"Calls whose own arguments take more than {fraction:.0%} of the object store together wait for each other, which Ray "
+        f"does not say; {ARGUMENTS_FRACTION_VARIABLE} sets another limit when the cluster is started"
+    )
+    if shared > fraction * size:
+        _warn_once(
+            "shared",
+            f"The weights of {what} take {shared:,} of {size:,} bytes of this node's object store. Ray writes what else does not "
+            f"fit to disk. {rule}; `object_store_memory` makes the store larger.",
+        )
+    if 2 * copied > fraction * size:
+        _warn_once(
+            "copied",
+            f"Each call with {what} among its arguments carries a copy of {copied:,} bytes. {rule}; better share what is large "
+            "among these bytes.",
+        )
+
+
+def _warn_once(topic: str, text: str) -> None:
+    if topic not in _warned:
+        _warned.add(topic)
+        warnings.warn(text, stacklevel=2)
 
 
 def assigned_gpu() -> bool:

@@ -46,11 +46,11 @@ def prepare_for_tasks(
     """Publish each model, and the pipeline with remote models in their place. Also returns what is known of each, by path.
 
     Raises:
-        ArgumentError: no model has a method of these names.
+        ArgumentError: neither the pipeline nor a model has a method of these names.
         As `publish`.
     """
     models = callable_models(models_of(pipeline, copied))
-    _check_methods(models, method_names)
+    _check_methods(pipeline, models, method_names)
     object_store.require()
     remote, info = {}, {}
     for path, model in models.items():
@@ -102,16 +102,21 @@ def attributes_to_copy(pipeline: Any, model_attr_names: Sequence[str] | None) ->
     return [name for name, value in held.items() if name not in model_attr_names and id(value) not in listed]
 
 
-def _check_methods(models: Mapping[str, Any], method_names: Sequence[str] | None) -> None:
+def _check_methods(pipeline: Any, models: Mapping[str, Any], method_names: Sequence[str] | None) -> None:
+    """Refuse names that nothing has. A method of the pipeline runs where it is called, and the models that it calls in tasks."""
     if isinstance(method_names, str):
         raise ArgumentError(f"method_names={method_names!r} is a string.", hint=f"write [{method_names!r}].")
     for name in method_names or ():
-        if not any(callable(getattr(model, name, None)) for model in models.values()):
+        if not _has_method(pipeline, name) and not any(_has_method(model, name) for model in models.values()):
             kinds = ", ".join(dict.fromkeys(class_of(model).__name__ for model in models.values()))
             raise ArgumentError(
-                f"No model has a method {name!r} ({kinds}).",
-                hint="name methods of the models, as in method_names=['encode'].",
+                f"Neither this {class_of(pipeline).__name__} nor a model of it has a method {name!r} (models: {kinds}).",
+                hint="name methods of the models or of the object that holds them, as in method_names=['encode'].",
             )
+
+
+def _has_method(obj: Any, name: str) -> bool:
+    return callable(getattr(obj, name, None))
 
 
 def _exposed(model: Any, method_names: Sequence[str] | None) -> tuple[str, ...]:
@@ -121,4 +126,4 @@ def _exposed(model: Any, method_names: Sequence[str] | None) -> tuple[str, ...]:
     if method_names is None:
         method_names = ("forward",) if isinstance(model, TORCHSCRIPT) else ()
     wanted = ("__call__", *method_names)
-    return tuple(dict.fromkeys(name for name in wanted if callable(getattr(model, name, None))))
+    return tuple(dict.fromkeys(name for name in wanted if _has_method(model, name)))
