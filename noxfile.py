@@ -69,6 +69,13 @@ def coverage(session: nox.Session) -> None:
 
 
 @nox.session
+def soak(session: nox.Session) -> None:
+    """Sixty seconds of churn, in which every weight is checked again and again. `-- --seconds 600` for more."""
+    _install(session, "-e", ".")
+    session.run("python", "tests/soak.py", *session.posargs)
+
+
+@nox.session
 def bench(session: nox.Session) -> None:
     """zerocopy against the other ways, measured. Without arguments a full run, which writes docs/benchmarks.md anew."""
     _install(session, "-e", ".[bench]", "ray-zerocopy==0.2.0")

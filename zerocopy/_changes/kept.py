@@ -18,6 +18,7 @@ from zerocopy._changes.contents import Contents
 from zerocopy._changes.members import HeldMembers, has_members
 from zerocopy._changes.tensor_states import TensorStates, has_storage
 from zerocopy._compat.cpython import reference_counts
+from zerocopy._compat.torch import storage_id, storage_use_count
 from zerocopy._split import paths, programs
 from zerocopy._store.mapping import PrivateMap
 from zerocopy._store.tensors import storage_of
@@ -80,7 +81,9 @@ class Kept:
         return [getattr(module, "training", False) for module in self._without_members]  # a frozen program has none
 
     def _count_references(self) -> list[int]:
-        return reference_counts((*self._modules, *self._tensors))
+        """Of modules and tensors; and of storages, which a view or a detached twin of a tensor refers to, too."""
+        storages = map(storage_use_count, map(storage_id, filter(has_storage, self._tensors)))
+        return [*reference_counts((*self._modules, *self._tensors)), *storages]
 
 
 def _each_once(tensors: Iterable[torch.Tensor | None]) -> list[torch.Tensor]:

@@ -17,10 +17,8 @@ from zerocopy._compat.cpython import slot_names
 from zerocopy._compat.ray import registered_reducer
 from zerocopy._split.skeleton import Split, strip
 from zerocopy._split.zones import Zone
-from zerocopy._store.tensors import is_plain, is_tensor_or_array
+from zerocopy._store.tensors import COPIED, is_plain, is_tensor_or_array
 from zerocopy.errors import CannotTravelError
-
-SMALL = 64  # bytes: a storage that is no larger may be copied on purpose
 
 _RESTORING = ("__setstate__", "__reduce_ex__", "__reduce__", "__getnewargs_ex__", "__getnewargs__")
 # What pickle calls to fill an object of a class that is derived from one of these.
@@ -94,5 +92,5 @@ def _measured(path: str, obj: Any, method: str, restores: bool) -> Iterator[OwnW
     except CannotTravelError:  # what holds the object leaves it out
         return
     tensors = [held for held in stripped.externals if is_tensor_or_array(held) and is_plain(held)]
-    nbytes = sum(held.nbytes for held in tensors if held.nbytes > SMALL) if restores else 0
+    nbytes = sum(held.nbytes for held in tensors if held.nbytes > COPIED) if restores else 0
     yield OwnWay(path, method, nbytes, len(stripped.payload))

@@ -12,11 +12,11 @@ import attrs
 from zerocopy._declare.pipeline import fields, is_pipeline_class
 from zerocopy._split import paths
 from zerocopy._split.introspect import Introspection
-from zerocopy._split.own_ways import SMALL, OwnWay, own_ways
+from zerocopy._split.own_ways import OwnWay, own_ways
 from zerocopy._split.plan import PlanEntry, SharePlan
 from zerocopy._split.skeleton import Split, strip
 from zerocopy._split.zones import Zone
-from zerocopy._store.tensors import is_tensor_or_array
+from zerocopy._store.tensors import COPIED, is_tensor_or_array
 from zerocopy._tables import format_bytes
 from zerocopy.errors import CannotTravelError
 
@@ -164,7 +164,7 @@ def _may_copy_notes(passed: Sequence[OwnWay]) -> Iterator[str]:
 
 def _copied_notes(measured: Measured, passed: Sequence[OwnWay]) -> Iterator[str]:
     """Says what has memory of its own, but for what is so small that a load may copy it on purpose."""
-    large = sorted(((path, nbytes) for path, nbytes in measured.private if nbytes > SMALL), key=lambda item: -item[1])
+    large = sorted(((path, nbytes) for path, nbytes in measured.private if nbytes > COPIED), key=lambda item: -item[1])
     if large:
         total = format_bytes(sum(nbytes for _, nbytes in large))
         around = [way for way in passed if _is_within(large[0][0], way.path)]

@@ -11,6 +11,7 @@ parent. So in a child they live for ever.
 from __future__ import annotations
 
 import os
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -19,6 +20,7 @@ from zerocopy._compat import linux
 from zerocopy._compat.cpython import make_immortal
 from zerocopy._compat.ray import store_socket
 from zerocopy._store import object_store
+from zerocopy.errors import IsolationWarning
 
 
 class Connection:
@@ -42,13 +44,21 @@ _connections: weakref.WeakSet[Connection] = weakref.WeakSet()
 
 
 def _connection() -> Connection | None:
-    """That of this session, made when it is first asked for; None where the system does not tell of connections."""
+    """That of this session, made when it is first asked for; None where none is found."""
     session, ours = object_store.session(), list(_connections)
     known = next((connection for connection in ours if connection.session is session), None)
     if known is not None or linux.why_no_mappings() is not None:
         return known
     descriptors = {connection.descriptor for connection in ours}
-    original = next(fd for fd in linux.sockets_to(store_socket()) if fd not in descriptors)
+    original = next((fd for fd in linux.sockets_to(store_socket()) if fd not in descriptors), None)
+    if original is None:
+        warnings.warn(
+            "zerocopy does not find this process' connection to the object store. Loaded and adopted pipelines may change after "
+            "ray.shutdown(): zerocopy.unshare them first.",
+            IsolationWarning,
+            stacklevel=2,
+        )
+        return None
     connection = Connection(session, os.dup(original))
     _connections.add(connection)
     return connection
