@@ -663,3 +663,23 @@ def test_the_driver_sees_the_warning(address: str) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "CopyWarning: Argument 'models' of Worker.__init__() holds a bare Linear" in done.stdout + done.stderr
+
+
+@pytest.mark.usefixtures("cluster")
+def test_what_is_no_view_is_named_with_its_own_bytes() -> None:
+    """The error tells the path, and how many bytes lie in pages of this process: of a written tensor, or of another one."""
+    publication = zerocopy.publish(nn.ModuleDict({"layers": nn.Sequential(nn.Linear(64, 64), nn.Linear(1024, 1024))}))
+    written, elsewhere = publication.load(), publication.load()
+    assert_zero_copy(written)
+    written["layers"][1].weight.data[512, 512] = 7
+    with pytest.raises(AssertionError, match=r"moduledict\.layers\[1\]\.weight .* 4,096 of its 4,194,304 bytes"):
+        assert_zero_copy(written)
+    elsewhere["layers"][0].bias = nn.Parameter(torch.ones(64))
+    with pytest.raises(AssertionError, match=r"moduledict\.layers\[0\]\.bias .* 256 of its 256 bytes"):
+        assert_zero_copy(elsewhere)
+    program = publication.load()["layers"][0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch's, about TorchScript
+        program = torch.jit.script(program.double())
+    with pytest.raises(AssertionError, match=r"a tensor inside recursivescriptmodule .* 512 of its 512 bytes"):
+        assert_zero_copy(program)

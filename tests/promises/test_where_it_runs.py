@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import pipelines
+import psutil
 import pytest
 import ray
 from conftest import STORE_BYTES
 
 import zerocopy
 from zerocopy._compat.linux import NO_SHARES
-from zerocopy._store import object_store
+from zerocopy._store import mapping, object_store
 from zerocopy.errors import IsolationError, IsolationWarning
 
 IS_ROOT = os.geteuid() == 0
@@ -153,3 +156,42 @@ def test_a_crowded_store_is_warned_of(cluster: None, monkeypatch: pytest.MonkeyP
     zerocopy.publish(pipelines.encoder(2040))  # it was said already
     monkeypatch.setenv("RAY_max_task_args_memory_fraction", "0.5")
     zerocopy.publish(wide)
+
+
+@pytest.fixture
+def huge_pages() -> Iterator[int]:
+    """A file in huge pages, as a store of them is. The pool has twice as many pages as the file."""
+    pool = Path("/proc/sys/vm/nr_hugepages")
+    before = pool.read_text()
+    if os.geteuid() != 0:
+        pytest.skip("only root can make a pool of huge pages")
+    pool.write_text("6")
+    try:
+        if int(pool.read_text()) < 6:
+            pytest.skip("this machine has no room for a pool of huge pages")
+        file = os.memfd_create("zerocopy-test", os.MFD_HUGETLB)
+        os.ftruncate(file, 3 * os.fstat(file).st_blksize)
+        yield file
+        os.close(file)
+    finally:
+        pool.write_text(before)
+
+
+def test_a_store_of_huge_pages(huge_pages: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Objects at any place of it are mapped privately, can be written and detached. Where no page is free for copies, a mapping
+    is refused in words, instead of a process that ends at a write."""
+    monkeypatch.setattr(mapping, "raylets", lambda: [psutil.Process()])  # whose open files are looked through
+    page = os.fstat(huge_pages).st_blksize
+    store = mmap.mmap(huge_pages, 3 * page, flags=mmap.MAP_SHARED)
+    start = page + 12 * 4096 + 64
+    store[start : start + page] = b"7" * page
+    buffers = [memoryview(store)[start : start + 16], memoryview(store)[start + 16 : start + page]]
+    memory, offsets = mapping.map_private(buffers, required=True)
+    assert memory[offsets[1] : offsets[1] + page - 16] == b"7" * (page - 16)
+    memory[offsets[1]] = 1
+    assert memory.shown_bytes() == len(memory) - page
+    mapping.detach_all([memory])
+    store[start : start + page] = b"8" * page
+    assert memory[offsets[1] : offsets[1] + page - 16] == b"\1" + b"7" * (page - 17)
+    with pytest.raises(IsolationError, match="bytes of huge pages are free for copies"):
+        mapping.map_private(buffers, required=True)

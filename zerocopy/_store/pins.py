@@ -47,7 +47,7 @@ def _connection() -> Connection | None:
     """That of this session, made when it is first asked for; None where none is found."""
     session, ours = object_store.session(), list(_connections)
     known = next((connection for connection in ours if connection.session is session), None)
-    if known is not None or linux.why_no_mappings() is not None:
+    if known is not None or session is None or linux.why_no_mappings() is not None:
         return known
     descriptors = {connection.descriptor for connection in ours}
     original = next((fd for fd in linux.sockets_to(store_socket()) if fd not in descriptors), None)
