@@ -16,8 +16,11 @@ import operator
 import os
 import pickle
 import pickletools
+import queue
 import re
+import socket
 import sys
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -184,6 +187,17 @@ class Registered: ...
 
 
 class BelowRegistered(Registered): ...
+
+
+@pytest.mark.usefixtures("cluster")
+def test_the_store_is_connected_to() -> None:
+    """This process has one connection to the socket of its node's store, beside a duplicate of ours."""
+    assert 1 <= len(list(linux.sockets_to(compat_ray.store_socket()))) <= 2
+
+
+def test_available_memory_is_told() -> None:
+    """It is what the node has left, about as psutil tells it, or less in a container."""
+    assert 0 < compat_ray.available_memory() <= 1.2 * psutil.virtual_memory().available
 
 
 def test_a_registered_reducer_is_used_by_ray_alone() -> None:
@@ -668,6 +682,23 @@ def test_open_files_can_be_opened_again(file: int) -> None:
     os.close(write)
 
 
+def test_connections_to_a_socket_are_told(tmp_path: Path) -> None:
+    """Of this process' sockets those that are connected to one path, and no others."""
+    path = str(tmp_path / "socket")
+    with (
+        socket.socket(socket.AF_UNIX) as server,
+        socket.socket(socket.AF_UNIX) as one,
+        socket.socket(socket.AF_UNIX) as other,
+    ):
+        server.bind(path)
+        server.listen()
+        assert list(linux.sockets_to(path)) == []
+        one.connect(path)
+        other.connect(path)
+        assert sorted(linux.sockets_to(path)) == sorted([one.fileno(), other.fileno()])
+    assert list(linux.sockets_to(path)) == []
+
+
 def test_pages_are_populated(file: int) -> None:
     """A range of a private mapping keeps what it shows when the file changes, and what was written there."""
     with mmap.mmap(file, 4 * PAGE, flags=mmap.MAP_PRIVATE) as memory:
@@ -796,6 +827,48 @@ def test_a_pickler_remembers_what_it_wrote(pickler: Any) -> None:
     assert {id(inner), id(outer)} <= set(map(id, written))
     assert ["only", "for pickling"] in written
     assert not any(type(obj) is int for obj in written)
+
+
+def test_what_is_immortal_is_never_dropped() -> None:
+    """It lives on when the last name of it is gone."""
+    done = run_python(
+        """
+from zerocopy._compat.cpython import make_immortal
+
+class Told:
+    def __init__(self, name):
+        self.name = name
+
+    def __del__(self):
+        print("dropped", self.name, flush=True)
+
+mortal, immortal = Told("mortal"), Told("immortal")
+make_immortal(immortal)
+del mortal, immortal
+"""
+    )
+    assert done.stdout.splitlines() == ["dropped mortal"], done.stderr
+
+
+def test_threads_that_compute_are_told_from_those_that_wait() -> None:
+    """A thread that runs operators, also one that has no function of its own, may compute; threads that wait do not."""
+    done = threading.Event()
+    for target in (done.wait, queue.Queue().get):
+        threading.Thread(target=target, daemon=True).start()
+    assert wait_until(lambda: not cpython.other_threads_may_compute())
+
+    def compute() -> None:
+        while not done.is_set():
+            torch.ones(300, 300) @ torch.ones(300, 300)
+
+    matrix = torch.ones(3000, 3000)
+    for target, args in ((compute, ()), (torch.mm, (matrix, matrix))):
+        thread = threading.Thread(target=target, args=args)
+        thread.start()
+        assert wait_until(cpython.other_threads_may_compute, 5)
+        done.set()
+        thread.join()
+    assert wait_until(lambda: not cpython.other_threads_may_compute())
 
 
 def test_slots_are_named() -> None:

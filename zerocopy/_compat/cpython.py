@@ -13,12 +13,13 @@ import os
 import sys
 import sysconfig
 import threading
+import traceback
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-import ray
+import torch
 
 K = TypeVar("K")
 
@@ -87,26 +88,39 @@ def written_objects(pickler: Any) -> list[Any]:
 new_object: Callable[..., Any] = copyreg.__newobj__  # type: ignore[attr-defined]
 
 
-_STANDARD_LIBRARY, _RAY = sysconfig.get_path("stdlib") + os.sep, str(Path(ray.__file__).parent) + os.sep
+_STANDARD_LIBRARY = sysconfig.get_path("stdlib") + os.sep
+_TORCH = str(Path(torch.__file__).parent) + os.sep
+_INSTALLED = ("site-packages", "dist-packages")  # folders of packages
 _CALLS_WHAT_IT_IS_GIVEN = {("threading.py", "run"), ("thread.py", "run")}  # the latter of `concurrent.futures`
 
 
 def other_threads_may_compute() -> bool:
     """Whether another thread may be inside of an operator of torch at this moment.
 
-    Threads that wait do so in the standard library, or in Ray. https://docs.python.org/3.11/library/sys.html#sys._current_frames
+    A thread that waits does so in the standard library, or in a package that has not been called by torch or by the user's own
+    code. https://docs.python.org/3.11/library/sys.html#sys._current_frames
     """
     frames = sys._current_frames()
     frames.pop(threading.get_ident(), None)
-    return not all(map(_is_waiting, frames.values()))
+    return any(map(_may_compute, frames.values()))
 
 
-def _is_waiting(frame: types.FrameType) -> bool:
+def _may_compute(frame: types.FrameType) -> bool:
     code = frame.f_code
     if (Path(code.co_filename).name, code.co_name) in _CALLS_WHAT_IT_IS_GIVEN:
+        return True
+    if _is_of_python(code.co_filename):
         return False
-    is_of_python = code.co_filename.startswith(_STANDARD_LIBRARY) and "site-packages" not in code.co_filename
-    return is_of_python or code.co_filename.startswith(_RAY)
+    callers = [frame.f_code.co_filename for frame, _ in traceback.walk_stack(frame)]
+    return any(file.startswith(_TORCH) or not (_is_of_python(file) or _is_installed(file)) for file in callers)
+
+
+def _is_of_python(file: str) -> bool:
+    return file.startswith((_STANDARD_LIBRARY, "<frozen ")) and not _is_installed(file)
+
+
+def _is_installed(file: str) -> bool:
+    return any(folder in file for folder in _INSTALLED)
 
 
 def make_immortal(obj: object) -> None:
