@@ -60,7 +60,9 @@ def test_a_driver_and_a_worker_have_different_modes(cluster: None) -> None:
 
 
 RECONNECTING = """
+import gc
 import sys
+import weakref
 import ray
 import zerocopy
 from zerocopy._compat import cpython, linux
@@ -74,7 +76,14 @@ start(sys.argv[1])
 first, cluster = compat_ray.connection(), compat_ray.cluster_id()
 print(compat_ray.connection() is first, compat_ray.cluster_id() == cluster)
 ref = ray.put(1)
+kept = {1}
+gone = weakref.ref(kept)
+compat_ray.keep_while_connected(kept)
+del kept
+gc.collect()
+print(gone() is None)
 ray.shutdown()
+print(gone() is None)
 start("local", num_cpus=1, object_store_memory=100_000_000, include_dashboard=False)
 print(compat_ray.connection() is first, compat_ray.cluster_id() == cluster)
 try:
@@ -86,9 +95,10 @@ except ValueError as error:
 
 def test_connections_and_clusters_are_told_apart(address: str) -> None:
     """Connection and cluster stay the same until Ray is shut down, and are others afterwards; objects of before have an unknown
-    owner. Whether references may be pickled out of band is what the environment said."""
+    owner. What is kept while connected is dropped in between. Whether references may be pickled out of band is what the
+    environment said."""
     done = run_python(RECONNECTING, "-", address, RAY_allow_out_of_band_object_ref_serialization="0")
-    assert done.stdout.splitlines() == ["False", "True True", "False False", "True"], done.stderr
+    assert done.stdout.splitlines() == ["False", "True True", "False", "True", "False False", "True"], done.stderr
 
 
 def test_workers_are_told_the_same_cluster(cluster: None) -> None:

@@ -6,6 +6,7 @@ psutil is asked for what any process may know of others; only what Ray's process
 from __future__ import annotations
 
 import copyreg
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, TypeAlias
 
@@ -52,6 +53,11 @@ def store_socket() -> str:
     https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/_private/node.py: `Node.plasma_store_socket_name`
     """
     return str(_worker.node.plasma_store_socket_name)
+
+
+def keep_while_connected(obj: object) -> None:
+    """Keep an object alive until this process disconnects: as long as it has its node, in the same file."""
+    weakref.finalize(_worker.node, lambda _: None, obj).atexit = False
 
 
 def cluster_id() -> str:

@@ -22,11 +22,12 @@ class PlanEntry:
         bytes: for a shared part, those of the storages that are first met here; for a copied one, those of its pickle.
         dtypes: the dtypes of its tensors and arrays, sorted.
         ties: `a = b` for each two paths at which one tensor, or one memory, is held.
-        note: why something is not shared or may not be, or empty.
+        note: why something is not shared, or empty.
         pickled: for a shared part, bytes of all but its tensors and arrays: each load unpickles them.
         views: of `bytes` those that a loaded part has as views of the store; None where that was not verified.
         copied: bytes that each load copies: what came and is no view, or what tensors and arrays of the loaded part take
             beside the store if that is more. None where it was not verified.
+        may_copy: which objects may copy what they are given when they are loaded, and by which method of their class; or empty.
     """
 
     path: str
@@ -40,6 +41,7 @@ class PlanEntry:
     pickled: int = 0
     views: int | None = None
     copied: int | None = None
+    may_copy: str = ""
 
 
 @attrs.frozen(repr=False)
@@ -110,7 +112,7 @@ class SharePlan:
                 format_bytes(entry.bytes),
                 *(verified if self._is_verified else ()),
                 ", ".join(entry.dtypes),
-                "; ".join([*entry.ties, *([entry.note] if entry.note else [])]),
+                "; ".join(filter(None, [*entry.ties, entry.note, entry.may_copy])),
             )
 
 

@@ -68,7 +68,7 @@ def _shared_entries(found: Introspection, measure: Callable[[str], Measured] | N
         passed = [way for way in ways if _is_within(way.path, entry.path) or _is_within(entry.path, way.path)]
         notes = [*([entry.note] if entry.note else []), *_pickled_notes(entry, passed)]
         if measure is None:
-            yield attrs.evolve(entry, note="; ".join([*notes, *_may_copy_notes(passed)]))
+            yield attrs.evolve(entry, note="; ".join(notes), may_copy="; ".join(_may_copy(passed)))
         else:
             measured = measure(entry.path)
             views, private = min(measured.views, entry.bytes), sum(nbytes for _, nbytes in measured.private)
@@ -153,7 +153,7 @@ def _pickled_notes(entry: PlanEntry, passed: Sequence[OwnWay]) -> Iterator[str]:
         yield f"{format_bytes(entry.pickled)} of it are pickled: each load copies them{by}"
 
 
-def _may_copy_notes(passed: Sequence[OwnWay]) -> Iterator[str]:
+def _may_copy(passed: Sequence[OwnWay]) -> Iterator[str]:
     by_method: dict[str, list[str]] = defaultdict(list)
     for way in passed:
         if way.nbytes:

@@ -18,13 +18,16 @@ from typing import Any
 
 from zerocopy._compat import linux
 from zerocopy._compat.cpython import make_immortal
-from zerocopy._compat.ray import store_socket
+from zerocopy._compat.ray import keep_while_connected, store_socket
 from zerocopy._store import object_store
 from zerocopy.errors import IsolationWarning
 
 
 class Connection:
-    """A duplicate of the descriptor of this process' connection to the store, of one session."""
+    """A duplicate of the descriptor of this process' connection to the store, of one session.
+
+    It lives as long as that session, and as whatever it pins.
+    """
 
     def __init__(self, session: object, descriptor: int) -> None:
         self.session = session
@@ -61,6 +64,7 @@ def _connection() -> Connection | None:
         return None
     connection = Connection(session, os.dup(original))
     _connections.add(connection)
+    keep_while_connected(connection)  # to make it again takes a while
     return connection
 
 
