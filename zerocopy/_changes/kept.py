@@ -41,14 +41,16 @@ class Kept:
         self._members = HeldMembers([vars(module) for module in self._modules if has_members(module)])
         self._without_members = [module for module in self._modules if not has_members(module)]
         self._references = self._count_references()
-        self._recorded: tuple[TensorStates, Contents, list[bool]] | None = None
+        self._recorded: tuple[TensorStates, Contents, list[bool], list[int]] | None = None
 
     def record(self) -> None:
         """Record how everything is now. Until then it counts as changed."""
         self._members.record_modes()
         storages = {storage.key: storage for storage in map(storage_of, filter(has_storage, self._tensors))}
         contents = Contents(list(storages.values()))
-        self._recorded = TensorStates(self._tensors), contents, self._modes_without_members()
+        states, modes = TensorStates(self._tensors), self._modes_without_members()
+        # Uses are counted now, because torch counts a Python object for the storage from the time on that it was asked for one.
+        self._recorded = states, contents, modes, self._count_uses()
 
     def is_unchanged(self, breath: float = 0.0) -> bool:
         """Whether everything is as recorded, and nobody else refers to any of it.
@@ -70,20 +72,22 @@ class Kept:
         if self._recorded is None or not self._is_isolated:
             yield False
             return
-        states, contents, modes = self._recorded
+        states, contents, modes, uses = self._recorded
         yield states.are_unchanged(self._tensors) and self._modes_without_members() == modes
         yield all(tensor.grad is None for tensor in self._tensors)
         yield from self._members.parts_unchanged()
-        yield self._count_references() == self._references
+        yield self._count_references() == self._references and self._count_uses() == uses
         yield contents.are_unchanged()
 
     def _modes_without_members(self) -> list[bool]:
         return [getattr(module, "training", False) for module in self._without_members]  # a frozen program has none
 
     def _count_references(self) -> list[int]:
-        """Of modules and tensors; and of storages, which a view or a detached twin of a tensor refers to, too."""
-        storages = map(storage_use_count, map(storage_id, filter(has_storage, self._tensors)))
-        return [*reference_counts((*self._modules, *self._tensors)), *storages]
+        return reference_counts((*self._modules, *self._tensors))
+
+    def _count_uses(self) -> list[int]:
+        """How many tensors refer to each storage: views and detached twins refer to it, and not to the tensor."""
+        return list(map(storage_use_count, map(storage_id, filter(has_storage, self._tensors))))
 
 
 def _each_once(tensors: Iterable[torch.Tensor | None]) -> list[torch.Tensor]:
