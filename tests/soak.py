@@ -202,8 +202,9 @@ def run(seconds: float, seed: int = 0, workers: int = 2) -> Counter[str]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the threads of a pool do not survive a fork
     driver = Driver(seed, workers)
-    deadline = time.monotonic() + seconds
     try:
+        driver.step()  # starts the workers, which takes a while
+        deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             driver.step()
     finally:

@@ -47,6 +47,33 @@ def available_memory() -> int:
     return max(int(get_system_memory() - get_used_memory()), 0)
 
 
+class _Inherited:
+    """The connection of the parent, in a forked child: as before, but for what the child must not do."""
+
+    def __init__(self, of_parent: Any) -> None:
+        self._of_parent = of_parent
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._of_parent, name)
+
+    def remove_object_ref_reference(self, ref: object) -> None:
+        """Called for each reference that is dropped. The parent has it still; and a thread of it may have held the lock."""
+
+
+def inherit_connection() -> None:
+    """Let references that a forked child drops be counted as before in its parent. Called in the child.
+
+    https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/includes/object_ref.pxi: `ObjectRef.__dealloc__`
+    """
+    if _worker.connected and not isinstance(_worker.core_worker, _Inherited):
+        _worker.core_worker = _Inherited(_worker.core_worker)
+
+
+def is_inherited(found: object) -> bool:
+    """Whether a connection is that of the parent of this process."""
+    return isinstance(found, _Inherited)
+
+
 def store_socket() -> str:
     """The path of the socket at which this node's object store waits for processes.
 

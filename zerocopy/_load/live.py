@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import attrs
 import ray
 
-from zerocopy._store import object_store, pins
+from zerocopy._store import object_store
 from zerocopy._store.mapping import PrivateMap, detach_all
 from zerocopy.errors import ArgumentError, IsolationError
 
@@ -109,6 +109,3 @@ def unshare(pipeline: Any) -> None:
         )
     detach_all(memories)
     entry.origin = entry.published = None
-
-
-pins.keep_in_children(entries)

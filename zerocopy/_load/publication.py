@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import pickle
-import weakref
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -16,7 +15,7 @@ import torch
 from zerocopy._compat.cpython import collector_paused
 from zerocopy._load import devices, live, partial
 from zerocopy._load.load import load
-from zerocopy._store import object_store, pins
+from zerocopy._store import object_store
 from zerocopy._store.manifest import Handle, Outer, Root, Versions
 from zerocopy._store.read import manifest_of
 from zerocopy.errors import PublicationClosedError, PublicationLostError
@@ -84,7 +83,6 @@ class Publication(Handle):
         self._versions = versions
         self.cls = cls
         self._lease = lease
-        _handles.add(self)
 
     @property
     def closed(self) -> bool:
@@ -233,9 +231,6 @@ class Publication(Handle):
             )
         return Open(*pickle.loads(sealed.content))
 
-
-_handles: weakref.WeakSet[Publication] = weakref.WeakSet()
-pins.keep_in_children(lambda: [handle._state for handle in list(_handles)])
 
 _loaded: dict[bytes, None] = {}  # manifests, oldest first
 

@@ -24,7 +24,6 @@ from zerocopy._load import devices, live
 from zerocopy._load.load import SharedPart, is_separable, join, load_shared
 from zerocopy._load.publication import Publication, unpacked
 from zerocopy._run.short_calls import Name
-from zerocopy._store import pins
 from zerocopy._store.manifest import Manifest, Outer
 from zerocopy._store.read import manifest_of
 
@@ -188,14 +187,10 @@ class LoadCache:
                 self._evictor.start()
             self._evictor.released.set()
 
-    def entries(self) -> list[Entry]:
-        """The loads that are kept now."""
-        return [entry for copies in list(self._entries.values()) for entry in copies]
-
     def validate(self) -> None:
         """Compare what calls have released, so that the next call need not, and drop what was changed."""
         with self._lock:
-            entries = self.entries()
+            entries = [entry for copies in self._entries.values() for entry in copies]
         for entry in entries:
             with self._lock:
                 if entry.state is not State.UNCHECKED or entry not in self._entries.get(entry.key, ()):
@@ -237,7 +232,6 @@ class _Evictor(threading.Thread):
 
 
 CACHE = LoadCache()
-pins.keep_in_children(CACHE.entries)
 
 
 class NotCached(Exception):

@@ -24,7 +24,9 @@ from zerocopy._compat.ray import (
     connection,
     drop_reference,
     get_silently,
+    inherit_connection,
     is_async_actor,
+    is_inherited,
     is_serializing,
     mode,
     node_of_owner,
@@ -44,20 +46,12 @@ OWNER_TIMEOUT_MS = 2000
 OWNER_SECONDS = 0.5  # that an owner is taken to live after it was asked
 
 
-_inherited: list[object] = []  # the connections of the parents, in a child that was forked
-
-
-def _note_fork() -> None:
-    if ray.is_initialized():
-        _inherited.append(connection())
-
-
-os.register_at_fork(after_in_child=_note_fork)
+os.register_at_fork(after_in_child=inherit_connection)
 
 
 def is_running() -> bool:
     """Whether this process is connected to a cluster, in any way. A forked child is not: the connection is its parent's."""
-    return bool(ray.is_initialized()) and not (_inherited and connection() in _inherited)
+    return bool(ray.is_initialized()) and not is_inherited(connection())
 
 
 def require() -> None:
@@ -323,11 +317,6 @@ def cluster() -> str:
 
 
 _pins: dict[ray.ObjectRef[Any], int] = {}
-
-
-def counted_pins() -> list[object]:
-    """What refers to the objects whose picklings were counted."""
-    return [_pins]
 
 
 def count_pin(ref: ray.ObjectRef[Any]) -> None:

@@ -4,8 +4,8 @@ The store keeps an object for a process as long as that has a buffer of it, and 
 `ray.shutdown()` closes the connection, the store can put other objects in the same memory, which would show through. A duplicate
 of the descriptor keeps the connection open.
 
-A forked child has the buffers, references and descriptors of its parent. What it drops would be released in the name of the
-parent. So in a child they live for ever.
+A forked child has the buffers and descriptors of its parent. What it drops would be released in the name of the parent. So in a
+child buffers live for ever. (Of references see `object_store`.)
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from zerocopy._compat import linux
@@ -84,18 +84,11 @@ class Pin:
 
 
 _pins: weakref.WeakSet[Pin] = weakref.WeakSet()
-_sources: list[Callable[[], Iterable[object]]] = [lambda: list(_pins), object_store.counted_pins]
-
-
-def keep_in_children(source: Callable[[], Iterable[object]]) -> None:
-    """Let what `source` gives, and what that refers to, live for ever in every child that is forked from now on."""
-    _sources.append(source)
 
 
 def _after_fork_in_child() -> None:
-    for source in _sources:
-        for obj in source():
-            make_immortal(obj)
+    for pin in list(_pins):
+        make_immortal(pin.buffers)
     for connection in list(_connections):
         connection.close()  # else it would last longer than the parent
 
