@@ -10,15 +10,19 @@ from __future__ import annotations
 import ctypes
 import itertools
 import weakref
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
+import attrs
 
 from zerocopy._changes.steps import count_steps
-from zerocopy._compat.torch import id_of_storage
+from zerocopy._compat.linux import Range, is_equal
 from zerocopy._store import windows
+from zerocopy._store.manifest import Placement
+from zerocopy._store.mapping import start_of
+from zerocopy._store.read import buffers_of
 from zerocopy._store.tensors import Storage
+from zerocopy._store.windows import Window
 
 SPOT = 64  # bytes: a cache line
 SPOTS = 8  # of a large storage, spread from its start to its end
@@ -33,13 +37,20 @@ class Contents:
     Of storages on a device nothing is read, only the steps of optimizers are counted.
     """
 
-    def __init__(self, storages: Sequence[Storage]) -> None:
+    def __init__(self, storages: Sequence[Storage], storage_ids: Mapping[int, object]) -> None:
+        """`storage_ids`: keys of the storages by torch's ids of them. There may be several storages of torch for one memory."""
         inside, outside = windows.split(storages)
-        self._windows = [
-            (weakref.ref(window), [storage.key for storage in members], list(map(windows.extent_of, members)))
-            for window, members in inside.items()
-        ]
-        self._stepped = {id_of_storage(s.source): s.key for s in outside if isinstance(s.source, torch.UntypedStorage)}
+        self._shown: list[tuple[weakref.ref[Window], list[object], list[Range]]] = []
+        self._rewritten: dict[object, _Rewritten] = {}
+        for window, members in inside.items():
+            extents = list(map(windows.extent_of, members))
+            written = window.written(extents)
+            shown = [position for position, is_written in enumerate(written) if not is_written]
+            self._shown.append((weakref.ref(window), [members[i].key for i in shown], [extents[i] for i in shown]))
+            for member, extent in itertools.compress(zip(members, extents, strict=True), written):
+                self._rewritten[member.key] = _Rewritten(weakref.ref(window), extent)
+        keys = {storage.key for storage in outside}
+        self._stepped = {number: key for number, key in storage_ids.items() if key in keys}
         self._steps = count_steps(self._stepped)
         read = sorted(
             (storage for storage in outside if storage.address is not None), key=lambda storage: storage.nbytes
@@ -48,6 +59,13 @@ class Contents:
         self._spots = list(_spots_of(read))
         self._every_spot = list(itertools.chain(*self._spots))
         self._bytes = b"".join(self._every_spot)
+
+    def note_written(self, places: Mapping[object, Placement]) -> None:
+        """Note where in the store the bytes of storages are, by key, if they no longer were those that their windows show."""
+        for key, rewritten in self._rewritten.items():
+            if key in places:
+                rewritten.place = places[key]
+                rewritten.buffer = buffers_of(places[key].shard)[places[key].buffer]
 
     def are_unchanged(self) -> bool:
         """Whether all storages are as they were. All of them must be alive."""
@@ -70,10 +88,28 @@ class Contents:
         return changed
 
     def _written(self) -> Iterator[object]:
-        for ref, keys, extents in self._windows:
+        for ref, keys, extents in self._shown:
             window = ref()
             written = [True] * len(keys) if window is None else window.written(extents)
             yield from itertools.compress(keys, written)
+        yield from (key for key, rewritten in self._rewritten.items() if not rewritten.is_unchanged())
+
+
+@attrs.define
+class _Rewritten:
+    """Memory in a window that had been written, and was put into the store anew. Nobody tells of further writes."""
+
+    window: weakref.ref[Window]
+    extent: Range
+    place: Placement | None = None
+    buffer: Any = None  # pins the object that it was put into
+
+    def is_unchanged(self) -> bool:
+        """Whether all bytes are as they were put."""
+        if self.place is None or self.window() is None:
+            return False
+        start, end = self.extent
+        return is_equal(start, start_of(self.buffer) + self.place.offset, end - start)
 
 
 def _spots_of(storages: Sequence[Storage]) -> Iterator[list[Any]]:

@@ -46,8 +46,10 @@ class Kept:
     def record(self) -> None:
         """Record how everything is now. Until then it counts as changed."""
         self._members.record_modes()
-        storages = {storage.key: storage for storage in map(storage_of, filter(has_storage, self._tensors))}
-        contents = Contents(list(storages.values()))
+        tensors = list(filter(has_storage, self._tensors))
+        storages = list(map(storage_of, tensors))
+        ids = {storage_id(tensor): storage.key for tensor, storage in zip(tensors, storages, strict=True)}
+        contents = Contents(list({storage.key: storage for storage in storages}.values()), ids)
         states, modes = TensorStates(self._tensors), self._modes_without_members()
         # Uses are counted now, because torch counts a Python object for the storage from the time on that it was asked for one.
         self._recorded = states, contents, modes, self._count_uses()

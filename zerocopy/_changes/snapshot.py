@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -19,8 +19,11 @@ from torch import nn
 
 from zerocopy._changes.contents import Contents
 from zerocopy._changes.members import Members, has_members
-from zerocopy._changes.tensor_states import TensorStates
+from zerocopy._changes.programs import Programs
+from zerocopy._changes.tensor_states import TensorStates, has_storage
+from zerocopy._compat.torch import storage_id
 from zerocopy._split import paths
+from zerocopy._store.manifest import Placement
 from zerocopy._store.tensors import TensorTable
 
 
@@ -56,7 +59,10 @@ class Snapshot:
         routes = paths.routes_to(modules, deeper.keys()) if deeper else {}
         self._routes = [routes.get(target, ()) for target in deeper]  # an empty route leads nowhere
         self._tensors = TensorStates([*found, *deeper.values()])
-        self._contents = Contents(held.table.storages)
+        self._programs = Programs(held.objects)
+        keys = (held.table.storages[spec.storage].key for spec in held.table.specs)
+        tensors = [(tensor, key) for tensor, key in zip(held.table.objects, keys, strict=True) if has_storage(tensor)]
+        self._contents = Contents(held.table.storages, {storage_id(tensor): key for tensor, key in tensors})
 
     def is_unchanged(self, loose: Sequence[Any], components: Sequence[Any]) -> bool:
         """Whether tensors are as they were, and modules hold the same things by the same names, in the same modes.
@@ -70,7 +76,13 @@ class Snapshot:
             return False
         deeper = [paths.follow(modules, route) for route in self._routes]
         tensors = [*members, *loose, *components, *deeper]
-        return self._tensors.are_unchanged(tensors) and self._contents.are_unchanged()
+        return (
+            self._tensors.are_unchanged(tensors) and self._programs.are_unchanged() and self._contents.are_unchanged()
+        )
+
+    def note_written(self, places: Mapping[object, Placement]) -> None:
+        """Note where the storages have been written, by key."""
+        self._contents.note_written(places)
 
     def unchanged(self, table: TensorTable) -> set[object]:
         """Keys of those storages of `table` that have the bytes that they had, as far as one can tell without reading all."""

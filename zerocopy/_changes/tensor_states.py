@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Iterable, Sequence
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from zerocopy._compat.torch import hold_storage_ids, release_storage_id, storage_id, version_of
+from zerocopy._compat.torch import as_plain_tensors, hold_storage_ids, release_storage_id, storage_id, version_of
 from zerocopy._store.tensors import is_plain
 
 _dtype_of, _needs_grad = operator.attrgetter("dtype"), operator.attrgetter("requires_grad")
@@ -26,11 +27,16 @@ class TensorStates:
         plain, others = self._divided(tensors)
         self._state = _state_of(plain)
         self._states_of_others = list(map(_state_of_any, others))
-        self._storages = _StorageIdentities([*plain, *filter(has_storage, others)])
+        self._arrays = [weakref.ref(other) for other in others if isinstance(other, np.ndarray)]
+        self._storages = _StorageIdentities([*plain, *itertools.chain(*map(_parts_of, others))])
 
     def are_unchanged(self, tensors: Sequence[Any]) -> bool:
         """Whether these are the same ones in the same order, and nobody has written to them by way of torch."""
-        if list(map(id, tensors)) != self._ids:
+        return list(map(id, tensors)) == self._ids and self.are_like(tensors)
+
+    def are_like(self, tensors: Sequence[Any]) -> bool:
+        """The same, but the Python objects may be others: torch makes those of programs anew."""
+        if len(tensors) != len(self._ids) or any(array() is None for array in self._arrays):
             return False
         plain, others = self._divided(tensors)
         try:
@@ -76,7 +82,7 @@ def _state_of(tensors: Sequence[Any]) -> tuple[list[Any], ...]:
         list(map(storage_id, tensors)),
         list(map(torch.Tensor.data_ptr, tensors)),
         list(map(torch.Tensor.stride, tensors)),
-        list(map(torch.Tensor.numel, tensors)),
+        list(map(torch.Tensor.size, tensors)),
         list(map(_dtype_of, tensors)),
         list(map(_needs_grad, tensors)),
         list(map(type, tensors)),
@@ -86,9 +92,10 @@ def _state_of(tensors: Sequence[Any]) -> tuple[list[Any], ...]:
 def _state_of_any(tensor: Any) -> tuple[object, ...]:
     """The same of one tensor of any kind, or of an array."""
     if isinstance(tensor, np.ndarray):
-        return type(tensor), _place_of(tensor), tensor.flags.writeable
-    storage = storage_id(tensor) if has_storage(tensor) else None
-    return type(tensor), tensor.requires_grad, _version_of(tensor), storage, _place_of(tensor)
+        place = tensor.__array_interface__["data"][0], tensor.shape, tensor.strides
+        return type(tensor), tensor.dtype, tensor.flags.writeable, place
+    with as_plain_tensors():
+        return type(tensor), tensor.requires_grad, _version_of(tensor), tuple(map(_place_of, _parts_of(tensor)))
 
 
 def _version_of(tensor: torch.Tensor) -> int:
@@ -98,13 +105,25 @@ def _version_of(tensor: torch.Tensor) -> int:
     return int(version_of(tensor))
 
 
-def _place_of(tensor: Any) -> tuple[object, ...]:
-    """Where in memory a tensor or an array lies, and how; empty for one that has no memory of its own."""
-    if isinstance(tensor, np.ndarray):
-        return tensor.__array_interface__["data"][0], tensor.shape, tensor.strides, tensor.dtype
-    if not has_storage(tensor):
-        return ()
-    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+def _place_of(tensor: torch.Tensor) -> tuple[object, ...]:
+    """Where in memory a tensor lies, and how."""
+    return storage_id(tensor), tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+
+
+def _parts_of(tensor: Any) -> Iterator[torch.Tensor]:
+    """The tensors with a storage that a tensor consists of: itself, as a rule; those that a subclass wraps; or none."""
+    if (
+        isinstance(tensor, np.ndarray)
+        or nn.parameter.is_lazy(tensor)
+        or tensor.layout is not torch.strided
+        or tensor.is_nested
+    ):
+        return
+    if hasattr(tensor, "__tensor_flatten__"):
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from _parts_of(getattr(tensor, name))
+    elif type(tensor).__torch_dispatch__ is torch.Tensor.__torch_dispatch__:
+        yield tensor
 
 
 def has_storage(tensor: Any) -> bool:

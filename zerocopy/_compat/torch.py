@@ -51,6 +51,17 @@ id_of_storage: Callable[[torch.UntypedStorage], int] = operator.attrgetter("_cda
 storage_use_count: Callable[[int], int] = torch._C._storage_Use_Count
 
 
+# How many references of C++ there are to a tensor: that of its Python object, of views, of the node that accumulates its
+# gradient, of arrays that share its memory by DLPack. `swap_tensors` asks for it:
+# https://github.com/pytorch/pytorch/blob/v2.13.0/torch/utils/__init__.py
+tensor_use_count: Callable[[torch.Tensor], int] = torch.Tensor._use_count  # type: ignore[attr-defined]
+
+
+# Within it, tensors of subclasses answer as plain ones do. Documented, but under a private name:
+# https://github.com/pytorch/pytorch/blob/v2.13.0/docs/source/notes/extending.rst
+as_plain_tensors: Any = torch._C.DisableTorchFunctionSubclass
+
+
 def hold_storage_ids(tensors: Iterable[torch.Tensor]) -> list[int]:
     """Keep the numbers of these tensors' storages from being given to new ones, but not their memory, until each is let go of.
 

@@ -9,14 +9,14 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from zerocopy._compat.cpython import other_threads_may_compute
 from zerocopy._compat.linux import give_back_heap
-from zerocopy._compat.torch import base_of, id_of_storage, storage_use_count
+from zerocopy._compat.torch import base_of, id_of_storage, storage_use_count, tensor_use_count
 from zerocopy._split.introspect import Introspection
 from zerocopy._store.manifest import Placement
 from zerocopy._store.mapping import Mapped, detach_all, map_private
@@ -31,6 +31,13 @@ def _keep_for_a_while(replaced: list[Any]) -> None:
     timer = threading.Timer(GRACE_SECONDS, replaced.clear)
     timer.daemon = True
     timer.start()
+
+
+def _is_used_elsewhere(tensor: torch.Tensor, known: Sequence[torch.Tensor]) -> bool:
+    """Whether something of C++ refers to a tensor, such as an array that shares its memory by DLPack."""
+    views = sum(base_of(other) is tensor for other in known)
+    accumulates = 1 if tensor.requires_grad and tensor.is_leaf else 0  # the node that it may have
+    return tensor_use_count(tensor) > 1 + views + accumulates
 
 
 class Adoption:
@@ -65,7 +72,9 @@ class Adoption:
         ):
             return False
         users = len(tensors) + 1  # and `source` itself
-        return source.resizable() and storage_use_count(id_of_storage(source)) == users
+        if not source.resizable() or storage_use_count(id_of_storage(source)) != users:
+            return False
+        return not any(_is_used_elsewhere(tensor, tensors) for tensor in tensors)
 
     def take(self, placed: Mapping[int, Placement]) -> None:
         """Re-point the tensors of storages that are in one shard, given the place of each.

@@ -60,7 +60,7 @@ def _find_storages(table: TensorTable, manifest: Manifest) -> dict[object, int] 
         if index is None:
             return None
         found[storage.key] = index
-    return found
+    return found if len(set(found.values())) == len(found) else None  # two loads of one storage are different memory
 
 
 class _Tiny:

@@ -15,11 +15,20 @@ from zerocopy._compat.cpython import collector_paused
 from zerocopy._load import live
 from zerocopy._load.publication import Open, Publication
 from zerocopy._publish.adoption import Adoption
-from zerocopy._publish.weights import ForeignWeights, OwnWeights, Weights, put, put_and_adopt, put_streaming
+from zerocopy._publish.weights import (
+    ForeignWeights,
+    OwnWeights,
+    Weights,
+    put,
+    put_and_adopt,
+    put_streaming,
+    snapshot_of,
+)
 from zerocopy._split.introspect import Introspection, Subject, check_pipeline, introspect
 from zerocopy._store import mapping, object_store, windows
 from zerocopy._store.manifest import Outer, Placement, Versions
 from zerocopy._store.tensors import Storage
+from zerocopy._store.write import without_aliases
 
 _lock = threading.RLock()
 
@@ -29,6 +38,8 @@ class Lease:
 
     def close(self, manifest: ray.ObjectRef[Any]) -> None:
         """Automatic publishing no longer holds these weights either, and pins of closures are released."""
+        if not object_store.is_running():  # in a forked child another thread of the parent may have the lock for ever
+            return
         with _lock:
             for entry in live.entries():
                 if entry.published is not None and entry.published.weights.manifest == manifest:
@@ -110,13 +121,12 @@ def publish_subject(
         weights: Weights
         adoption = Adoption(found) if adopt else None
         if adoption is not None and adoption.is_possible():
-            weights, outer = put_and_adopt(subject, found, _stored(found, entry, exactly=True), adoption)
-            entry.origin = live.Origin(weights.manifest, weights.shared_bytes, adoption.memory())
+            stored = _stored(found, entry, exactly=True)
+            weights, outer = put_and_adopt(subject, found, stored, _sizes(), adoption)
+            memory = [*(entry.origin.memory() if entry.origin is not None else ()), *adoption.memory()]
+            entry.origin = live.Origin(weights.manifest, weights.shared_bytes, memory)
         else:
-            weights, outer = _same_weights(entry, found) or (
-                put(found, _stored(found, entry, exactly=True)),
-                found.outer,
-            )
+            weights, outer = _same_weights(entry, found) or _put(found, entry, exactly=True)
         _remember(entry, weights, automatic=False)
         return _handle(subject.pipeline, weights.manifest, weights.shared_bytes, outer, _lease_of(entry))
 
@@ -148,7 +158,7 @@ def publish_automatically(pipeline: Any) -> Publication:
         outer = weights.current_outer(pipeline) if weights is not None and weights.are_in_store() else None
         if weights is None or outer is None:
             found = introspect(Subject(pipeline))
-            weights, outer = _weights_of_loaded(entry, found) or (put(found, _stored(found, entry)), found.outer)
+            weights, outer = _weights_of_loaded(entry, found) or _put(found, entry, exactly=False)
         _remember(entry, weights, automatic=True)
         return _handle(pipeline, weights.manifest, weights.shared_bytes, outer)
 
@@ -164,7 +174,7 @@ def publish_unremembered(found: Introspection) -> Publication:
         entry = live.entry_of(found.pipeline)
         if entry.origin is None and entry.published is None:
             live.forget(found.pipeline)
-        weights, outer = _same_weights(entry, found) or (put(found, _stored(found, entry, exactly=True)), found.outer)
+        weights, outer = _same_weights(entry, found) or _put(found, entry, exactly=True)
         return _handle(found.pipeline, weights.manifest, weights.shared_bytes, outer)
 
 
@@ -182,7 +192,18 @@ def put_once(
     return _handle(pipeline, put_streaming(found, fill, drop), found.table.nbytes, found.outer, Lease())
 
 
-def _stored(found: Introspection, entry: live.Entry, *, exactly: bool = False) -> dict[object, Placement]:
+def _put(found: Introspection, entry: live.Entry, *, exactly: bool) -> tuple[Weights, Outer]:
+    """Weights of `found` that are written where they are not `_stored`; and its outer skeleton."""
+    snapshot = snapshot_of(found)
+    return put(found, snapshot, _stored(found, entry, exactly=exactly), _sizes()), found.outer
+
+
+def _sizes() -> dict[ray.ObjectRef[Any], int]:
+    """Bytes of the shards that this process has written of live pipelines."""
+    return {shard: nbytes for weights in _published() for shard, nbytes in weights.sizes.items()}
+
+
+def _stored(found: Introspection, entry: live.Entry, *, exactly: bool) -> dict[object, Placement]:
     """Where storages of `found` lie that need not be written again.
 
     Args:
@@ -196,7 +217,8 @@ def _stored(found: Introspection, entry: live.Entry, *, exactly: bool = False) -
             places.update(weights.worth_keeping(has, found.table.sizes()) if is_superseded else has)
     shown = windows.places_of(found.table.storages)
     owned = object_store.with_owner({place.shard for place in shown.values()})
-    return {**places, **{key: place for key, place in shown.items() if place.shard in owned}}
+    places.update((key, place) for key, place in shown.items() if place.shard in owned)
+    return without_aliases(found.table.storages, places)
 
 
 def _published() -> list[OwnWeights]:

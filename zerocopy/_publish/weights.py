@@ -59,7 +59,7 @@ class OwnWeights(_Weights):
 
     Attributes:
         placements: where storages are, by their key.
-        sizes: bytes that were written into each shard.
+        sizes: bytes of each shard, as far as this process has written it.
     """
 
     skeleton: Skeleton
@@ -68,8 +68,12 @@ class OwnWeights(_Weights):
     sizes: Mapping[ray.ObjectRef[Any], int]
 
     @classmethod
-    def written(cls, found: Introspection, snapshot: Snapshot, writer: Writer) -> Self:
+    def written(
+        cls, found: Introspection, snapshot: Snapshot, writer: Writer, sizes: Mapping[ray.ObjectRef[Any], int]
+    ) -> Self:
         """What `writer` wrote of `found`; the manifest is written now, if it does not lie beside a shard."""
+        placements = {found.table.storages[index].key: place for index, place in writer.placements.items()}
+        snapshot.note_written(placements)
         return cls(
             manifest=writer.finish(),
             shared_bytes=found.table.nbytes,
@@ -77,10 +81,10 @@ class OwnWeights(_Weights):
             snapshot=snapshot,
             components=found.components,
             borrowed=object_store.Borrowed(writer.reused),
-            placements={found.table.storages[index].key: place for index, place in writer.placements.items()},
+            placements=placements,
             skeleton=found.shared,
             specs=tuple(found.table.specs),
-            sizes=writer.sizes,
+            sizes={**{shard: sizes[shard] for shard in writer.reused if shard in sizes}, **writer.sizes},
         )
 
     def outer_if_same(self, found: Introspection) -> Outer | None:
@@ -133,6 +137,7 @@ class ForeignWeights(_Weights):
             manifest = manifest_of(origin.manifest)
         except PublicationLostError:
             return None
+        snapshot = snapshot_of(found)  # before anything is compared
         borrowed = object_store.Borrowed([origin.manifest, *manifest.shards])
         indices = find(found.table, manifest) if borrowed.have_owners() else None
         if indices is None:
@@ -145,7 +150,7 @@ class ForeignWeights(_Weights):
             manifest=origin.manifest,
             shared_bytes=origin.shared_bytes,
             known=known,
-            snapshot=_snapshot(found),
+            snapshot=snapshot,
             components=found.components,
             borrowed=borrowed,
         )
@@ -154,24 +159,30 @@ class ForeignWeights(_Weights):
 Weights: TypeAlias = OwnWeights | ForeignWeights
 
 
-def put(found: Introspection, stored: Mapping[object, Placement]) -> OwnWeights:
-    """Write what `found` shares into the store, except what is `stored`. Whatever is refused is refused before the first byte."""
+def put(
+    found: Introspection,
+    snapshot: Snapshot,
+    stored: Mapping[object, Placement],
+    sizes: Mapping[ray.ObjectRef[Any], int],
+) -> OwnWeights:
+    """Write what `found` shares into the store, except what is `stored`. Whatever is refused is refused before the first byte.
+
+    Args:
+        snapshot: of before anything was compared or written. So what another thread writes meanwhile counts as a change.
+        sizes: bytes of the shards of `stored`, as far as this process has written them.
+    """
     writer = _writer_of(found, stored, ORDINARY)
-
-    def write() -> None:
-        for shard in writer.shards:
-            writer.write(shard)
-
-    wait_until_written = object_store.in_background(write)
-    try:
-        snapshot = _snapshot(found)
-    finally:
-        wait_until_written()
-    return OwnWeights.written(found, snapshot, writer)
+    for shard in writer.shards:
+        writer.write(shard)
+    return OwnWeights.written(found, snapshot, writer, sizes)
 
 
 def put_and_adopt(
-    subject: Subject, found: Introspection, stored: Mapping[object, Placement], adoption: Adoption
+    subject: Subject,
+    found: Introspection,
+    stored: Mapping[object, Placement],
+    sizes: Mapping[ray.ObjectRef[Any], int],
+    adoption: Adoption,
 ) -> tuple[OwnWeights, Outer]:
     """The same, and re-point the tensors of the pipeline at the store. After an error they have private memory."""
     writer = _writer_of(found, stored, STREAMED)
@@ -181,7 +192,7 @@ def put_and_adopt(
         for shard in writer.shards:
             adoption.take(writer.write(shard))
         adopted = introspect(subject)  # the same tensors, in other memory
-        weights = OwnWeights.written(adopted, _snapshot(adopted), writer)
+        weights = OwnWeights.written(adopted, snapshot_of(adopted), writer, sizes)
     except BaseException:
         adoption.undo()
         raise
@@ -230,5 +241,6 @@ def _is_reusable(found: Introspection) -> bool:
     return registered.keys() >= set(map(id, paths.modules_among(found.mutable)))
 
 
-def _snapshot(found: Introspection) -> Snapshot:
+def snapshot_of(found: Introspection) -> Snapshot:
+    """How the live objects are now."""
     return Snapshot(Held(found.table, found.composites, found.components, found.mutable, found.loose))

@@ -25,6 +25,22 @@ Placements: TypeAlias = dict[int, Placement]  # of one shard, by index of the st
 LocationRow: TypeAlias = tuple[int, int, int, int]  # a `Location` as a plain tuple
 
 
+def without_aliases(storages: Iterable[Storage], places: Mapping[object, Placement]) -> dict[object, Placement]:
+    """Those of `places`, by key of the storage, that can stand in one manifest: no two storages have bytes in common.
+
+    Two loads of one publication lie in one place, and are different memory. One of them has to be written.
+    """
+    kept: dict[object, Placement] = {}
+    ends: dict[tuple[ray.ObjectRef[Any], int], int] = {}
+    located = ((places[storage.key], storage) for storage in storages if storage.key in places)
+    for place, storage in sorted(located, key=lambda pair: pair[0].offset):
+        buffer = place.shard, place.buffer
+        if place.offset >= ends.get(buffer, 0):
+            ends[buffer] = place.offset + storage.nbytes
+            kept[storage.key] = place
+    return kept
+
+
 class Cut(NamedTuple):
     """How large shards may grow: to `least` bytes, or to one of `parts` of all if that is more."""
 
@@ -60,7 +76,7 @@ def layout(sizes: Sequence[int], root_ends: Iterable[int], cut: Cut = ORDINARY) 
 class Writer:
     """Writes storages to the store, shard by shard, without another copy; then the manifest that says where they are.
 
-    Where one shard is enough, the manifest lies beside it, in the same object.
+    Where one shard is enough, and all is written anew, the manifest lies beside it, in the same object.
 
     Attributes:
         stored: places of storages that are in the store already, by shard.
@@ -95,7 +111,9 @@ class Writer:
     def write(self, shard: Sequence[int]) -> Placements:
         """Write one of `shards`. Returns the places of its storages."""
         buffers, places = buffers_for([self._storages[index] for index in shard])
-        manifest = self._describe(dict(zip(shard, places, strict=True))) if len(self.shards) == 1 else None
+        # Not beside, if it refers to older shards: whoever needs this shard later would keep those, too.
+        is_beside = len(self.shards) == 1 and not self.stored
+        manifest = self._describe(dict(zip(shard, places, strict=True))) if is_beside else None
         ref = object_store.put((buffers, manifest))
         if manifest is not None:
             self._manifest = ref
