@@ -7,10 +7,12 @@ import os
 import signal
 import threading
 import time
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import ray
 import torch
@@ -18,7 +20,7 @@ from conftest import run_python, wait_until
 from torch import nn
 
 import zerocopy
-from zerocopy._publish import adoption
+from zerocopy._publish import adoption, publish
 from zerocopy._store import mapping, object_store
 from zerocopy._store.read import manifest_of
 from zerocopy.errors import OutOfMemoryError
@@ -308,3 +310,59 @@ def test_a_pipeline_outlives_its_publisher() -> None:
 def all_references(publication: zerocopy.Publication) -> list[ray.ObjectRef[Any]]:
     """What a publication rests on."""
     return [publication.reference, *manifest_of(publication.reference).shards]
+
+
+@pytest.mark.usefixtures("cluster")
+def test_memory_that_arrays_share_by_dlpack_is_not_moved() -> None:
+    """Such an array refers to the tensor, not to its storage."""
+    module = nn.Module()
+    module.register_buffer("table", torch.ones(1000, 300))
+    module.weight = nn.Parameter(torch.ones(1000, 300))
+    array = np.from_dlpack(module.table)
+    zerocopy.publish(module, adopt=True)
+    module.table.fill_(2)
+    assert array.sum() == 2 * array.size
+    with pytest.raises(AssertionError, match=r"module\.table is not a view"):
+        assert_zero_copy(module)
+
+
+@pytest.mark.usefixtures("cluster")
+def test_unshare_gives_back_what_several_adoptions_took() -> None:
+    """A pipeline of which parts were adopted at different times needs nothing of the store afterwards."""
+    module = nn.ModuleList([square(0, 300), square(1, 300)])
+    zerocopy.publish(module, adopt=True)
+    module[1] = square(2, 300)
+    zerocopy.publish(module, adopt=True)
+    zerocopy.unshare(module)
+    for layer in module:
+        with pytest.raises(AssertionError, match="360,000 of its 360,000 bytes"):
+            assert_zero_copy(layer.weight)
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_child_waits_for_no_thread_of_its_parent() -> None:
+    """A publication can be closed in a child, though another thread was publishing when the child was forked."""
+    publication = zerocopy.publish(square(0, 300))
+    locked, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with publish._lock:
+            locked.set()
+            done.wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    locked.wait()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Python's, about forks beside threads
+        child = os.fork()
+    if child == 0:
+        publication.close()
+        os._exit(0)
+    ended = wait_until(lambda: os.waitpid(child, os.WNOHANG)[0] == child, 20)
+    done.set()
+    thread.join()
+    if not ended:
+        os.kill(child, signal.SIGKILL)
+    assert ended
+    assert torch.equal(publication.load().weight, square(0, 300).weight)

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pipelines
 import pytest
 import ray
@@ -80,7 +81,7 @@ def test_only_changed_storages_are_written(kind: str, change: str, publishings: 
     if kind != "adopted":
         pipeline = publication.load()
     if kind == "loaded in another pipeline":
-        pipeline = Two(pipeline.first, publication.load().first[0])
+        pipeline = Two(pipeline.first, zerocopy.publish(nn.Linear(128, 128)).load())
     mutate, changed = CHANGES[change]
     del publishings[:]
     mutate(pipeline.first)
@@ -136,3 +137,67 @@ def test_superseded_weights_are_freed(store_use: Callable[[], int]) -> None:
                 parameter.fill_(number)
         passed(pipeline)
     assert wait_until(lambda: store_use() - before < 1.1 * size, 20)
+
+
+@pytest.mark.parametrize("kind", ["loaded twice", "adopted beside a load", "published beside a load", "arrays"])
+def test_two_loads_in_one_pipeline_stay_two(kind: str) -> None:
+    """Weights that lie in one place of the store, and are different memory, are different memory where they arrive."""
+    model: Any = np.zeros(5000) if kind == "arrays" else nn.Linear(64, 64)
+    publication = zerocopy.publish(Two(model), adopt=kind == "adopted beside a load")
+    first = model if "beside" in kind else publication.load().first
+    found = passed(Two(first, publication.load().first))
+    for one, other in ((found.first, found.second), (found.second, found.first)):
+        ours, theirs = (part if kind == "arrays" else part.weight.detach() for part in (one, other))
+        before = theirs.copy() if kind == "arrays" else theirs.clone()
+        ours += 1
+        assert bool((theirs == before).all())
+
+
+@pytest.mark.parametrize("by_hand", [False, True], ids=["passed", "published"])
+def test_a_version_keeps_no_older_ones(by_hand: bool, store_use: Callable[[], int]) -> None:
+    """However often parts of a pipeline change in turn, the store holds about what its last version needs."""
+    pipeline = Two(pipelines.encoder(512, seed=1), pipelines.encoder(512, seed=2))
+    size = zerocopy.plan(pipeline).shared_bytes
+    before = store_use()
+    for number in range(24):
+        part = pipeline.second if number % 2 else pipeline.first
+        with torch.no_grad():
+            for parameter in part.parameters():
+                parameter.fill_(number)
+        if by_hand:
+            zerocopy.publish(pipeline).close()
+        else:
+            passed(pipeline)
+    assert wait_until(lambda: store_use() - before < 2.2 * size, 20)
+
+
+def test_half_of_an_old_shard_is_needed_in_every_version(store_use: Callable[[], int]) -> None:
+    """An object of the store that is needed for less than half of its bytes is given up, also if a later version inherited it."""
+    layers = 12
+    pipeline = Two(nn.Sequential(*(nn.Linear(256, 256, bias=False) for _ in range(layers))))
+    size = zerocopy.plan(pipeline).shared_bytes
+    before = store_use()
+    passed(pipeline)
+    for first in range(layers - 1, -1, -1):
+        for layer in pipeline.first[first:]:
+            layer.weight.data.add_(1)
+        passed(pipeline)
+        assert wait_until(lambda: store_use() - before < 2.2 * size, 20), first
+
+
+@pytest.mark.parametrize("adopt", [False, True], ids=["loaded", "adopted"])
+def test_what_was_written_once_is_published_once(adopt: bool, publishings: list[int]) -> None:
+    """A pipeline that came from the store, and was written after that, is compared with what it was published as since."""
+    pipeline = Two(stack())
+    publication = zerocopy.publish(pipeline, adopt=adopt)
+    pipeline = pipeline if adopt else publication.load()
+    for layer in pipeline.first:
+        layer.weight.data.add_(1)
+    passed(pipeline)
+    del publishings[:]
+    for _ in range(3):
+        passed(pipeline)
+    assert publishings == []
+    pipeline.first[0].weight.data[3, 3] = 7
+    assert torch.equal(passed(pipeline).first[0].weight, pipeline.first[0].weight)
+    assert publishings in ([1], [1 + TINY])
