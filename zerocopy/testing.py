@@ -10,12 +10,13 @@ import numpy as np
 import torch
 
 from zerocopy._compat import linux
-from zerocopy._compat.ray import is_store_file
 from zerocopy._declare.pipeline import is_pipeline_class
 from zerocopy._split import paths
 from zerocopy._split.skeleton import Split, strip
 from zerocopy._split.zones import Zone
-from zerocopy._store.tensors import COPIED, is_tensor_or_array, storage_of
+from zerocopy._store.mapping import around, store_files
+from zerocopy._store.storages import COPIED, storage_of
+from zerocopy._store.tensors import is_tensor_or_array
 
 
 def shares_memory(first: Any, second: Any) -> bool:
@@ -31,7 +32,7 @@ def shares_memory(first: Any, second: Any) -> bool:
         return False
     pairs = list(zip(ours, theirs, strict=True))
     counted = [pair for pair in pairs if not all(map(_is_tiny, pair))] or pairs
-    files = _store_files()
+    files = store_files()
     return all(_origin(one, files) == _origin(other, files) for one, other in counted)
 
 
@@ -43,7 +44,7 @@ def assert_zero_copy(pipeline: Any) -> None:
     Raises:
         AssertionError: a tensor has memory of its own; the message says which, and how much.
     """
-    files = _store_files()
+    files = store_files()
     for tensor in _tensors(pipeline):
         own = 0 if _is_tiny(tensor) else _own_bytes(tensor, files)
         if own:
@@ -65,11 +66,6 @@ def _tensors(obj: Any) -> list[Any]:
     return [external for external in stripped.externals if is_tensor_or_array(external)]
 
 
-def _store_files() -> list[linux.Mapping]:
-    """Where this process has mapped the store: read once for all tensors."""
-    return [mapping for mapping in linux.mappings() if is_store_file(mapping.path)]
-
-
 def _is_tiny(tensor: Any) -> bool:
     return storage_of(tensor).nbytes <= COPIED
 
@@ -77,7 +73,7 @@ def _is_tiny(tensor: Any) -> bool:
 def _origin(tensor: torch.Tensor | np.ndarray[Any, Any], files: Sequence[linux.Mapping]) -> tuple[object, ...]:
     """Where the bytes of a tensor come from: a place in a file of the store, or memory of this process."""
     start, _ = _extent(tensor)
-    file = _file_around(start, files)
+    file = around(start, start, files)
     if file is None or _own_bytes(tensor, files):
         return "private", start
     return "store", file.device, file.inode, file.file_offset + start - file.start
@@ -86,7 +82,7 @@ def _origin(tensor: torch.Tensor | np.ndarray[Any, Any], files: Sequence[linux.M
 def _own_bytes(tensor: torch.Tensor | np.ndarray[Any, Any], files: Sequence[linux.Mapping]) -> int:
     """How many bytes of a tensor lie in pages of this process: in all of them, or in those of the store that were written."""
     start, nbytes = _extent(tensor)
-    file = _file_around(start, files)
+    file = around(start, start, files)
     if file is None or not nbytes:
         return nbytes
     page = mmap.PAGESIZE
@@ -94,10 +90,6 @@ def _own_bytes(tensor: torch.Tensor | np.ndarray[Any, Any], files: Sequence[linu
     if own is None:
         raise OSError("the kernel does not tell which pages of this process were written")
     return sum(min(end, start + nbytes) - max(first, start) for first, end in own)
-
-
-def _file_around(address: int, files: Sequence[linux.Mapping]) -> linux.Mapping | None:
-    return next((file for file in files if file.start <= address < file.end), None)
 
 
 def _extent(tensor: Any) -> tuple[int, int]:

@@ -671,11 +671,11 @@ def test_many_written_pages_are_told(file: int) -> None:
             assert [page for first, last in ranges for page in range(first, last)] == written
 
 
-def test_swapped_pages_are_told(file: int) -> None:
-    """A written page that the kernel has moved out of main memory is still the process' own."""
+def test_pages_that_may_be_swapped_are_told(file: int) -> None:
+    """A written page is the process' own also after the kernel was asked to swap it out; it does so if there is a swap device."""
     with mmap.mmap(file, 4 * PAGE, flags=mmap.MAP_PRIVATE) as memory:
         memory[PAGE] = 1
-        memory.madvise(21)  # MADV_PAGEOUT: without a swap device the kernel leaves it where it is
+        memory.madvise(21)  # MADV_PAGEOUT
         assert own_pages(memory) == ([(1, 2)],) * 3
 
 

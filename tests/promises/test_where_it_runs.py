@@ -151,8 +151,11 @@ def test_a_crowded_store_is_warned_of(cluster: None, monkeypatch: pytest.MonkeyP
     zerocopy.publish(pipelines.search(width=64, settings={"copied": bytes(limit + 2000)}))
     monkeypatch.setattr(object_store, "_warned", set())
     zerocopy.publish(pipelines.search(width=64, settings={"copied": bytes(limit - 100_000)}))
-    with pytest.warns(UserWarning, match=r"The weights of Sequential take 33,570,816 of .*RAY_max_task_args_memory"):
+    with pytest.warns(
+        UserWarning, match=r"The weights of Sequential take 33,570,816 of .*RAY_max_task_args_memory"
+    ) as told:
         zerocopy.publish(pipelines.encoder(2048))
+    assert told[0].filename == __file__
     zerocopy.publish(pipelines.encoder(2040))  # it was said already
     monkeypatch.setenv("RAY_max_task_args_memory_fraction", "0.5")
     zerocopy.publish(wide)

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 
 from zerocopy._store.mapping import start_of, starts_of
-from zerocopy._store.tensors import storage_of
+from zerocopy._store.storages import storage_of
 from zerocopy._store.write import ALIGNMENT, FIELD_SHARD, MB, ORDINARY, PACKED, PACKS_PER_SHARD, buffers_for, layout
 
 

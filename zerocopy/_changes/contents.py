@@ -16,12 +16,15 @@ from typing import Any
 import attrs
 
 from zerocopy._changes.steps import count_steps
+from zerocopy._changes.tensor_states import has_storage
 from zerocopy._compat.linux import Range, is_equal
+from zerocopy._compat.torch import storage_id
 from zerocopy._store import windows
 from zerocopy._store.manifest import Placement
 from zerocopy._store.mapping import start_of
 from zerocopy._store.read import buffers_of
-from zerocopy._store.tensors import Storage
+from zerocopy._store.storages import Storage
+from zerocopy._store.tensors import TensorTable
 from zerocopy._store.windows import Window
 
 SPOT = 64  # bytes: a cache line
@@ -37,20 +40,22 @@ class Contents:
     Of storages on a device nothing is read, only the steps of optimizers are counted.
     """
 
-    def __init__(self, storages: Sequence[Storage], storage_ids: Mapping[int, object]) -> None:
-        """`storage_ids`: keys of the storages by torch's ids of them. There may be several storages of torch for one memory."""
-        inside, outside = windows.split(storages)
+    def __init__(self, table: TensorTable) -> None:
+        """`table`: the storages, and the tensors over them."""
+        inside, outside = windows.split(table.storages)
         self._shown: list[tuple[weakref.ref[Window], list[object], list[Range]]] = []
         self._rewritten: dict[object, _Rewritten] = {}
         for window, members in inside.items():
-            extents = list(map(windows.extent_of, members))
+            extents = [member.extent for member in members]
             written = window.written(extents)
             shown = [position for position, is_written in enumerate(written) if not is_written]
             self._shown.append((weakref.ref(window), [members[i].key for i in shown], [extents[i] for i in shown]))
             for member, extent in itertools.compress(zip(members, extents, strict=True), written):
                 self._rewritten[member.key] = _Rewritten(weakref.ref(window), extent)
+        # There may be several storages of torch for one memory.
+        ids = {storage_id(tensor): table.key_of(spec) for tensor, spec in table.items() if has_storage(tensor)}
         keys = {storage.key for storage in outside}
-        self._stepped = {number: key for number, key in storage_ids.items() if key in keys}
+        self._stepped = {number: key for number, key in ids.items() if key in keys}
         self._steps = count_steps(self._stepped)
         read = sorted(
             (storage for storage in outside if storage.address is not None), key=lambda storage: storage.nbytes
@@ -118,7 +123,7 @@ def _spots_of(storages: Sequence[Storage]) -> Iterator[list[Any]]:
     small = sum(s.nbytes <= WHOLE and end <= MOST_WHOLE for s, end in zip(storages, ends, strict=True))
     count = max(2, min(SPOTS, MOST_SPOTS // max(len(storages) - small, 1)))
     for position, storage in enumerate(storages):
-        start, end = windows.extent_of(storage)
+        start, end = storage.extent
         if position < small or storage.nbytes <= count * SPOT:
             yield [_memory_at(start, end)]
         else:

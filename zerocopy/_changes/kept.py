@@ -21,7 +21,7 @@ from zerocopy._compat.cpython import reference_counts
 from zerocopy._compat.torch import storage_id, storage_use_count
 from zerocopy._split import paths, programs
 from zerocopy._store.mapping import PrivateMap
-from zerocopy._store.tensors import storage_of
+from zerocopy._store.tensors import TensorTable
 
 
 class Kept:
@@ -46,13 +46,12 @@ class Kept:
     def record(self) -> None:
         """Record how everything is now. Until then it counts as changed."""
         self._members.record_modes()
-        tensors = list(filter(has_storage, self._tensors))
-        storages = list(map(storage_of, tensors))
-        ids = {storage_id(tensor): storage.key for tensor, storage in zip(tensors, storages, strict=True)}
-        contents = Contents(list({storage.key: storage for storage in storages}.values()), ids)
+        table = TensorTable()
+        for tensor in filter(has_storage, self._tensors):
+            table.add(tensor)
         states, modes = TensorStates(self._tensors), self._modes_without_members()
-        # Uses are counted now, because torch counts a Python object for the storage from the time on that it was asked for one.
-        self._recorded = states, contents, modes, self._count_uses()
+        # Uses are counted last, because torch counts a Python object for the storage from the time on that it was asked for one.
+        self._recorded = states, Contents(table), modes, self._count_uses()
 
     def is_unchanged(self, breath: float = 0.0) -> bool:
         """Whether everything is as recorded, and nobody else refers to any of it.

@@ -18,7 +18,10 @@ class Programs:
     def __init__(self, objects: Iterable[Any]) -> None:
         """`objects`: what may be or not be such a module."""
         found = [obj for obj in objects if isinstance(obj, torch.jit.ScriptModule)]
-        self._states = [(weakref.ref(program), _modes_of(program), _states_of(program)) for program in found]
+        self._states = [
+            (weakref.ref(program), _modes_of(program), TensorStates(list(programs.tensors_of(program))))
+            for program in found
+        ]
 
     def are_unchanged(self) -> bool:
         """Whether all of them are alive, with the same tensors in the same modes."""
@@ -29,10 +32,6 @@ class Programs:
             if not states.are_like(list(programs.tensors_of(program))):
                 return False
         return True
-
-
-def _states_of(program: torch.jit.ScriptModule) -> TensorStates:
-    return TensorStates(list(programs.tensors_of(program)))
 
 
 def _modes_of(program: torch.jit.ScriptModule) -> list[bool]:

@@ -14,61 +14,40 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import attrs
 from torch import nn
 
 from zerocopy._changes.contents import Contents
 from zerocopy._changes.members import Members, has_members
 from zerocopy._changes.programs import Programs
-from zerocopy._changes.tensor_states import TensorStates, has_storage
-from zerocopy._compat.torch import storage_id
+from zerocopy._changes.tensor_states import TensorStates
 from zerocopy._split import paths
+from zerocopy._split.introspect import Introspection
 from zerocopy._store.manifest import Placement
 from zerocopy._store.tensors import TensorTable
-
-
-@attrs.frozen
-class Held:
-    """The shared tensors of a pipeline, and what holds them.
-
-    Attributes:
-        table: its tensors, and the storages below them.
-        composites: tensors that the table has in parts only.
-        components: those parts. Whoever asks later must keep them alive.
-        objects: modules and other objects that hold the tensors.
-        loose: tensors that the pipeline holds outside of modules.
-    """
-
-    table: TensorTable
-    composites: Sequence[Any]
-    components: Sequence[Any]
-    objects: Sequence[Any]
-    loose: Sequence[Any]
 
 
 class Snapshot:
     """How the shared tensors of a pipeline were at one moment, and the modules that hold them. Keeps none of them alive."""
 
-    def __init__(self, held: Held) -> None:
-        modules = list(filter(has_members, paths.modules_among(held.objects)))
+    def __init__(self, found: Introspection) -> None:
+        modules = list(filter(has_members, paths.modules_among(found.mutable)))
         self._modules = list(map(_weakly, modules))
         self._members = Members(modules)
-        found = [*(self._members.tensors(modules) or ()), *held.loose, *held.components]
-        ids = set(map(id, found))
-        deeper = {id(tensor): tensor for tensor in (*held.table.objects, *held.composites) if id(tensor) not in ids}
+        known = [*(self._members.tensors(modules) or ()), *found.loose, *found.components]
+        ids = set(map(id, known))
+        deeper = {id(tensor): tensor for tensor in (*found.table.objects, *found.composites) if id(tensor) not in ids}
         routes = paths.routes_to(modules, deeper.keys()) if deeper else {}
         self._routes = [routes.get(target, ()) for target in deeper]  # an empty route leads nowhere
-        self._tensors = TensorStates([*found, *deeper.values()])
-        self._programs = Programs(held.objects)
-        keys = (held.table.storages[spec.storage].key for spec in held.table.specs)
-        tensors = [(tensor, key) for tensor, key in zip(held.table.objects, keys, strict=True) if has_storage(tensor)]
-        self._contents = Contents(held.table.storages, {storage_id(tensor): key for tensor, key in tensors})
+        self._tensors = TensorStates([*known, *deeper.values()])
+        self._programs = Programs(found.mutable)
+        self._contents = Contents(found.table)
 
     def is_unchanged(self, loose: Sequence[Any], components: Sequence[Any]) -> bool:
         """Whether tensors are as they were, and modules hold the same things by the same names, in the same modes.
 
         Args:
-            loose, components: as in `Held`, now.
+            loose: tensors that the pipeline holds now outside of modules.
+            components: those of the introspection, which somebody has kept alive.
         """
         modules = [module for ref in self._modules if (module := ref()) is not None]
         members = self._members.tensors(modules) if len(modules) == len(self._modules) else None
@@ -87,8 +66,8 @@ class Snapshot:
     def unchanged(self, table: TensorTable) -> set[object]:
         """Keys of those storages of `table` that have the bytes that they had, as far as one can tell without reading all."""
         by_key: dict[object, list[Any]] = defaultdict(list)
-        for tensor, spec in zip(table.objects, table.specs, strict=True):
-            by_key[table.storages[spec.storage].key].append(tensor)
+        for tensor, spec in table.items():
+            by_key[table.key_of(spec)].append(tensor)
         known = self._tensors.unchanged(table.objects)
         same = {key for key, tensors in by_key.items() if known.issuperset(map(id, tensors))}
         return same - self._contents.changed(same)

@@ -15,9 +15,8 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from zerocopy._compat.torch import storage_id
 
-_steps: dict[
-    int, int
-] = {}  # by id of the storage. The id may be given to another one: only differences mean something.
+# By id of the storage. The id may be given to another one: only differences mean something.
+_steps: dict[int, int] = {}
 
 
 def count_steps(storage_ids: Iterable[int]) -> list[int]:

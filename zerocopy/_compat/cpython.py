@@ -15,6 +15,7 @@ import sysconfig
 import threading
 import traceback
 import types
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -88,6 +89,7 @@ def written_objects(pickler: Any) -> list[Any]:
 new_object: Callable[..., Any] = copyreg.__newobj__  # type: ignore[attr-defined]
 
 
+_OURS = {__name__.partition(".")[0], "ray"}
 _STANDARD_LIBRARY = sysconfig.get_path("stdlib") + os.sep
 _TORCH = str(Path(torch.__file__).parent) + os.sep
 _INSTALLED = ("site-packages", "dist-packages")  # folders of packages
@@ -121,6 +123,21 @@ def _is_of_python(file: str) -> bool:
 
 def _is_installed(file: str) -> bool:
     return any(folder in file for folder in _INSTALLED)
+
+
+def warn_caller(text: str, category: type[Warning] = UserWarning) -> None:
+    """Warn at the user's line that called this package, be it through Ray. Python 3.12 has `skip_file_prefixes` for that.
+
+    https://docs.python.org/3.12/library/warnings.html#warnings.warn
+    """
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and _package_of(frame) in _OURS:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(text, category, stacklevel=level)
+
+
+def _package_of(frame: types.FrameType) -> str:
+    return str(frame.f_globals.get("__name__", "")).partition(".")[0]
 
 
 def make_immortal(obj: object) -> None:

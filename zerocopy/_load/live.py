@@ -87,8 +87,8 @@ def forget(pipeline: Any) -> None:
 def unshare(pipeline: Any) -> None:
     """Give a loaded pipeline its own private memory. It no longer needs the object store.
 
-    Tensors and arrays keep their identity, their ties and their contents. Takes the bytes of the weights in memory. Call it
-    before `ray.shutdown()` in a process that keeps using the pipeline.
+    Tensors and arrays keep their identity, their ties and their contents, and other threads may use them meanwhile. Takes the
+    bytes of the weights in memory. No pipeline needs it to stay right: it lets the store have its memory back.
 
     Raises:
         ArgumentError: `pipeline` was not loaded from a publication in this process.

@@ -13,7 +13,8 @@ from zerocopy._load import devices, partial
 from zerocopy._split.skeleton import graft
 from zerocopy._store.manifest import Manifest, Outer, Root, Skeleton
 from zerocopy._store.read import StoredMemory
-from zerocopy._store.tensors import Region, TensorSpec, allocated, rebuild, stand_in
+from zerocopy._store.storages import Region, allocated
+from zerocopy._store.tensors import TensorSpec, rebuild, stand_in
 from zerocopy.errors import DeviceError
 
 

@@ -10,7 +10,8 @@ from typing import Any, NoReturn
 from zerocopy._split import paths
 from zerocopy._split.skeleton import Split, strip
 from zerocopy._split.zones import Zone
-from zerocopy._store.tensors import is_tensor_or_array, storage_of
+from zerocopy._store.storages import storage_of
+from zerocopy._store.tensors import is_tensor_or_array
 from zerocopy.errors import ArgumentError
 
 _lock = threading.RLock()  # reentrant: the collector may end an instance in a thread that holds the lock

@@ -21,14 +21,19 @@ from zerocopy._split.introspect import Introspection
 from zerocopy._store.manifest import Placement
 from zerocopy._store.mapping import Mapped, detach_all, map_private
 from zerocopy._store.read import buffers_of
-from zerocopy._store.tensors import COPIED, Storage, TensorSpec, base_over, spec_of, strided
+from zerocopy._store.storages import COPIED, Storage
+from zerocopy._store.tensors import TensorSpec, base_over, spec_of, strided
 from zerocopy.errors import OutOfMemoryError
 
 GRACE_SECONDS = 10.0  # that replaced memory is kept for operators that run in other threads
 
 
 def _keep_for_a_while(replaced: list[Any]) -> None:
-    timer = threading.Timer(GRACE_SECONDS, replaced.clear)
+    def release() -> None:
+        replaced.clear()
+        give_back_heap()
+
+    timer = threading.Timer(GRACE_SECONDS, release)
     timer.daemon = True
     timer.start()
 

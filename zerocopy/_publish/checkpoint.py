@@ -24,7 +24,8 @@ from zerocopy._split.introspect import Subject, check_pipeline, introspect
 from zerocopy._split.models import models_of
 from zerocopy._split.paths import is_module
 from zerocopy._store import object_store
-from zerocopy._store.tensors import Storage, like, storage_of
+from zerocopy._store.storages import Storage, storage_of
+from zerocopy._store.tensors import like
 from zerocopy.errors import CheckpointError
 
 PathLike: TypeAlias = str | os.PathLike[str]

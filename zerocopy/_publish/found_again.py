@@ -13,7 +13,8 @@ from typing import Any, NamedTuple, TypeAlias
 from zerocopy._store import windows
 from zerocopy._store.manifest import Manifest
 from zerocopy._store.read import StoredMemory
-from zerocopy._store.tensors import COPIED, Storage, TensorSpec, TensorTable
+from zerocopy._store.storages import COPIED, Storage
+from zerocopy._store.tensors import TensorSpec, TensorTable
 
 _Specs: TypeAlias = dict[int, set[TensorSpec]]  # of the tensors over each storage, with 0 in the place of its index
 
@@ -34,8 +35,8 @@ def find(table: TensorTable, manifest: Manifest) -> Indices | None:
     for index, spec in enumerate(manifest.specs):
         free[spec].append(index)
     tensors: dict[int, int] = {}
-    for tensor, spec in zip(table.objects, table.specs, strict=True):
-        same = free.get(spec.over(storages[table.storages[spec.storage].key]))
+    for tensor, spec in table.items():
+        same = free.get(spec.over(storages[table.key_of(spec)]))
         if not same:
             return None
         tensors[id(tensor)] = same.pop(0)  # two that are described alike cannot be told apart

@@ -11,6 +11,7 @@ from typing import Any
 import attrs
 import ray
 
+from zerocopy._changes.snapshot import Snapshot
 from zerocopy._compat.cpython import collector_paused
 from zerocopy._load import live
 from zerocopy._load.publication import Open, Publication
@@ -22,12 +23,11 @@ from zerocopy._publish.weights import (
     put,
     put_and_adopt,
     put_streaming,
-    snapshot_of,
 )
 from zerocopy._split.introspect import Introspection, Subject, check_pipeline, introspect
 from zerocopy._store import mapping, object_store, windows
 from zerocopy._store.manifest import Outer, Placement, Versions
-from zerocopy._store.tensors import Storage
+from zerocopy._store.storages import Storage
 from zerocopy._store.write import without_aliases
 
 _lock = threading.RLock()
@@ -194,7 +194,7 @@ def put_once(
 
 def _put(found: Introspection, entry: live.Entry, *, exactly: bool) -> tuple[Weights, Outer]:
     """Weights of `found` that are written where they are not `_stored`; and its outer skeleton."""
-    snapshot = snapshot_of(found)
+    snapshot = Snapshot(found)
     return put(found, snapshot, _stored(found, entry, exactly=exactly), _sizes()), found.outer
 
 

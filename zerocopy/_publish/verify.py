@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 import contextlib
 import gc
 import os
@@ -20,7 +19,9 @@ from zerocopy._split.plan import SharePlan
 from zerocopy._split.planning import Measured, plan_of
 from zerocopy._split.skeleton import Split, strip
 from zerocopy._split.zones import Zone
-from zerocopy._store.tensors import Storage, is_plain, is_tensor_or_array, storage_of
+from zerocopy._store.mapping import around, store_files
+from zerocopy._store.storages import Storage, storage_of
+from zerocopy._store.tensors import is_plain, is_tensor_or_array
 from zerocopy.errors import ZeroCopyError
 
 
@@ -77,7 +78,7 @@ class _Loaded:
             self._parts.setdefault(path, obj)
         # What was there before, such as a global that a hook uses, was not loaded.
         self._met = {storage.key for _, storage in _storages_below(original, name)}
-        self._store = sorted((file.start, file.end) for file in linux.mappings() if is_store_file(file.path))
+        self._store = store_files()
 
     def measure(self, path: str) -> Measured:
         """What the part at `path` has that no part had before."""
@@ -95,10 +96,7 @@ class _Loaded:
         return Measured(views, tuple(private))
 
     def _is_in_store(self, storage: Storage) -> bool:
-        if storage.address is None:
-            return False
-        position = bisect.bisect_right(self._store, storage.address, key=lambda bounds: bounds[0]) - 1
-        return position >= 0 and storage.address < self._store[position][1]
+        return storage.address is not None and around(*storage.extent, self._store) is not None
 
 
 def _storages_below(part: Any, path: str) -> Iterator[tuple[str, Storage]]:

@@ -10,7 +10,7 @@ import attrs
 import ray
 import torch
 
-from zerocopy._changes.snapshot import Held, Snapshot
+from zerocopy._changes.snapshot import Snapshot
 from zerocopy._load.live import Origin
 from zerocopy._publish.adoption import Adoption
 from zerocopy._publish.found_again import find
@@ -19,7 +19,8 @@ from zerocopy._split.introspect import Introspection, Known, Subject, UnknownRoo
 from zerocopy._store import object_store
 from zerocopy._store.manifest import Manifest, Outer, Placement, Skeleton
 from zerocopy._store.read import StoredMemory, manifest_of
-from zerocopy._store.tensors import ARRAY, Storage, TensorSpec, rows_of
+from zerocopy._store.storages import Storage
+from zerocopy._store.tensors import ARRAY, TensorSpec, rows_of
 from zerocopy._store.write import ORDINARY, STREAMED, Cut, LocationRow, Writer
 from zerocopy.errors import PublicationLostError
 
@@ -137,7 +138,7 @@ class ForeignWeights(_Weights):
             manifest = manifest_of(origin.manifest)
         except PublicationLostError:
             return None
-        snapshot = snapshot_of(found)  # before anything is compared
+        snapshot = Snapshot(found)  # before anything is compared
         borrowed = object_store.Borrowed([origin.manifest, *manifest.shards])
         indices = find(found.table, manifest) if borrowed.have_owners() else None
         if indices is None:
@@ -192,7 +193,7 @@ def put_and_adopt(
         for shard in writer.shards:
             adoption.take(writer.write(shard))
         adopted = introspect(subject)  # the same tensors, in other memory
-        weights = OwnWeights.written(adopted, snapshot_of(adopted), writer, sizes)
+        weights = OwnWeights.written(adopted, Snapshot(adopted), writer, sizes)
     except BaseException:
         adoption.undo()
         raise
@@ -239,8 +240,3 @@ def _is_reusable(found: Introspection) -> bool:
         return False
     registered = paths.registered_below(paths.modules_among(found.roots))
     return registered.keys() >= set(map(id, paths.modules_among(found.mutable)))
-
-
-def snapshot_of(found: Introspection) -> Snapshot:
-    """How the live objects are now."""
-    return Snapshot(Held(found.table, found.composites, found.components, found.mutable, found.loose))

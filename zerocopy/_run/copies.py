@@ -16,14 +16,14 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from zerocopy._compat import linux
 from zerocopy._compat.cpython import module_of_caller, slot_names
-from zerocopy._compat.ray import is_store_file
 from zerocopy._declare.pipeline import is_pipeline_class
 from zerocopy._load.publication import Publication
 from zerocopy._split.programs import PROGRAMS
 from zerocopy._store import object_store
-from zerocopy._store.tensors import Storage, is_plain, storage_of
+from zerocopy._store.mapping import around, store_files
+from zerocopy._store.storages import Storage, storage_of
+from zerocopy._store.tensors import is_plain
 from zerocopy._tables import format_bytes
 from zerocopy.errors import CopyWarning
 
@@ -155,11 +155,11 @@ def _content(cell: types.CellType) -> list[Any]:
 def _bytes_beside_store(models: Iterable[Any]) -> int:
     """Bytes of main memory that models take, but not those that are views of the store. A GPU has copies anyway."""
     storages = {storage.key: storage for model in models for storage in _storages_of(model)}
-    files = [file for file in linux.mappings() if is_store_file(file.path)] if linux.why_no_mappings() is None else []
+    files = store_files()
     return sum(
         storage.nbytes
         for storage in storages.values()
-        if storage.address is not None and not any(file.start <= storage.address < file.end for file in files)
+        if storage.address is not None and around(*storage.extent, files) is None
     )
 
 

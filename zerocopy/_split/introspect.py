@@ -24,7 +24,8 @@ from zerocopy._split.ordinary import Stripped
 from zerocopy._split.skeleton import Split, strip
 from zerocopy._split.zones import Zone
 from zerocopy._store.manifest import Outer, Root, Skeleton
-from zerocopy._store.tensors import TensorTable, is_tensor_or_array, storage_of
+from zerocopy._store.storages import storage_of
+from zerocopy._store.tensors import TensorTable, is_tensor_or_array
 from zerocopy.errors import ArgumentError, CannotTravelError, DeviceError
 
 SMALL_COMPONENT = 4096  # bytes

@@ -17,7 +17,8 @@ from zerocopy._compat.cpython import slot_names
 from zerocopy._compat.ray import registered_reducer
 from zerocopy._split.skeleton import Split, strip
 from zerocopy._split.zones import Zone
-from zerocopy._store.tensors import COPIED, is_plain, is_tensor_or_array
+from zerocopy._store.storages import COPIED
+from zerocopy._store.tensors import is_plain, is_tensor_or_array
 from zerocopy.errors import CannotTravelError
 
 _RESTORING = ("__setstate__", "__reduce_ex__", "__reduce__", "__getnewargs_ex__", "__getnewargs__")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import types
 from collections import defaultdict, deque
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -17,9 +17,9 @@ _LEAVES = (
     str, bytes, bytearray, int, float, complex, type(None), type, types.ModuleType, np.generic,
     torch.dtype, torch.device, types.BuiltinFunctionType, types.CodeType,
 )  # fmt: skip
-
-
 _WITHOUT_ATTRIBUTES = (dict, list, tuple, deque, set, frozenset, np.ndarray)
+
+Way = TypeVar("Way")  # to an object: a path, or a route
 
 # What every `nn.Module` keeps for itself: `training`, the hooks, the three dicts of its members.
 _MODULE_INTERNALS = frozenset(vars(nn.Module()))
@@ -139,15 +139,20 @@ def _is_empty(cell: types.CellType) -> bool:
 
 def walk(root: object, name: str) -> Iterator[tuple[str, object]]:
     """Every path and object from `root` down, nearest first. A container is entered once, a leaf is met at each of its paths."""
-    queue: deque[tuple[str, object]] = deque([(name, root)])
+    return _walk([(name, root)], lambda path, _, step: path + step)
+
+
+def _walk(starts: Iterable[tuple[Way, object]], onward: Callable[[Way, int, str], Way]) -> Iterator[tuple[Way, object]]:
+    """As `walk`. `onward` gives the way to a child: from that to its holder, its number, and its step."""
+    queue = deque(starts)
     entered = set()
     while queue:
-        path, obj = queue.popleft()
-        yield path, obj
+        way, obj = queue.popleft()
+        yield way, obj
         if isinstance(obj, _LEAVES) or id(obj) in entered:
             continue
         entered.add(id(obj))
-        queue.extend((path + step, child) for step, child in _children(obj))
+        queue.extend((onward(way, number, step), child) for number, (step, child) in enumerate(_children(obj)))
 
 
 def path_to(root: object, target: object, name: str) -> str | None:
@@ -177,18 +182,14 @@ Route: TypeAlias = tuple[int, ...]
 
 
 def routes_to(roots: Sequence[object], targets: Collection[int]) -> dict[int, Route]:
-    """How to find the objects with the ids `targets` again: the position of the root, then that of each child on the way."""
+    """How to find the objects with the ids `targets` again: the number of the root, then that of each child on the way."""
+    starts: list[tuple[Route, object]] = [((number,), root) for number, root in enumerate(roots)]
     found: dict[int, Route] = {}
-    queue: deque[tuple[Route, object]] = deque(((position,), root) for position, root in enumerate(roots))
-    entered = set()
-    while queue and len(found) < len(targets):
-        route, obj = queue.popleft()
+    for route, obj in _walk(starts, lambda route, number, _: (*route, number)):
         if id(obj) in targets:
             found.setdefault(id(obj), route)
-        if isinstance(obj, _LEAVES) or id(obj) in entered:
-            continue
-        entered.add(id(obj))
-        queue.extend(((*route, position), child) for position, (_, child) in enumerate(_children(obj)))
+            if len(found) == len(targets):
+                break
     return found
 
 
@@ -196,9 +197,9 @@ def follow(roots: Sequence[object], route: Route) -> object:
     """What is at the end of a route now; None if it leads nowhere."""
     children: Sequence[object] = roots
     obj: object = None
-    for position in route:
-        if position >= len(children):
+    for number in route:
+        if number >= len(children):
             return None
-        obj = children[position]
+        obj = children[number]
         children = [child for _, child in _children(obj)]
     return obj

@@ -16,7 +16,8 @@ from zerocopy._split.own_ways import OwnWay, own_ways
 from zerocopy._split.plan import PlanEntry, SharePlan
 from zerocopy._split.skeleton import Split, strip
 from zerocopy._split.zones import Zone
-from zerocopy._store.tensors import COPIED, is_tensor_or_array
+from zerocopy._store.storages import COPIED
+from zerocopy._store.tensors import is_tensor_or_array
 from zerocopy._tables import format_bytes
 from zerocopy.errors import CannotTravelError
 

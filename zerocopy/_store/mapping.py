@@ -13,7 +13,6 @@ import itertools
 import mmap
 import operator
 import os
-import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -21,7 +20,8 @@ import numpy as np
 import ray
 
 from zerocopy._compat import linux
-from zerocopy._compat.ray import BUFFER_ALIGNMENT, available_memory, raylets
+from zerocopy._compat.cpython import warn_caller
+from zerocopy._compat.ray import BUFFER_ALIGNMENT, available_memory, is_store_file, raylets
 from zerocopy._store import windows
 from zerocopy._store.pins import Pin
 from zerocopy._store.windows import Window
@@ -97,7 +97,7 @@ def detach_all(memories: Sequence[PrivateMap]) -> None:
     if needed > free:
         raise OutOfMemoryError(
             f"{needed:,} bytes of private memory are needed, but {free:,} are free.",
-            hint="keep the pipeline as it is, and stay connected to Ray; or make room.",
+            hint="free some memory, or leave the pipeline as it is: it stays right.",
             needed=needed,
             free=free,
         )
@@ -158,6 +158,13 @@ def map_private(
     return Mapped(memory, [start - first for start in starts])
 
 
+def store_files() -> list[linux.Mapping]:
+    """Where this process has mapped the store, in order; nowhere where the system does not tell."""
+    if linux.why_no_mappings() is not None:
+        return []
+    return [mapping for mapping in linux.mappings() if is_store_file(mapping.path)]
+
+
 def map_if_in_store(arrays: Sequence[np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
     """Writable twins of `arrays`, private to this process. Arrays in the object store are mapped, others are copied.
 
@@ -189,7 +196,7 @@ def _interval_around(array: np.ndarray[Any, Any]) -> linux.Mapping | None:
     if linux.why_no_mappings() is not None or not array.nbytes:
         return None
     low, high = np.lib.array_utils.byte_bounds(array)
-    found = (_around(low, high, intervals) for intervals in _cached_then_fresh())
+    found = (around(low, high, intervals) for intervals in _cached_then_fresh())
     return next(filter(None, found), None)
 
 
@@ -201,11 +208,10 @@ def _report(reason: str, required: bool) -> None:
         )
     if reason not in _warned:
         _warned.add(reason)
-        warnings.warn(
+        warn_caller(
             f"zerocopy cannot map the object store privately in this process: {reason}. Loaded pipelines still share "
             f"their weights, but a write to them reaches every worker. Set {REQUIRE_ISOLATION}=1 to refuse instead.",
             IsolationWarning,
-            stacklevel=2,
         )
 
 
@@ -215,7 +221,7 @@ def _map_checked(start: int, end: int, writable: bool, proof_start: int, proof: 
         raise MappingImpossible(reason)
     failure: Exception = MappingImpossible("the object does not lie in a mapped file")
     for intervals in _cached_then_fresh():
-        interval = _around(start, end, intervals)
+        interval = around(start, end, intervals)
         if interval is None:
             continue
         try:
@@ -239,7 +245,8 @@ def _cached_then_fresh() -> Iterator[list[linux.Mapping]]:
     yield list(_intervals)
 
 
-def _around(start: int, end: int, intervals: Sequence[linux.Mapping]) -> linux.Mapping | None:
+def around(start: int, end: int, intervals: Sequence[linux.Mapping]) -> linux.Mapping | None:
+    """The first of `intervals` that holds all bytes from `start` to `end`."""
     return next((interval for interval in intervals if interval.start <= start and end <= interval.end), None)
 
 

@@ -7,7 +7,6 @@ import math
 import os
 import threading
 import time
-import warnings
 from collections.abc import Callable, Collection
 from typing import Any, TypeVar
 
@@ -15,6 +14,7 @@ import ray
 import ray.exceptions
 import ray.experimental
 
+from zerocopy._compat.cpython import warn_caller
 from zerocopy._compat.ray import (
     ARGUMENTS_FRACTION,
     ARGUMENTS_FRACTION_VARIABLE,
@@ -298,7 +298,7 @@ def warn_of_crowding(shared: int, copied: int, what: str) -> None:
 def _warn_once(topic: str, text: str) -> None:
     if topic not in _warned:
         _warned.add(topic)
-        warnings.warn(text, stacklevel=2)
+        warn_caller(text)
 
 
 def assigned_gpu() -> bool:

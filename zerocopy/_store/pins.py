@@ -11,13 +11,12 @@ child buffers live for ever. (Of references see `object_store`.)
 from __future__ import annotations
 
 import os
-import warnings
 import weakref
 from collections.abc import Sequence
 from typing import Any
 
 from zerocopy._compat import linux
-from zerocopy._compat.cpython import make_immortal
+from zerocopy._compat.cpython import make_immortal, warn_caller
 from zerocopy._compat.ray import keep_while_connected, store_socket
 from zerocopy._store import object_store
 from zerocopy.errors import IsolationWarning
@@ -55,11 +54,10 @@ def _connection() -> Connection | None:
     descriptors = {connection.descriptor for connection in ours}
     original = next((fd for fd in linux.sockets_to(store_socket()) if fd not in descriptors), None)
     if original is None:
-        warnings.warn(
+        warn_caller(
             "zerocopy does not find this process' connection to the object store. Loaded and adopted pipelines may change after "
             "ray.shutdown(): zerocopy.unshare them first.",
             IsolationWarning,
-            stacklevel=2,
         )
         return None
     connection = Connection(session, os.dup(original))

@@ -12,7 +12,7 @@ from zerocopy._compat.linux import is_equal
 from zerocopy._store import object_store
 from zerocopy._store.manifest import BESIDE, NOWHERE, Manifest
 from zerocopy._store.mapping import Mapped, map_private, start_of, starts_of
-from zerocopy._store.tensors import Region
+from zerocopy._store.storages import Region
 
 
 def buffers_of(shard: ray.ObjectRef[Any]) -> Sequence[Any]:

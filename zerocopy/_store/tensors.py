@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias, TypeGuard
 
 import numpy as np
 import torch
 from torch import nn
 
-from zerocopy._compat.torch import id_of_storage, leaf_of_class, negated_view
-
-Bytes: TypeAlias = np.ndarray[Any, np.dtype[np.uint8]]
+from zerocopy._compat.torch import leaf_of_class, negated_view
+from zerocopy._store.storages import COPIED, Region, Storage, address_of, storage_of
 
 TENSOR, PARAMETER, ARRAY = range(3)
-
-# Bytes of a storage that each load copies: those of one element of any dtype. That costs no more than to map it, and torch can
-# resize it. Observers start with one element, and grow.
-COPIED = 16
 
 
 class TensorSpec(NamedTuple):
@@ -75,44 +69,6 @@ def rows_of(specs: Iterable[TensorSpec]) -> tuple[tuple[Any, ...], ...]:
     return tuple(rows)
 
 
-class Storage:
-    """Memory that tensors and arrays of the publisher are views of. Keeps that memory alive.
-
-    Attributes:
-        key: equal for two objects that are storages of one memory.
-        address: its address in main memory; None for empty memory, and for memory of a device.
-    """
-
-    def __init__(self, key: object, nbytes: int, source: torch.UntypedStorage | Bytes, address: int | None) -> None:
-        self.key = key
-        self.nbytes = nbytes
-        self.source: torch.UntypedStorage | Bytes | None = source
-        self.address = address
-
-    def to_bytes(self) -> Bytes:
-        """The bytes, shape (nbytes,) uint8: a view of main memory, or a copy of the memory of a device."""
-        if isinstance(self.source, np.ndarray):
-            return self.source
-        if self.source is None:
-            raise RuntimeError("this storage was adopted")
-        storage = self.source if self.address is not None or not self.nbytes else self.source.cpu()
-        # Not by `numpy()`: torch would never resize the storage again.
-        return _bytes_at(storage.data_ptr(), self.nbytes, storage)
-
-    def to_buffer(self) -> Any:
-        """The bytes as a buffer, valid while this storage is alive. Cheap, because it is made per storage of a model."""
-        if self.address is None or self.source is None:
-            return self.to_bytes()
-        # An array, because Ray cannot read back a buffer with the format of ctypes.
-        memory: Any = (ctypes.c_char * self.nbytes).from_address(self.address)
-        return np.frombuffer(memory, np.uint8)
-
-    def forget(self) -> object:
-        """Let go of the memory, and return what keeps it."""
-        source, self.source = self.source, None
-        return source
-
-
 def is_tensor_or_array(obj: object) -> TypeGuard[torch.Tensor | np.ndarray[Any, Any]]:
     return isinstance(obj, (torch.Tensor, np.ndarray))
 
@@ -130,52 +86,12 @@ def is_meta(obj: object) -> bool:
     return isinstance(obj, torch.Tensor) and obj.is_meta
 
 
-def _address(array: np.ndarray[Any, Any]) -> int:
-    return int(array.__array_interface__["data"][0])
-
-
-def storage_of(obj: torch.Tensor | np.ndarray[Any, Any]) -> Storage:
-    """The storage below `obj`. Two objects over the same memory get equal keys, as long as both are alive.
-
-    Main memory has its address as the key, so that a tensor and an array over one memory have equal keys.
-    """
-    if isinstance(obj, torch.Tensor):
-        storage = obj.untyped_storage()
-        nbytes = storage.nbytes()
-        if nbytes and obj.is_cpu:
-            address = storage.data_ptr()
-            return Storage((address, nbytes), nbytes, storage, address)
-        return Storage(("storage", id_of_storage(storage)), nbytes, storage, None)
-    root = obj
-    while isinstance(root.base, np.ndarray):
-        root = root.base
-    if isinstance(root.base, torch.Tensor):
-        return storage_of(root.base)
-    low, high = np.lib.array_utils.byte_bounds(root)
-    nbytes = high - low
-    if not nbytes:
-        return Storage(("empty", id(root)), 0, _bytes_at(low, 0, root), None)
-    return Storage((low, nbytes), nbytes, _bytes_at(low, nbytes, root), low)
-
-
-class _Memory:
-    """Gives memory that `keep` owns NumPy's array interface."""
-
-    def __init__(self, address: int, nbytes: int, keep: object) -> None:
-        self.keep = keep
-        self.__array_interface__ = {"data": (address, False), "shape": (nbytes,), "typestr": "|u1", "version": 3}
-
-
-def _bytes_at(address: int, nbytes: int, keep: object) -> Bytes:
-    return np.asarray(_Memory(address, nbytes, keep)) if nbytes else np.empty(0, np.uint8)
-
-
 def spec_of(obj: torch.Tensor | np.ndarray[Any, Any], storage: int, source: Storage) -> TensorSpec:
     """The description of `obj` as a view of `source`, whose index is `storage`."""
     if isinstance(obj, np.ndarray):
-        start = _address(source.to_bytes()) if source.nbytes else _address(obj)
+        start = address_of(source.to_bytes()) if source.nbytes else address_of(obj)
         return TensorSpec(
-            ARRAY, storage, obj.dtype, obj.shape, obj.strides, _address(obj) - start, bool(obj.flags.writeable)
+            ARRAY, storage, obj.dtype, obj.shape, obj.strides, address_of(obj) - start, bool(obj.flags.writeable)
         )
     is_special = obj.is_conj(), obj.is_neg(), obj.is_inference()
     kind = PARAMETER if isinstance(obj, nn.Parameter) else TENSOR
@@ -225,6 +141,14 @@ class TensorTable:
         self.index[id(obj)] = len(self.objects) - 1
         return self.index[id(obj)]
 
+    def items(self) -> Iterator[tuple[Any, TensorSpec]]:
+        """Each tensor with its description."""
+        return zip(self.objects, self.specs, strict=True)
+
+    def key_of(self, spec: TensorSpec) -> object:
+        """The key of the storage below a tensor of this table."""
+        return self.storages[spec.storage].key
+
     @property
     def nbytes(self) -> int:
         """Bytes of all storages."""
@@ -236,19 +160,6 @@ class TensorTable:
 
 
 StorageIndex: TypeAlias = dict[object, int]
-
-
-Region: TypeAlias = tuple[
-    Any, int, int
-]  # memory of a storage in this process: a buffer or a tensor, the offset in it, bytes
-
-
-def allocated(content: bytes) -> Region:
-    """Memory of torch's own that holds `content`: torch can resize it, unlike the memory of a buffer."""
-    with torch.inference_mode(False):
-        memory = torch.empty(len(content), dtype=torch.uint8, device="cpu")
-    ctypes.memmove(memory.data_ptr(), content, len(content))
-    return memory, 0, len(content)
 
 
 def rebuild(

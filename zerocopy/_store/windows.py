@@ -18,7 +18,7 @@ from zerocopy._compat import linux
 from zerocopy._store import object_store
 from zerocopy._store.manifest import Placement
 from zerocopy._store.pins import Pin
-from zerocopy._store.tensors import Storage
+from zerocopy._store.storages import Storage
 
 
 @attrs.define(eq=False)
@@ -104,18 +104,11 @@ def split(storages: Iterable[Storage]) -> tuple[dict[Window, list[Storage]], lis
     return inside, outside
 
 
-def extent_of(storage: Storage) -> linux.Range:
-    """Where a storage in main memory lies."""
-    if storage.address is None:
-        raise ValueError("this storage is not in main memory")
-    return storage.address, storage.address + storage.nbytes
-
-
 def places_of(storages: Iterable[Storage]) -> dict[object, Placement]:
     """Where in the store those storages lie that show it and have its bytes, exactly; by key."""
     places: dict[object, Placement] = {}
     for window, members in split(storages)[0].items():
-        extents = list(map(extent_of, members))
+        extents = [storage.extent for storage in members]
         for storage, extent, is_written in zip(members, extents, window.written(extents), strict=True):
             placement = None if is_written else window.placement(*extent)
             if placement is not None:

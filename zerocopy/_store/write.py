@@ -11,7 +11,7 @@ import ray
 
 from zerocopy._store import object_store
 from zerocopy._store.manifest import BESIDE, NOWHERE, Manifest, Placement
-from zerocopy._store.tensors import Storage
+from zerocopy._store.storages import Storage
 
 MB = 1 << 20
 FIELD_SHARD = 4 * MB  # a shard also ends at the end of a shared root, if it has at least this many bytes

@@ -1,0 +1,119 @@
+"""Which memory lies below a tensor or an array, and which memory can lie below one that is rebuilt?"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+
+from zerocopy._compat.linux import Range
+from zerocopy._compat.torch import id_of_storage
+
+Bytes: TypeAlias = np.ndarray[Any, np.dtype[np.uint8]]
+
+# Bytes of a storage that each load copies: those of one element of any dtype. That costs no more than to map it, and torch can
+# resize it. Observers start with one element, and grow.
+COPIED = 16
+
+# Memory of a storage in this process: a buffer or a tensor, the offset in it, bytes.
+Region: TypeAlias = tuple[Any, int, int]
+
+
+class Storage:
+    """Memory that tensors and arrays of the publisher are views of. Keeps that memory alive.
+
+    Attributes:
+        key: equal for two objects that are storages of one memory.
+        address: its address in main memory; None for empty memory, and for memory of a device.
+    """
+
+    def __init__(self, key: object, nbytes: int, source: torch.UntypedStorage | Bytes, address: int | None) -> None:
+        self.key = key
+        self.nbytes = nbytes
+        self.source: torch.UntypedStorage | Bytes | None = source
+        self.address = address
+
+    def to_bytes(self) -> Bytes:
+        """The bytes, shape (nbytes,) uint8: a view of main memory, or a copy of the memory of a device."""
+        if isinstance(self.source, np.ndarray):
+            return self.source
+        if self.source is None:
+            raise RuntimeError("this storage was adopted")
+        storage = self.source if self.address is not None or not self.nbytes else self.source.cpu()
+        # Not by `numpy()`: torch would never resize the storage again.
+        return _bytes_at(storage.data_ptr(), self.nbytes, storage)
+
+    def to_buffer(self) -> Any:
+        """The bytes as a buffer, valid while this storage is alive. Cheap, because it is made per storage of a model."""
+        if self.address is None or self.source is None:
+            return self.to_bytes()
+        # An array, because Ray cannot read back a buffer with the format of ctypes.
+        memory: Any = (ctypes.c_char * self.nbytes).from_address(self.address)
+        return np.frombuffer(memory, np.uint8)
+
+    def forget(self) -> object:
+        """Let go of the memory, and return what keeps it."""
+        source, self.source = self.source, None
+        return source
+
+    @property
+    def extent(self) -> Range:
+        """Where it lies in main memory.
+
+        Raises:
+            ValueError: it does not.
+        """
+        if self.address is None:
+            raise ValueError("this storage is not in main memory")
+        return self.address, self.address + self.nbytes
+
+
+def address_of(array: np.ndarray[Any, Any]) -> int:
+    """Where an array starts."""
+    return int(array.__array_interface__["data"][0])
+
+
+def storage_of(obj: torch.Tensor | np.ndarray[Any, Any]) -> Storage:
+    """The storage below `obj`. Two objects over the same memory get equal keys, as long as both are alive.
+
+    Main memory has its address as the key, so that a tensor and an array over one memory have equal keys.
+    """
+    if isinstance(obj, torch.Tensor):
+        storage = obj.untyped_storage()
+        nbytes = storage.nbytes()
+        if nbytes and obj.is_cpu:
+            address = storage.data_ptr()
+            return Storage((address, nbytes), nbytes, storage, address)
+        return Storage(("storage", id_of_storage(storage)), nbytes, storage, None)
+    root = obj
+    while isinstance(root.base, np.ndarray):
+        root = root.base
+    if isinstance(root.base, torch.Tensor):
+        return storage_of(root.base)
+    low, high = np.lib.array_utils.byte_bounds(root)
+    nbytes = high - low
+    if not nbytes:
+        return Storage(("empty", id(root)), 0, _bytes_at(low, 0, root), None)
+    return Storage((low, nbytes), nbytes, _bytes_at(low, nbytes, root), low)
+
+
+class _Memory:
+    """Gives memory that `keep` owns NumPy's array interface."""
+
+    def __init__(self, address: int, nbytes: int, keep: object) -> None:
+        self.keep = keep
+        self.__array_interface__ = {"data": (address, False), "shape": (nbytes,), "typestr": "|u1", "version": 3}
+
+
+def _bytes_at(address: int, nbytes: int, keep: object) -> Bytes:
+    return np.asarray(_Memory(address, nbytes, keep)) if nbytes else np.empty(0, np.uint8)
+
+
+def allocated(content: bytes) -> Region:
+    """Memory of torch's own that holds `content`: torch can resize it, unlike the memory of a buffer."""
+    with torch.inference_mode(False):
+        memory = torch.empty(len(content), dtype=torch.uint8, device="cpu")
+    ctypes.memmove(memory.data_ptr(), content, len(content))
+    return memory, 0, len(content)
