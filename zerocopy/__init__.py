@@ -3,13 +3,17 @@
 from importlib.metadata import version as _version
 
 from zerocopy import errors, testing
+from zerocopy._cluster.following import Live
+from zerocopy._cluster.handles import Version
+from zerocopy._cluster.listing import Publications, Published, publications
+from zerocopy._cluster.publish import lookup, publish, remove, set_alias, version_of
+from zerocopy._cluster.refresh import refresh
 from zerocopy._declare.fields import Copied, Field, Policy, Shared, copied, shared
 from zerocopy._declare.pipeline import fields, pipeline
 from zerocopy._load.live import unshare
 from zerocopy._load.publication import Publication
 from zerocopy._publish.checkpoint import publish_checkpoint
 from zerocopy._publish.passing import install as _install
-from zerocopy._publish.publish import publish
 from zerocopy._publish.verify import plan
 from zerocopy._run.actor import Actor, Launcher, Pool, actor
 from zerocopy._run.task import BoundTask, Task, task
@@ -38,28 +42,38 @@ __all__ = [
     "Copied",
     "Field",
     "Launcher",
+    "Live",
     "MemoryReport",
     "PlanEntry",
     "Policy",
     "Pool",
     "ProcessMemory",
     "Publication",
+    "Publications",
+    "Published",
     "SharePlan",
     "Shared",
     "Task",
+    "Version",
     "actor",
     "copied",
     "errors",
     "fields",
+    "lookup",
     "memory_report",
     "pipeline",
     "plan",
+    "publications",
     "publish",
     "publish_checkpoint",
+    "refresh",
+    "remove",
+    "set_alias",
     "shared",
     "task",
     "testing",
     "unshare",
+    "version_of",
 ]
 
 # The imperative face, for models one did not write.

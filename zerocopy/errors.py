@@ -74,7 +74,13 @@ class PublicationClosedError(ZeroCopyError, ValueError):
 
 
 LostReason: TypeAlias = Literal[
-    "owner ended", "node lost", "references dropped", "not found in time", "connection ended", "other cluster"
+    "owner ended",
+    "node lost",
+    "references dropped",
+    "not found in time",
+    "connection ended",
+    "other cluster",
+    "no source",
 ]
 
 
@@ -90,9 +96,41 @@ class PublicationLostError(ZeroCopyError, RuntimeError):
             - `"not found in time"`: Ray found no copy of them within its time limit.
             - `"connection ended"`: they belong to an earlier connection of this process.
             - `"other cluster"`: they belong to another cluster.
+            - `"no source"`: they have a name, but no source makes them again, or it makes other weights.
     """
 
     reason: LostReason
+
+
+class NotPublishedError(ZeroCopyError, LookupError):
+    """There is no publication with a name, or the name has no such version or alias.
+
+    Attributes: `name`, `versions` (the numbers that there are).
+    """
+
+    name: str
+    versions: list[int]
+
+
+class VersionConflictError(ZeroCopyError, RuntimeError):
+    """Somebody else has published meanwhile. Attributes: `name`, `expected`, `found` (numbers of versions, 0 for none)."""
+
+    name: str
+    expected: int
+    found: int
+
+
+class VersionInUseError(ZeroCopyError, ValueError):
+    """A version cannot be removed, because aliases point at it. Attributes: `name`, `aliases`."""
+
+    name: str
+    aliases: list[str]
+
+
+class CorruptedError(ZeroCopyError, RuntimeError):
+    """Bytes in the store are not those that were published. Attribute: `storages` (their numbers)."""
+
+    storages: list[int]
 
 
 class DeviceError(ZeroCopyError, ValueError):
@@ -117,6 +155,10 @@ class IsolationError(ZeroCopyError, RuntimeError):
 
 class CopyWarning(UserWarning):
     """An argument brought a model by plain pickling: each worker has a copy of it."""
+
+
+class FollowWarning(UserWarning):
+    """A process cannot follow a name, or something in it does not follow: it keeps an older version."""
 
 
 class IsolationWarning(UserWarning):

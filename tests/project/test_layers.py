@@ -26,6 +26,7 @@ WINGS = [
     "_changes",
     "_load",
     "_publish",
+    "_cluster",
     "_run",
     "_wrap",
     "wrappers",

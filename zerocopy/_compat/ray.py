@@ -15,10 +15,13 @@ import ray
 import ray.cloudpickle
 import ray.exceptions
 from ray._common import ray_option_utils
+from ray._common.constants import HEAD_NODE_RESOURCE_NAME
 from ray._common.utils import get_system_memory
-from ray._private import serialization, worker
+from ray._private import serialization, state, worker
 from ray._private.utils import get_used_memory
+from ray.cloudpickle import cloudpickle
 from ray.core.generated import common_pb2
+from ray.experimental import internal_kv, locations
 
 Kind: TypeAlias = Literal["actor", "task"]
 
@@ -93,6 +96,15 @@ def cluster_id() -> str:
     https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/includes/gcs_client.pxi
     """
     return str(_worker.gcs_client.cluster_id.hex())
+
+
+def head_node() -> str | None:
+    """The id of the node that the control plane runs on; None where Ray does not say.
+
+    https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/_common/constants.py: `HEAD_NODE_RESOURCE_NAME`
+    """
+    heads = (node["NodeID"] for node in ray.nodes() if node["Alive"] and HEAD_NODE_RESOURCE_NAME in node["Resources"])
+    return next(heads, None)
 
 
 def drop_reference(ref: ray.ObjectRef[Any]) -> None:
@@ -226,6 +238,14 @@ def is_pickled_by_value(module: str) -> bool:
     return module in ray.cloudpickle.list_registry_pickle_by_value()
 
 
+def is_id_of_class(text: object) -> bool:
+    """Whether this is what cloudpickle calls a class that it pickles by value: a random number.
+
+    https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/cloudpickle/cloudpickle.py: `_get_or_create_tracker_id`.
+    """
+    return isinstance(text, str) and text in cloudpickle._DYNAMIC_CLASS_TRACKER_BY_ID
+
+
 def is_store_file(path: str) -> bool:
     """Whether a path in a process' memory maps is a file of the object store, be it a fallback allocation.
 
@@ -261,3 +281,46 @@ def _name_of(process: psutil.Process) -> str:
         return str(process.name())
     except psutil.Error:  # it has ended, or belongs to another user
         return ""
+
+
+# Below is what the registry of named publications uses. It travels there by value: see `_cluster/registry.py`.
+
+_RECORDS = b"zerocopy"
+
+
+def write_to_control_plane(name: str, record: bytes) -> None:
+    """Write to the key-value store of Ray's control plane. It lasts as long as the cluster.
+
+    https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/experimental/internal_kv.py
+    """
+    internal_kv._internal_kv_put(name, record, namespace=_RECORDS)
+
+
+def records_in_control_plane() -> dict[str, bytes]:
+    """All that was written there, by name. In the same file."""
+    names = internal_kv._internal_kv_list("", namespace=_RECORDS)
+    return {name.decode(): internal_kv._internal_kv_get(name, namespace=_RECORDS) for name in names}
+
+
+def ended_jobs() -> set[str]:
+    """Ids of the jobs whose driver has ended.
+
+    https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/_private/state.py: `GlobalState.job_table`
+    """
+    return {job["JobID"] for job in state.state.job_table() if job["IsDead"]}
+
+
+def have_copies(refs: list[ray.ObjectRef[Any]]) -> list[bool]:
+    """Whether some store has each of these objects, all of which this process owns, or wrote it to disk.
+
+    https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/experimental/locations.py
+    """
+    found = locations.get_local_object_locations(refs) if refs else {}
+    told = [found.get(ref, {}) for ref in refs]
+    return [bool(location.get("node_ids") or location.get("did_spill")) for location in told]
+
+
+def nodes_with(refs: list[ray.ObjectRef[Any]]) -> list[set[str]]:
+    """The ids of the nodes whose stores have each of these objects, all of which this process owns. In the same file."""
+    found = locations.get_local_object_locations(refs) if refs else {}
+    return [set(found.get(ref, {}).get("node_ids", ())) for ref in refs]

@@ -7,7 +7,7 @@ import inspect
 import sys
 import types
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, Literal, TypeAlias, TypeVar, Union, get_args, get_origin, overload
+from typing import Annotated, Any, Literal, Self, TypeAlias, TypeVar, Union, get_args, get_origin, overload
 
 import attrs
 import torch
@@ -132,11 +132,13 @@ class _Unknown:
 
 
 class _LenientNames(dict[str, Any]):
-    """The names that an annotation of `cls` sees. A missing one is `_Unknown`."""
+    """The names that an annotation sees. A missing one is `_Unknown`."""
 
-    def __init__(self, cls: type) -> None:
-        module = sys.modules.get(cls.__module__)
-        super().__init__({**vars(builtins), **(vars(module) if module else {}), **vars(cls)})
+    @classmethod
+    def of(cls, owner: type) -> Self:
+        """Those that an annotation in the body of a class sees."""
+        module = sys.modules.get(owner.__module__)
+        return cls({**vars(builtins), **(vars(module) if module else {}), **vars(owner)})
 
     def __missing__(self, name: str) -> Any:
         return _ours(name) or _Unknown()
@@ -157,12 +159,20 @@ def _annotations(cls: type) -> Mapping[str, Any]:
 
 def resolve_annotation(annotation: object, cls: type) -> Any:
     """The object that an annotation stands for. A name that cannot be found does no harm to the others."""
-    if not isinstance(annotation, str):
-        return annotation
+    return resolve_names(annotation, _LenientNames.of(cls)) if isinstance(annotation, str) else annotation
+
+
+def resolve_names(annotation: str, names: Mapping[str, Any]) -> Any:
+    """The object that the text of an annotation stands for where these names are known."""
     try:
-        return eval(annotation, {}, _LenientNames(cls))
+        return eval(annotation, {}, _LenientNames(names))
     except Exception:  # an annotation may be any text, and one that is not Python declares no policy
         return _Unknown()
+
+
+def is_unknown(found: object) -> bool:
+    """Whether an annotation could not be resolved."""
+    return isinstance(found, _Unknown)
 
 
 def _annotated_marker(annotation: object) -> Marker | None:

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol, TypeAlias
 
 import attrs
 import ray
+import torch
 
 from zerocopy._store import object_store
 from zerocopy._store.mapping import PrivateMap, detach_all
 from zerocopy.errors import ArgumentError, IsolationError
+
+
+class Tag(Protocol):
+    """What weights are known by that have a name."""
+
+    def publication(self, *args: Any, **kwargs: Any) -> Any:
+        """A handle to them. The arguments are those of `Publication`."""
 
 
 class Origin:
@@ -19,12 +27,26 @@ class Origin:
 
     Attributes:
         session: of the reference.
+        tag: what `_cluster` knows the weights by, if they have a name.
+        target: the device that it was loaded on, where its fields declare none.
+        fields: the attributes that were loaded, None for all.
     """
 
-    def __init__(self, manifest: ray.ObjectRef[Any], shared_bytes: int, memory: Iterable[Any]) -> None:
+    def __init__(
+        self,
+        manifest: ray.ObjectRef[Any],
+        shared_bytes: int,
+        memory: Iterable[Any],
+        tag: Tag | None = None,
+        target: torch.device | None = None,
+        fields: Sequence[str] | None = None,
+    ) -> None:
         """`memory`: the mapped memory that the tensors are views of. It is not kept alive."""
         self.manifest = manifest
         self.shared_bytes = shared_bytes
+        self.tag = tag
+        self.target = target
+        self.fields = fields
         self.session = object_store.session()
         self._memory = list(map(weakref.ref, memory))
 

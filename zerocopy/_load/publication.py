@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import pickle
+import threading
+import weakref
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -16,7 +19,7 @@ from zerocopy._compat.cpython import collector_paused
 from zerocopy._load import devices, live, partial
 from zerocopy._load.load import load
 from zerocopy._store import object_store
-from zerocopy._store.manifest import Handle, Outer, Root, Versions
+from zerocopy._store.manifest import BESIDE, Handle, Manifest, Outer, Root, Versions
 from zerocopy._store.read import manifest_of
 from zerocopy.errors import PublicationClosedError, PublicationLostError
 
@@ -33,10 +36,15 @@ class Lease(Protocol):
 
 @attrs.frozen(eq=False)
 class Open:
-    """A handle that can be used as long as its connection to Ray lasts."""
+    """A handle that can be used as long as its connection to Ray lasts.
 
-    reference: ray.ObjectRef[Any]  # to the manifest
-    outer: Outer
+    Attributes:
+        reference: to the manifest.
+        outer: the outer skeleton; None for the one that lies in the manifest.
+    """
+
+    reference: ray.ObjectRef[Any]
+    outer: Outer | None
     session: object = attrs.field(factory=object_store.session)
 
 
@@ -83,6 +91,7 @@ class Publication(Handle):
         self._versions = versions
         self.cls = cls
         self._lease = lease
+        self._current: tuple[torch.device, Any] | None = None
 
     @property
     def closed(self) -> bool:
@@ -98,13 +107,16 @@ class Publication(Handle):
         """
         return self.content().reference
 
-    def load(self, device: str | torch.device | None = None, fields: Sequence[str] | None = None) -> Any:
+    def load(
+        self, device: str | torch.device | None = None, fields: Sequence[str] | None = None, *, verify: bool = False
+    ) -> Any:
         """Make a live pipeline whose tensors are views of the store, private to this process when written.
 
         Args:
             device: where every tensor goes: a torch device, `"auto"` for the GPU that Ray assigned (else the CPU), or
                 None for the CPU. A field that declares a device of its own keeps it.
             fields: load these attributes only, with what they refer to. The others raise AttributeError.
+            verify: compare all that is loaded with its digests, which publications with a name have.
 
         Returns:
             A new pipeline of the published class, independent of any other load. Its `__init__` does not run.
@@ -114,16 +126,66 @@ class Publication(Handle):
             PublicationLostError: its weights are gone from the cluster.
             VersionError: it was written by versions that cannot agree with these.
             DeviceError: a device is not there, or fields that share memory would go to different ones.
-            ArgumentError: `fields` names an attribute that the pipeline does not have.
+            ArgumentError: `fields` names an attribute that the pipeline does not have, or there are no digests to verify.
+            CorruptedError: `verify` found other bytes than were published.
         """
+        return self._load(device, fields, verify=verify)
+
+    def _load(self, device: str | torch.device | None, fields: Sequence[str] | None, *, verify: bool) -> Any:
         names = None if fields is None else partial.names_of(fields)
         content = self.content()
         self.check_agreement()
         with collector_paused(promote=_is_first_load(content.reference)):
             manifest = manifest_of(content.reference)
             target = devices.resolve(device)
-            pipeline, memory = load(manifest, content.outer, target, names, require_isolation=self.requires_isolation)
-            live.note_load(pipeline, live.Origin(content.reference, self.shared_bytes, memory.mapped_memory()))
+            outer = manifest.outer_of(content.outer)
+            pipeline, memory = load(manifest, outer, target, names, require_isolation=self.requires_isolation)
+            if verify:
+                memory.check_digests()
+            self.note_load(pipeline, manifest, memory.mapped_memory(), target, names)
+        return pipeline
+
+    def note_load(
+        self,
+        pipeline: Any,
+        manifest: Manifest,
+        memory: Sequence[Any],
+        target: torch.device,
+        fields: Sequence[str] | None = None,
+    ) -> None:
+        """Remember how a pipeline was loaded from this publication. `memory` is what its tensors are views of."""
+        origin = live.Origin(manifest.shard(BESIDE), self.shared_bytes, memory, self._tag(), target, fields)
+        live.note_load(pipeline, origin)
+
+    def _tag(self) -> live.Tag | None:
+        """What the weights are known by, if they have a name."""
+        return None
+
+    def current(self, device: str | torch.device | None = None) -> Any:
+        """The newest version, loaded: one object for each version and device in this process.
+
+        A publication without a name has one version. Of one with a name, new versions are loaded in the background; this never
+        waits for them. A call that keeps the object keeps its version.
+
+        Args:
+            device: as `load`.
+
+        Raises:
+            As `load`, at the first call.
+        """
+        target = devices.resolve(device)
+        if self._current is None or self._current[0] != target:
+            self._current = target, self._load_once(target)
+        return self._current[1]
+
+    def _load_once(self, target: torch.device) -> Any:
+        key = self.content().reference.binary(), target, self.requires_isolation
+        with _current_lock:
+            pipeline = _current.get(key)
+            if pipeline is None:
+                pipeline = self.load(target)
+                with contextlib.suppress(TypeError):  # a module that is a tuple, say, cannot be referred to weakly
+                    _current[key] = pipeline
         return pipeline
 
     def content(self) -> Open:
@@ -153,6 +215,7 @@ class Publication(Handle):
         """Let go of the weights. Loaded pipelines keep what they use; closing twice is fine."""
         state, self._state = self._state, Closed()
         lease, self._lease = self._lease, None
+        self._current = None
         if isinstance(state, Open) and lease is not None:
             lease.close(state.reference)
 
@@ -166,7 +229,7 @@ class Publication(Handle):
 
     def __copy__(self) -> Publication:
         """Another handle to the same weights. It is closed on its own."""
-        return Publication(self.content(), *self._description(), cls=self.cls, lease=self._lease)
+        return type(self)(self.content(), *self._description(), cls=self.cls, lease=self._lease)
 
     def __deepcopy__(self, memo: object) -> Publication:
         return self.__copy__()
@@ -193,11 +256,10 @@ class Publication(Handle):
             As `load`, where the publication means nothing any more.
         """
         outer = self.content().outer
-        if outer.nbytes > MOST_PACKED or not all(
-            type(obj) in (int, Root, type(None)) for obj in outer.skeleton.externals
-        ):
+        if outer is not None and not _is_small(outer):
             return None
-        return _pack(outer, *self._description())
+        cls: Any = type(self)  # mypy takes it for a class without a hash
+        return _pack(cls, outer, *self._description())
 
     def reduce(self) -> tuple[Any, ...]:
         """How Ray's pickle takes it apart, so that Ray counts the reference.
@@ -208,13 +270,17 @@ class Publication(Handle):
         content = self.content()
         packed = self.packed()
         if packed is None:
-            return rebuilt, (content.reference, content.outer, *self._description())
+            return rebuilt, (content.reference, type(self), content.outer, *self._description())
         return unpacked, (content.reference, packed)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """For plain pickle, which knows nothing of references and their owners: Ray's pickle seals them inside."""
         state = self._state if isinstance(self._state, Sealed) else self._sealed()
-        return Publication, (state, *self._description())
+        return type(self), (state, *self._description())
+
+    def travels_by_name(self) -> bool:
+        """Whether it travels without object references, where it is pickled now."""
+        return False
 
     def _sealed(self) -> Sealed:
         content = self.content()
@@ -231,6 +297,15 @@ class Publication(Handle):
             )
         return Open(*pickle.loads(sealed.content))
 
+
+def _is_small(outer: Outer) -> bool:
+    """Whether plain pickle can take it, and it is worth a place in a cache."""
+    plain = all(type(obj) in (int, Root, type(None)) for obj in outer.skeleton.externals)
+    return plain and outer.nbytes <= MOST_PACKED
+
+
+_current: weakref.WeakValueDictionary[tuple[bytes, torch.device, bool], Any] = weakref.WeakValueDictionary()
+_current_lock = threading.RLock()
 
 _loaded: dict[bytes, None] = {}  # manifests, oldest first
 
@@ -262,6 +337,8 @@ def unpacked(reference: ray.ObjectRef[Any], packed: bytes) -> Publication:
     return rebuilt(reference, *_unpack(packed))
 
 
-def rebuilt(reference: ray.ObjectRef[Any], outer: Outer, *description: Any) -> Publication:
+def rebuilt(
+    reference: ray.ObjectRef[Any], cls: type[Publication], outer: Outer | None, *description: Any
+) -> Publication:
     """A handle in the process that it arrived in."""
-    return Publication(Open(reference, outer), *description)
+    return cls(Open(reference, outer), *description)

@@ -7,7 +7,7 @@ from typing import Any
 from zerocopy._compat.ray import register_reducer
 from zerocopy._declare import pipeline
 from zerocopy._load.publication import Publication
-from zerocopy._publish.publish import publish_automatically
+from zerocopy._publish.publish import has_name, publish_automatically
 from zerocopy._split.introspect import Subject, introspect
 from zerocopy._split.reducers import reduce_as_pickle
 from zerocopy._store import object_store
@@ -17,6 +17,8 @@ from zerocopy.errors import OutOfBandError
 def _reduce(pipeline: Any) -> Any:
     if not object_store.is_running():
         return reduce_as_pickle(pipeline)
+    if has_name(pipeline):
+        return _load, (publish_automatically(pipeline),)
     try:
         object_store.check_out_of_band(f"A pipeline of class {type(pipeline).__name__}")
     except OutOfBandError:
@@ -33,7 +35,7 @@ def _load(publication: Publication) -> Any:
 
 def _reduce_publication(publication: Publication) -> Any:
     reduced = publication.reduce()
-    if object_store.is_running():
+    if object_store.is_running() and not publication.travels_by_name():
         object_store.check_out_of_band(f"A publication of {publication.kind}")
         object_store.count_pin(publication.reference)  # which Ray pickles next
     return reduced
@@ -43,7 +45,12 @@ def _register(cls: type) -> None:
     register_reducer(cls, _reduce)
 
 
+def register_handle(cls: type[Publication]) -> None:
+    """Register a class of publications with Ray's pickle."""
+    register_reducer(cls, _reduce_publication)
+
+
 def install() -> None:
     """Register publications, and every pipeline class from now on, with Ray's pickle."""
-    register_reducer(Publication, _reduce_publication)
+    register_handle(Publication)
     pipeline.install(_register)

@@ -6,7 +6,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import attrs
 import ray
@@ -28,7 +28,7 @@ from zerocopy._split.introspect import Introspection, Subject, check_pipeline, i
 from zerocopy._store import mapping, object_store, windows
 from zerocopy._store.manifest import Outer, Placement, Versions
 from zerocopy._store.storages import Storage
-from zerocopy._store.write import without_aliases
+from zerocopy._store.write import Writer, without_aliases
 
 _lock = threading.RLock()
 
@@ -101,8 +101,23 @@ def publish(pipeline: Any, *, adopt: bool = False) -> Publication:
     return publish_subject(Subject(pipeline), pipeline, adopt=adopt)
 
 
+class Destination(Protocol):
+    """Where weights are written to, if not to this process' own part of the store."""
+
+    def stored(self, found: Introspection) -> dict[object, Placement]:
+        """Where storages lie that need not be written again, by key."""
+
+    def make_writer(self, *args: Any) -> Writer:
+        """What writes the others. The arguments are those of `Writer`."""
+
+
 def publish_subject(
-    subject: Subject, anchor: Any, variant: tuple[str, ...] = (), *, adopt: bool = False
+    subject: Subject,
+    anchor: Any,
+    variant: tuple[str, ...] = (),
+    *,
+    adopt: bool = False,
+    destination: Destination | None = None,
 ) -> Publication:
     """Publish any object that holds models.
 
@@ -110,6 +125,7 @@ def publish_subject(
         anchor: as long as it lives, publishing the same `variant` with it again shares these weights.
         variant: what tells this way to publish from others.
         adopt: as `publish`.
+        destination: where to; None for this process' own part of the store.
 
     Raises:
         As `publish`, but for ArgumentError.
@@ -121,14 +137,19 @@ def publish_subject(
         weights: Weights
         adoption = Adoption(found) if adopt else None
         if adoption is not None and adoption.is_possible():
-            stored = _stored(found, entry, exactly=True)
-            weights, outer = put_and_adopt(subject, found, stored, _sizes(), adoption)
+            stored = _stored(found, entry, exactly=True) if destination is None else destination.stored(found)
+            make_writer = None if destination is None else destination.make_writer
+            weights, outer = put_and_adopt(subject, found, stored, _sizes(), adoption, make_writer)
             memory = [*(entry.origin.memory() if entry.origin is not None else ()), *adoption.memory()]
-            entry.origin = live.Origin(weights.manifest, weights.shared_bytes, memory)
+            entry.origin = live.Origin(weights.manifest, weights.shared_bytes, memory, weights.tag)
+        elif destination is not None:
+            snapshot = Snapshot(found)
+            weights = put(found, snapshot, destination.stored(found), {}, destination.make_writer)
+            outer = found.outer
         else:
             weights, outer = _same_weights(entry, found) or _put(found, entry, exactly=True)
         _remember(entry, weights, automatic=False)
-        return _handle(subject.pipeline, weights.manifest, weights.shared_bytes, outer, _lease_of(entry))
+        return _handle(subject.pipeline, weights, outer, _lease_of(entry))
 
 
 def _same_weights(entry: live.Entry, found: Introspection) -> tuple[Weights, Outer] | None:
@@ -160,7 +181,22 @@ def publish_automatically(pipeline: Any) -> Publication:
             found = introspect(Subject(pipeline))
             weights, outer = _weights_of_loaded(entry, found) or _put(found, entry, exactly=False)
         _remember(entry, weights, automatic=True)
-        return _handle(pipeline, weights.manifest, weights.shared_bytes, outer)
+        return _handle(pipeline, weights, outer)
+
+
+def has_name(pipeline: Any) -> bool:
+    """Whether a pipeline is known by weights with a name, and still has them, as far as one can tell."""
+    entry = live.entry_of(pipeline)
+    weights: Weights | None = entry.published.weights if entry.published is not None else None
+    if weights is None and entry.origin is not None and entry.origin.tag is not None:
+        with _lock, collector_paused():
+            found = _weights_of_loaded(entry, introspect(Subject(pipeline)))
+            if found is not None:
+                _remember(entry, found[0], automatic=True)
+                return True
+    if weights is None or weights.tag is None or not weights.are_in_store():
+        return False
+    return weights.current_outer(pipeline) is not None
 
 
 def publish_unremembered(found: Introspection) -> Publication:
@@ -175,7 +211,7 @@ def publish_unremembered(found: Introspection) -> Publication:
         if entry.origin is None and entry.published is None:
             live.forget(found.pipeline)
         weights, outer = _same_weights(entry, found) or _put(found, entry, exactly=True)
-        return _handle(found.pipeline, weights.manifest, weights.shared_bytes, outer)
+        return _handle(found.pipeline, weights, outer)
 
 
 def put_once(
@@ -189,7 +225,8 @@ def put_once(
     Raises:
         StoreTooSmallError: the weights are larger than this node's object store.
     """
-    return _handle(pipeline, put_streaming(found, fill, drop), found.table.nbytes, found.outer, Lease())
+    manifest = put_streaming(found, fill, drop, {})
+    return new_handle(pipeline, manifest, found.table.nbytes, found.outer, lease=Lease())
 
 
 def _put(found: Introspection, entry: live.Entry, *, exactly: bool) -> tuple[Weights, Outer]:
@@ -227,15 +264,32 @@ def _published() -> list[OwnWeights]:
     return [weights for weights in published if isinstance(weights, OwnWeights)]
 
 
-def _handle(
-    pipeline: Any, manifest: ray.ObjectRef[Any], shared_bytes: int, outer: Outer, lease: Lease | None = None
+def _handle(pipeline: Any, weights: Weights, outer: Outer, lease: Lease | None = None) -> Publication:
+    return new_handle(pipeline, weights.manifest, weights.shared_bytes, outer, weights.tag, lease)
+
+
+def new_handle(
+    pipeline: Any,
+    manifest: ray.ObjectRef[Any],
+    shared_bytes: int,
+    outer: Outer | None,
+    tag: live.Tag | None = None,
+    lease: Lease | None = None,
 ) -> Publication:
-    return Publication(
+    """A handle to weights in the store."""
+    make = Publication if tag is None else tag.publication
+    handle: Publication = make(
         Open(manifest, outer),
         type(pipeline).__name__,
         shared_bytes,
-        os.environ.get(mapping.REQUIRE_ISOLATION, "0") not in ("", "0"),
+        requires_isolation(),
         Versions.here(),
         cls=type(pipeline),
         lease=lease,
     )
+    return handle
+
+
+def requires_isolation() -> bool:
+    """Whether what this process publishes may be loaded only where private mappings are possible."""
+    return os.environ.get(mapping.REQUIRE_ISOLATION, "0") not in ("", "0")

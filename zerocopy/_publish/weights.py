@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self, TypeAlias
@@ -11,7 +13,7 @@ import ray
 import torch
 
 from zerocopy._changes.snapshot import Snapshot
-from zerocopy._load.live import Origin
+from zerocopy._load.live import Origin, Tag
 from zerocopy._publish.adoption import Adoption
 from zerocopy._publish.found_again import find
 from zerocopy._split import paths
@@ -40,6 +42,7 @@ class _Weights:
     snapshot: Snapshot
     components: list[Any]
     borrowed: object_store.Borrowed
+    tag: Tag | None
     session: object = attrs.field(factory=object_store.session)
 
     def are_in_store(self) -> bool:
@@ -75,13 +78,15 @@ class OwnWeights(_Weights):
         """What `writer` wrote of `found`; the manifest is written now, if it does not lie beside a shard."""
         placements = {found.table.storages[index].key: place for index, place in writer.placements.items()}
         snapshot.note_written(placements)
+        manifest = writer.finish()
         return cls(
-            manifest=writer.finish(),
+            manifest=manifest,
             shared_bytes=found.table.nbytes,
             known=found.known,
             snapshot=snapshot,
             components=found.components,
-            borrowed=object_store.Borrowed(writer.reused),
+            borrowed=object_store.Borrowed(writer.borrowed),
+            tag=writer.tag,
             placements=placements,
             skeleton=found.shared,
             specs=tuple(found.table.specs),
@@ -154,10 +159,12 @@ class ForeignWeights(_Weights):
             snapshot=snapshot,
             components=found.components,
             borrowed=borrowed,
+            tag=origin.tag,
         )
 
 
 Weights: TypeAlias = OwnWeights | ForeignWeights
+MakeWriter: TypeAlias = Callable[..., Writer]  # with the arguments of `Writer`
 
 
 def put(
@@ -165,16 +172,19 @@ def put(
     snapshot: Snapshot,
     stored: Mapping[object, Placement],
     sizes: Mapping[ray.ObjectRef[Any], int],
+    make_writer: MakeWriter | None = None,
 ) -> OwnWeights:
     """Write what `found` shares into the store, except what is `stored`. Whatever is refused is refused before the first byte.
 
     Args:
         snapshot: of before anything was compared or written. So what another thread writes meanwhile counts as a change.
         sizes: bytes of the shards of `stored`, as far as this process has written them.
+        make_writer: makes what writes, if not a `Writer`.
     """
-    writer = _writer_of(found, stored, ORDINARY)
-    for shard in writer.shards:
-        writer.write(shard)
+    cut = ORDINARY if make_writer is None else STREAMED  # what has a name is needed in parts by later versions
+    writer = _writer_of(found, stored, cut, make_writer)
+    for _ in writer.write_all():
+        pass
     return OwnWeights.written(found, snapshot, writer, sizes)
 
 
@@ -184,14 +194,13 @@ def put_and_adopt(
     stored: Mapping[object, Placement],
     sizes: Mapping[ray.ObjectRef[Any], int],
     adoption: Adoption,
+    make_writer: MakeWriter | None = None,
 ) -> tuple[OwnWeights, Outer]:
     """The same, and re-point the tensors of the pipeline at the store. After an error they have private memory."""
-    writer = _writer_of(found, stored, STREAMED)
+    writer = _writer_of(found, stored, STREAMED, make_writer)
     try:
-        for placed in writer.stored:
+        for placed in itertools.chain(writer.stored, writer.write_all()):
             adoption.take(placed)
-        for shard in writer.shards:
-            adoption.take(writer.write(shard))
         adopted = introspect(subject)  # the same tensors, in other memory
         weights = OwnWeights.written(adopted, Snapshot(adopted), writer, sizes)
     except BaseException:
@@ -201,32 +210,41 @@ def put_and_adopt(
 
 
 def put_streaming(
-    found: Introspection, fill: Callable[[Sequence[Storage]], None], drop: Callable[[Sequence[Storage]], None]
+    found: Introspection,
+    fill: Callable[[Sequence[Storage]], None],
+    drop: Callable[[Sequence[Storage]], None],
+    stored: Mapping[object, Placement],
+    make_writer: MakeWriter | None = None,
 ) -> ray.ObjectRef[Any]:
     """Write shard by shard. Each shard is filled before it is written, and dropped afterwards. Returns the manifest.
 
     Args:
         fill: called with the storages of each shard before their bytes are read.
         drop: called with them when they are written.
+        stored: as `put`.
+        make_writer: as `put`.
     """
-    writer = _writer_of(found, {}, STREAMED)
-    for shard in writer.shards:
-        sources = [found.table.storages[index] for index in shard]
-        fill(sources)
-        writer.write(shard)
-        drop(sources)
+    writer = _writer_of(found, stored, STREAMED, make_writer)
+    for placed in writer.write_all(fill):
+        drop([found.table.storages[index] for index in placed])
     return writer.finish()
 
 
-def _writer_of(found: Introspection, stored: Mapping[object, Placement], cut: Cut) -> Writer:
+def _writer_of(
+    found: Introspection, stored: Mapping[object, Placement], cut: Cut, make_writer: MakeWriter | None
+) -> Writer:
     what = type(found.pipeline).__name__
     object_store.check_room(found.table.nbytes, what)
     object_store.warn_of_crowding(found.table.nbytes, found.outer.nbytes, what)
+    make_manifest = functools.partial(manifest_for, found)
+    return (make_writer or Writer)(found.table.storages, found.root_ends, cut, stored, make_manifest)
 
-    def make_manifest(locations: Sequence[LocationRow], shards: Sequence[ray.ObjectRef[Any]]) -> Manifest:
-        return Manifest(rows_of(found.table.specs), locations, found.devices, found.shared, shards, _is_reusable(found))
 
-    return Writer(found.table.storages, found.root_ends, cut, stored, make_manifest)
+def manifest_for(
+    found: Introspection, locations: Sequence[LocationRow] = (), shards: Sequence[ray.ObjectRef[Any]] = ()
+) -> Manifest:
+    """The manifest of what `found` shares, given where its storages are."""
+    return Manifest(rows_of(found.table.specs), locations, found.devices, found.shared, shards, _is_reusable(found))
 
 
 def _is_reusable(found: Introspection) -> bool:

@@ -16,9 +16,15 @@ from ray.actor import ActorHandle
 from zerocopy._compat.ray import is_ray_actor_class
 from zerocopy._declare.fields import Marker, check_device_name
 from zerocopy._declare.pipeline import class_with_own_init, describe, is_pipeline_class
-from zerocopy._run.arguments import keep_arguments, load_arguments
+from zerocopy._run.arguments import keep_arguments, live_parameters, load_arguments
 from zerocopy._run.checks import Parameters, check_in_flight, check_options
 from zerocopy._run.copies import warn_if_called_by_ray, warn_of_copies
+from zerocopy._run.following import (
+    check_can_follow,
+    check_options_can_follow,
+    follow_in_methods,
+    start_following,
+)
 from zerocopy._run.results import in_order
 from zerocopy._store import object_store
 from zerocopy.errors import ArgumentError, DeclarationError
@@ -34,9 +40,10 @@ _GENERATED = ("remote", "options", "pool")
 class _Spec:
     """The options of an actor class, and the Ray actor classes that this process has made of it and of its subclasses."""
 
-    def __init__(self, options: dict[str, Any], device: str | None) -> None:
+    def __init__(self, options: dict[str, Any], device: str | None, follow: bool = False) -> None:
         self.options = options
         self.device = device
+        self.follow = follow
         self._made: dict[type, tuple[Parameters, Any]] = {}
 
     def made_of(self, cls: type) -> tuple[Parameters, Any]:
@@ -47,7 +54,7 @@ class _Spec:
         return self._made[cls]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _Spec, (self.options, self.device)
+        return _Spec, (self.options, self.device, self.follow)
 
 
 class Pool(Generic[T]):
@@ -158,6 +165,8 @@ class _Options:
         def options(**options: Any) -> Launcher[..., T]:
             """Options of Ray, by name, for the actors that are started from the result."""
             check_options(options, "actor", late=True)
+            if getattr(owner, _SPEC).follow:
+                check_options_can_follow(cast("type[T]", owner), options)
             return Launcher(cast("type[T]", owner), options)
 
         return options
@@ -189,8 +198,8 @@ setattr(Actor, _SPEC, _Spec({}, None))
 @overload
 def actor(cls: C) -> C: ...
 @overload
-def actor(*, device: str | None = ..., **options: Any) -> Callable[[C], C]: ...
-def actor(cls: Any = None, *, device: str | None = None, **options: Any) -> Any:
+def actor(*, device: str | None = ..., follow: bool = ..., **options: Any) -> Callable[[C], C]: ...
+def actor(cls: Any = None, *, device: str | None = None, follow: bool = False, **options: Any) -> Any:
     """Let a class start Ray actors to which pipelines, modules and publications arrive loaded.
 
     The class stays itself: it can be called, subclassed, given to `ds.map_batches` or put under `@serve.deployment`. It
@@ -198,19 +207,22 @@ def actor(cls: Any = None, *, device: str | None = None, **options: Any) -> Any:
 
     Args:
         device: where pipelines are loaded; a field's own device wins.
+        follow: whether pipelines that arrived loaded from a publication with a name become its newest version between two calls.
+            What was done to them meanwhile is done again by a method `on_version(self, pipeline)`, if there is one.
         options: Ray's options for an actor, such as `num_cpus`.
 
     Raises:
-        DeclarationError: not a class, an option Ray does not know, or a class with a method of one of those three names.
+        DeclarationError: not a class, an option Ray does not know, or a class with a method of one of those three names; or
+            `follow` for a class with async methods, or with options that let several calls run at a time.
     """
     check_device_name(device, "@zerocopy.actor")
     check_options(options, "actor")
     if cls is None:
-        return functools.partial(_decorate, options=options, device=device)
-    return _decorate(cls, options, device)
+        return functools.partial(_decorate, options=options, device=device, follow=follow)
+    return _decorate(cls, options, device, follow)
 
 
-def _decorate(cls: Any, options: dict[str, Any], device: str | None) -> Any:
+def _decorate(cls: Any, options: dict[str, Any], device: str | None, follow: bool) -> Any:
     if not isinstance(cls, type):
         hint = "use @zerocopy.task." if inspect.isfunction(cls) else "decorate the class itself."
         raise DeclarationError(f"@zerocopy.actor expects a class, got {describe(cls)}.", hint=hint)
@@ -220,7 +232,11 @@ def _decorate(cls: Any, options: dict[str, Any], device: str | None) -> Any:
         for name, descriptor in zip(_GENERATED, (_Remote(), _Options(), _Pool()), strict=True):
             setattr(cls, name, descriptor)
     inherited = getattr(cls, _SPEC, _Spec({}, None))
-    setattr(cls, _SPEC, _Spec({**inherited.options, **options}, device or inherited.device))
+    spec = _Spec({**inherited.options, **options}, device or inherited.device, follow or inherited.follow)
+    setattr(cls, _SPEC, spec)
+    if spec.follow:
+        check_can_follow(cls, spec.options)
+        follow_in_methods(cls)
     return cls
 
 
@@ -245,6 +261,9 @@ def _prepare(cls: type) -> None:
                 f"{cls.__name__} is an actor, but {name!r} is a {value.policy}() field.",
                 hint="fields belong to a class marked with @zerocopy.pipeline, which an actor takes as an argument.",
             )
+    if getattr(cls, _SPEC, _Spec({}, None)).follow:  # of a class that it inherits from
+        check_can_follow(cls, {})
+        follow_in_methods(cls)
     if class_with_own_init(cls) is None and inspect.get_annotations(cls):
         attr.s(auto_attribs=True, slots=False, eq=False, repr=False)(cls)
     init = cls.__init__  # type: ignore[misc]
@@ -259,22 +278,28 @@ def _with_arguments_loaded(init: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(init)
         async def __init__(self: Any, *args: Any, **kwargs: Any) -> Any:
             warn_of_copies(init.__get__(self), args, kwargs)  # Ray alone awaits it
-            values, named = _loaded_for(self, args, kwargs)
+            values, named = _loaded_for(self, init, args, kwargs)
             return await init(self, *values, **named)
     else:
 
         @functools.wraps(init)
         def __init__(self: Any, *args: Any, **kwargs: Any) -> Any:
             warn_if_called_by_ray(init.__get__(self), args, kwargs)
-            values, named = _loaded_for(self, args, kwargs)
-            return init(self, *values, **named)
+            values, named = _loaded_for(self, init, args, kwargs)
+            result = init(self, *values, **named)
+            if getattr(type(self), _SPEC).follow:
+                start_following(self, (*values, *named.values()))
+            return result
 
     setattr(__init__, _SPEC, True)
     return __init__
 
 
-def _loaded_for(actor: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
-    return load_arguments(args, kwargs, getattr(type(actor), _SPEC).device)
+def _loaded_for(
+    actor: Any, init: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[list[Any], dict[str, Any]]:
+    live = live_parameters(init, is_method=True)
+    return load_arguments(args, kwargs, getattr(type(actor), _SPEC).device, live=live)
 
 
 def _prepare_subclasses(cls: Any) -> None:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias
+import functools
+import inspect
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, TypeAlias, get_args, get_origin
 
 import ray
 import ray.cloudpickle
 from torch.export import ExportedProgram
 
+from zerocopy._cluster.following import Fixed, Live, OnDevice
+from zerocopy._declare.fields import is_unknown, resolve_names
 from zerocopy._declare.pipeline import is_pipeline_class
 from zerocopy._load import devices
 from zerocopy._load.publication import Publication
@@ -73,11 +78,51 @@ def keep_arguments(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[list
 
 
 def load_arguments(
-    args: Sequence[Any], kwargs: Mapping[str, Any], device: str | None, load: Load = Publication.load
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    device: str | None,
+    load: Load = Publication.load,
+    live: Collection[int | str] = (),
 ) -> tuple[list[Any], dict[str, Any]]:
-    """The arguments of a call as the user's code receives them."""
-    values = [load_argument(value, device, load) for value in args]
-    return values, {name: load_argument(value, device, load) for name, value in kwargs.items()}
+    """The arguments of a call as the user's code receives them.
+
+    Args:
+        live: positions and names of the arguments that are to arrive as `Live` ones.
+    """
+
+    def arrived(which: int | str, value: Any) -> Any:
+        return as_live(value, device) if which in live else load_argument(value, device, load)
+
+    values = [arrived(position, value) for position, value in enumerate(args)]
+    return values, {name: arrived(name, value) for name, value in kwargs.items()}
+
+
+def as_live(value: Any, device: str | None) -> Any:
+    """An argument for a `Live` parameter. What has no name has one version."""
+    if is_pipeline_class(type(value)) and object_store.is_running() and object_store.is_worker():
+        value = publish_automatically(value)  # Ray Data and Serve bring a pipeline that is loaded already
+    if isinstance(value, Publication):
+        return OnDevice(value, device)
+    return value if isinstance(value, (Fixed, OnDevice)) else Fixed(value)
+
+
+@functools.lru_cache(256)
+def live_parameters(function: Any, *, is_method: bool = False) -> frozenset[int | str]:
+    """Positions and names of the parameters of `function` that are annotated `Live[...]`. `self` has no position."""
+    parameters = list(inspect.signature(function).parameters.values())[is_method:]
+    live = [(position, one.name) for position, one in enumerate(parameters) if _is_live(one.annotation, function)]
+    return frozenset(key for keys in live for key in keys)
+
+
+def _is_live(annotation: Any, function: Any) -> bool:
+    if isinstance(annotation, str):
+        found = resolve_names(annotation, getattr(inspect.unwrap(function), "__globals__", {}))
+        # A name that was imported inside of a function cannot be found.
+        return _is_live(found, function) or (is_unknown(found) and _LIVE.match(annotation) is not None)
+    return any(Live in (one, get_origin(one)) for one in (annotation, *get_args(annotation)))
+
+
+_LIVE = re.compile(r"([\w.]+\.)?Live\b")
 
 
 def resolve_references(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
@@ -87,11 +132,17 @@ def resolve_references(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[
     return values, named
 
 
-def copy_argument(value: Any, device: str | None) -> Any:
-    """An argument for a call in this process: a copy, or loaded, as a remote call would receive it."""
+def copy_arguments(
+    args: Sequence[Any], kwargs: Mapping[str, Any], device: str | None, live: Collection[int | str] = ()
+) -> tuple[list[Any], dict[str, Any]]:
+    """The arguments for a call in this process: copied or loaded, as a remote call would receive them."""
+    values = list(map(_copied, args))
+    return load_arguments(values, {name: _copied(value) for name, value in kwargs.items()}, device, live=live)
+
+
+def _copied(value: Any) -> Any:
     if not object_store.is_running():
         return ray.cloudpickle.loads(ray.cloudpickle.dumps(value))
     if isinstance(value, ray.ObjectRef):
-        return load_argument(ray.get(value), device)
-    value = pack_argument(value)
-    return load_argument(object_store.get(object_store.put(value)), device)
+        return ray.get(value)
+    return object_store.get(object_store.put(pack_argument(value)))

@@ -248,15 +248,16 @@ class CallLoads:
     def load(self, publication: Publication, device: str | None) -> Any:
         """As `publication.load(device)`, but around a shared part that this process keeps, where it can be reused."""
         content = publication.content()
-        reference, outer = content.reference, content.outer
+        reference = content.reference
         key = Key(reference.binary(), devices.resolve(device), publication.requires_isolation)
         entry = self._cache.acquire(key)
         if entry is None:
             manifest = manifest_of(reference)
-            if manifest.is_reusable and is_separable(manifest, outer):
+            if manifest.is_reusable and is_separable(manifest, manifest.outer_of(content.outer)):
                 publication.check_agreement()
                 entry = Entry.load(key, reference, manifest)
-        if entry is None or not is_separable(entry.manifest, outer):
+        outer = None if entry is None else entry.manifest.outer_of(content.outer)
+        if entry is None or outer is None or not is_separable(entry.manifest, outer):
             return publication.load(device)
         return self._join(entry, publication, outer)
 
@@ -271,7 +272,7 @@ class CallLoads:
         if entry is None:
             raise NotCached
         publication = unpacked(entry.reference, packed)
-        outer = publication.content().outer
+        outer = entry.manifest.outer_of(publication.content().outer)
         if not is_separable(entry.manifest, outer):
             raise NotCached
         return self._join(entry, publication, outer)
@@ -282,7 +283,7 @@ class CallLoads:
             entry.kept.record()  # now: joining may put modules into eval mode
             entry.note(Event.JOINED)
         memory = entry.shared.memory.mapped_memory()
-        live.note_load(pipeline, live.Origin(entry.reference, publication.shared_bytes, memory))
+        publication.note_load(pipeline, entry.manifest, memory, entry.key.device)
         self._entries.append(entry)
         return pipeline
 

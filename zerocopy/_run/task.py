@@ -14,7 +14,14 @@ import wrapt
 from zerocopy._declare.fields import check_device_name
 from zerocopy._declare.pipeline import describe
 from zerocopy._run import short_calls
-from zerocopy._run.arguments import copy_argument, keep_arguments, pack_argument, pack_arguments, resolve_references
+from zerocopy._run.arguments import (
+    copy_arguments,
+    keep_arguments,
+    live_parameters,
+    pack_argument,
+    pack_arguments,
+    resolve_references,
+)
 from zerocopy._run.checks import PLACEHOLDER, Parameters, check_in_flight, check_options
 from zerocopy._run.copies import warn_if_called_by_ray
 from zerocopy._run.results import default_in_flight, in_order
@@ -117,6 +124,7 @@ class Task(_FunctionWrapper[P, R]):
         self._self_parameters: Parameters = Parameters(wrapped) if base is None else base._self_parameters
         self._self_remotes: dict[Any, Any] = {}
         is_plain = not inspect.isgeneratorfunction(wrapped) and options.get("num_returns") in (None, 1)
+        is_plain = is_plain and not live_parameters(wrapped)
         self._self_may_be_short: bool = is_plain and reuse and (base is None or base._self_may_be_short)
 
     @property  # type: ignore[misc]
@@ -176,8 +184,7 @@ class Task(_FunctionWrapper[P, R]):
     def local(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Run in this process. Arguments are copied or loaded, as those of a remote call would be."""
         self._self_parameters.check(args, kwargs)
-        values = [copy_argument(value, self._self_device) for value in args]
-        named = {name: copy_argument(value, self._self_device) for name, value in kwargs.items()}
+        values, named = copy_arguments(args, kwargs, self._self_device, live_parameters(self.__wrapped__))
         return self.__wrapped__(*values, **named)
 
     def map(self, *args: Any, max_in_flight: int | None = None, **kwargs: Any) -> Iterator[R]:

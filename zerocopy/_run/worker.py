@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 from zerocopy._compat.ray import is_pickled_by_value
 from zerocopy._load.publication import Publication
 from zerocopy._run import short_calls
-from zerocopy._run.arguments import load_arguments
+from zerocopy._run.arguments import live_parameters, load_arguments
 from zerocopy._run.copies import warn_of_copies
 from zerocopy._run.reuse import CallLoads, NotCached
 
@@ -29,10 +29,10 @@ def run(target: Target, device: str | None, reuse: bool, *args: Any, **kwargs: A
 def call(function: Any, device: str | None, reuse: bool, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Call `function` with its arguments loaded. After an error nothing is kept for later calls."""
     if not reuse or inspect.isgeneratorfunction(function):
-        values, named = load_arguments(args, kwargs, device)
+        values, named = load_arguments(args, kwargs, device, live=live_parameters(function))
         return function(*values, **named)
     loads = CallLoads()
-    values, named = load_arguments(args, kwargs, device, loads.load)
+    values, named = load_arguments(args, kwargs, device, loads.load, live_parameters(function))
     result = function(*values, **named)
     del values, named  # a load that anything refers to is not reused
     loads.release()
@@ -44,7 +44,8 @@ def run_generator(target: Target, device: str | None, reuse: bool, *args: Any, *
     function = _function_of(target)
     warn_of_copies(function, args, kwargs)
     loads = CallLoads()
-    values, named = load_arguments(args, kwargs, device, loads.load if reuse else Publication.load)
+    load = loads.load if reuse else Publication.load
+    values, named = load_arguments(args, kwargs, device, load, live_parameters(function))
     yield from function(*values, **named)
     del values, named
     loads.release()

@@ -6,7 +6,7 @@ import functools
 import platform
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self, TypeAlias
 
 import attrs
 import ray
@@ -15,7 +15,7 @@ import torch
 from zerocopy._store.tensors import TensorSpec
 from zerocopy.errors import VersionError
 
-FORMAT = 3  # of manifests and handles; raised when either changes
+FORMAT = 4  # of manifests and handles; raised when either changes
 
 NOWHERE, BESIDE = (
     -1,
@@ -78,12 +78,17 @@ class Outer:
         return any(isinstance(external, Root) for external in self.skeleton.externals)
 
 
+Description: TypeAlias = tuple[Sequence[tuple[Any, ...]], Mapping[int, tuple[str | None, ...]], Skeleton, bool]
+
+
 class Manifest:
     """What a publication keeps in the store: descriptions of all shared tensors, the shared skeleton, and where bytes are.
 
     Attributes:
         spec_rows: one row per tensor, as `rows_of` makes it.
         location_rows: one `Location` per storage, as a plain tuple.
+        outer: the outer skeleton as it was published, where handles do not carry it: under a name.
+        digests: of the bytes of each storage, where they are known: under a name.
         reference: refers to the store object that held this manifest. Set in the process that read it.
         beside: the other buffers of that object. Set there, too.
     """
@@ -103,8 +108,40 @@ class Manifest:
         self.skeleton = skeleton
         self.shards = shards
         self.is_reusable = is_reusable
+        self.outer: Outer | None = None
+        self.digests: Sequence[bytes] = ()
         self.reference: ray.ObjectRef[Any] | None = None
         self.beside: Sequence[Any] = ()
+
+    @classmethod
+    def assembled(
+        cls,
+        description: Description,
+        location_rows: Sequence[tuple[int, int, int, int]],
+        shards: Sequence[ray.ObjectRef[Any]],
+        outer: Outer,
+        digests: Sequence[bytes],
+    ) -> Self:
+        """A manifest whose bytes may move: the registry knows where they are, and nothing of the rest."""
+        spec_rows, devices, skeleton, is_reusable = description
+        manifest = cls(spec_rows, location_rows, devices, skeleton, shards, is_reusable)
+        manifest.outer, manifest.digests = outer, digests
+        return manifest
+
+    def outer_of(self, outer: Outer | None) -> Outer:
+        """The outer skeleton of a handle, given the one that it carries.
+
+        Raises:
+            RuntimeError: it carries none, and there is none here.
+        """
+        found = outer if outer is not None else self.outer
+        if found is None:
+            raise RuntimeError("this manifest belongs to handles that carry their outer skeleton")
+        return found
+
+    def description(self) -> Description:
+        """All but where bytes are."""
+        return self.spec_rows, self.devices, self.skeleton, self.is_reusable
 
     def shard(self, number: int) -> ray.ObjectRef[Any]:
         """The shard that locations call by this number."""
@@ -142,7 +179,7 @@ class Versions:
     @classmethod
     @functools.cache
     def here(cls) -> Versions:
-        return cls(FORMAT, version("zerocopy-ray"), torch.__version__, platform.python_version())
+        return cls(FORMAT, version("zerocopy-ray"), str(torch.__version__), platform.python_version())
 
     def check_agreement(self) -> None:
         """Refuse a publication that this process would misread.

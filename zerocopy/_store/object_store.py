@@ -125,6 +125,11 @@ def get_all(refs: list[ray.ObjectRef[Any]]) -> list[Any]:
         raise _lost("connection ended") from error
 
 
+def await_reply(ref: ray.ObjectRef[Any]) -> Any:
+    """What a method of an actor returned."""
+    return get_silently([ref])[0] if is_async_actor() else ray.get(ref)
+
+
 _LOST: dict[LostReason, tuple[str, str]] = {
     "owner ended": (
         "the process that published them ended",

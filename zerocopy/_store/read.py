@@ -12,7 +12,8 @@ from zerocopy._compat.linux import is_equal
 from zerocopy._store import object_store
 from zerocopy._store.manifest import BESIDE, NOWHERE, Manifest
 from zerocopy._store.mapping import Mapped, map_private, start_of, starts_of
-from zerocopy._store.storages import Region
+from zerocopy._store.storages import Region, digest_of_bytes
+from zerocopy.errors import ArgumentError, CorruptedError
 
 
 def buffers_of(shard: ray.ObjectRef[Any]) -> Sequence[Any]:
@@ -23,10 +24,10 @@ def buffers_of(shard: ray.ObjectRef[Any]) -> Sequence[Any]:
 
 def manifest_of(reference: ray.ObjectRef[Any]) -> Manifest:
     """The manifest of a publication; see `object_store.get`."""
-    buffers, manifest = object_store.get(reference)
+    buffers, stored = object_store.get(reference)
+    manifest = stored if isinstance(stored, Manifest) else Manifest.assembled(*stored)
     manifest.reference, manifest.beside = reference, buffers
-    result: Manifest = manifest
-    return result
+    return manifest
 
 
 class StoredMemory:
@@ -72,6 +73,33 @@ class StoredMemory:
     def mapped_memory(self) -> list[Any]:
         """The memory that has been mapped for tensors so far."""
         return [mapped.memory for mapped in self.mapped.values()]
+
+    def check_digests(self) -> None:
+        """Compare what is needed with the digests in the manifest.
+
+        Raises:
+            ArgumentError: it has none.
+            CorruptedError: some bytes differ.
+        """
+        digests = self._manifest.digests
+        if not digests:
+            raise ArgumentError(
+                "This publication has no digests to verify.", hint="publish it under a name: publish(..., name=...)."
+            )
+        wrong = [storage for storage in self._needed if self._digest(storage) not in (None, digests[storage])]
+        if wrong:
+            raise CorruptedError(
+                f"{len(wrong)} of {len(self._needed)} storages have other bytes than were published.",
+                hint="something has written to the object store past zerocopy. Publish again.",
+                storages=wrong,
+            )
+
+    def _digest(self, storage: int) -> bytes | None:
+        """The digest of the bytes that the store has; None if there are none."""
+        shard, buffer, offset, nbytes = self._locations[storage]
+        if shard == NOWHERE:
+            return None
+        return digest_of_bytes(memoryview(self._buffers[shard][buffer])[offset : offset + nbytes])
 
     def content(self, storage: int) -> bytes:
         """The bytes of a storage, copied."""

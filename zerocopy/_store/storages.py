@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
+import xxhash
 
 from zerocopy._compat.linux import Range
 from zerocopy._compat.torch import id_of_storage
@@ -68,6 +69,11 @@ class Storage:
         if self.address is None:
             raise ValueError("this storage is not in main memory")
         return self.address, self.address + self.nbytes
+
+
+def digest_of_bytes(content: Any) -> bytes:
+    """The digest of a buffer: XXH3-128 (https://xxhash.com), which is fast and not cryptographic."""
+    return xxhash.xxh3_128_digest(content)
 
 
 def address_of(array: np.ndarray[Any, Any]) -> int:

@@ -88,6 +88,12 @@ def remove(window: Window) -> None:
         del _windows[window.start]
 
 
+def by_shard() -> dict[bytes, Window]:
+    """A window to each object that this process shows, by the id of its reference."""
+    known = [window for ref in _windows.valuerefs() if (window := ref()) is not None]
+    return {window.pin.reference.binary(): window for window in known if window.session is object_store.session()}
+
+
 def split(storages: Iterable[Storage]) -> tuple[dict[Window, list[Storage]], list[Storage]]:
     """The storages that lie in each window, and those that lie in none."""
     known = sorted((window.start, window) for ref in _windows.valuerefs() if (window := ref()) is not None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import ray
@@ -83,7 +83,10 @@ class Writer:
         shards: indices of the storages of each shard that has to be written.
         placements: the place of each storage that has bytes, as far as it is written.
         sizes: bytes of each shard that was written.
+        tag: what weights with a name are known by, when they are written.
     """
+
+    tag: Any = None
 
     def __init__(
         self,
@@ -104,12 +107,26 @@ class Writer:
         self.sizes: dict[ray.ObjectRef[Any], int] = {}
 
     @property
+    def borrowed(self) -> list[ray.ObjectRef[Any]]:
+        """The shards that other processes may own."""
+        return self.reused
+
+    @property
     def reused(self) -> list[ray.ObjectRef[Any]]:
         """The shards that were in the store already."""
         return list({place.shard: None for placed in self.stored for place in placed.values()})
 
-    def write(self, shard: Sequence[int]) -> Placements:
-        """Write one of `shards`. Returns the places of its storages."""
+    def write_all(self, fill: Callable[[Sequence[Storage]], None] = lambda _: None) -> Iterator[Placements]:
+        """Write the `shards`. Gives the places of the storages of each when it is written.
+
+        Args:
+            fill: called with the storages of each shard before their bytes are read.
+        """
+        for shard in self.shards:
+            fill([self._storages[index] for index in shard])
+            yield self._write(shard)
+
+    def _write(self, shard: Sequence[int]) -> Placements:
         buffers, places = buffers_for([self._storages[index] for index in shard])
         # Not beside, if it refers to older shards: whoever needs this shard later would keep those, too.
         is_beside = len(self.shards) == 1 and not self.stored
@@ -117,9 +134,13 @@ class Writer:
         ref = object_store.put((buffers, manifest))
         if manifest is not None:
             self._manifest = ref
-        placed = {index: Placement(ref, *place) for index, place in zip(shard, places, strict=True)}
+        return self._note(ref, dict(zip(shard, places, strict=True)))
+
+    def _note(self, ref: ray.ObjectRef[Any], places: Mapping[int, tuple[int, int]]) -> Placements:
+        """Note which object a shard is, given buffer and offset of its storages. Returns their places."""
+        placed = {index: Placement(ref, *place) for index, place in places.items()}
         self.placements.update(placed)
-        self.sizes[ref] = sum(self._storages[index].nbytes for index in shard)
+        self.sizes[ref] = sum(self._storages[index].nbytes for index in places)
         return placed
 
     def finish(self) -> ray.ObjectRef[Any]:

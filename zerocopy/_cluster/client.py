@@ -1,0 +1,216 @@
+"""How does a process ask the registry? It is made when it is first needed, and made again when it was killed."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import ray
+import ray.cloudpickle
+import ray.exceptions
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+import zerocopy._compat.ray
+from zerocopy._cluster import names
+from zerocopy._cluster import registry as registry_module
+from zerocopy._compat.ray import head_node, is_serializing
+from zerocopy._store import object_store
+from zerocopy.errors import (
+    NotPublishedError,
+    PublicationLostError,
+    VersionConflictError,
+    VersionInUseError,
+    ZeroCopyError,
+)
+
+# What clients and the registry say to each other. Those of another protocol have a registry of their own.
+PROTOCOL = 1
+NAME, NAMESPACE = f"registry-{PROTOCOL}", "zerocopy"
+SECONDS = 60.0  # that a call tries to reach a registry
+
+_lock = threading.Lock()
+_known: tuple[object, Any] | None = None  # a session, and the registry's handle in it
+_by_value = (registry_module, names, zerocopy._compat.ray)
+
+
+class RegistryLost(Exception):
+    """The registry that a publisher worked with has ended. What it owned is gone with it."""
+
+
+def ask(method: str, *args: Any) -> Any:
+    """What the registry answers. If it has ended, it is made again, and asked.
+
+    Raises:
+        NotPublishedError, VersionConflictError, VersionInUseError, PublicationLostError: it refuses.
+        ZeroCopyError: none can be reached.
+    """
+    end, pause = time.monotonic() + SECONDS, 0.05
+    while True:
+        actor = registry()
+        try:
+            return ask_one(actor, method, *args)
+        except RegistryLost as error:
+            if time.monotonic() > end:
+                raise ZeroCopyError(
+                    f"The registry of named publications cannot be reached: {error}.",
+                    hint="see whether the head node of the cluster is up.",
+                ) from error
+            time.sleep(pause * random.uniform(0.5, 1.5))  # noqa: S311 (many processes shall not ask at one moment)
+            pause = min(2 * pause, 2.0)
+
+
+def ask_one(actor: Any, method: str, *args: Any) -> Any:
+    """What one registry answers.
+
+    Raises:
+        RegistryLost: it has ended, or cannot be reached.
+        As `ask`, but for ZeroCopyError.
+    """
+    if is_serializing():  # Ray's pickler counts references by thread
+        return object_store.in_background(lambda: await_reply(actor, submit(actor, method, *args)))()
+    return await_reply(actor, submit(actor, method, *args))
+
+
+def submit(actor: Any, method: str, *args: Any) -> ray.ObjectRef[Any]:
+    """Ask without waiting."""
+    ref: ray.ObjectRef[Any] = actor.answer.remote(method, *args)
+    return ref
+
+
+def await_reply(actor: Any, ref: ray.ObjectRef[Any]) -> Any:
+    """The answer that `submit` asked for; see `ask_one`."""
+    return answer(actor, lambda: object_store.await_reply(ref))
+
+
+def answer(actor: Any, get: Callable[[], tuple[str, Any]]) -> Any:
+    """The answer in a reply, given what gets the reply; see `ask_one`."""
+    try:
+        word, result = get()
+    except (ray.exceptions.ActorDiedError, ray.exceptions.ActorUnavailableError) as error:
+        _forget(actor)
+        raise RegistryLost(str(error)) from error
+    if word != "done":
+        raise _REFUSALS[word](**result)
+    return result
+
+
+def registry() -> Any:
+    """The actor, of this session."""
+    object_store.require()
+    return _registry()
+
+
+def _registry() -> Any:
+    global _known  # noqa: PLW0603
+    session = object_store.session()
+    with _lock:
+        if _known is None or _known[0] is not session:
+            _known = session, _found_or_made()
+        return _known[1]
+
+
+def _forget(actor: Any) -> None:
+    global _known  # noqa: PLW0603
+    with _lock:
+        if _known is not None and _known[1] is actor:
+            _known = None
+
+
+def _found_or_made() -> Any:
+    with contextlib.suppress(ValueError):  # there is none
+        return ray.get_actor(NAME, NAMESPACE)
+    with _travelling_by_value():
+        head = head_node()
+        return (
+            ray.remote(registry_module.Registry)
+            .options(
+                name=NAME,
+                namespace=NAMESPACE,
+                lifetime="detached",
+                get_if_exists=True,
+                num_cpus=0,
+                max_restarts=0,  # what Ray can restart, it kills first when memory is short
+                max_concurrency=100_000,  # as many processes can wait for changes
+                enable_task_events=False,
+                scheduling_strategy=None if head is None else NodeAffinitySchedulingStrategy(head, soft=True),
+            )
+            .remote()
+        )
+
+
+@contextlib.contextmanager
+def _travelling_by_value() -> Iterator[None]:
+    """Let the registry's code travel to its process, which then need not import torch."""
+    modules = [module for module in _by_value if module.__name__ not in ray.cloudpickle.list_registry_pickle_by_value()]
+    for module in modules:
+        ray.cloudpickle.register_pickle_by_value(module)
+    try:
+        yield
+    finally:
+        for module in modules:
+            ray.cloudpickle.unregister_pickle_by_value(module)
+
+
+def _unknown_name(name: str = "", names: list[str] | None = None) -> Exception:
+    known = ", ".join(map(repr, names or [])) or "nothing"
+    return NotPublishedError(
+        f"No publication has the name {name!r} in this cluster.",
+        hint=f"publish(..., name={name!r}) makes it. There is {known}.",
+        name=name,
+        versions=[],
+    )
+
+
+def _unknown_version(name: str, which: int | str, versions: list[int], aliases: dict[str, int]) -> Exception:
+    what = f"alias {which!r}" if isinstance(which, str) else f"version {which}"
+    there = ", ".join(f"{number}{_aliases_of(number, aliases)}" for number in versions)
+    return NotPublishedError(
+        f"{name!r} has no {what}.", hint=f"there are the versions {there}.", name=name, versions=versions
+    )
+
+
+def _aliases_of(number: int, aliases: dict[str, int]) -> str:
+    names = ", ".join(sorted(alias for alias, pointed_at in aliases.items() if pointed_at == number))
+    return f" ({names})" if names else ""
+
+
+def _other_version(name: str, expected: int, found: int) -> Exception:
+    there = f"version {found}" if found else "no version"
+    return VersionConflictError(
+        f"{name!r} was expected to have version {expected} as the latest, but it has {there}.",
+        hint=f"look at what was published meanwhile, and publish again with expect={found}.",
+        name=name,
+        expected=expected,
+        found=found,
+    )
+
+
+def _aliased(name: str, number: int, aliases: list[str], versions: list[int]) -> Exception:
+    pointing = " and ".join(map(repr, aliases))
+    return VersionInUseError(
+        f"Version {number} of {name!r} cannot be removed: {pointing} points at it.",
+        hint=f"let it point elsewhere with set_alias (there are {versions}), or remove the whole name.",
+        name=name,
+        aliases=aliases,
+    )
+
+
+def _lost(name: str, number: int, reason: str) -> Exception:
+    return PublicationLostError(
+        f"The weights of version {number} of {name!r} are gone: {reason}.",
+        hint="publish it again. With source=, or by publish_checkpoint, it comes back by itself.",
+        reason="no source",
+    )
+
+
+_REFUSALS: dict[str, Any] = {
+    "unknown name": _unknown_name,
+    "unknown version": _unknown_version,
+    "other version": _other_version,
+    "aliased": _aliased,
+    "lost": _lost,
+}

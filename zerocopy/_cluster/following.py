@@ -1,0 +1,255 @@
+"""How does a process follow a name? One thread waits for changes, and loads a new version before anybody asks for it.
+
+It makes one call for all names, which the registry answers when something has changed. The same call brings what the registry
+wants of this process after it was made anew: storages that are lost, and that this process still has mapped.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import pickle
+import random
+import threading
+import time
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+
+import ray
+import torch
+
+from zerocopy._cluster import client
+from zerocopy._cluster.registry import POLL_SECONDS, Row
+from zerocopy._compat.cpython import warn_caller
+from zerocopy._load.publication import Publication
+from zerocopy._store import object_store, windows
+from zerocopy.errors import FollowWarning, ZeroCopyError
+
+T_co = TypeVar("T_co", covariant=True)
+
+PAUSE_SECONDS = 0.5  # after a failure
+
+
+class Live(Protocol[T_co]):
+    """As the annotation of a parameter, asks for a handle that follows a publication, instead of a loaded pipeline.
+
+    What arrives has `current()`, whatever was given: a publication, a pipeline or a module.
+    """
+
+    def current(self) -> T_co:
+        """The newest version, loaded. A call that keeps the object keeps its version."""
+        ...
+
+
+class Fixed(Generic[T_co]):
+    """A pipeline that has no other versions, as a `Live` one."""
+
+    def __init__(self, pipeline: T_co) -> None:
+        self._pipeline = pipeline
+
+    def current(self) -> T_co:
+        """The pipeline."""
+        return self._pipeline
+
+
+class OnDevice:
+    """A publication as a `Live` pipeline on the device of an actor or a task."""
+
+    def __init__(self, publication: Publication, device: str | None) -> None:
+        self.publication = publication
+        self.device = device
+
+    def current(self) -> Any:
+        """The newest version, loaded; see `Publication.current`."""
+        return self.publication.current(self.device)
+
+    def __repr__(self) -> str:
+        return f"<zerocopy.Live {self.publication!r}>"
+
+
+class Key(NamedTuple):
+    """What processes follow."""
+
+    name: str
+    alias: str
+    device: torch.device | None
+
+
+class Loaded(NamedTuple):
+    """A version that this process has loaded, or knows of, and a handle of just this version."""
+
+    number: int
+    pipeline: Any
+    handle: Publication
+
+
+class Followed:
+    """The newest version of one name, alias and device in this process. It lives as long as a handle uses it.
+
+    Attributes:
+        seen: the number that the registry last told, 0 for none.
+    """
+
+    def __init__(self, key: Key, load: Callable[[], Loaded]) -> None:
+        """`load` loads the version that the alias points at."""
+        self.key = key
+        self.session = object_store.session()
+        self.seen = 0
+        self._load = load
+        self._lock = threading.Lock()
+        self._loaded: Loaded | None = None
+
+    def current(self) -> Any:
+        """The newest version that is loaded. The first call loads it."""
+        return self.newest().pipeline
+
+    def newest(self) -> Loaded:
+        """The same, with its number."""
+        loaded = self._loaded
+        if loaded is None:
+            with self._lock:
+                loaded = self._loaded = self._loaded or self._load()
+                self.seen = loaded.number
+            WATCHER.follow(self)
+        return loaded
+
+    def look(self) -> None:
+        """Ask what the alias points at, instead of waiting to be told."""
+        with contextlib.suppress(ZeroCopyError):  # the name may be gone
+            self._loaded = self._load()
+
+    def note(self, number: int) -> None:
+        """Load what the alias points at, after the registry told that it is `number`."""
+        if number and number != self.newest().number:
+            loaded = self._load()
+            mine = self.newest()
+            if is_same_class(mine.pipeline, loaded.pipeline):
+                self._loaded = loaded
+            else:
+                theirs, ours = type(loaded.pipeline).__qualname__, type(mine.pipeline).__qualname__
+                warn_once(
+                    f"Version {loaded.number} of {self.key.name!r} is a {theirs}, not a {ours}. This process goes on with "
+                    f"version {mine.number}. Publish other classes under other names.",
+                )
+        self.seen = number
+
+
+def is_same_class(one: Any, other: Any) -> bool:
+    """Whether two pipelines have one class, which may have been pickled by value."""
+    first, second = type(one), type(other)
+    return first is second or (first.__module__, first.__qualname__) == (second.__module__, second.__qualname__)
+
+
+class Watcher:
+    """The thread, which runs as long as this process follows or holds something."""
+
+    def __init__(self) -> None:
+        self._followed: weakref.WeakSet[Followed] = weakref.WeakSet()
+        self._held: dict[
+            bytes, list[Row]
+        ] = {}  # what is in shards that pipelines of this process show, by id of the shard
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._woken: concurrent.futures.Future[None] = concurrent.futures.Future()
+
+    def follow(self, followed: Followed) -> None:
+        """Tell this one of changes from now on, as long as it lives."""
+        with self._lock:
+            self._followed.add(followed)
+        self._start()
+
+    def hold(self, shards: Mapping[bytes, list[Row]]) -> None:
+        """Know what is in shards that are mapped here: the registry may want them, as long as they are."""
+        with self._lock:
+            self._held.update(shards)
+        self._start()
+
+    def note_here(self, name: str) -> None:
+        """Know at once what this process has changed: its next call shall be of that."""
+        for one in list(self._followed):
+            if one.key.name == name and one.key.device is None and one.session is object_store.session():
+                one.look()
+
+    def holds(self, shard: bytes) -> bool:
+        """Whether this shard is known."""
+        return shard in self._held
+
+    def _start(self) -> None:
+        with self._lock:
+            if self._thread is None or not self._thread.is_alive():
+                self._thread = threading.Thread(target=self._run, name="zerocopy-follow", daemon=True)
+                self._thread.start()
+            elif not self._woken.done():
+                self._woken.set_result(None)
+
+    def _run(self) -> None:
+        session = object_store.session()
+        while self._has_work(session):
+            try:
+                self._wait_once()
+            except (client.RegistryLost, ZeroCopyError, ray.exceptions.RayError) as error:
+                if session is object_store.session():
+                    warn_once(
+                        f"zerocopy cannot follow named publications now, and goes on with what is loaded: {error}"
+                    )
+                    time.sleep(PAUSE_SECONDS * random.uniform(0.5, 1.5))  # noqa: S311 (many shall not ask at one moment)
+
+    def _has_work(self, session: object) -> bool:
+        with self._lock:
+            mapped = windows.by_shard()
+            self._held = {shard: rows for shard, rows in self._held.items() if shard in mapped}
+            is_ours = session is not None and session is object_store.session()
+            if is_ours and (self._held or any(one.session is session for one in self._followed)):
+                return True
+            self._thread = None
+            return False
+
+    def _wait_once(self) -> None:
+        """One call to the registry, and what it brings."""
+        with self._lock:
+            if self._woken.done():
+                self._woken = concurrent.futures.Future()
+            woken, followed = self._woken, list(self._followed)
+            held = [row[0] for rows in self._held.values() for row in rows]
+        known = {(one.key.name, one.key.alias): one.seen for one in followed}
+        registry = client.registry()
+        reply = client.submit(registry, "poll", known, held).future()
+        concurrent.futures.wait([reply, woken], 2 * POLL_SECONDS, concurrent.futures.FIRST_COMPLETED)
+        if not reply.done():
+            return
+        changed, wanted = client.answer(registry, reply.result)
+        for one in followed:
+            number = changed.get((one.key.name, one.key.alias), one.seen)
+            if number != one.seen:
+                one.note(number)
+        if wanted:
+            self._give_back(registry, set(wanted))
+
+    def _give_back(self, registry: Any, wanted: set[bytes]) -> None:
+        """Make shards that this process has mapped the registry's own, if they hold storages that it wants."""
+        for shard, window in windows.by_shard().items():
+            rows = self._held.get(shard, [])
+            if any(row[0] in wanted for row in rows):
+                buffers = list(map(pickle.PickleBuffer, window.pin.buffers))  # Ray's own: ours may have been written
+                own = object_store.put((buffers, None))
+                stored, digests = client.ask_one(registry, "store", node(), [own], [row[1:] for row in rows])
+                same = [row for row, digest in zip(rows, digests, strict=True) if row[0] == digest]
+                client.ask_one(registry, "offer", [(stored, same)])
+
+
+WATCHER = Watcher()
+_warned: set[str] = set()
+
+
+def warn_once(text: str) -> None:
+    """Warn of what concerns this whole process, once."""
+    if text not in _warned:
+        _warned.add(text)
+        warn_caller(text, FollowWarning)
+
+
+def node() -> str:
+    """The node that this process is on."""
+    found: str = ray.get_runtime_context().get_node_id()
+    return found

@@ -1,0 +1,317 @@
+"""What is the handle of a publication that has a name? It can be found again, on any process of the cluster and after losses.
+
+It travels as its name, and the number of a version or an alias. Only as an argument of a Ray call does it also bring the object
+reference that its sender had: Ray counts that, so the version stays until the call has ended.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import threading
+import weakref
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import attrs
+import torch
+
+from zerocopy._cluster import client
+from zerocopy._cluster.following import WATCHER, Followed, Key, Loaded
+from zerocopy._cluster.names import LATEST
+from zerocopy._cluster.registry import Row
+from zerocopy._compat.ray import is_serializing
+from zerocopy._load import devices
+from zerocopy._load.publication import Closed, Lease, Open, Publication
+from zerocopy._publish.passing import register_handle
+from zerocopy._store import object_store
+from zerocopy._store.manifest import Manifest, Outer, Versions
+from zerocopy.errors import NotPublishedError, PublicationClosedError, PublicationLostError
+
+
+@attrs.frozen
+class Version:
+    """One version of a name.
+
+    Attributes:
+        digest: of its content, in hexadecimal digits. Equal content has equal digests, also under other names.
+    """
+
+    name: str
+    number: int
+    digest: str
+
+
+@attrs.frozen
+class Tag:
+    """What a handle refers to.
+
+    Attributes:
+        number: of a version. None for a handle that follows an alias and was not used yet.
+        alias: what `current()` follows; None for a handle of one version for good.
+        follows: whether the handle was made for the alias, and not for one version.
+        digest: of the version.
+    """
+
+    name: str
+    number: int | None = None
+    alias: str | None = None
+    follows: bool = False
+    digest: str | None = None
+
+    def publication(self, state: Open, *description: Any, **kwargs: Any) -> NamedPublication:
+        """A handle with this tag. The arguments are those of `Publication`."""
+        kind, shared_bytes, requires_isolation, versions = description
+        return NamedPublication(state, kind, shared_bytes, requires_isolation, versions, self, **kwargs)
+
+    @property
+    def version(self) -> Version | None:
+        return None if self.number is None or self.digest is None else Version(self.name, self.number, self.digest)
+
+
+@attrs.frozen
+class Unresolved:
+    """The state of a handle that has to ask the registry.
+
+    Attributes:
+        outer: the outer skeleton, if the handle carries one of its own.
+    """
+
+    outer: Outer | None = None
+
+
+class NamedPublication(Publication):
+    """A publication that has a name: see `zerocopy.lookup`."""
+
+    _state: Open | Unresolved | Closed  # type: ignore[assignment]
+
+    def __init__(
+        self,
+        state: Open | Unresolved | Closed,
+        kind: str,
+        shared_bytes: int,
+        requires_isolation: bool,
+        versions: Versions,
+        tag: Tag,
+        *,
+        cls: type | None = None,
+        lease: Lease | None = None,
+    ) -> None:
+        super().__init__(state, kind, shared_bytes, requires_isolation, versions, cls=cls, lease=lease)  # type: ignore[arg-type]
+        self.tag = tag
+        self._followed: Followed | None = None  # what `current` gives
+        self._known: Followed | None = None  # what calls are given
+
+    @property
+    def name(self) -> str:
+        """The name."""
+        return self.tag.name
+
+    @property
+    def alias(self) -> str | None:
+        """The alias that `current()` follows; None for a handle of one version for good."""
+        return self.tag.alias
+
+    @property
+    def version(self) -> Version:
+        """The version that `load()` gives now.
+
+        Raises:
+            As `load`, where there is none.
+        """
+        version = self.pinned().tag.version
+        if version is None:
+            raise RuntimeError("a pinned handle has a version")
+        return version
+
+    def pinned(self) -> NamedPublication:
+        """A handle of the version that this one gives now."""
+        if isinstance(self._state, Closed):
+            raise PublicationClosedError(f"This publication of {self.kind} was closed.", hint="look it up again.")
+        if isinstance(self._state, Open) and self._state.session is object_store.session():
+            return self
+        object_store.check_running(f"The publication {self.name!r}")
+        found = self._resolved()
+        if self.tag.number is not None:  # else the next use may find another version
+            self._state, self.tag = found._state, found.tag
+        return found
+
+    def _resolved(self) -> NamedPublication:
+        tag = self.tag
+        if tag.number is None:
+            return self._of(resolve(tag.name, tag.alias or LATEST))
+        try:
+            return self._of(resolve(tag.name, tag.number))
+        except (NotPublishedError, PublicationLostError):
+            if not tag.follows or tag.alias is None:
+                raise
+            return self._of(resolve(tag.name, tag.alias))
+
+    def _of(self, told: dict[str, Any]) -> NamedPublication:
+        """This handle, of the version that the registry tells of."""
+        tag, digest = self.tag, told["digest"].hex()
+        if told["number"] == tag.number and tag.digest not in (None, digest):
+            raise NotPublishedError(
+                f"Version {tag.number} of {tag.name!r} is not the one that this handle was made for, in another cluster.",
+                hint="look it up again.",
+                name=tag.name,
+                versions=[told["number"]],
+            )
+        outer = self._state.outer if isinstance(self._state, (Open, Unresolved)) else None
+        state = Open(told["reference"][0], outer)
+        return handle_of(told, attrs.evolve(tag, number=told["number"], digest=digest), state)
+
+    def content(self) -> Open:
+        """What the handle refers to now; see `load`."""
+        state: Any = self.pinned()._state  # a pinned handle is open
+        found: Open = state
+        return found
+
+    def load(
+        self, device: str | torch.device | None = None, fields: Sequence[str] | None = None, *, verify: bool = False
+    ) -> Any:
+        """As `Publication.load`. A handle that follows an alias gives the version that this points at now.
+
+        Args:
+            verify: compare the digests of what is loaded with those that were taken when it was published. Reads all of it.
+
+        Raises:
+            NotPublishedError: the version or the alias is gone; the error tells which versions there are.
+            CorruptedError: `verify` found other bytes.
+        """
+        handle = self.pinned()
+        try:
+            return handle._load(device, fields, verify=verify)
+        except PublicationLostError:
+            return handle._recovered()._load(device, fields, verify=verify)
+
+    def _recovered(self) -> NamedPublication:
+        """A handle of the same version after its weights were found again. What else uses this one finds them, too."""
+        found = self._of(client.ask("recover", self.name, self.tag.number))
+        self._state = found._state
+        return found
+
+    def note_load(self, pipeline: Any, manifest: Manifest, *how: Any) -> None:
+        """As `Publication.note_load`. The registry may want what is mapped now."""
+        super().note_load(pipeline, manifest, *how)
+        _note_held(manifest)
+
+    def _tag(self) -> Tag:
+        return self.tag
+
+    def current(self, device: str | torch.device | None = None) -> Any:
+        if self.tag.alias is None:
+            return super().current(device)
+        target = devices.resolve(device)
+        if (
+            self._followed is None
+            or self._followed.key.device != target
+            or self._followed.session is not object_store.session()
+        ):
+            self._followed = followed_by(self.tag, target)
+        return self._followed.current()
+
+    current.__doc__ = Publication.current.__doc__
+
+    def close(self) -> None:
+        """Let go of the weights. The name and its versions stay: see `zerocopy.remove`."""
+        super().close()
+        self._followed = self._known = None
+
+    def __copy__(self) -> NamedPublication:
+        """A handle for one call: of the version that this process knows as the newest, if it follows an alias."""
+        if self.tag.number is None and not self.closed:
+            if self._known is None or self._known.session is not object_store.session():
+                self._known = followed_by(self.tag, None)
+            handle: Any = self._known.newest().handle
+        else:
+            handle = self.pinned()
+        return NamedPublication(handle._state, *handle._description(), cls=self.cls, lease=self._lease)
+
+    def __repr__(self) -> str:
+        if self.closed:
+            return f"<zerocopy.Publication {self.name!r}: closed>"
+        which = f"version {self.tag.number}" if self.tag.number is not None else f"follows {self.tag.alias!r}"
+        return f"<zerocopy.Publication {self.name!r} of {self.kind}: {which}, {self.shared_bytes:,} bytes>"
+
+    def _description(self) -> tuple[Any, ...]:
+        return *super()._description(), self.tag
+
+    def travels_by_name(self) -> bool:
+        """Whether Ray would not count a reference where it is pickled now, so that it brings none."""
+        return isinstance(self._state, Closed) or not (object_store.is_running() and is_serializing())
+
+    def reduce(self) -> tuple[Any, ...]:
+        """How Ray's pickle takes it apart."""
+        return self.__reduce__() if self.travels_by_name() else super(NamedPublication, copy.copy(self)).reduce()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        outer = self._state.outer if isinstance(self._state, (Open, Unresolved)) else None
+        state = self._state if isinstance(self._state, Closed) else Unresolved(outer)
+        return NamedPublication, (state, *self._description())
+
+
+_following: weakref.WeakValueDictionary[Key, Followed] = weakref.WeakValueDictionary()
+_following_lock = threading.Lock()
+
+
+def followed_by(tag: Tag, target: torch.device | None) -> Followed:
+    """What this process follows for the alias of a handle, on a device; without one, nothing is loaded."""
+    key = Key(tag.name, tag.alias or LATEST, target)
+    with _following_lock:
+        followed = _following.get(key)
+        if followed is None or followed.session is not object_store.session():
+            followed = _following[key] = Followed(key, functools.partial(_load_newest, *key))
+    return followed
+
+
+def _load_newest(name: str, alias: str, target: torch.device | None) -> Loaded:
+    """What an alias points at: one object for each version and device in this process."""
+    handle = newest(name, alias)
+    return Loaded(handle.version.number, None if target is None else handle._load_once(target), handle)
+
+
+def _note_held(manifest: Manifest) -> None:
+    """Know which storages this process has mapped, for the time when the registry has lost them."""
+    shards = [shard.binary() for shard in manifest.shards]
+    if all(map(WATCHER.holds, shards)):
+        return
+    rows: dict[bytes, list[Row]] = defaultdict(list)
+    for digest, (shard, buffer, offset, nbytes) in zip(manifest.digests, manifest.location_rows, strict=True):
+        if shard > 0:
+            rows[shards[shard - 1]].append((digest, buffer, offset, nbytes))
+    WATCHER.hold(rows)
+
+
+def resolve(name: str, which: int | str) -> dict[str, Any]:
+    """What the registry tells of a version. If its weights were lost they are found again.
+
+    Raises:
+        NotPublishedError: there is none.
+        PublicationLostError: its weights cannot be found again.
+    """
+    told: dict[str, Any] = client.ask("resolve", name, which)
+    return told if told["reference"] is not None else client.ask("recover", name, told["number"])
+
+
+def newest(name: str, alias: str) -> NamedPublication:
+    """A handle of the version that an alias points at now.
+
+    Raises:
+        As `resolve`.
+    """
+    told = resolve(name, alias)
+    tag = Tag(name, told["number"], alias, follows=True, digest=told["digest"].hex())
+    return handle_of(told, tag, Open(told["reference"][0], None))
+
+
+def handle_of(told: dict[str, Any], tag: Tag, state: Open | Unresolved, cls: type | None = None) -> NamedPublication:
+    """A handle, given what the registry tells of its version."""
+    versions = Versions(*told["versions"])
+    return NamedPublication(
+        state, told["kind"], told["shared_bytes"], told["requires_isolation"], versions, tag, cls=cls
+    )
+
+
+register_handle(NamedPublication)

@@ -1,0 +1,103 @@
+"""Which publications have names in this cluster? As records, and as a table."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import attrs
+
+from zerocopy._cluster import client
+from zerocopy._cluster.handles import Version
+from zerocopy._tables import as_html, as_text, format_bytes
+
+
+@attrs.frozen
+class Published:
+    """One version of a name.
+
+    Attributes:
+        version: name, number and digest.
+        aliases: what points at it.
+        kind: name of the pipeline's class.
+        shared_bytes: bytes of its weights. Versions share the bytes that they have in common.
+        nodes: ids of the nodes whose stores have all of it; none while it is lost.
+        age: seconds since it was published.
+        source: whether it comes back by itself when its weights are lost.
+    """
+
+    version: Version
+    aliases: tuple[str, ...]
+    kind: str
+    shared_bytes: int
+    nodes: tuple[str, ...]
+    age: float
+    source: bool
+
+
+@attrs.frozen(repr=False)
+class Publications:
+    """All versions of all names, in order. Prints as a table, in a notebook as HTML."""
+
+    versions: tuple[Published, ...]
+
+    def __iter__(self) -> Iterator[Published]:
+        return iter(self.versions)
+
+    def __len__(self) -> int:
+        return len(self.versions)
+
+    def __getitem__(self, position: int) -> Published:
+        return self.versions[position]
+
+    @property
+    def names(self) -> list[str]:
+        """The names, each once."""
+        return list(dict.fromkeys(one.version.name for one in self.versions))
+
+    def __str__(self) -> str:
+        return as_text(_HEADERS, self._rows(), right=_NUMBERS) if self.versions else "No publication has a name."
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return as_html(_HEADERS, self._rows())
+
+    def _rows(self) -> Iterator[tuple[str, ...]]:
+        for one in self.versions:
+            aliases, source = ", ".join(one.aliases), "yes" if one.source else "no"
+            counts = (format_bytes(one.shared_bytes), str(len(one.nodes)), _format_age(one.age))
+            yield (one.version.name, str(one.version.number), aliases, one.kind, *counts, source)
+
+
+_HEADERS = ("name", "version", "aliases", "class", "bytes", "nodes", "age", "source")
+_NUMBERS = ("version", "bytes", "nodes", "age")
+
+
+def _format_age(seconds: float) -> str:
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def publications() -> Publications:
+    """All publications with a name in this cluster."""
+    now = time.time()
+    found: dict[str, dict[str, Any]] = client.ask("list")
+    return Publications(
+        tuple(_published(told, entry["aliases"], now) for entry in found.values() for told in entry["versions"])
+    )
+
+
+def _published(told: dict[str, Any], aliases: dict[str, int], now: float) -> Published:
+    return Published(
+        Version(told["name"], told["number"], told["digest"].hex()),
+        tuple(sorted(alias for alias, number in aliases.items() if number == told["number"])),
+        told["kind"],
+        told["shared_bytes"],
+        tuple(told["nodes"]),
+        max(0.0, now - told["created"]),
+        told["has_source"],
+    )

@@ -1,0 +1,176 @@
+"""What can one do with names: publish under one, look one up, point aliases, list, remove?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import ray
+
+from zerocopy._cluster import client, handles, names
+from zerocopy._cluster.following import WATCHER
+from zerocopy._cluster.handles import NamedPublication, Tag, Unresolved, Version
+from zerocopy._cluster.refresh import tag_of
+from zerocopy._cluster.writing import Commit, Named
+from zerocopy._load.publication import Publication
+from zerocopy._publish import publish as unnamed
+from zerocopy._split.introspect import Subject, check_pipeline
+from zerocopy._store import object_store
+from zerocopy.errors import ArgumentError
+
+TRIES = 4  # with one registry after the other
+
+
+def publish(
+    pipeline: Any,
+    *,
+    adopt: bool = False,
+    name: str | None = None,
+    alias: str | None = None,
+    source: Callable[[], Any] | None = None,
+    expect: int | None = None,
+    keep: int | None = None,
+    lifetime: Literal["cluster", "job"] = "cluster",
+) -> Publication:
+    """Put the weights of `pipeline` into the object store, once, and return a small handle to them.
+
+    Publishing the same pipeline again shares one set of weights as long as no byte of it has changed. The weights leave
+    the store when the last handle and the last pipeline loaded from one are gone. Those with a name stay.
+
+    Args:
+        pipeline: an instance of a `@zerocopy.pipeline` class, or a bare `nn.Module`.
+        adopt: re-point its tensors at the store, each part as soon as it is written, so that this process keeps no second
+            copy. Tensors keep their identity and ties, and a write to them stays private. Memory that something else
+            has a view of, NumPy arrays and TorchScript stay where they are. After an error everything is as before.
+        name: makes this a version of that name, which `lookup` finds in any process of the cluster, also after this one has
+            ended. Storages that the cluster has under any name are not written again. Equal content is the version that
+            exists.
+        alias: points at this version from now on, as "latest" does.
+        source: makes the pipeline again, with the same weights, if they are lost.
+        expect: number of the version that "latest" must point at, 0 for none.
+        keep: how many versions of this name stay beside those that an alias points at: 2 if nobody has said anything else.
+        lifetime: with "job", the name ends with the Ray job that runs here.
+
+    Returns:
+        A handle. `load()` gives what was published; with a name, `current()` gives the newest version.
+
+    Raises:
+        ArgumentError: `pipeline` is neither, or an argument makes no sense.
+        VersionConflictError: "latest" does not point at `expect`. Nothing was changed.
+        IsolationError: `adopt` was asked for where private mappings are not possible.
+        CannotTravelError: something inside cannot leave the process; the error names its path.
+        StoreTooSmallError: the weights are larger than this node's object store.
+        RayClientError: this process is connected through Ray Client.
+    """
+    if name is None:
+        _check_unnamed(alias=alias, source=source, expect=expect, keep=keep)
+        return unnamed.publish(pipeline, adopt=adopt)
+    check_pipeline(pipeline, "zerocopy.publish")
+    commit = commit_of(name, alias, expect, keep, lifetime)
+    subject = Subject(pipeline)
+    return publish_as(commit, lambda to: unnamed.publish_subject(subject, pipeline, adopt=adopt, destination=to))
+
+
+def publish_as(commit: Commit, publish_to: Callable[[Named], Publication]) -> Publication:
+    """Publish under a name. If the registry ends meanwhile, again with the next one."""
+    for left in reversed(range(TRIES)):
+        try:
+            publication = publish_to(Named(commit))
+            break
+        except client.RegistryLost:
+            if not left:
+                raise
+    WATCHER.note_here(commit.name)
+    return publication
+
+
+def commit_of(name: str, alias: str | None, expect: int | None, keep: int | None, lifetime: str) -> Commit:
+    """What a user asks for, checked."""
+    _check_name(name, "name")
+    if alias is not None:
+        _check_name(alias, "alias")
+    if keep is not None and (not isinstance(keep, int) or keep < 0):
+        raise ArgumentError(f"keep={keep!r} is not a number of versions.", hint="give 0 or more.")
+    if expect is not None and (not isinstance(expect, int) or expect < 0):
+        raise ArgumentError(f"expect={expect!r} is not the number of a version.", hint="give 0 for no version yet.")
+    if lifetime not in ("cluster", "job"):
+        raise ArgumentError(f"lifetime={lifetime!r} is unknown.", hint="use 'cluster' or 'job'.")
+    object_store.require()
+    job = ray.get_runtime_context().get_job_id() if lifetime == "job" else None
+    return Commit(name=name, aliases=[alias] if alias else [], expect=expect, keep=keep, job=job)
+
+
+def _check_name(name: object, what: str) -> None:
+    if not isinstance(name, str) or not name:
+        raise ArgumentError(f"{what}={name!r} is not a {what}.", hint="give a string that is not empty.")
+
+
+def _check_unnamed(**given: object) -> None:
+    used = [argument for argument, value in given.items() if value is not None]
+    if used:
+        raise ArgumentError(
+            f"{used[0]}= is for publications with a name.", hint="add name=, or leave it out.", argument=used[0]
+        )
+
+
+def lookup(name: str, *, alias: str | None = None, version: int | None = None) -> NamedPublication:
+    """The publication with a name, from any process of the cluster.
+
+    Args:
+        alias: what the handle follows, "latest" if neither this nor `version` is given.
+        version: the number of one version, for good.
+
+    Raises:
+        ArgumentError: both are given.
+        NotPublishedError: there is none; the error tells which there are.
+    """
+    _check_name(name, "name")
+    if alias is not None and version is not None:
+        raise ArgumentError("lookup() takes an alias or a version, got both.", hint="leave one out.")
+    object_store.require()
+    which = version if version is not None else alias or names.LATEST
+    told = client.ask("resolve", name, which)
+    tag = Tag(name, alias=alias or names.LATEST, follows=True)
+    if version is not None:
+        tag = Tag(name, number=version, digest=told["digest"].hex())
+    return handles.handle_of(told, tag, Unresolved())
+
+
+def set_alias(name: str, alias: str, *, version: int | None = None, to: str | None = None) -> Version:
+    """Let an alias point at a version: to roll back, or forward. Whatever follows it changes.
+
+    Args:
+        alias: such as "latest", which each publication moves, or one of your own.
+        version: number of the version.
+        to: another alias, whose version it is.
+
+    Raises:
+        ArgumentError: neither or both are given.
+        NotPublishedError: there is no such version or name.
+    """
+    _check_name(name, "name")
+    _check_name(alias, "alias")
+    if (version is None) == (to is None):
+        raise ArgumentError("set_alias() takes a version or an alias to point at.", hint="write version=1, say.")
+    told = client.ask("point", name, alias, version if version is not None else to)
+    WATCHER.note_here(name)
+    return Version(name, told["number"], told["digest"].hex())
+
+
+def remove(name: str, *, version: int | None = None) -> None:
+    """Remove a name, or one of its versions. Pipelines that were loaded keep what they use.
+
+    The numbers of later versions go on counting. The memory goes when the last reader has left.
+
+    Raises:
+        NotPublishedError: there is none.
+        VersionInUseError: an alias points at this version.
+    """
+    _check_name(name, "name")
+    client.ask("remove", name, version)
+
+
+def version_of(pipeline: Any) -> Version | None:
+    """Which version a live pipeline was loaded from, or published as. None without a name."""
+    tag = tag_of(pipeline)
+    return None if tag is None else tag.version

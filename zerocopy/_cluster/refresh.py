@@ -1,0 +1,150 @@
+"""How does a loaded pipeline become the newest version in place? Its object stays, and gets the state of a new load.
+
+The state is replaced by one assignment: nobody sees half of two versions. What inside of the old state something else holds, an
+optimizer for example, stays as it is and keeps the old version.
+"""
+
+from __future__ import annotations
+
+import gc
+import types
+import weakref
+from typing import Any
+
+import torch
+
+from zerocopy._cluster.following import is_same_class, warn_once
+from zerocopy._cluster.handles import Tag, newest
+from zerocopy._load import devices, live
+from zerocopy._load.publication import Publication
+from zerocopy._split import paths
+from zerocopy.errors import ArgumentError
+
+_CONTAINERS = (dict, list, tuple, set, frozenset, types.MappingProxyType)
+_FRAMES = (types.FrameType, types.GeneratorType)
+
+
+def tag_of(pipeline: Any) -> Tag | None:
+    """What a live pipeline is known by: as it was published, or else as it was loaded. None without a name."""
+    entry = live.entry_of(pipeline)
+    tag: Tag | None = None if entry.origin is None else entry.origin.tag  # type: ignore[assignment]
+    return tag if entry.published is None else entry.published.weights.tag
+
+
+def refresh(pipeline: Any) -> bool:
+    """Give a loaded pipeline the newest version of its name, in place.
+
+    The pipeline stays the same object, and gets all attributes of the new version, shared and copied. What was done to it after
+    it was loaded, such as `eval()`, is not done again. A call that uses it meanwhile may see both versions.
+
+    Returns:
+        Whether it changed. One that was loaded from one version for good never does.
+
+    Raises:
+        ArgumentError: it was not loaded from a publication with a name, or only in part; or the newest version is of another
+            class; or it is a dict or a list itself.
+        As `Publication.load`: the newest version cannot be loaded. The pipeline is as it was.
+    """
+    tag, origin = tag_of(pipeline), live.entry_of(pipeline).origin
+    if tag is None or origin is None:
+        raise ArgumentError(
+            f"This {type(pipeline).__name__} was not loaded from a publication with a name.",
+            hint="refresh() takes what zerocopy.lookup(...).load() returned.",
+        )
+    if origin.fields is not None:
+        raise ArgumentError(
+            f"This {type(pipeline).__name__} was loaded in part.", hint="load it again, with the same fields."
+        )
+    if tag.alias is None:
+        return False
+    latest = newest(tag.name, tag.alias)
+    if latest.tag.version == tag.version:
+        return False
+    swap(pipeline, latest, origin.target or devices.CPU)
+    return True
+
+
+def swap(pipeline: Any, handle: Publication, target: torch.device) -> None:
+    """Give a pipeline the state of a version.
+
+    Raises:
+        As `refresh`.
+    """
+    if isinstance(pipeline, _CONTAINERS):
+        raise ArgumentError(
+            f"This {type(pipeline).__name__} cannot get another version in place, because it is a container itself.",
+            hint="use a zerocopy.Live[...] parameter and its current().",
+        )
+    newer = handle.load(target)
+    if not is_same_class(pipeline, newer):
+        raise ArgumentError(
+            f"The newest version is a {type(newer).__qualname__}, not a {type(pipeline).__qualname__}.",
+            hint="publish other classes under other names.",
+        )
+    origin = live.entry_of(pipeline).origin
+    inside = [weakref.ref(obj) for obj in _parts_of(pipeline)]  # tensors too: they are about to be dropped
+    _take_over(pipeline, newer)
+    if origin is not None and origin.memory():
+        gc.collect()  # the old state may refer to itself
+        if origin.memory():
+            _warn_of_holder(pipeline, [obj for ref in inside if (obj := ref()) is not None])
+
+
+def _parts_of(pipeline: Any) -> list[Any]:
+    """The modules in a pipeline, and their tensors."""
+    roots = paths.modules_among([pipeline, *paths.attributes_of(pipeline).values()])
+    modules = [module for module in paths.registered_below(roots).values() if module is not pipeline]
+    members = [held for module in (*modules, *roots) for held in list(paths.member_dicts(module))[2:]]
+    tensors = [value for held in members for value in held.values() if isinstance(value, torch.Tensor)]
+    return [*modules, *tensors]
+
+
+def _take_over(pipeline: Any, newer: Any) -> None:
+    if type(pipeline) is not type(newer):  # the same class, pickled by value by another process
+        object.__setattr__(pipeline, "__class__", type(newer))
+    for base in type(newer).__mro__:
+        for name, slot in vars(base).items():
+            if isinstance(slot, types.MemberDescriptorType) and name != "__weakref__":
+                _copy_slot(pipeline, newer, name)
+    if hasattr(newer, "__dict__"):
+        object.__setattr__(pipeline, "__dict__", newer.__dict__)
+    entry, other = live.entry_of(pipeline), live.entry_of(newer)
+    entry.origin, entry.published = other.origin, None
+    live.forget(newer)
+
+
+def _copy_slot(pipeline: Any, newer: Any, name: str) -> None:
+    if hasattr(newer, name):
+        object.__setattr__(pipeline, name, getattr(newer, name))
+    elif hasattr(pipeline, name):
+        object.__delattr__(pipeline, name)
+
+
+def _warn_of_holder(pipeline: Any, parts: list[Any]) -> None:
+    holder = _holder_of(parts)
+    if isinstance(holder, types.ModuleType):
+        who = f"A global of the module {holder.__name__!r}"
+    else:
+        who = "Something" if holder is None else f"An object of the class {type(holder).__qualname__!r}"
+    warn_once(
+        f"{who} still holds a part of an older version of {type(pipeline).__name__}, and goes on with that: only the pipeline "
+        "itself was replaced. Make such objects anew in the actor's on_version(self, pipeline)."
+    )
+
+
+def _holder_of(parts: list[Any]) -> Any:
+    """What refers to some parts of a pipeline, and is neither another part nor a plain container."""
+    known = {id(parts), *map(id, parts)}
+    reached = parts
+    for _ in range(_DEPTH):
+        referrers = [obj for obj in gc.get_referrers(*reached) if id(obj) not in known and not isinstance(obj, _FRAMES)]
+        known |= {id(reached), id(referrers), *map(id, referrers)}
+        found = next((obj for obj in referrers if not isinstance(obj, (*_CONTAINERS, *_PARTS))), None)
+        if found is not None or not referrers:
+            return found
+        reached = referrers
+    return None
+
+
+_DEPTH = 5  # containers in one another
+_PARTS = (torch.nn.Module, torch.Tensor)

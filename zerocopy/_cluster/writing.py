@@ -1,0 +1,196 @@
+"""How do weights get a name? They are written shard by shard, each is made the registry's own, and one commit makes a version.
+
+Until the commit only this process refers to them. So if it ends before, nothing is left.
+"""
+
+from __future__ import annotations
+
+import collections
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeAlias
+
+import attrs
+import ray
+import ray.cloudpickle
+
+from zerocopy._cluster import client
+from zerocopy._cluster.digests import digest_of_version
+from zerocopy._cluster.handles import Tag
+from zerocopy._cluster.names import LATEST
+from zerocopy._cluster.registry import Given, Row
+from zerocopy._publish.publish import requires_isolation
+from zerocopy._publish.weights import manifest_for
+from zerocopy._split.introspect import Introspection
+from zerocopy._store import object_store
+from zerocopy._store.manifest import Placement, Versions
+from zerocopy._store.storages import Storage, digest_of_bytes
+from zerocopy._store.write import Placements, Writer, buffers_for
+
+UNDER_WAY = 1  # store tasks that are waited for while the next shard is written
+
+Extents: TypeAlias = dict[int, tuple[int, int, int]]  # of the storages of a shard, by index: buffer, offset, bytes
+
+
+@attrs.frozen(kw_only=True)
+class Commit:
+    """What a user asks for when publishing under a name.
+
+    Attributes:
+        aliases: shall point at the version, beside "latest".
+        expect: number of the version that "latest" is expected to point at, 0 for none; None for any.
+        keep: how many versions stay that no alias points at; None for as before.
+        job: the job that the name ends with, or None.
+        source: a call that offers what is missing of the version, pickled; or None.
+        request: tells this commit from all others.
+    """
+
+    name: str
+    aliases: Sequence[str] = ()
+    expect: int | None = None
+    keep: int | None = None
+    job: str | None = None
+    source: bytes | None = None
+    request: str = attrs.field(factory=lambda: uuid.uuid4().hex)
+
+
+class Named:
+    """Where weights are written that get a name: a `Destination`. It serves one try, with one registry."""
+
+    def __init__(self, commit: Commit) -> None:
+        self.commit = commit
+        self.registry = client.registry()
+        self.digests: list[bytes] = []
+        self.found: Introspection | None = None
+
+    def stored(self, found: Introspection) -> dict[object, Placement]:
+        """Where those storages are that the registry has, by key."""
+        return self.stored_with(found, [digest_of_bytes(storage.to_bytes()) for storage in found.table.storages])
+
+    def stored_with(self, found: Introspection, digests: Sequence[bytes]) -> dict[object, Placement]:
+        """The same, given the digest of each storage."""
+        self.found, self.digests = found, list(digests)
+        shards, rows = client.ask_one(self.registry, "have", self.commit.name, self.content(), self.digests)
+        places = {digest: Placement(shards[shard], buffer, offset) for digest, shard, buffer, offset in rows}
+        by_storage = zip(found.table.storages, self.digests, strict=True)
+        return {storage.key: places[digest] for storage, digest in by_storage if storage.nbytes and digest in places}
+
+    def storages(self) -> list[tuple[bytes, int]]:
+        """Digest and bytes of each storage."""
+        return [(digest, s.nbytes) for digest, s in zip(self.digests, self._introspection.table.storages, strict=True)]
+
+    def content(self) -> bytes:
+        """The digest of the version."""
+        found = self._introspection
+        return digest_of_version(manifest_for(found), self.storages(), found.outer)
+
+    @property
+    def _introspection(self) -> Introspection:
+        if self.found is None:
+            raise RuntimeError("`stored` comes first")
+        return self.found
+
+    def make_writer(self, *args: Any) -> Writer:
+        """What writes the other storages, and commits."""
+        return _Writer(self, *args)
+
+    def commit_with(self, shards: Sequence[Given]) -> dict[str, Any]:
+        """Make what was written a version. Returns what the registry tells of it."""
+        found, commit = self._introspection, self.commit
+        content = {
+            "digest": self.content(),
+            "request": commit.request,
+            "storages": self.storages(),
+            "description": ray.cloudpickle.dumps(manifest_for(found).description()),
+            "outer": ray.cloudpickle.dumps(found.outer),
+            "told": _told(found),
+            "source": commit.source,
+            "runtime_env": dict(ray.get_runtime_context().runtime_env) if commit.source is not None else {},
+        }
+        told: dict[str, Any] = client.ask_one(
+            self.registry,
+            "commit",
+            commit.name,
+            content,
+            shards,
+            commit.aliases,
+            commit.expect,
+            commit.keep,
+            commit.job,
+        )
+        return told
+
+
+def _told(found: Introspection) -> dict[str, Any]:
+    """What tables and handles say of a version, in builtins."""
+    return {
+        "kind": type(found.pipeline).__name__,
+        "shared_bytes": found.table.nbytes,
+        "requires_isolation": requires_isolation(),
+        "versions": attrs.astuple(Versions.here()),
+        "created": time.time(),
+        "node": _node(),
+    }
+
+
+def _node() -> str:
+    node: str = ray.get_runtime_context().get_node_id()
+    return node
+
+
+class _Writer(Writer):
+    """Writes storages, makes them the registry's own, and commits."""
+
+    def __init__(self, target: Named, *args: Any) -> None:
+        super().__init__(*args)
+        self._target = target
+        self._given: list[Given] = []
+
+    @property
+    def borrowed(self) -> list[ray.ObjectRef[Any]]:
+        return list({place.shard: None for place in self.placements.values()})
+
+    def write_all(self, fill: Callable[[Sequence[Storage]], None] = lambda _: None) -> Iterator[Placements]:
+        """As `Writer.write_all`. The next shard is written while the registry's task stores the last one."""
+        under_way: collections.deque[tuple[Extents, ray.ObjectRef[Any]]] = collections.deque()
+        for shard in self.shards:
+            sources = [self._storages[index] for index in shard]
+            fill(sources)
+            buffers, places = buffers_for(sources)
+            extents = {i: (*place, s.nbytes) for i, s, place in zip(shard, sources, places, strict=True)}
+            own = object_store.put((buffers, None))
+            under_way.append(
+                (extents, client.submit(self._target.registry, "store", _node(), [own], [*extents.values()]))
+            )
+            del own, buffers
+            if len(under_way) > UNDER_WAY:
+                yield self._stored(*under_way.popleft())
+        while under_way:
+            yield self._stored(*under_way.popleft())
+
+    def _stored(self, extents: Extents, reply: ray.ObjectRef[Any]) -> Placements:
+        """Wait for a store task."""
+        stored, digests = client.await_reply(self._target.registry, reply)
+        for index, digest in zip(extents, digests, strict=True):
+            self._target.digests[index] = digest  # of what was written, though somebody may have written meanwhile
+        rows = [(digest, *extent) for digest, extent in zip(digests, extents.values(), strict=True)]
+        self._given.append((stored, rows))
+        return self._note(stored[0], {index: (buffer, offset) for index, (buffer, offset, _) in extents.items()})
+
+    def finish(self) -> ray.ObjectRef[Any]:
+        """Commit. Returns the reference to the manifest, which the registry makes."""
+        commit = self._target.commit
+        told = self._target.commit_with([*self._given, *self._reused()])
+        alias = next(iter(commit.aliases), LATEST)
+        self.tag = Tag(commit.name, told["number"], alias, digest=told["digest"].hex())
+        reference: ray.ObjectRef[Any] = told["reference"][0]
+        return reference
+
+    def _reused(self) -> list[Given]:
+        rows: dict[ray.ObjectRef[Any], list[Row]] = collections.defaultdict(list)
+        for placed in self.stored:
+            for index, place in placed.items():
+                row = (self._target.digests[index], place.buffer, place.offset, self._storages[index].nbytes)
+                rows[place.shard].append(row)
+        return [([shard], found) for shard, found in rows.items()]
