@@ -19,6 +19,7 @@ import ray
 import torch
 from ray._private import internal_api, state
 
+import zerocopy
 from zerocopy._publish import weights
 
 CPUS = 4
@@ -68,6 +69,15 @@ def cluster() -> Iterator[None]:
 def address(cluster: None) -> str:
     """By which a program joins the cluster: to start one of its own takes it seconds."""
     return ray.get_runtime_context().gcs_address
+
+
+@pytest.fixture
+def name(request: pytest.FixtureRequest, cluster: None) -> Iterator[str]:
+    """A name for publications of this test, removed afterwards with all that start with it."""
+    chosen = request.node.name
+    yield chosen
+    for one in [found for found in zerocopy.publications().names if found.startswith(chosen)]:
+        zerocopy.remove(one)
 
 
 @pytest.fixture

@@ -6,13 +6,12 @@ from zerocopy import errors, testing
 from zerocopy._cluster.following import Live
 from zerocopy._cluster.handles import Version
 from zerocopy._cluster.listing import Publications, Published, publications
-from zerocopy._cluster.publish import lookup, publish, remove, set_alias, version_of
+from zerocopy._cluster.publish import lookup, publish, publish_checkpoint, remove, set_alias, version_of
 from zerocopy._cluster.refresh import refresh
 from zerocopy._declare.fields import Copied, Field, Policy, Shared, copied, shared
 from zerocopy._declare.pipeline import fields, pipeline
 from zerocopy._load.live import unshare
 from zerocopy._load.publication import Publication
-from zerocopy._publish.checkpoint import publish_checkpoint
 from zerocopy._publish.passing import install as _install
 from zerocopy._publish.verify import plan
 from zerocopy._run.actor import Actor, Launcher, Pool, actor

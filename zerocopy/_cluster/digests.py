@@ -53,13 +53,13 @@ def _told(external: Any) -> object:
 def canonical(payload: bytes) -> Iterator[_Token]:
     """What pickles say, in a form that is equal for those that differ in nothing but what is named above."""
     file = io.BytesIO(payload)
+    memo: list[_Token] = []  # those of a payload have one
     while file.tell() < len(payload):
-        yield from _canonical_of_one(file)
+        yield from _canonical_of_one(file, memo)
 
 
-def _canonical_of_one(file: io.BytesIO) -> list[_Token]:
+def _canonical_of_one(file: io.BytesIO, memo: list[_Token]) -> list[_Token]:
     tokens: list[_Token] = []
-    memo: list[_Token] = []
     marks: list[int] = []
     argument: Any
     for opcode, argument, _ in pickletools.genops(file):

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 import threading
+import time
 import weakref
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
 import attrs
+import ray
 import torch
 
 from zerocopy._cluster import client
@@ -27,7 +30,7 @@ from zerocopy._load.publication import Closed, Lease, Open, Publication
 from zerocopy._publish.passing import register_handle
 from zerocopy._store import object_store
 from zerocopy._store.manifest import Manifest, Outer, Versions
-from zerocopy.errors import NotPublishedError, PublicationClosedError, PublicationLostError
+from zerocopy.errors import NotPublishedError, PublicationLostError
 
 
 @attrs.frozen
@@ -41,6 +44,10 @@ class Version:
     name: str
     number: int
     digest: str
+
+
+SEEN_SECONDS = 0.5  # that a version is taken to be there after it was seen
+_seen: dict[Tag, float] = {}
 
 
 @attrs.frozen
@@ -60,10 +67,25 @@ class Tag:
     follows: bool = False
     digest: str | None = None
 
-    def publication(self, state: Open, *description: Any, **kwargs: Any) -> NamedPublication:
-        """A handle with this tag. The arguments are those of `Publication`."""
+    def publication(
+        self, manifest: ray.ObjectRef[Any] | None, outer: Outer, *description: Any, **kwargs: Any
+    ) -> NamedPublication:
+        """A handle with this tag that brings an outer skeleton of its own; see `live.Tag`."""
         kind, shared_bytes, requires_isolation, versions = description
+        state = Unresolved(outer) if manifest is None else Open(manifest, outer)
         return NamedPublication(state, kind, shared_bytes, requires_isolation, versions, self, **kwargs)
+
+    def is_there(self) -> bool:
+        """Whether the version is there, or was so a moment ago: to ask takes a millisecond."""
+        now = time.monotonic()
+        if _seen.get(self, -math.inf) < now - SEEN_SECONDS:
+            try:
+                client.ask("resolve", self.name, self.number)
+            except NotPublishedError:
+                _seen.pop(self, None)
+                return False
+            _seen[self] = now
+        return True
 
     @property
     def version(self) -> Version | None:
@@ -127,8 +149,7 @@ class NamedPublication(Publication):
 
     def pinned(self) -> NamedPublication:
         """A handle of the version that this one gives now."""
-        if isinstance(self._state, Closed):
-            raise PublicationClosedError(f"This publication of {self.kind} was closed.", hint="look it up again.")
+        self._check_open()
         if isinstance(self._state, Open) and self._state.session is object_store.session():
             return self
         object_store.check_running(f"The publication {self.name!r}")
@@ -201,7 +222,7 @@ class NamedPublication(Publication):
         return self.tag
 
     def current(self, device: str | torch.device | None = None) -> Any:
-        if self.tag.alias is None:
+        if self.tag.alias is None or self.closed:
             return super().current(device)
         target = devices.resolve(device)
         if (

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import ray
+import torch
 
 from zerocopy._cluster import client, handles, names
 from zerocopy._cluster.following import WATCHER
 from zerocopy._cluster.handles import NamedPublication, Tag, Unresolved, Version
+from zerocopy._cluster.recovery import packed_checkpoint, packed_source
 from zerocopy._cluster.refresh import tag_of
 from zerocopy._cluster.writing import Commit, Named
 from zerocopy._load.publication import Publication
 from zerocopy._publish import publish as unnamed
+from zerocopy._publish.checkpoint import Checkpoint, PathLike, paths_of
+from zerocopy._publish.checkpoint import publish_checkpoint as unnamed_checkpoint
 from zerocopy._split.introspect import Subject, check_pipeline
 from zerocopy._store import object_store
 from zerocopy.errors import ArgumentError
@@ -63,10 +68,13 @@ def publish(
         RayClientError: this process is connected through Ray Client.
     """
     if name is None:
-        _check_unnamed(alias=alias, source=source, expect=expect, keep=keep)
+        _check_unnamed(alias, source, expect, keep, lifetime)
         return unnamed.publish(pipeline, adopt=adopt)
     check_pipeline(pipeline, "zerocopy.publish")
-    commit = commit_of(name, alias, expect, keep, lifetime)
+    if source is not None and not callable(source):
+        raise ArgumentError(f"source={source!r} cannot be called.", hint="give a function that makes the pipeline.")
+    packed = None if source is None else packed_source(source)
+    commit = commit_of(name, packed, alias=alias, expect=expect, keep=keep, lifetime=lifetime)
     subject = Subject(pipeline)
     return publish_as(commit, lambda to: unnamed.publish_subject(subject, pipeline, adopt=adopt, destination=to))
 
@@ -84,7 +92,53 @@ def publish_as(commit: Commit, publish_to: Callable[[Named], Publication]) -> Pu
     return publication
 
 
-def commit_of(name: str, alias: str | None, expect: int | None, keep: int | None, lifetime: str) -> Commit:
+def publish_checkpoint(
+    build: Callable[[], Any],
+    files: PathLike | Iterable[PathLike],
+    *,
+    dtype: torch.dtype | None = None,
+    name: str | None = None,
+    alias: str | None = None,
+    expect: int | None = None,
+    keep: int | None = None,
+    lifetime: Literal["cluster", "job"] = "cluster",
+) -> Publication:
+    """Publish a pipeline whose weights are in safetensors files, without a copy of them in this process.
+
+    Args:
+        build: makes the pipeline, as usual. While it runs, parameters are made on the meta device, where they take no
+            memory; buffers are made for real.
+        files: a path, a pattern such as `"model/*.safetensors"`, or several of them. Names are those of the module's
+            `state_dict()`; in a pipeline with several models each after the path of its model, as in
+            `encoder.layer.0.weight`. Of tied tensors one name is enough.
+        dtype: what floating-point tensors of the files are converted to, None for as they are.
+        name: as in `publish`. If the weights are lost, they are read from the files again, on any node that has them.
+        alias: as in `publish`.
+        expect: as in `publish`.
+        keep: as in `publish`.
+        lifetime: as in `publish`.
+
+    Returns:
+        A publication of the pipeline. Nothing of it stays in this process.
+
+    Raises:
+        CheckpointError: there is no such file, or it is not a safetensors file, or the names and shapes in the files are
+            not those of the pipeline: all that do not fit are listed.
+        ArgumentError: `build` does not make a pipeline or a module, or an argument makes no sense.
+        VersionConflictError, CannotTravelError, StoreTooSmallError, RayClientError: as `publish`.
+    """
+    if name is None:
+        _check_unnamed(alias, None, expect, keep, lifetime)
+        return unnamed_checkpoint(build, files, dtype=dtype)
+    paths = tuple(os.path.abspath(path) for path in paths_of(files))  # noqa: PTH100 (patterns; other processes read them)
+    checkpoint = Checkpoint(build, paths, dtype)
+    commit = commit_of(name, packed_checkpoint(checkpoint), alias=alias, expect=expect, keep=keep, lifetime=lifetime)
+    return publish_as(commit, lambda to: unnamed.put_once(checkpoint.open(), to))
+
+
+def commit_of(
+    name: str, source: bytes | None, *, alias: str | None, expect: int | None, keep: int | None, lifetime: str
+) -> Commit:
     """What a user asks for, checked."""
     _check_name(name, "name")
     if alias is not None:
@@ -97,16 +151,20 @@ def commit_of(name: str, alias: str | None, expect: int | None, keep: int | None
         raise ArgumentError(f"lifetime={lifetime!r} is unknown.", hint="use 'cluster' or 'job'.")
     object_store.require()
     job = ray.get_runtime_context().get_job_id() if lifetime == "job" else None
-    return Commit(name=name, aliases=[alias] if alias else [], expect=expect, keep=keep, job=job)
+    aliases = [alias] if alias else []
+    return Commit(name=name, aliases=aliases, expect=expect, keep=keep, job=job, source=source)
 
 
 def _check_name(name: object, what: str) -> None:
     if not isinstance(name, str) or not name:
-        raise ArgumentError(f"{what}={name!r} is not a {what}.", hint="give a string that is not empty.")
+        article = "an" if what == "alias" else "a"
+        raise ArgumentError(f"{what}={name!r} is not {article} {what}.", hint="give a string that is not empty.")
 
 
-def _check_unnamed(**given: object) -> None:
+def _check_unnamed(alias: object, source: object, expect: object, keep: object, lifetime: str) -> None:
+    given = {"alias": alias, "source": source, "expect": expect, "keep": keep}
     used = [argument for argument, value in given.items() if value is not None]
+    used += ["lifetime"] if lifetime != "cluster" else []
     if used:
         raise ArgumentError(
             f"{used[0]}= is for publications with a name.", hint="add name=, or leave it out.", argument=used[0]

@@ -8,7 +8,9 @@ control plane. All methods run in one event loop, and what changes the state doe
 from __future__ import annotations
 
 import asyncio
+import collections
 import dataclasses
+import mmap
 import os
 import pickle
 import time
@@ -23,6 +25,7 @@ from zerocopy._compat.ray import ended_jobs, have_copies, nodes_with, records_in
 
 STORING = 4  # store tasks at a time
 LEAST_STORED = 128 << 10  # bytes: Ray keeps smaller results in the heap of their owner, where nothing can map them
+NONCE_BYTES = 16  # what is unique to a shard comes first
 POLL_SECONDS = 30.0
 JOB_SECONDS = 2.0  # between two looks at whether jobs have ended
 HOLDER_SECONDS = 8.0  # that recovery waits for processes which still hold what is lost
@@ -31,6 +34,8 @@ CLAIM_SECONDS = 30.0  # that one process has to upload what it was asked for
 Ref: TypeAlias = Any  # an ObjectRef
 Row: TypeAlias = tuple[bytes, int, int, int]  # of a storage in a shard: digest, buffer, offset, bytes
 Given: TypeAlias = tuple[list[Ref], list[Row]]  # a shard, as it is given: in a list, so that Ray does not fetch it
+Source: TypeAlias = list[Ref] | tuple[str, int]  # a shard in the store, or memory at a path of its node, and bytes
+Place: TypeAlias = tuple[bytes, int, int]  # id of a shard, buffer, offset
 Key: TypeAlias = tuple[str, int]  # a name and a number
 
 
@@ -69,21 +74,31 @@ class Packed:
         return pickle.loads, (self.content,)
 
 
-def store(shard: list[Ref], rows: Sequence[tuple[int, int, int]]) -> tuple[Any, list[bytes]]:
+def store(source: Source, rows: Sequence[tuple[int, int, int]]) -> tuple[Any, list[bytes]]:
     """What a store task runs: it returns a shard as a value of its own, and the digests of its storages, read there.
 
     Args:
-        shard: holds the reference: as an argument of its own it would wait for room beside the arguments of other tasks.
+        source: the shard. A reference stands in a list: as an argument of its own it would wait for room beside the arguments
+            of other tasks.
         rows: buffer, offset and bytes of each storage.
     """
     import xxhash
 
-    buffers = ray.get(shard[0])[0]
+    buffers = _buffers_of(source)
     views = [memoryview(buffer) for buffer in buffers]
     digests = [xxhash.xxh3_128_digest(views[buffer][offset : offset + nbytes]) for buffer, offset, nbytes in rows]
     missing = max(0, LEAST_STORED - sum(map(len, views)))
     padding = [pickle.PickleBuffer(bytes(missing))] if missing else []
     return ([*map(pickle.PickleBuffer, buffers), *padding], None), digests
+
+
+def _buffers_of(source: Source) -> list[Any]:
+    if isinstance(source, list):
+        buffers: list[Any] = ray.get(source[0])[0]
+        return buffers
+    path, nbytes = source
+    with open(path, "rb") as file:  # noqa: PTH123
+        return [os.urandom(NONCE_BYTES), mmap.mmap(file.fileno(), nbytes, prot=mmap.PROT_READ)]
 
 
 def run_source(call: bytes) -> Any:
@@ -97,7 +112,6 @@ class Registry:
     def __init__(self) -> None:
         self._names: dict[str, Name] = {name: _restored(record) for name, record in records_in_control_plane().items()}
         self._shards: dict[bytes, Shard] = {}
-        self._index: dict[bytes, tuple[bytes, int, int]] = {}  # by digest: id of the shard, buffer, offset
         self._placed: dict[Key, Placed] = {}
         self._recoveries: dict[Key, asyncio.Task[None]] = {}
         self._claims: dict[bytes, float] = {}  # digests that some process uploads, and until when
@@ -124,25 +138,26 @@ class Registry:
         A shard of which less than two thirds would be used by this version and by other names is not worth keeping, unless
         there is a version of this `content` already.
         """
-        wanted = set(digests)
+        wanted = collections.Counter(digests)
         same = self._names.get(name, Name()).with_content(content)
-        is_there = same is not None and (name, same.number) in self._placed
-        used = wanted | {digest for other in self._placed if other[0] != name for digest in self._digests_of(other)}
+        worthy = list(self._shards)
+        if same is None or (name, same.number) not in self._placed:
+            others = {digest for other in self._placed if other[0] != name for digest in self._digests_of(other)}
+            worthy = [key for key in worthy if _is_worth_keeping(self._shards[key], wanted.keys() | others)]
         shards: dict[bytes, int] = {}
         rows = []
-        for digest in wanted & self._index.keys():
-            key, buffer, offset = self._index[digest]
-            if not is_there and key not in shards and not _is_worth_keeping(self._shards[key], used):
-                continue
-            rows.append((digest, shards.setdefault(key, len(shards)), buffer, offset))
+        places = self._places(worthy)
+        for digest, count in wanted.items():
+            for key, buffer, offset in places.get(digest, [])[:count]:
+                rows.append((digest, shards.setdefault(key, len(shards)), buffer, offset))
         return [self._shards[key].ref for key in shards], rows
 
-    async def _store(self, node: str, shard: list[Ref], rows: list[tuple[int, int, int]]) -> tuple[list[Ref], Any]:
+    async def _store(self, node: str, source: Source, rows: list[tuple[int, int, int]]) -> tuple[list[Ref], Any]:
         """Make a shard the registry's own, on the node that has it. Only the caller refers to the result."""
         remote: Any = ray.remote(num_cpus=0, max_retries=0, num_returns=2)(store)
         on_node = NodeAffinitySchedulingStrategy(node, soft=False)
         async with self._storing:
-            stored, receipt = remote.options(scheduling_strategy=on_node, name="zerocopy.store").remote(shard, rows)
+            stored, receipt = remote.options(scheduling_strategy=on_node, name="zerocopy.store").remote(source, rows)
             return [stored], await receipt
 
     async def _commit(
@@ -165,8 +180,7 @@ class Registry:
         if version is None or (name, version.number) not in self._placed:
             number = known.next_number if version is None else version.number
             version = Version(number=number, **content) if version is None else version
-            self._add(shards)
-            placed = self._place(version)
+            placed = self._place(version, self._add(shards))
         changed = known.changed(
             next_number=max(known.next_number, version.number + 1),
             keep=known.keep if keep is None else keep,
@@ -180,13 +194,17 @@ class Registry:
             self._forget_unused()
         return self._told(name, version)
 
+    async def _lacks(self, digests: Sequence[bytes]) -> list[bytes]:
+        """Those storages that a version lacks."""
+        return self._lacking(digests)
+
     async def _offer(self, shards: Sequence[Given]) -> None:
         """Take shards with storages that versions lack."""
         self._add(shards)
         for name, known in self._names.items():
             for version in known.versions.values():
                 if (name, version.number) not in self._placed and not self._missing(version):
-                    self._placed[name, version.number] = self._place(version)
+                    self._placed[name, version.number] = self._place(version, self._shards)
         for _, rows in shards:
             for digest, *_ in rows:
                 self._claims.pop(digest, None)
@@ -308,35 +326,43 @@ class Registry:
         name, number = key
         return [digest for digest, _ in self._names[name].versions[number].storages]
 
+    def _places(self, shards: Iterable[bytes]) -> dict[bytes, list[Place]]:
+        """Where storages are in some shards, by digest. Several storages of one version may be equal: each needs a place."""
+        places: dict[bytes, list[Place]] = collections.defaultdict(list)
+        for key in shards:
+            for digest, buffer, offset, _ in self._shards[key].rows:
+                places[digest].append((key, buffer, offset))
+        return places
+
     def _missing(self, version: Version) -> list[bytes]:
-        """Digests of the storages of a version that no shard holds."""
-        return [digest for digest, nbytes in version.storages if nbytes and digest not in self._index]
+        """Digests of the storages of a version for which no shard has a place."""
+        places = self._places(self._shards)
+        needed = collections.Counter(digest for digest, nbytes in version.storages if nbytes)
+        return [digest for digest, count in needed.items() if count > len(places.get(digest, ()))]
 
-    def _add(self, shards: Iterable[Given]) -> None:
-        """Know shards, and the storages in them."""
+    def _add(self, shards: Iterable[Given]) -> list[bytes]:
+        """Know shards, and what is in them. Returns their ids."""
         for (ref,), rows in shards:
-            key = ref.binary()
-            if key not in self._shards:
-                self._shards[key] = Shard(ref, rows)
-                self._index.update((digest, (key, buffer, offset)) for digest, buffer, offset, _ in rows)
+            self._shards.setdefault(ref.binary(), Shard(ref, rows))
+        return [ref.binary() for (ref,), _ in shards]
 
-    def _place(self, version: Version) -> Placed:
-        """Put a manifest that tells where the storages of a version are."""
-        missing = self._missing(version)
-        if missing:
-            raise Refused("lost", number=version.number, reason=f"{len(missing)} of its storages are not in the store")
+    def _place(self, version: Version, among: Iterable[bytes]) -> Placed:
+        """Put a manifest that tells where the storages of a version are, among some shards."""
+        places = self._places(among)
         shards: dict[bytes, int] = {}
         rows = []
         for digest, nbytes in version.storages:
             if not nbytes:
                 rows.append((-1, 0, 0, 0))
                 continue
-            key, buffer, offset = self._index[digest]
+            if not places[digest]:
+                raise Refused("lost", number=version.number, reason="some of its storages are not in the store")
+            key, buffer, offset = places[digest].pop(0)
             rows.append((shards.setdefault(key, len(shards) + 1), buffer, offset, nbytes))
         refs = [self._shards[key].ref for key in shards]
         digests = [digest for digest, _ in version.storages]
         parts = Packed(version.description), rows, refs, Packed(version.outer), digests
-        return Placed(ray.put(([pickle.PickleBuffer(os.urandom(16))], parts)), set(shards))
+        return Placed(ray.put(([pickle.PickleBuffer(os.urandom(NONCE_BYTES))], parts)), set(shards))
 
     def _write(self, name: str, changed: Name, placed: Mapping[Key, Placed]) -> None:
         """The commit: one write. Before it, nothing can be seen; after it, all."""
@@ -356,13 +382,9 @@ class Registry:
                 del self._placed[name, number]
         wanted = {digest for _, version in self._unplaced() for digest, _ in version.storages}
         needed = set().union(*(placed.shards for placed in self._placed.values()))
-        needed |= {self._index[digest][0] for digest in wanted & self._index.keys()}
-        for key in self._shards.keys() - needed:
-            del self._shards[key]
-        kept = {row[0]: (key, row[1], row[2]) for key, shard in self._shards.items() for row in shard.rows}
-        self._index = {
-            digest: place if (place := self._index[digest])[0] in self._shards else kept[digest] for digest in kept
-        }
+        for key, shard in list(self._shards.items()):
+            if key not in needed and wanted.isdisjoint(row[0] for row in shard.rows):
+                del self._shards[key]
 
     def _unplaced(self) -> list[tuple[str, Version]]:
         return [
@@ -372,11 +394,14 @@ class Registry:
             if (name, number) not in self._placed
         ]
 
+    def _lacking(self, digests: Iterable[bytes]) -> list[bytes]:
+        lacking = {digest for _, version in self._unplaced() for digest in self._missing(version)}
+        return [digest for digest in digests if digest in lacking]
+
     def _claim(self, held: Sequence[bytes]) -> list[bytes]:
         """Which of the storages that a process holds it shall upload."""
         now = time.monotonic()
-        wanted = {digest for _, version in self._unplaced() for digest in self._missing(version)}
-        claimed = [digest for digest in held if digest in wanted and self._claims.get(digest, 0) < now]
+        claimed = [digest for digest in self._lacking(held) if self._claims.get(digest, 0) < now]
         self._claims.update(dict.fromkeys(claimed, now + CLAIM_SECONDS))
         return claimed
 
@@ -387,7 +412,6 @@ class Registry:
         lost = {key for key, is_there in zip(keys, there, strict=True) if not is_there}
         for key in lost:
             del self._shards[key]
-        self._index = {digest: place for digest, place in self._index.items() if place[0] not in lost}
         self._placed = {key: other for key, other in self._placed.items() if other.shards.isdisjoint(lost)}
         return bool(lost)
 
@@ -402,7 +426,7 @@ class Registry:
         if self._missing(version):
             raise Refused("lost", number=version.number, reason=problem)
         if (name, version.number) not in self._placed:
-            self._placed[name, version.number] = self._place(version)
+            self._placed[name, version.number] = self._place(version, self._shards)
             self._announce()
 
     async def _run_source(self, version: Version) -> str:

@@ -9,7 +9,7 @@ import collections
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import attrs
 import ray
@@ -17,20 +17,17 @@ import ray.cloudpickle
 
 from zerocopy._cluster import client
 from zerocopy._cluster.digests import digest_of_version
+from zerocopy._cluster.following import node
 from zerocopy._cluster.handles import Tag
 from zerocopy._cluster.names import LATEST
 from zerocopy._cluster.registry import Given, Row
+from zerocopy._cluster.storing import store_all
 from zerocopy._publish.publish import requires_isolation
-from zerocopy._publish.weights import manifest_for
+from zerocopy._publish.weights import Streamed, manifest_for
 from zerocopy._split.introspect import Introspection
-from zerocopy._store import object_store
 from zerocopy._store.manifest import Placement, Versions
 from zerocopy._store.storages import Storage, digest_of_bytes
-from zerocopy._store.write import Placements, Writer, buffers_for
-
-UNDER_WAY = 1  # store tasks that are waited for while the next shard is written
-
-Extents: TypeAlias = dict[int, tuple[int, int, int]]  # of the storages of a shard, by index: buffer, offset, bytes
+from zerocopy._store.write import STREAMED, Placements, Writer, layout
 
 
 @attrs.frozen(kw_only=True)
@@ -66,15 +63,21 @@ class Named:
 
     def stored(self, found: Introspection) -> dict[object, Placement]:
         """Where those storages are that the registry has, by key."""
-        return self.stored_with(found, [digest_of_bytes(storage.to_bytes()) for storage in found.table.storages])
+        return self.stored_of(Streamed(found))
 
-    def stored_with(self, found: Introspection, digests: Sequence[bytes]) -> dict[object, Placement]:
-        """The same, given the digest of each storage."""
-        self.found, self.digests = found, list(digests)
+    def stored_of(self, streamed: Streamed) -> dict[object, Placement]:
+        """The same of what is in memory only while it is read."""
+        found = streamed.found
+        self.found, self.digests = found, digests_of(streamed)
         shards, rows = client.ask_one(self.registry, "have", self.commit.name, self.content(), self.digests)
-        places = {digest: Placement(shards[shard], buffer, offset) for digest, shard, buffer, offset in rows}
+        places: dict[bytes, list[Placement]] = collections.defaultdict(list)
+        for digest, shard, buffer, offset in rows:
+            places[digest].append(Placement(shards[shard], buffer, offset))
         by_storage = zip(found.table.storages, self.digests, strict=True)
-        return {storage.key: places[digest] for storage, digest in by_storage if storage.nbytes and digest in places}
+        # Two equal storages are different memory: each has a place of its own.
+        return {
+            storage.key: places[digest].pop() for storage, digest in by_storage if storage.nbytes and places[digest]
+        }
 
     def storages(self) -> list[tuple[bytes, int]]:
         """Digest and bytes of each storage."""
@@ -130,13 +133,21 @@ def _told(found: Introspection) -> dict[str, Any]:
         "requires_isolation": requires_isolation(),
         "versions": attrs.astuple(Versions.here()),
         "created": time.time(),
-        "node": _node(),
+        "node": node(),
     }
 
 
-def _node() -> str:
-    node: str = ray.get_runtime_context().get_node_id()
-    return node
+def digests_of(streamed: Streamed) -> list[bytes]:
+    """The digest of each storage."""
+    storages = streamed.found.table.storages
+    digests = [digest_of_bytes(b"")] * len(storages)
+    for shard in layout([storage.nbytes for storage in storages], streamed.found.root_ends, STREAMED):
+        sources = [storages[index] for index in shard]
+        streamed.fill(sources)
+        for index, source in zip(shard, sources, strict=True):
+            digests[index] = digest_of_bytes(source.to_bytes())
+        streamed.drop(sources)
+    return digests
 
 
 class _Writer(Writer):
@@ -153,30 +164,23 @@ class _Writer(Writer):
 
     def write_all(self, fill: Callable[[Sequence[Storage]], None] = lambda _: None) -> Iterator[Placements]:
         """As `Writer.write_all`. The next shard is written while the registry's task stores the last one."""
-        under_way: collections.deque[tuple[Extents, ray.ObjectRef[Any]]] = collections.deque()
-        for shard in self.shards:
-            sources = [self._storages[index] for index in shard]
-            fill(sources)
-            buffers, places = buffers_for(sources)
-            extents = {i: (*place, s.nbytes) for i, s, place in zip(shard, sources, places, strict=True)}
-            own = object_store.put((buffers, None))
-            under_way.append(
-                (extents, client.submit(self._target.registry, "store", _node(), [own], [*extents.values()]))
-            )
-            del own, buffers
-            if len(under_way) > UNDER_WAY:
-                yield self._stored(*under_way.popleft())
-        while under_way:
-            yield self._stored(*under_way.popleft())
+        shards = iter(self.shards)
 
-    def _stored(self, extents: Extents, reply: ray.ObjectRef[Any]) -> Placements:
-        """Wait for a store task."""
-        stored, digests = client.await_reply(self._target.registry, reply)
-        for index, digest in zip(extents, digests, strict=True):
+        def sources() -> Iterator[list[Storage]]:
+            for shard in self.shards:
+                storages = [self._storages[index] for index in shard]
+                fill(storages)
+                yield storages
+
+        for shard, given in zip(shards, store_all(self._target.registry, sources()), strict=True):
+            yield self._stored(shard, given)
+
+    def _stored(self, shard: Sequence[int], given: Given) -> Placements:
+        (ref,), rows = given
+        for index, (digest, *_) in zip(shard, rows, strict=True):
             self._target.digests[index] = digest  # of what was written, though somebody may have written meanwhile
-        rows = [(digest, *extent) for digest, extent in zip(digests, extents.values(), strict=True)]
-        self._given.append((stored, rows))
-        return self._note(stored[0], {index: (buffer, offset) for index, (buffer, offset, _) in extents.items()})
+        self._given.append(given)
+        return self._note(ref, {i: (buffer, offset) for i, (_, buffer, offset, _) in zip(shard, rows, strict=True)})
 
     def finish(self) -> ray.ObjectRef[Any]:
         """Commit. Returns the reference to the manifest, which the registry makes."""

@@ -18,8 +18,11 @@ from zerocopy.errors import ArgumentError, IsolationError
 class Tag(Protocol):
     """What weights are known by that have a name."""
 
-    def publication(self, *args: Any, **kwargs: Any) -> Any:
-        """A handle to them. The arguments are those of `Publication`."""
+    def publication(self, manifest: ray.ObjectRef[Any] | None, outer: Any, *description: Any, **kwargs: Any) -> Any:
+        """A handle to them, given the reference to the manifest if something here has one. See `Publication`."""
+
+    def is_there(self) -> bool:
+        """Whether they can be found."""
 
 
 class Origin:

@@ -173,6 +173,7 @@ class Publication(Handle):
         Raises:
             As `load`, at the first call.
         """
+        self._check_open()
         target = devices.resolve(device)
         if self._current is None or self._current[0] != target:
             self._current = target, self._load_once(target)
@@ -199,17 +200,24 @@ class Publication(Handle):
         if isinstance(self._state, Sealed):
             object_store.check_running(f"This publication of {self.kind}")
             self._state = self._opened(self._state)
-        if isinstance(self._state, Closed):
-            raise PublicationClosedError(
-                f"This publication of {self.kind} was closed.", hint="load before close(), or publish again."
-            )
-        if self._state.session is None or self._state.session is not object_store.session():
+        self._check_open()
+        if (
+            not isinstance(self._state, Open)
+            or self._state.session is None
+            or self._state.session is not object_store.session()
+        ):
             raise PublicationLostError(
                 f"This publication of {self.kind} belongs to a connection to Ray that has ended.",
                 hint="publish the pipeline again.",
                 reason="connection ended",
             )
         return self._state
+
+    def _check_open(self) -> None:
+        if isinstance(self._state, Closed):
+            raise PublicationClosedError(
+                f"This publication of {self.kind} was closed.", hint="load before close(), or publish again."
+            )
 
     def close(self) -> None:
         """Let go of the weights. Loaded pipelines keep what they use; closing twice is fine."""

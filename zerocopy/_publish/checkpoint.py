@@ -14,12 +14,14 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
+import attrs
 import torch
 from torch import nn
 
 from zerocopy._compat.linux import drop_pages
 from zerocopy._load.publication import Publication
 from zerocopy._publish.publish import put_once
+from zerocopy._publish.weights import Streamed
 from zerocopy._split.introspect import Subject, check_pipeline, introspect
 from zerocopy._split.models import models_of
 from zerocopy._split.paths import is_module
@@ -33,44 +35,54 @@ Tensors: TypeAlias = Mapping[str, torch.Tensor]  # of the files, by name: views 
 Targets: TypeAlias = dict[str, tuple[dict[str, Any], str]]  # where a module holds what its state dict has under a name
 
 
+@attrs.frozen
+class Checkpoint:
+    """A pipeline over files, and how to read them.
+
+    Attributes:
+        build: as the argument of `publish_checkpoint`.
+        files: paths and patterns.
+        dtype: as the argument.
+    """
+
+    build: Callable[[], Any]
+    files: tuple[str, ...]
+    dtype: torch.dtype | None
+
+    def open(self) -> Streamed:
+        """Map the files and make the pipeline over them.
+
+        Raises:
+            CheckpointError, ArgumentError, CannotTravelError: as `publish_checkpoint`.
+        """
+        tensors = _read(self.files)
+        with _parameters_on_meta():
+            pipeline = self.build()
+        check_pipeline(pipeline, "zerocopy.publish_checkpoint")
+        targets = _targets(pipeline, tensors)
+        _check_fit(targets, tensors)
+        pages = _Pages()
+        _attach(targets, tensors, self.dtype, pages)
+        return Streamed(introspect(Subject(pipeline)), pages.fill, pages.drop)
+
+
 def publish_checkpoint(
     build: Callable[[], Any], files: PathLike | Iterable[PathLike], *, dtype: torch.dtype | None = None
 ) -> Publication:
-    """Publish a pipeline whose weights are in safetensors files, without a copy of them in this process.
-
-    Args:
-        build: makes the pipeline, as usual. While it runs, parameters are made on the meta device, where they take no
-            memory; buffers are made for real.
-        files: a path, a pattern such as `"model/*.safetensors"`, or several of them. Names are those of the module's
-            `state_dict()`; in a pipeline with several models each after the path of its model, as in
-            `encoder.layer.0.weight`. Of tied tensors one name is enough.
-        dtype: what floating-point tensors of the files are converted to, None for as they are.
-
-    Returns:
-        A publication of the pipeline. Nothing of it stays in this process.
-
-    Raises:
-        CheckpointError: there is no such file, or it is not a safetensors file, or the names and shapes in the files are
-            not those of the pipeline: all that do not fit are listed.
-        ArgumentError: `build` does not make a pipeline or a module.
-        CannotTravelError, StoreTooSmallError, RayClientError: as `publish`.
-    """
+    """As the public function, without a name."""
     object_store.require()
-    tensors = _read(files)
-    with _parameters_on_meta():
-        pipeline = build()
-    check_pipeline(pipeline, "zerocopy.publish_checkpoint")
-    targets = _targets(pipeline, tensors)
-    _check_fit(targets, tensors)
-    pages = _Pages()
-    _attach(targets, tensors, dtype, pages)
-    return put_once(pipeline, introspect(Subject(pipeline)), pages.fill, pages.drop)
+    return put_once(Checkpoint(build, paths_of(files), dtype).open())
 
 
-def _read(files: PathLike | Iterable[PathLike]) -> Tensors:
-    patterns = [files] if isinstance(files, (str, os.PathLike)) else list(files)
+def paths_of(files: PathLike | Iterable[PathLike]) -> tuple[str, ...]:
+    """Paths and patterns as text."""
+    every = [files] if isinstance(files, (str, os.PathLike)) else files
+    return tuple(os.fspath(path) for path in every)
+
+
+def _read(patterns: Sequence[str]) -> Tensors:
     tensors: dict[str, torch.Tensor] = {}
-    for pattern in [os.fspath(pattern) for pattern in patterns]:
+    for pattern in patterns:
         paths = sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern]  # noqa: PTH207 (patterns may be absolute)
         if not paths:
             raise CheckpointError(f"No file matches {pattern!r}.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import attrs
@@ -19,6 +19,7 @@ from zerocopy._publish.adoption import Adoption
 from zerocopy._publish.weights import (
     ForeignWeights,
     OwnWeights,
+    Streamed,
     Weights,
     put,
     put_and_adopt,
@@ -27,7 +28,6 @@ from zerocopy._publish.weights import (
 from zerocopy._split.introspect import Introspection, Subject, check_pipeline, introspect
 from zerocopy._store import mapping, object_store, windows
 from zerocopy._store.manifest import Outer, Placement, Versions
-from zerocopy._store.storages import Storage
 from zerocopy._store.write import Writer, without_aliases
 
 _lock = threading.RLock()
@@ -62,6 +62,8 @@ def _remember(entry: live.Entry, weights: Weights, *, automatic: bool) -> None:
         entry.published = _Published(weights)
     entry.published.weights = weights
     entry.published.automatic |= automatic
+    if automatic:
+        _forget_unless_needed(entry)
 
 
 def _lease_of(entry: live.Entry) -> Lease:
@@ -74,7 +76,11 @@ def _lease_of(entry: live.Entry) -> Lease:
 
 def _forget_unless_needed(entry: live.Entry) -> None:
     published = entry.published
-    if published is not None and not published.automatic and published.lease() is None:
+    if published is None or published.lease() is not None:
+        return
+    if published.weights.tag is not None:  # the registry keeps them, as long as the name says
+        published.weights = published.weights.without_references()
+    elif not published.automatic:
         entry.published = None
 
 
@@ -106,6 +112,9 @@ class Destination(Protocol):
 
     def stored(self, found: Introspection) -> dict[object, Placement]:
         """Where storages lie that need not be written again, by key."""
+
+    def stored_of(self, streamed: Streamed) -> dict[object, Placement]:
+        """The same of what is in memory only while it is read."""
 
     def make_writer(self, *args: Any) -> Writer:
         """What writes the others. The arguments are those of `Writer`."""
@@ -141,7 +150,8 @@ def publish_subject(
             make_writer = None if destination is None else destination.make_writer
             weights, outer = put_and_adopt(subject, found, stored, _sizes(), adoption, make_writer)
             memory = [*(entry.origin.memory() if entry.origin is not None else ()), *adoption.memory()]
-            entry.origin = live.Origin(weights.manifest, weights.shared_bytes, memory, weights.tag)
+            if weights.manifest is not None:
+                entry.origin = live.Origin(weights.manifest, weights.shared_bytes, memory, weights.tag)
         elif destination is not None:
             snapshot = Snapshot(found)
             weights = put(found, snapshot, destination.stored(found), {}, destination.make_writer)
@@ -185,18 +195,17 @@ def publish_automatically(pipeline: Any) -> Publication:
 
 
 def has_name(pipeline: Any) -> bool:
-    """Whether a pipeline is known by weights with a name, and still has them, as far as one can tell."""
+    """Whether a pipeline was published or loaded under a name, and still has those weights, as far as one can tell."""
     entry = live.entry_of(pipeline)
-    weights: Weights | None = entry.published.weights if entry.published is not None else None
-    if weights is None and entry.origin is not None and entry.origin.tag is not None:
-        with _lock, collector_paused():
+    with _lock, collector_paused():
+        if entry.published is None and entry.origin is not None and entry.origin.tag is not None:
             found = _weights_of_loaded(entry, introspect(Subject(pipeline)))
             if found is not None:
                 _remember(entry, found[0], automatic=True)
-                return True
-    if weights is None or weights.tag is None or not weights.are_in_store():
-        return False
-    return weights.current_outer(pipeline) is not None
+        weights: Weights | None = entry.published.weights if entry.published is not None else None
+        if weights is None or weights.tag is None or not weights.are_in_store():
+            return False
+        return weights.current_outer(pipeline) is not None
 
 
 def publish_unremembered(found: Introspection) -> Publication:
@@ -214,19 +223,19 @@ def publish_unremembered(found: Introspection) -> Publication:
         return _handle(found.pipeline, weights, outer)
 
 
-def put_once(
-    pipeline: Any,
-    found: Introspection,
-    fill: Callable[[Sequence[Storage]], None],
-    drop: Callable[[Sequence[Storage]], None],
-) -> Publication:
-    """Publish a pipeline that nobody changes or publishes again; see `put_streaming`.
+def put_once(streamed: Streamed, destination: Destination | None = None) -> Publication:
+    """Publish a pipeline that nobody changes or publishes again.
 
     Raises:
         StoreTooSmallError: the weights are larger than this node's object store.
     """
-    manifest = put_streaming(found, fill, drop, {})
-    return new_handle(pipeline, manifest, found.table.nbytes, found.outer, lease=Lease())
+    found = streamed.found
+    if destination is None:
+        writer = put_streaming(streamed, {})
+    else:
+        writer = put_streaming(streamed, destination.stored_of(streamed), destination.make_writer)
+    manifest = writer.finish()
+    return new_handle(found.pipeline, manifest, found.table.nbytes, found.outer, writer.tag, Lease())
 
 
 def _put(found: Introspection, entry: live.Entry, *, exactly: bool) -> tuple[Weights, Outer]:
@@ -270,24 +279,20 @@ def _handle(pipeline: Any, weights: Weights, outer: Outer, lease: Lease | None =
 
 def new_handle(
     pipeline: Any,
-    manifest: ray.ObjectRef[Any],
+    manifest: ray.ObjectRef[Any] | None,
     shared_bytes: int,
-    outer: Outer | None,
+    outer: Outer,
     tag: live.Tag | None = None,
     lease: Lease | None = None,
 ) -> Publication:
-    """A handle to weights in the store."""
-    make = Publication if tag is None else tag.publication
-    handle: Publication = make(
-        Open(manifest, outer),
-        type(pipeline).__name__,
-        shared_bytes,
-        requires_isolation(),
-        Versions.here(),
-        cls=type(pipeline),
-        lease=lease,
-    )
-    return handle
+    """A handle to weights in the store, to which nothing may refer here if they have a name."""
+    description = type(pipeline).__name__, shared_bytes, requires_isolation(), Versions.here()
+    if tag is not None:
+        named: Publication = tag.publication(manifest, outer, *description, cls=type(pipeline), lease=lease)
+        return named
+    if manifest is None:
+        raise RuntimeError("weights without a name have a manifest")
+    return Publication(Open(manifest, outer), *description, cls=type(pipeline), lease=lease)
 
 
 def requires_isolation() -> bool:

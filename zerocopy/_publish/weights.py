@@ -46,7 +46,11 @@ class _Weights:
     session: object = attrs.field(factory=object_store.session)
 
     def are_in_store(self) -> bool:
-        return self.session is not None and self.session is object_store.session() and self.borrowed.have_owners()
+        if self.session is None or self.session is not object_store.session():
+            return False
+        if self.manifest is None:
+            return self.tag is not None and self.tag.is_there()
+        return self.borrowed.have_owners()
 
     def current_outer(self, pipeline: Any) -> Outer | None:
         """The outer skeleton of `pipeline` as it is now, if the pipeline still has these weights, as far as one can tell."""
@@ -93,11 +97,16 @@ class OwnWeights(_Weights):
             sizes={**{shard: sizes[shard] for shard in writer.reused if shard in sizes}, **writer.sizes},
         )
 
+    def without_references(self) -> Self:
+        """The same weights, which have a name, but not kept in the store by this process."""
+        nothing: Any = None  # mypy takes the attribute for one that cannot be None
+        return attrs.evolve(self, manifest=nothing, borrowed=object_store.Borrowed([]), placements={}, sizes={})
+
     def outer_if_same(self, found: Introspection) -> Outer | None:
         """The outer skeleton of `found` over these weights, if they are those of `found`, byte by byte."""
         same_objects = (self.known.tensors, self.known.storages) == (found.known.tensors, found.known.storages)
         same_form = (self.skeleton, self.specs) == (found.shared, tuple(found.table.specs))
-        if not (same_objects and same_form):
+        if self.manifest is None or not (same_objects and same_form):
             return None
         return found.outer if len(self.verified_places(found.table.storages)) == len(self.placements) else None
 
@@ -111,7 +120,7 @@ class OwnWeights(_Weights):
     def verified_places(self, storages: Sequence[Storage]) -> Mapping[object, Placement]:
         """The same for any storages. All that the store may have are compared byte by byte."""
         candidates = [storage for storage in storages if storage.key in self.placements]
-        if not candidates:
+        if not candidates or self.manifest is None:
             return {}
         manifest = manifest_of(self.manifest)
         indices = {storage.key: self.known.storages[storage.key] for storage in candidates}
@@ -133,6 +142,11 @@ class ForeignWeights(_Weights):
 
     The outer skeleton holds everything but the tensors: the shared skeleton describes objects of another process.
     """
+
+    def without_references(self) -> Self:
+        """As that of `OwnWeights`."""
+        nothing: Any = None
+        return attrs.evolve(self, manifest=nothing, borrowed=object_store.Borrowed([]))
 
     @classmethod
     def of_loaded(cls, found: Introspection, origin: Origin | None) -> Self | None:
@@ -209,25 +223,29 @@ def put_and_adopt(
     return weights, adopted.outer
 
 
-def put_streaming(
-    found: Introspection,
-    fill: Callable[[Sequence[Storage]], None],
-    drop: Callable[[Sequence[Storage]], None],
-    stored: Mapping[object, Placement],
-    make_writer: MakeWriter | None = None,
-) -> ray.ObjectRef[Any]:
-    """Write shard by shard. Each shard is filled before it is written, and dropped afterwards. Returns the manifest.
+@attrs.frozen(eq=False)
+class Streamed:
+    """What is published shard by shard, and is in memory only while it is read.
 
-    Args:
-        fill: called with the storages of each shard before their bytes are read.
-        drop: called with them when they are written.
-        stored: as `put`.
-        make_writer: as `put`.
+    Attributes:
+        found: the introspection. It knows where memory is that may be empty.
+        fill: fills the memory of some storages before they are read.
+        drop: gives that memory back.
     """
-    writer = _writer_of(found, stored, STREAMED, make_writer)
-    for placed in writer.write_all(fill):
-        drop([found.table.storages[index] for index in placed])
-    return writer.finish()
+
+    found: Introspection
+    fill: Callable[[Sequence[Storage]], None] = lambda _: None
+    drop: Callable[[Sequence[Storage]], None] = lambda _: None
+
+
+def put_streaming(
+    streamed: Streamed, stored: Mapping[object, Placement], make_writer: MakeWriter | None = None
+) -> Writer:
+    """Write shard by shard. Each shard is filled before it is written, and dropped afterwards. See `put`."""
+    writer = _writer_of(streamed.found, stored, STREAMED, make_writer)
+    for placed in writer.write_all(streamed.fill):
+        streamed.drop([streamed.found.table.storages[index] for index in placed])
+    return writer
 
 
 def _writer_of(

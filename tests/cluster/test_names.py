@@ -1,0 +1,426 @@
+"""Publications with names: found from anywhere, in versions that count up, at the price of what has changed."""
+
+from __future__ import annotations
+
+import pickle
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pipelines
+import pytest
+import ray
+import torch
+from conftest import bytes_in_store, run_python, wait_until
+from torch import nn
+from versions import Numbered, ask, numbered
+
+import zerocopy
+from zerocopy.errors import (
+    ArgumentError,
+    CannotTravelError,
+    CorruptedError,
+    NotPublishedError,
+    PublicationClosedError,
+    VersionConflictError,
+    VersionInUseError,
+)
+from zerocopy.testing import assert_zero_copy
+
+pytestmark = pytest.mark.usefixtures("cluster")
+
+
+def numbers(name: str) -> list[int]:
+    return [one.version.number for one in zerocopy.publications() if one.version.name == name]
+
+
+def test_versions_count_up_and_aliases_point_at_them(name: str) -> None:
+    """Each publication is a version. "latest" points at the newest, other aliases where they are told."""
+    first = zerocopy.publish(numbered(1), name=name)
+    second = zerocopy.publish(numbered(2), name=name, alias="canary")
+    assert (first.version.number, second.version.number) == (1, 2)
+    assert [first.load()(), second.load()()] == [1, 2]
+    assert [zerocopy.lookup(name).load()(), zerocopy.lookup(name, alias="canary").load()()] == [2, 2]
+    pinned, latest, canary = (
+        zerocopy.lookup(name, version=1),
+        zerocopy.lookup(name),
+        zerocopy.lookup(name, alias="canary"),
+    )
+    assert zerocopy.set_alias(name, "latest", version=1).number == 1
+    assert [handle.load()() for handle in (pinned, latest, canary)] == [1, 1, 2]
+    zerocopy.set_alias(name, "latest", to="canary")
+    assert [handle.load()() for handle in (pinned, latest, canary)] == [1, 2, 2]
+    assert zerocopy.publish(numbered(3), name=name).version.number == 3
+    assert [handle.load()() for handle in (pinned, latest, canary)] == [1, 3, 2]
+
+
+def test_equal_content_is_the_version_that_exists(name: str) -> None:
+    """Whoever publishes it: the same weights and copied fields are no new version. Other copied fields are one, at no cost."""
+    search = pipelines.search(width=512)
+    version = zerocopy.publish(search, name=name).version
+    assert zerocopy.publish(search, name=name).version == version
+    assert zerocopy.publish(pipelines.search(width=512), name=name).version == version
+    assert zerocopy.publish(zerocopy.lookup(name).load(), name=name).version == version
+    before = bytes_in_store()
+    search.top_k = 9
+    assert zerocopy.publish(search, name=name).version.number == version.number + 1
+    assert zerocopy.lookup(name).load().top_k == 9
+    assert bytes_in_store() - before < 100_000
+    search.top_k = 5
+    assert zerocopy.publish(search, name=name).version == version
+    assert zerocopy.lookup(name).load().top_k == 5  # "latest" points at it again
+
+
+SET = """
+import sys
+import ray, torch, zerocopy, pipelines
+ray.init(sys.argv[1], log_to_driver=False)
+search = pipelines.search(width=64, settings={"words": {"one", "two", "three", ("four", 4)}, "code": compute})
+print(zerocopy.publish(search, name=sys.argv[2]).version.number)
+"""
+
+
+def test_equal_content_of_other_processes(name: str, address: str) -> None:
+    """Sets are pickled in another order by each process, and classes by value with another id: they are equal all the same."""
+    source = "class Code: top = 5\ncompute = Code()\n" + SET
+    runs = [run_python(source, "-", address, name, PYTHONHASHSEED=seed) for seed in ("1", "2", "3")]
+    assert [run.stdout.strip() for run in runs] == ["1", "1", "1"], runs[-1].stderr
+    changed = run_python(source.replace("top = 5", "top = 6"), "-", address, name)
+    assert changed.stdout.strip() == "2", changed.stderr
+
+
+def test_a_version_costs_what_changed(name: str) -> None:
+    """Storages that the cluster has under any name are not written again."""
+    torch.manual_seed(0)
+    base = nn.Sequential(*[nn.Linear(512, 512) for _ in range(20)])
+    nbytes = sum(parameter.nbytes for parameter in base.parameters())
+    start = bytes_in_store()
+    zerocopy.publish(base, name=name)
+    assert wait_until(lambda: bytes_in_store() - start < 1.02 * nbytes + 200_000, 10)
+    once = bytes_in_store() - start
+    for number in range(10):  # ten fine-tunings of one base, each under a name of its own
+        with torch.no_grad():
+            base[-1].weight.fill_(number)
+        zerocopy.publish(base, name=f"{name}-{number}")
+    assert wait_until(lambda: bytes_in_store() - start < once + 10 * (base[-1].weight.nbytes + 200_000), 10)
+    assert [float(zerocopy.lookup(f"{name}-{n}").load()[-1].weight[0, 0]) for n in range(10)] == list(range(10))
+    assert torch.equal(zerocopy.lookup(f"{name}-3").load()[0].weight, base[0].weight)
+
+
+def test_what_no_version_needs_goes(name: str, store_use: Callable[[], int]) -> None:
+    """`keep` versions stay beside those that an alias points at. The memory of others goes with their last reader."""
+    for number in range(1, 6):
+        zerocopy.publish(numbered(number), name=name)
+    assert numbers(name) == [3, 4, 5]
+    reader = zerocopy.lookup(name, version=3).load()
+    zerocopy.set_alias(name, "stable", version=4)
+    zerocopy.publish(numbered(6), name=name, keep=0)
+    assert numbers(name) == [4, 6]
+    assert (reader(), zerocopy.lookup(name, alias="stable").load()()) == (3, 4)
+    with pytest.raises(
+        NotPublishedError, match=r"has no version 3. Hint: there are the versions 4 \(stable\), 6 \(latest\)"
+    ):
+        zerocopy.lookup(name, version=3)
+    del reader
+    zerocopy.remove(name)
+    assert wait_until(lambda: store_use() <= 0, 20)
+
+
+def test_removing(name: str) -> None:
+    """Readers keep what they have; numbers go on counting; a version that an alias points at stays."""
+    publication = zerocopy.publish(numbered(1), name=name)
+    zerocopy.publish(numbered(2), name=name)
+    reader, handle = publication.load(), zerocopy.lookup(name, version=1)
+    with pytest.raises(VersionInUseError, match="'latest' points at it"):
+        zerocopy.remove(name, version=2)
+    zerocopy.remove(name, version=1)
+    with pytest.raises(NotPublishedError, match="no version 1"):
+        handle.load()
+    assert publication.load()() == 1  # this handle has a reference
+    assert reader() == 1
+    zerocopy.remove(name)
+    with pytest.raises(NotPublishedError, match="No publication has the name"):
+        zerocopy.lookup(name)
+    with pytest.raises(NotPublishedError):
+        zerocopy.remove(name)
+    assert zerocopy.publish(numbered(3), name=name).version.number == 3
+
+
+def test_expecting_a_version(name: str) -> None:
+    """`expect` refuses what was made for another state, and changes nothing. Of two at one moment, one is refused."""
+    zerocopy.publish(numbered(1), name=name, expect=0)
+    with pytest.raises(
+        VersionConflictError, match="expected to have version 0 as the latest, but it has version 1"
+    ) as refused:
+        zerocopy.publish(numbered(2), name=name, expect=0)
+    assert (refused.value.expected, refused.value.found) == (0, 1)
+    with pytest.raises(VersionConflictError):
+        zerocopy.publish(numbered(2), name=name, adopt=True, expect=5)
+    assert numbers(name) == [1]
+    results: list[Any] = []
+
+    def publish(number: int) -> None:
+        try:
+            results.append(zerocopy.publish(numbered(number), name=name, expect=1).version.number)
+        except VersionConflictError as error:
+            results.append(error)
+
+    threads = [threading.Thread(target=publish, args=[number]) for number in (2, 3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(isinstance(result, VersionConflictError) for result in results) == [False, True]
+    assert numbers(name) == [1, 2]
+
+
+PUBLISH = """
+import sys
+import ray, zerocopy
+from versions import numbered
+ray.init(sys.argv[1], log_to_driver=False)
+print(zerocopy.publish(numbered(int(sys.argv[3])), name=sys.argv[2]).version.number)
+"""
+
+
+def test_named_weights_outlive_their_driver(name: str, address: str) -> None:
+    """A driver publishes and ends. Others find the weights, and two of them that publish at one moment get two versions."""
+    assert run_python(PUBLISH, "-", address, name, "1").stdout.strip() == "1"
+    found = zerocopy.lookup(name).load()
+    assert found() == 1
+    assert_zero_copy(found)
+    runs: list[str] = []
+    threads = [
+        threading.Thread(target=lambda n=n: runs.append(run_python(PUBLISH, "-", address, name, str(n)).stdout.strip()))
+        for n in (2, 3)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(runs) == ["2", "3"]
+    assert {zerocopy.lookup(name, version=number).load()() for number in (2, 3)} == {2, 3}
+
+
+MAIN = """
+import sys
+import ray, torch, zerocopy
+from torch import nn
+from zerocopy import copied, shared
+ray.init(sys.argv[1], log_to_driver=False)
+
+@zerocopy.pipeline
+class Mine:
+    net: nn.Module = shared()
+    number: int = copied()
+    def __call__(self):
+        return self.number * self.net.weight[0, 0].item()
+
+net = nn.Linear(300, 300)
+with torch.no_grad():
+    net.weight.fill_(float(sys.argv[3]))
+old = zerocopy.lookup(sys.argv[2]).load() if sys.argv[4] == "refresh" else None
+version = zerocopy.publish(Mine(net=net, number=int(sys.argv[3])), name=sys.argv[2]).version.number
+if old is not None:
+    before = old()
+    print(before, zerocopy.refresh(old), old())
+print(version, zerocopy.lookup(sys.argv[2]).load()())
+"""
+
+
+def test_classes_of_main(name: str, address: str) -> None:
+    """Two drivers publish classes of their `__main__`: each is a version of its own, and either process loads both."""
+    first = run_python(MAIN, "-", address, name, "2", "")
+    assert first.stdout.split() == ["1", "4.0"], first.stderr
+    second = run_python(MAIN, "-", address, name, "3", "refresh")
+    assert second.stdout.split() == ["4.0", "True", "9.0", "2", "9.0"], second.stderr
+    assert [zerocopy.lookup(name, version=number).load()() for number in (1, 2)] == [4.0, 9.0]
+
+
+TIED = """
+import sys
+import ray, zerocopy
+from versions import numbered
+ray.init(sys.argv[1], log_to_driver=False)
+zerocopy.publish(numbered(1), name=sys.argv[2], lifetime="job")
+print(zerocopy.lookup(sys.argv[2]).load()())
+"""
+
+
+def test_a_name_can_end_with_its_job(name: str, address: str, store_use: Callable[[], int]) -> None:
+    """`lifetime="job"` ties it to the publisher's job."""
+    tied = run_python(TIED, "-", address, name)
+    assert tied.stdout.strip() == "1", tied.stderr
+    assert wait_until(lambda: name not in zerocopy.publications().names, 20)
+    assert wait_until(lambda: store_use() <= 0, 20)
+
+
+def test_handles_travel_by_name(name: str) -> None:
+    """In plain pickle, in closures and globals, without a reference; as arguments, too, and in actors and tasks."""
+    publication = zerocopy.publish(numbered(4), name=name)
+    following = zerocopy.lookup(name)
+    for handle in (publication, following, zerocopy.lookup(name, version=1)):
+        pickled = pickle.dumps(handle)
+        assert len(pickled) < 1000
+        assert pickle.loads(pickled).load()() == 4
+        assert ray.cloudpickle.loads(ray.cloudpickle.dumps(handle)).load()() == 4
+
+    @ray.remote
+    def captured() -> tuple[int, int]:
+        return publication.load()(), following.load()()
+
+    @ray.remote
+    def given(handles: list[Any]) -> list[int]:
+        return [handle.load()() for handle in handles]
+
+    assert ray.get(captured.remote()) == (4, 4)
+    assert ray.get(given.remote([publication, following])) == [4, 4]
+    assert [ask(handle) for handle in (publication, following)] == [4, 4]
+    assert list(ask.map([publication, following])) == [4, 4]
+    assert ask.local(following) == 4
+
+
+def test_an_instance_that_has_a_name_travels_by_it(name: str) -> None:
+    """Also where references are forbidden: published or loaded under a name, and with other copied fields."""
+    search = pipelines.search(width=64)
+    zerocopy.publish(search, name=name)
+    loaded = zerocopy.lookup(name).load()
+    search.top_k = 7
+
+    @ray.remote
+    def captured() -> tuple[int, int, Any]:
+        return search.top_k, loaded.top_k, zerocopy.version_of(search)
+
+    assert ray.get(captured.remote()) == (7, 5, zerocopy.version_of(search))
+    with torch.no_grad():
+        search.index.add_(1)
+    assert zerocopy.version_of(search) is not None
+    assert ray.get(pipelines.plain_answer.remote(search, 1.0)) == search(1.0)  # as an argument, its own weights
+    assert zerocopy.version_of(search) is None
+
+
+def test_versions_of_live_pipelines(name: str) -> None:
+    """`version_of` tells name, number and digest of what was loaded or published under a name, and None of others."""
+    search = numbered(1)
+    assert zerocopy.version_of(search) is None
+    version = zerocopy.publish(search, name=name).version
+    assert (version.name, version.number, len(version.digest)) == (name, 1, 32)
+    assert zerocopy.version_of(search) == zerocopy.version_of(zerocopy.lookup(name).load()) == version
+    assert zerocopy.version_of(zerocopy.publish(numbered(1)).load()) is None
+
+    @zerocopy.task(num_cpus=0.1)
+    def version_there(search: Numbered) -> Any:
+        return zerocopy.version_of(search)
+
+    assert [version_there(zerocopy.lookup(name)) for _ in range(3)] == [version] * 3
+    assert version_there(search) == version
+
+
+def test_adopting_under_a_name(name: str, store_use: Callable[[], int]) -> None:
+    """The publisher's tensors are views of what the registry owns, in the end and after an error."""
+    search = numbered(5, width=600)
+    zerocopy.publish(search, name=name, adopt=True)
+    assert_zero_copy(search)
+    assert search() == zerocopy.lookup(name).load()() == 5
+    with torch.no_grad():
+        search.encoder[0].weight.zero_()
+    assert (search(), zerocopy.lookup(name).load()()) == (-1, 5)
+    again = zerocopy.publish(search, name=name, adopt=True)
+    assert again.version.number == 2
+    assert torch.equal(again.load().encoder[0].weight, torch.zeros(600, 600))
+    zerocopy.remove(name)
+    del search, again
+    assert wait_until(lambda: store_use() <= 0, 20)
+
+
+def test_the_table(name: str) -> None:
+    """`publications()` lists names, versions, aliases, bytes, nodes, age and source; it prints as a table and as HTML."""
+    zerocopy.publish(numbered(1), name=name, source=lambda: numbered(1))
+    zerocopy.publish(numbered(2), name=name, alias="canary")
+    listed = [one for one in zerocopy.publications() if one.version.name == name]
+    assert [one.version.number for one in listed] == [1, 2]
+    assert [one.aliases for one in listed] == [(), ("canary", "latest")]
+    assert [one.source for one in listed] == [True, False]
+    assert all(one.kind == "Numbered" and one.nodes == (ray.get_runtime_context().get_node_id(),) for one in listed)
+    assert all(0 <= one.age < 60 and one.shared_bytes > 250_000 for one in listed)
+    table = str(zerocopy.publications())
+    assert all(word in table for word in (name[:20], "canary, latest", "Numbered"))
+    assert "<td>Numbered</td>" in zerocopy.publications()._repr_html_()
+
+
+def test_verifying_what_is_loaded(name: str) -> None:
+    """`verify=True` compares digests; without a name there are none. Bytes that something has overwritten are found."""
+    publication = zerocopy.publish(numbered(1), name=name)
+    assert publication.load(verify=True)() == 1
+    assert publication.load(fields=["encoder"], verify=True).encoder[0].weight[0, 0] == 1
+    with pytest.raises(ArgumentError, match="no digests"):
+        zerocopy.publish(numbered(1)).load(verify=True)
+    import ctypes
+
+    from zerocopy._store.mapping import start_of
+    from zerocopy._store.read import buffers_of, manifest_of
+
+    manifest = manifest_of(publication.reference)
+    shard, buffer, offset, _ = manifest.location_rows[0]
+    memory = buffers_of(manifest.shard(shard))[buffer]  # Ray maps it writable
+    ctypes.memset(start_of(memory) + offset, 255, 1)
+    with pytest.raises(CorruptedError, match="1 of 9 storages have other bytes") as found:
+        zerocopy.lookup(name).load(verify=True)
+    assert found.value.storages == [0]
+
+
+def test_closing_a_named_handle_removes_nothing(name: str) -> None:
+    """It is the handle that is closed."""
+    with zerocopy.publish(numbered(1), name=name) as publication:
+        pass
+    assert publication.closed
+    with pytest.raises(PublicationClosedError):
+        publication.load()
+    with pytest.raises(PublicationClosedError):
+        publication.current()
+    assert zerocopy.lookup(name).load()() == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"alias": "canary"}, "alias= is for publications with a name"),
+        ({"keep": 3}, "keep= is for publications with a name"),
+        ({"source": numbered}, "source= is for publications with a name"),
+        ({"expect": 0}, "expect= is for publications with a name"),
+        ({"lifetime": "job"}, "lifetime= is for publications with a name"),
+        ({"name": ""}, "name='' is not a name"),
+        ({"name": 3}, "name=3 is not a name"),
+        ({"name": "n", "alias": ""}, "alias='' is not an alias"),
+        ({"name": "n", "keep": -1}, "keep=-1 is not a number of versions"),
+        ({"name": "n", "expect": "1"}, "expect='1' is not the number of a version"),
+        ({"name": "n", "lifetime": "for ever"}, "lifetime='for ever' is unknown"),
+        ({"name": "n", "source": "build"}, "source='build' cannot be called"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_arguments_that_make_no_sense(arguments: dict[str, Any], words: str) -> None:
+    """They are refused before anything is written, in words that name them."""
+    with pytest.raises(ArgumentError, match=words):
+        zerocopy.publish(numbered(1), **arguments)
+    assert "n" not in zerocopy.publications().names
+
+
+def test_other_mistakes(name: str) -> None:
+    """Looking up and pointing at what is not there, or at two things at once; what cannot travel."""
+    with pytest.raises(NotPublishedError, match="publish\\(..., name='nobody'\\) makes it"):
+        zerocopy.lookup("nobody")
+    zerocopy.publish(numbered(1), name=name)
+    with pytest.raises(NotPublishedError, match="has no alias 'canary'"):
+        zerocopy.lookup(name, alias="canary")
+    with pytest.raises(ArgumentError, match="an alias or a version, got both"):
+        zerocopy.lookup(name, alias="canary", version=1)
+    with pytest.raises(ArgumentError, match="a version or an alias to point at"):
+        zerocopy.set_alias(name, "canary")
+    with pytest.raises(NotPublishedError, match="has no version 9") as missing:
+        zerocopy.set_alias(name, "canary", version=9)
+    assert (missing.value.name, missing.value.versions) == (name, [1])
+    broken = pipelines.search(width=64, settings={"lock": threading.Lock()})
+    with pytest.raises(CannotTravelError, match=r"search\.settings\['lock'\]"):
+        zerocopy.publish(broken, name=name)
+    assert numbers(name) == [1]

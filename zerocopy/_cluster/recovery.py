@@ -1,0 +1,63 @@
+"""How does a version come back whose weights are lost? By its source, which the registry runs once for all who ask.
+
+There is no other way back: Ray could run the store tasks again, but files may have changed since then, and half of two versions
+would be the result. What a source gives is taken only where its digests are those that were recorded.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import ray.cloudpickle
+
+from zerocopy._cluster import client
+from zerocopy._cluster.storing import store_all
+from zerocopy._cluster.writing import digests_of
+from zerocopy._publish.checkpoint import Checkpoint
+from zerocopy._publish.weights import Streamed
+from zerocopy._split.introspect import Subject, check_pipeline, introspect
+from zerocopy._store.storages import Storage
+from zerocopy._store.write import STREAMED, layout
+
+
+def packed_source(source: Callable[[], Any]) -> bytes:
+    """A source as it travels: a call that offers to the registry what is missing."""
+    packed: bytes = ray.cloudpickle.dumps(functools.partial(_offer_pipeline, source))
+    return packed
+
+
+def packed_checkpoint(checkpoint: Checkpoint) -> bytes:
+    """The same of files."""
+    packed: bytes = ray.cloudpickle.dumps(functools.partial(_offer_checkpoint, checkpoint))
+    return packed
+
+
+def _offer_pipeline(source: Callable[[], Any]) -> None:
+    pipeline = source()
+    check_pipeline(pipeline, "a source")
+    _offer(Streamed(introspect(Subject(pipeline))))
+
+
+def _offer_checkpoint(checkpoint: Checkpoint) -> None:
+    _offer(checkpoint.open())
+
+
+def _offer(streamed: Streamed) -> None:
+    """Make those storages the registry's own that it lacks."""
+    registry, storages = client.registry(), streamed.found.table.storages
+    digests = digests_of(streamed)
+    wanted = set(client.ask_one(registry, "lacks", digests))
+    sizes = [s.nbytes if digest in wanted else 0 for s, digest in zip(storages, digests, strict=True)]
+    shards = layout(sizes, streamed.found.root_ends, STREAMED)
+    sources = [[storages[index] for index in shard] for shard in shards]
+
+    def filled() -> Iterator[list[Storage]]:
+        for each in sources:
+            streamed.fill(each)
+            yield each
+
+    for each, given in zip(sources, store_all(registry, filled()), strict=True):
+        streamed.drop(each)
+        client.ask_one(registry, "offer", [given])

@@ -1,0 +1,110 @@
+"""How do storages become the registry's own? Shard by shard, by way of memory that a store task can read.
+
+The publisher copies a shard into anonymous memory, and the task, on the same node, returns what it reads there. That memory is
+used again for the shard after the next. A copy in the object store would stay there for up to a second after it was dropped.
+"""
+
+from __future__ import annotations
+
+import collections
+import mmap
+import os
+import pickle
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import ray.exceptions
+
+from zerocopy._cluster import client
+from zerocopy._cluster.following import node
+from zerocopy._cluster.registry import NONCE_BYTES, Given
+from zerocopy._store import object_store
+from zerocopy._store.storages import Storage
+from zerocopy._store.write import ALIGNMENT
+
+UNDER_WAY = 2  # shards that are copied or stored at one time
+
+Extent: TypeAlias = tuple[int, int, int]  # of a storage in a shard: buffer, offset, bytes
+
+
+def store_all(registry: Any, shards: Iterable[Sequence[Storage]]) -> Iterator[Given]:
+    """Make the storages of each shard the registry's own. While one is stored, the next is copied.
+
+    Raises:
+        client.RegistryLost: the registry has ended.
+    """
+    free = [_Staging() for _ in range(UNDER_WAY)]
+    under_way: collections.deque[_Staging] = collections.deque()
+    try:
+        for shard in shards:
+            staging = free.pop()
+            staging.store(registry, shard)
+            under_way.append(staging)
+            if not free:
+                yield under_way[0].wait()
+                free.append(under_way.popleft())
+        while under_way:
+            yield under_way[0].wait()
+            free.append(under_way.popleft())
+    finally:
+        for staging in (*free, *under_way):
+            staging.close()
+
+
+class _Staging:
+    """Memory that holds one shard after the other, until the store has it."""
+
+    def __init__(self) -> None:
+        self._descriptor = os.memfd_create("zerocopy") if hasattr(os, "memfd_create") else -1
+        self._memory = mmap.mmap(-1, mmap.PAGESIZE)
+
+    def store(self, registry: Any, shard: Sequence[Storage]) -> None:
+        """Copy a shard here, and start its store task."""
+        self._registry = registry
+        self._extents, self._nbytes = _extents_of(shard)
+        self._make_room(self._nbytes)
+        memory = np.frombuffer(self._memory, np.uint8)
+        for storage, (_, offset, nbytes) in zip(shard, self._extents, strict=True):
+            memory[offset : offset + nbytes] = storage.to_bytes()
+        del memory
+        path = f"/proc/{os.getpid()}/fd/{self._descriptor}"
+        self._reply = client.submit(registry, "store", node(), (path, self._nbytes), self._extents)
+
+    def _make_room(self, nbytes: int) -> None:
+        if len(self._memory) < nbytes:
+            self._memory.close()
+            if self._descriptor >= 0:
+                os.ftruncate(self._descriptor, nbytes)
+            self._memory = mmap.mmap(self._descriptor, nbytes)
+
+    def wait(self) -> Given:
+        """The shard as the registry's own, with the digests of what was written."""
+        try:
+            stored, digests = client.await_reply(self._registry, self._reply)
+        except ray.exceptions.RayTaskError as error:
+            if not isinstance(error.cause, OSError):
+                raise
+            # The task may not look into this process: another user, another container, not Linux.
+            content = pickle.PickleBuffer(memoryview(self._memory)[: self._nbytes])
+            own = object_store.put(([pickle.PickleBuffer(os.urandom(NONCE_BYTES)), content], None))
+            content.release()
+            stored, digests = client.ask_one(self._registry, "store", node(), [own], self._extents)
+        return stored, [(digest, *extent) for digest, extent in zip(digests, self._extents, strict=True)]
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self._memory.close()
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+def _extents_of(shard: Sequence[Storage]) -> tuple[list[Extent], int]:
+    """Where the storages of a shard lie in its second buffer, and how long that is. The first one is a nonce."""
+    extents, end = [], 0
+    for storage in shard:
+        start = end + -end % ALIGNMENT
+        extents.append((1, start, storage.nbytes))
+        end = start + storage.nbytes
+    return extents, end
