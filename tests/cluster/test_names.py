@@ -103,7 +103,7 @@ def test_a_version_costs_what_changed(name: str) -> None:
             base[-1].weight.fill_(number)
         zerocopy.publish(base, name=f"{name}-{number}")
     assert wait_until(lambda: bytes_in_store() - start < once + 10 * (base[-1].weight.nbytes + 200_000), 10)
-    assert [float(zerocopy.lookup(f"{name}-{n}").load()[-1].weight[0, 0]) for n in range(10)] == list(range(10))
+    assert [zerocopy.lookup(f"{name}-{n}").load()[-1].weight[0, 0].item() for n in range(10)] == list(range(10))
     assert torch.equal(zerocopy.lookup(f"{name}-3").load()[0].weight, base[0].weight)
 
 

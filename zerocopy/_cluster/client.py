@@ -6,7 +6,7 @@ import contextlib
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -14,10 +14,10 @@ import ray.cloudpickle
 import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-import zerocopy._compat.ray
 from zerocopy._cluster import names
 from zerocopy._cluster import registry as registry_module
-from zerocopy._compat.ray import head_node, is_serializing
+from zerocopy._compat import ray as compat_ray
+from zerocopy._compat.ray import head_node, is_serializing, pickled_by_value
 from zerocopy._store import object_store
 from zerocopy.errors import (
     NotPublishedError,
@@ -34,7 +34,8 @@ SECONDS = 60.0  # that a call tries to reach a registry
 
 _lock = threading.Lock()
 _known: tuple[object, Any] | None = None  # a session, and the registry's handle in it
-_by_value = (registry_module, names, zerocopy._compat.ray)
+# They travel to the registry's process, which then need not import torch.
+_BY_VALUE = (registry_module, names, compat_ray, object_store)
 
 
 class RegistryLost(Exception):
@@ -123,7 +124,7 @@ def _forget(actor: Any) -> None:
 def _found_or_made() -> Any:
     with contextlib.suppress(ValueError):  # there is none
         return ray.get_actor(NAME, NAMESPACE)
-    with _travelling_by_value():
+    with pickled_by_value(_BY_VALUE):
         head = head_node()
         return (
             ray.remote(registry_module.Registry)
@@ -140,19 +141,6 @@ def _found_or_made() -> Any:
             )
             .remote()
         )
-
-
-@contextlib.contextmanager
-def _travelling_by_value() -> Iterator[None]:
-    """Let the registry's code travel to its process, which then need not import torch."""
-    modules = [module for module in _by_value if module.__name__ not in ray.cloudpickle.list_registry_pickle_by_value()]
-    for module in modules:
-        ray.cloudpickle.register_pickle_by_value(module)
-    try:
-        yield
-    finally:
-        for module in modules:
-            ray.cloudpickle.unregister_pickle_by_value(module)
 
 
 def _unknown_name(name: str = "", names: list[str] | None = None) -> Exception:

@@ -22,6 +22,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from zerocopy._cluster.names import LATEST, Name, Refused, Version
 from zerocopy._compat.ray import ended_jobs, have_copies, nodes_with, records_in_control_plane, write_to_control_plane
+from zerocopy._store.object_store import put_plainly
 
 STORING = 4  # store tasks at a time
 LEAST_STORED = 128 << 10  # bytes: Ray keeps smaller results in the heap of their owner, where nothing can map them
@@ -362,7 +363,7 @@ class Registry:
         refs = [self._shards[key].ref for key in shards]
         digests = [digest for digest, _ in version.storages]
         parts = Packed(version.description), rows, refs, Packed(version.outer), digests
-        return Placed(ray.put(([pickle.PickleBuffer(os.urandom(NONCE_BYTES))], parts)), set(shards))
+        return Placed(put_plainly(([pickle.PickleBuffer(os.urandom(NONCE_BYTES))], parts)), set(shards))
 
     def _write(self, name: str, changed: Name, placed: Mapping[Key, Placed]) -> None:
         """The commit: one write. Before it, nothing can be seen; after it, all."""

@@ -57,26 +57,25 @@ class _Staging:
 
     def __init__(self) -> None:
         self._descriptor = os.memfd_create("zerocopy") if hasattr(os, "memfd_create") else -1
-        self._memory = mmap.mmap(-1, mmap.PAGESIZE)
+        self._memory: mmap.mmap | None = None
 
     def store(self, registry: Any, shard: Sequence[Storage]) -> None:
         """Copy a shard here, and start its store task."""
         self._registry = registry
         self._extents, self._nbytes = _extents_of(shard)
-        self._make_room(self._nbytes)
-        memory = np.frombuffer(self._memory, np.uint8)
+        memory = np.frombuffer(self._room_for(self._nbytes), np.uint8)
         for storage, (_, offset, nbytes) in zip(shard, self._extents, strict=True):
             memory[offset : offset + nbytes] = storage.to_bytes()
         del memory
         path = f"/proc/{os.getpid()}/fd/{self._descriptor}"
         self._reply = client.submit(registry, "store", node(), (path, self._nbytes), self._extents)
 
-    def _make_room(self, nbytes: int) -> None:
-        if len(self._memory) < nbytes:
-            self._memory.close()
+    def _room_for(self, nbytes: int) -> mmap.mmap:
+        if self._memory is None or len(self._memory) < nbytes:
             if self._descriptor >= 0:
                 os.ftruncate(self._descriptor, nbytes)
             self._memory = mmap.mmap(self._descriptor, nbytes)
+        return self._memory
 
     def wait(self) -> Given:
         """The shard as the registry's own, with the digests of what was written."""
@@ -86,15 +85,15 @@ class _Staging:
             if not isinstance(error.cause, OSError):
                 raise
             # The task may not look into this process: another user, another container, not Linux.
-            content = pickle.PickleBuffer(memoryview(self._memory)[: self._nbytes])
-            own = object_store.put(([pickle.PickleBuffer(os.urandom(NONCE_BYTES)), content], None))
-            content.release()
+            content = memoryview(self._room_for(self._nbytes))[: self._nbytes]
+            nonce = pickle.PickleBuffer(os.urandom(NONCE_BYTES))
+            own = object_store.put(([nonce, pickle.PickleBuffer(content)], None))
             stored, digests = client.ask_one(self._registry, "store", node(), [own], self._extents)
         return stored, [(digest, *extent) for digest, extent in zip(digests, self._extents, strict=True)]
 
     def close(self) -> None:
         """Give the memory back."""
-        self._memory.close()
+        self._memory = None
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1

@@ -5,9 +5,11 @@ psutil is asked for what any process may know of others; only what Ray's process
 
 from __future__ import annotations
 
+import contextlib
 import copyreg
+import types
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, TypeAlias
 
 import psutil
@@ -236,6 +238,19 @@ def is_pickled_by_value(module: str) -> bool:
     https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/cloudpickle/cloudpickle.py: `register_pickle_by_value`.
     """
     return module in ray.cloudpickle.list_registry_pickle_by_value()
+
+
+@contextlib.contextmanager
+def pickled_by_value(modules: Iterable[types.ModuleType]) -> Iterator[None]:
+    """Let what is in some modules be pickled by value meanwhile."""
+    added = [module for module in modules if not is_pickled_by_value(module.__name__)]
+    for module in added:
+        ray.cloudpickle.register_pickle_by_value(module)
+    try:
+        yield
+    finally:
+        for module in added:
+            ray.cloudpickle.unregister_pickle_by_value(module)
 
 
 def is_id_of_class(text: object) -> bool:

@@ -125,6 +125,11 @@ def get_all(refs: list[ray.ObjectRef[Any]]) -> list[Any]:
         raise _lost("connection ended") from error
 
 
+def put_plainly(value: object) -> ray.ObjectRef[Any]:
+    """The same where nothing is being serialized. It travels to the registry by value, and so refers to nothing here."""
+    return ray.put(value)
+
+
 def await_reply(ref: ray.ObjectRef[Any]) -> Any:
     """What a method of an actor returned."""
     return get_silently([ref])[0] if is_async_actor() else ray.get(ref)
