@@ -106,6 +106,8 @@ class Followed:
 
     def newest(self) -> Loaded:
         """The same, with its number."""
+        if _pending:
+            _warn_of_pending()
         loaded = self._loaded
         if loaded is None:
             with self._lock:
@@ -128,7 +130,7 @@ class Followed:
                 self._loaded = loaded
             else:
                 theirs, ours = type(loaded.pipeline).__qualname__, type(mine.pipeline).__qualname__
-                warn_once(
+                warn_later(
                     f"Version {loaded.number} of {self.key.name!r} is a {theirs}, not a {ours}. This process goes on with "
                     f"version {mine.number}. Publish other classes under other names.",
                 )
@@ -240,6 +242,7 @@ class Watcher:
 
 WATCHER = Watcher()
 _warned: set[str] = set()
+_pending: list[str] = []  # what the thread found out: the next call that asks for a version warns of it
 
 
 def warn_once(text: str) -> None:
@@ -247,6 +250,17 @@ def warn_once(text: str) -> None:
     if text not in _warned:
         _warned.add(text)
         warn_caller(text, FollowWarning)
+
+
+def warn_later(text: str) -> None:
+    """The same from the thread, whose warnings nobody would see."""
+    if text not in _warned:
+        _pending.append(text)
+
+
+def _warn_of_pending() -> None:
+    while _pending:
+        warn_once(_pending.pop())
 
 
 def node() -> str:

@@ -20,7 +20,8 @@ from zerocopy._load.publication import Publication
 from zerocopy._split import paths
 from zerocopy.errors import ArgumentError
 
-_CONTAINERS = (dict, list, tuple, set, frozenset, types.MappingProxyType)
+_CONTAINERS = (dict, list, tuple, set, frozenset)
+_PASSED_THROUGH = (*_CONTAINERS, types.MappingProxyType, types.CellType, torch.nn.Module, torch.Tensor)
 _FRAMES = (types.FrameType, types.GeneratorType)
 
 
@@ -139,7 +140,7 @@ def _holder_of(parts: list[Any]) -> Any:
     for _ in range(_DEPTH):
         referrers = [obj for obj in gc.get_referrers(*reached) if id(obj) not in known and not isinstance(obj, _FRAMES)]
         known |= {id(reached), id(referrers), *map(id, referrers)}
-        found = next((obj for obj in referrers if not isinstance(obj, (*_CONTAINERS, *_PARTS))), None)
+        found = next((obj for obj in referrers if not isinstance(obj, _PASSED_THROUGH)), None)
         if found is not None or not referrers:
             return found
         reached = referrers
@@ -147,4 +148,3 @@ def _holder_of(parts: list[Any]) -> Any:
 
 
 _DEPTH = 5  # containers in one another
-_PARTS = (torch.nn.Module, torch.Tensor)

@@ -167,19 +167,18 @@ def _newest(actor: Any) -> contextlib.AbstractContextManager[None]:
 
 
 def _state_of(pipeline: Any) -> dict[str, tuple[object, ...]]:
-    """Modes, devices and kinds of the modules in a pipeline, by path."""
+    """Kinds, devices and modes of the modules in a pipeline, by path."""
     held = {"": pipeline} if isinstance(pipeline, nn.Module) else paths.attributes_of(pipeline)
     roots = {name: value for name, value in held.items() if isinstance(value, nn.Module)}
     return {
-        f"{name}.{below}".strip("."): (
-            module.training,
-            _device_of(module),
-            type(module).__qualname__,
-            _is_compiled(module),
-        )
+        f"{name}.{below}".strip("."): _state_of_module(module)
         for name, root in roots.items()
         for below, module in root.named_modules()
     }
+
+
+def _state_of_module(module: nn.Module) -> tuple[object, ...]:
+    return type(module).__qualname__, _is_compiled(module), _device_of(module), module.training
 
 
 def _device_of(module: nn.Module) -> torch.device | None:
@@ -195,7 +194,7 @@ def _difference(before: dict[str, tuple[object, ...]], now: dict[str, tuple[obje
     """What was done to a pipeline after it was loaded, in words."""
     if before.keys() != now.keys():
         return "modules were replaced, added or removed"
-    names = ("train or eval mode", "the device", "the class", "compilation")
+    names = ("the class", "compilation", "the device", "train or eval mode")
     changed = ((path, names[i]) for path in before for i in range(4) if before[path][i] != now[path][i])
     path, what = next(changed, (None, None))
     return None if path is None else f"{what} of {path or 'the module'!r}"

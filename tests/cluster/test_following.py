@@ -1,0 +1,348 @@
+"""Pipelines that change while they are used: `current()`, `Live`, `follow=True`, `refresh`; nobody pauses, no call is mixed."""
+
+from __future__ import annotations
+
+import gc
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import ray
+import torch
+from conftest import wait_until
+from torch import nn
+from versions import Asked, AskedAsync, Following, Numbered, Other, ask, ask_live, numbered
+
+import zerocopy
+from zerocopy.errors import ArgumentError, DeclarationError, FollowWarning, NotPublishedError
+from zerocopy.testing import assert_zero_copy, shares_memory
+
+pytestmark = pytest.mark.usefixtures("cluster")
+
+
+def test_current_is_one_object_for_each_version(name: str) -> None:
+    """In a process all handles give one object, which is exchanged within a second; a kept one stays what it was."""
+    publication = zerocopy.publish(numbered(1), name=name)
+    first = publication.current()
+    assert first is publication.current() is zerocopy.lookup(name).current()
+    assert_zero_copy(first)
+    assert zerocopy.lookup(name, version=1).current() is first
+    zerocopy.publish(numbered(2), name=name)
+    committed = time.monotonic()
+    assert wait_until(lambda: publication.current()() == 2, 10)
+    assert time.monotonic() - committed < 1
+    assert first() == 1
+    assert zerocopy.lookup(name, version=1).current() is first
+    zerocopy.set_alias(name, "latest", version=1)
+    assert wait_until(lambda: publication.current() is first, 10)  # the object is still there
+
+
+def test_handles_of_an_alias_and_of_a_version(name: str) -> None:
+    """What was published under an alias follows that alias; a handle of one version never changes."""
+    canary = zerocopy.publish(numbered(1), name=name, alias="canary")
+    fixed = zerocopy.lookup(name, version=1)
+    zerocopy.publish(numbered(2), name=name)
+    latest = zerocopy.lookup(name)
+    assert (canary.current()(), fixed.current()(), latest.current()()) == (1, 1, 2)
+    zerocopy.set_alias(name, "canary", version=2)
+    assert wait_until(lambda: canary.current()() == 2, 10)
+    assert (fixed.current()(), canary.load()()) == (1, 1)  # `load` gives what was published
+
+
+def test_a_version_with_another_structure(name: str) -> None:
+    """Layers may come and go."""
+    handle = zerocopy.publish(numbered(1, layers=2), name=name)
+    loaded = handle.load()
+    assert len(handle.current().encoder) == 2
+    zerocopy.publish(numbered(2, layers=5), name=name)
+    assert wait_until(lambda: handle.current()() == 2, 10)
+    assert len(handle.current().encoder) == 5
+    assert zerocopy.refresh(loaded)
+    assert (loaded(), len(loaded.encoder)) == (2, 5)
+
+
+def test_a_version_of_another_class_is_refused(name: str) -> None:
+    """The old one goes on, with one warning; a new version of the right class is taken again."""
+    handle = zerocopy.publish(numbered(1), name=name)
+    loaded = handle.load()
+    current = handle.current()
+    zerocopy.publish(numbered(2, cls=Other), name=name)
+    with pytest.raises(ArgumentError, match="newest version is a Other, not a Numbered"):
+        zerocopy.refresh(loaded)
+    time.sleep(0.5)
+    with pytest.warns(
+        FollowWarning, match="Version 2 of .* is a Other, not a Numbered. This process goes on with version 1"
+    ):
+        assert handle.current() is current
+    assert handle.current() is current
+    assert loaded() == 1
+    zerocopy.publish(numbered(3), name=name)
+    assert wait_until(lambda: handle.current()() == 3, 10)
+
+
+def test_refreshing_by_hand(name: str) -> None:
+    """Weights and copied fields change together, the object stays; `version_of` follows."""
+    publication = zerocopy.publish(numbered(1), name=name)
+    loaded, fixed = zerocopy.lookup(name).load(), zerocopy.lookup(name, version=1).load()
+    assert not zerocopy.refresh(loaded)
+    zerocopy.publish(numbered(2), name=name)
+    assert zerocopy.refresh(loaded)
+    assert not zerocopy.refresh(loaded)
+    assert loaded() == 2
+    assert_zero_copy(loaded)
+    version = zerocopy.version_of(loaded)
+    assert version is not None
+    assert version.number == 2
+    assert not zerocopy.refresh(fixed)  # of one version for good
+    assert fixed() == publication.load()() == 1
+    module = nn.Linear(300, 300)
+    zerocopy.publish(module, name=f"{name}-module")
+    bare = zerocopy.lookup(f"{name}-module").load()
+    with torch.no_grad():
+        module.weight.zero_()
+    zerocopy.publish(module, name=f"{name}-module")
+    assert zerocopy.refresh(bare)
+    assert torch.equal(bare.weight, module.weight)
+
+
+@zerocopy.pipeline
+class Slotted:
+    """A pipeline with slots beside its dict."""
+
+    __slots__ = ("__dict__", "__weakref__", "extra", "net")
+
+    def __init__(self, value: float, extra: Any = None) -> None:
+        self.net = nn.Linear(300, 300)
+        with torch.no_grad():
+            self.net.weight.fill_(value)
+        if extra is not None:
+            self.extra = extra
+
+
+def test_refreshing_slots(name: str) -> None:
+    """Attributes in slots change as well, also those that are gone in the new version."""
+    zerocopy.publish(Slotted(1, "a"), name=name)
+    loaded = zerocopy.lookup(name).load()
+    zerocopy.publish(Slotted(2), name=name)
+    assert zerocopy.refresh(loaded)
+    assert (float(loaded.net.weight.detach()[0, 0]), hasattr(loaded, "extra")) == (2.0, False)
+    zerocopy.publish(Slotted(3, "c"), name=name)
+    assert zerocopy.refresh(loaded)
+    assert (float(loaded.net.weight.detach()[0, 0]), loaded.extra) == (3.0, "c")
+
+
+class ListModel(nn.Module, list):
+    """A module that is a list, too."""
+
+
+def test_what_cannot_be_refreshed(name: str) -> None:
+    """What has no name, what was loaded in part, and what is a container itself."""
+    with pytest.raises(ArgumentError, match="not loaded from a publication with a name"):
+        zerocopy.refresh(zerocopy.publish(numbered(1)).load())
+    with pytest.raises(ArgumentError, match="not loaded from a publication with a name"):
+        zerocopy.refresh(numbered(1))
+    publication = zerocopy.publish(numbered(1), name=name)
+    with pytest.raises(ArgumentError, match="was loaded in part"):
+        zerocopy.refresh(publication.load(fields=["encoder"]))
+    zerocopy.publish(ListModel(), name=f"{name}-list")
+    listed = zerocopy.lookup(f"{name}-list").load()
+    changed = ListModel()
+    changed.number = 2
+    zerocopy.publish(changed, name=f"{name}-list")
+    with pytest.raises(ArgumentError, match="is a container itself"):
+        zerocopy.refresh(listed)
+
+
+def test_who_keeps_the_old_version_is_named(name: str) -> None:
+    """An optimizer, a global or a hook that holds an inner module goes on with it: one warning names the holder."""
+
+    class Cache:
+        def __init__(self, held: object) -> None:
+            self.held = {"encoder": [held]}
+
+    zerocopy.publish(numbered(1), name=name)
+    loaded = zerocopy.lookup(name).load()
+    optimizer = torch.optim.SGD(loaded.encoder.parameters())
+    zerocopy.publish(numbered(2), name=name)
+    with pytest.warns(
+        FollowWarning, match="An object of the class 'SGD' still holds a part of an older version of Numbered"
+    ):
+        zerocopy.refresh(loaded)
+    del optimizer
+    cache = Cache(loaded.encoder)
+    zerocopy.publish(numbered(3), name=name)
+    with pytest.warns(FollowWarning, match=r"Cache' still holds"):
+        zerocopy.refresh(loaded)
+    assert float(cache.held["encoder"][0][0].weight.detach()[0, 0]) == 2
+    assert loaded() == 3
+    del cache
+    zerocopy.publish(numbered(4), name=name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        zerocopy.refresh(loaded)
+
+
+def test_an_actor_follows_between_calls(name: str) -> None:
+    """`follow=True`: the object that arrived is replaced in place, `on_version` is told, streams stay on one version."""
+    publication = zerocopy.publish(numbered(1), name=name)
+    actor, of_instance = Following.remote(publication), Following.remote(zerocopy.lookup(name).load())
+    assert ray.get([actor.ask.remote(), of_instance.ask.remote()]) == [1, 1]
+    stream = actor.stream.options(num_returns="streaming").remote(20)
+    first = ray.get(next(stream))
+    zerocopy.publish(numbered(2), name=name)
+    assert [first, *map(ray.get, stream)] == [1] * 20
+    for one in (actor, of_instance):
+        assert wait_until(lambda one=one: ray.get(one.ask.remote()) == 2, 20)
+    zerocopy.set_alias(name, "latest", version=1)
+    assert wait_until(lambda: ray.get(actor.ask.remote()) == 1, 20)
+    assert ray.get(actor.heard_of.remote()) == [2, 1]
+    assert Following(numbered(5)).ask() == 5  # a plain class, without Ray
+
+
+@zerocopy.actor(num_cpus=0.1, follow=True)
+class Tuned:
+    """Changes the pipeline after it was loaded, and has no `on_version`."""
+
+    def __init__(self, search: Numbered) -> None:
+        self.search = search
+        search.encoder.eval()
+
+    def ask(self) -> tuple[int, list[str]]:
+        return self.search(), [str(one.message) for one in warned]
+
+
+warned: list[Any] = []
+
+
+class Inherited(Tuned):
+    """Follows as its base does."""
+
+    def ask(self) -> tuple[int, list[str]]:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            answer = self.again()
+            warned.extend(caught)
+        return answer, [str(one.message) for one in warned]
+
+    def again(self) -> int:
+        return self.search()
+
+
+def test_what_was_done_after_loading_is_told(name: str) -> None:
+    """Without an `on_version`, a warning says what the new version does not have."""
+    from zerocopy._run.following import _difference, _state_of
+
+    search = numbered(1)
+    before = _state_of(search)
+    search.encoder.eval()
+    assert _difference(before, _state_of(search)) == "train or eval mode of 'encoder'"
+    before = _state_of(search)
+    search.encoder[1] = nn.Identity()
+    assert _difference(before, _state_of(search)) == "the class of 'encoder.1'"
+    actor = Inherited.remote(zerocopy.publish(numbered(1), name=name))
+    assert ray.get(actor.ask.remote())[0] == 1
+    zerocopy.publish(numbered(2), name=name)
+    assert wait_until(lambda: ray.get(actor.ask.remote())[0] == 2, 20)
+
+
+def test_live_parameters(name: str) -> None:
+    """Threaded, async and streaming actors and tasks ask for the newest version; each call keeps its own."""
+    handle = zerocopy.lookup(zerocopy.publish(numbered(1), name=name).name)
+    threaded, concurrent = Asked.options(max_concurrency=8).remote(handle), AskedAsync.remote(handle)
+    assert (
+        ray.get([threaded.ask.remote() for _ in range(10)] + [concurrent.ask.remote() for _ in range(10)]) == [1] * 20
+    )
+    assert ask_live(handle) == 1
+    stream = threaded.stream.options(num_returns="streaming").remote(10)
+    first = ray.get(next(stream))
+    zerocopy.publish(numbered(2), name=name)
+    assert wait_until(lambda: ray.get(threaded.ask.remote()) == ray.get(concurrent.ask.remote()) == 2, 20)
+    assert [first, *map(ray.get, stream)] == [1] * 10
+    assert ask_live(handle) == ask(handle) == 2
+    assert ray.get(threaded.version.remote()).number == 2
+
+
+def test_live_parameters_take_whatever_has_no_name() -> None:
+    """A pipeline, a module, a publication without a name: all have `current()`, also in a plain class."""
+    search = numbered(3)
+    assert Asked(search).ask() == 3
+    assert ask_live.local(search) == 3
+    assert ask_live(search) == ask_live(zerocopy.publish(search)) == 3
+    actor = Asked.remote(search)
+    assert ray.get([actor.ask.remote(), actor.version.remote()]) == [3, None]
+    publication = zerocopy.publish(search)
+    assert publication.current() is publication.current()
+    assert shares_memory(publication.current().table, publication.load().table)
+
+
+def test_following_handles_are_resolved_when_a_task_is_submitted(name: str) -> None:
+    """`map` and retries stay on one version, whatever is published meanwhile; the next call has the new one."""
+    handle = zerocopy.lookup(zerocopy.publish(numbered(1), name=name).name)
+    answers = [ask.remote(handle) for _ in range(4)]
+    results = ask_slowly.map(handle, range(12), max_in_flight=2)
+    first = next(results)
+    zerocopy.publish(numbered(2), name=name)
+    assert [first, *results] == [1] * 12
+    assert ray.get(answers) == [1] * 4
+    assert ask(handle) == ray.get(ask.remote(handle)) == 2
+
+
+@zerocopy.task(num_cpus=0.1)
+def ask_slowly(search: Numbered, item: int) -> int:
+    time.sleep(0.05)
+    return search()
+
+
+def test_follow_is_refused_where_calls_run_at_one_time() -> None:
+    """Async methods, threads and concurrency groups: the words name `Live`."""
+    with pytest.raises(DeclarationError, match=r"async method 'ask'.*zerocopy\.Live"):
+
+        @zerocopy.actor(follow=True)
+        class Async:
+            async def ask(self) -> None: ...
+
+    with pytest.raises(DeclarationError, match=r"max_concurrency=4.*zerocopy\.Live"):
+
+        @zerocopy.actor(follow=True, max_concurrency=4)
+        class Threaded:
+            def ask(self) -> None: ...
+
+    with pytest.raises(DeclarationError, match=r"max_concurrency=8.*zerocopy\.Live"):
+        Following.options(max_concurrency=8)
+    with pytest.raises(DeclarationError, match="async method 'wait'"):
+
+        class Derived(Following):
+            async def wait(self) -> None: ...
+
+
+def test_a_name_that_is_removed(name: str) -> None:
+    """What follows it goes on with what it has."""
+    handle = zerocopy.publish(numbered(1), name=name)
+    actor = Following.remote(handle)
+    current = handle.current()
+    assert ray.get(actor.ask.remote()) == 1
+    zerocopy.remove(name)
+    time.sleep(0.3)
+    assert (handle.current(), ray.get(actor.ask.remote())) == (current, 1)
+    with pytest.raises(NotPublishedError):
+        zerocopy.refresh(handle.load())
+    zerocopy.publish(numbered(2), name=name)
+    assert wait_until(lambda: handle.current()() == 2 == ray.get(actor.ask.remote()), 20)
+
+
+def test_following_leaks_nothing(name: str, store_use: Callable[[], int]) -> None:
+    """What nobody asks for any more is dropped, and old versions with it; the thread ends."""
+    zerocopy.publish(numbered(0, width=400), name=name)
+    handle = zerocopy.lookup(name)
+    nbytes = sum(one.shared_bytes for one in zerocopy.publications() if one.version.name == name)
+    assert handle.current()() == 0
+    for number in range(1, 8):
+        zerocopy.publish(numbered(number, width=400), name=name)
+        assert wait_until(lambda number=number: handle.current()() == number, 10)
+    assert wait_until(lambda: store_use() < 3.3 * nbytes, 20)  # the latest and two more
+    zerocopy.remove(name)
+    handle.close()
+    gc.collect()
+    assert wait_until(lambda: store_use() <= 0, 20)
