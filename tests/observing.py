@@ -102,12 +102,12 @@ class _Observer:
         if tensor.layout is torch.sparse_coo:
             return flags, tensor.is_coalesced(), self.observe(tensor._indices()), self.observe(tensor._values())
         if tensor.layout is not torch.strided:
-            return flags, digest(tensor.to_dense().contiguous().numpy().tobytes())
+            return flags, digest(tensor.to_dense().contiguous().cpu().numpy().tobytes())
         if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
             return flags, tuple(tensor.shape)
         storage = tensor.untyped_storage()
         place, known = self.number(("storage", storage._cdata), storage)
-        bits = None if known else digest(torch.empty(0, dtype=torch.uint8).set_(storage).numpy().tobytes())
+        bits = None if known else digest(torch.empty(0, dtype=torch.uint8).set_(storage.cpu()).numpy().tobytes())
         extra = str(tensor.qscheme()) if tensor.is_quantized else (tensor.is_conj(), tensor.is_neg())
         return (
             flags,

@@ -51,9 +51,11 @@ def assert_zero_copy(pipeline: Any) -> None:
             path = (
                 paths.path_to(pipeline, tensor, paths.name_of(pipeline)) or f"a tensor inside {paths.name_of(pipeline)}"
             )
-            raise AssertionError(
-                f"{path} is not a view of the object store: {own:,} of its {tensor.nbytes:,} bytes are memory of this process"
-            )
+            if isinstance(tensor, torch.Tensor) and not tensor.is_cpu:
+                where = f"it is on {tensor.device}"
+            else:
+                where = f"{own:,} of its {tensor.nbytes:,} bytes are memory of this process"
+            raise AssertionError(f"{path} is not a view of the object store: {where}")
 
 
 def _tensors(obj: Any) -> list[Any]:

@@ -115,6 +115,15 @@ def rebuild_quantized(storage: torch.UntypedStorage, dtype: torch.dtype, *descri
     return rebuild(typed, *description, OrderedDict())
 
 
+# Puts a nested tensor of the layout `strided` together. In the same file.
+torch_rebuilds_nested: Callable[..., torch.Tensor] = torch._utils._rebuild_nested_tensor
+
+
+def rebuild_nested(content: torch.Tensor, *shapes: torch.Tensor) -> torch.Tensor:
+    """As torch does, on any device. The shapes are in main memory wherever the content is: else torch ends the process."""
+    return torch_rebuilds_nested(content, *(shape.cpu() for shape in shapes))
+
+
 def tensors_of_exported(program: ExportedProgram) -> tuple[dict[str, Any], dict[str, Any]]:
     """The dicts in which a program holds its state, and its constants: not copies of them.
 

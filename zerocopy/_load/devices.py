@@ -21,10 +21,9 @@ def resolve(device: str | torch.device | None) -> torch.device:
     if device == "auto":
         device = "cuda:0" if object_store.assigned_gpu() else "cpu"
     try:
-        resolved = torch.device(device)
-        if resolved.type == "meta":
+        if torch.device(device).type == "meta":
             raise RuntimeError("it holds no data")
-        torch.empty(0, device=resolved)
+        return torch.empty(0, device=device).device  # under its full name: "cuda" and "cuda:0" may be one
     except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise DeviceError(
@@ -32,4 +31,3 @@ def resolve(device: str | torch.device | None) -> torch.device:
             hint="device='auto' means the GPU that Ray assigned, else the CPU; ask Ray for one with num_gpus=1.",
             device=str(device),
         ) from None
-    return resolved

@@ -14,7 +14,8 @@ from zerocopy._split.skeleton import graft
 from zerocopy._store.manifest import Manifest, Outer, Root, Skeleton
 from zerocopy._store.read import StoredMemory
 from zerocopy._store.storages import Region, allocated
-from zerocopy._store.tensors import TensorSpec, rebuild, stand_in
+from zerocopy._store.tensors import ARRAY, TensorSpec, rebuild, stand_in
+from zerocopy._store.uploads import upload
 from zerocopy.errors import DeviceError
 
 
@@ -54,9 +55,10 @@ def _load_needed(
     storages = list(dict.fromkeys(specs[index].storage for index in needed))
     stored = [storage for storage in storages if storage < len(manifest.location_rows)]
     memory = StoredMemory(manifest, stored, require_isolation=require_isolation)
-    by_storage = _devices_of(storages, manifest.devices, target)
-    regions = {**memory.regions(by_storage), **_private_regions(manifest, outer)}
-    live = dict(zip(needed, rebuild([specs[index] for index in needed], regions, by_storage), strict=True))
+    rows = [specs[index] for index in needed]
+    by_storage = _devices_of(rows, manifest.devices, target)
+    regions = {**memory.regions(_only_uploaded(by_storage, rows)), **_private_regions(manifest, outer)}
+    live = dict(zip(needed, rebuild(rows, regions, upload(regions, by_storage)), strict=True))
     blank = {} if fields is None else {i: stand_in(spec) for i, spec in enumerate(specs) if i not in live}
     pipeline = _join_all(manifest, outer, [live.get(index, blank.get(index)) for index in range(len(specs))])
     if fields is not None:
@@ -91,8 +93,9 @@ def load_shared(manifest: Manifest, target: torch.device, *, require_isolation: 
     """
     rows: Any = manifest.spec_rows
     memory = StoredMemory(manifest, range(len(manifest.location_rows)), require_isolation=require_isolation)
-    by_storage = _devices_of(range(len(manifest.location_rows)), manifest.devices, target)
-    tensors = dict(enumerate(rebuild(rows, memory.regions(by_storage), by_storage)))
+    by_storage = _devices_of(rows, manifest.devices, target)
+    regions = memory.regions(_only_uploaded(by_storage, rows))
+    tensors = dict(enumerate(rebuild(rows, regions, upload(regions, by_storage))))
     return SharedPart(tensors, graft_skeleton(manifest.skeleton, tensors, ()), memory)
 
 
@@ -101,8 +104,7 @@ def join(manifest: Manifest, outer: Outer, shared: SharedPart, target: torch.dev
     tensors: Any = shared.tensors
     if outer.specs:
         regions = _private_regions(manifest, outer)
-        by_storage = {} if target == devices.CPU else dict.fromkeys(regions, target)
-        private = rebuild(outer.specs, regions, by_storage)
+        private = rebuild(outer.specs, regions, upload(regions, _devices_of(outer.specs, {}, target)))
         tensors = {**tensors, **dict(enumerate(private, start=len(manifest.spec_rows)))}
     return _in_eval_mode(graft_skeleton(outer.skeleton, tensors, shared.roots))
 
@@ -120,13 +122,19 @@ def _private_regions(manifest: Manifest, outer: Outer) -> dict[int, Region]:
 
 
 def _devices_of(
-    storages: Iterable[int], declared: Mapping[int, Sequence[str | None]], target: torch.device
+    rows: Iterable[tuple[Any, ...]], declared: Mapping[int, Sequence[str | None]], target: torch.device
 ) -> dict[int, torch.device]:
-    """The devices of the storages that do not stay in main memory."""
-    if not declared:
-        return {} if target == devices.CPU else dict.fromkeys(storages, target)
+    """The devices of the storages that tensors have elsewhere than in main memory, given the row of each tensor."""
+    if not declared and target == devices.CPU:
+        return {}
+    storages = {storage for kind, storage, *_ in rows if kind != ARRAY}
     found = {storage: _one_device(declared.get(storage, ()), target) for storage in storages}
     return {storage: device for storage, device in found.items() if device != devices.CPU}
+
+
+def _only_uploaded(by_storage: Mapping[int, torch.device], rows: Iterable[tuple[Any, ...]]) -> set[int]:
+    """The storages that no array is a view of: arrays stay in main memory, where they can be written to."""
+    return set(by_storage) - {storage for kind, storage, *_ in rows if kind == ARRAY} if by_storage else set()
 
 
 def _one_device(declared: Sequence[str | None], target: torch.device) -> torch.device:

@@ -211,6 +211,8 @@ class LoadCache:
             if not is_left:
                 self._evictor = None
         del evicted  # outside of the lock: it takes a while
+        if any(key.device.type == "cuda" for key in idle):
+            torch.cuda.empty_cache()  # torch would keep the memory from other processes on the GPU
         return is_left
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from zerocopy._compat.ray import registered_reducer
-from zerocopy._compat.torch import MKLDNN, parametrize_again, rebuild_quantized
+from zerocopy._compat.torch import MKLDNN, parametrize_again, rebuild_nested, rebuild_quantized, torch_rebuilds_nested
 from zerocopy._split import paths
 from zerocopy._store.tensors import leaf
 
@@ -25,7 +25,28 @@ FILES = (io.FileIO, io.TextIOWrapper, io.BufferedReader, io.BufferedWriter, io.B
 def reduce_as_pickle(obj: Any) -> Any:
     """An object in the way that Ray's pickle takes: by the reducer that a user registered, else by its own."""
     registered = registered_reducer(type(obj))
-    return obj.__reduce_ex__(5) if registered is None else registered(obj)
+    if registered is not None:
+        return registered(obj)
+    return reduce_packed(obj) if hasattr(type(obj), "set_weight_bias") else obj.__reduce_ex__(5)
+
+
+def reduce_packed(obj: Any) -> tuple[Any, ...]:
+    """What packs its weights when it gets its state: quantized modules, and objects of TorchScript that they hold.
+
+    They stay in main memory. torch can pack nowhere else, and ends the process when it is given the tensors of a GPU.
+    """
+    function, arguments, state, *_ = obj.__reduce_ex__(5)
+    return function, arguments, state, None, None, _set_packed
+
+
+def _set_packed(obj: Any, state: Any) -> None:
+    obj.__setstate__(_in_main_memory(state))
+
+
+def _in_main_memory(state: Any) -> Any:
+    if isinstance(state, torch.Tensor):
+        return state if state.is_cpu else state.detach().cpu()
+    return type(state)(map(_in_main_memory, state)) if type(state) in (tuple, list) else state
 
 
 def reduce_parametrized(module: nn.Module) -> tuple[Any, ...]:
@@ -79,9 +100,11 @@ def _reduce_array(array: np.ndarray[Any, Any]) -> Any:
 
 def _reduce_tensor(tensor: torch.Tensor) -> Any:
     if tensor.layout is MKLDNN:
-        return torch.Tensor.to_mkldnn, (tensor.to_dense(),)
+        return _rebuild_mkldnn, (tensor.to_dense(),)
     if tensor.is_quantized and type(tensor) is torch.Tensor:
         return _reduce_quantized(tensor)
+    if tensor.is_nested and tensor.layout is torch.strided:
+        return _reduce_nested(tensor)
     if _is_view_of_storage(tensor) and type(tensor).__reduce_ex__ in (
         torch.Tensor.__reduce_ex__,
         nn.Parameter.__reduce_ex__,
@@ -121,6 +144,19 @@ def _set_state_of_tensor(tensor: Any, held: tuple[Any]) -> None:
     vars(tensor).update(attributes or {})
     for name, value in slots.items():
         object.__setattr__(tensor, name, value)
+
+
+def _rebuild_mkldnn(dense: torch.Tensor) -> torch.Tensor:
+    return dense.cpu().to_mkldnn()  # a format of main memory
+
+
+def _reduce_nested(tensor: torch.Tensor) -> tuple[Any, ...]:
+    function, arguments, *rest = tensor.__reduce_ex__(5)
+    # Where a tensor has attributes, torch's function is among the arguments of another one.
+    function, *arguments = (
+        rebuild_nested if part is torch_rebuilds_nested else part for part in (function, *arguments)
+    )
+    return (function, tuple(arguments), *rest)
 
 
 def _reduce_quantized(tensor: torch.Tensor) -> tuple[Any, ...]:

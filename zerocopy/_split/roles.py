@@ -38,6 +38,7 @@ class Role(enum.Enum):
     PROGRAM = enum.auto()  # TorchScript, or an exported program
     WEAK_REFERENCE = enum.auto()
     FILE = enum.auto()
+    PACKED = enum.auto()  # an object of TorchScript, such as a quantized module packs its weights into
     OTHER = enum.auto()
 
 
@@ -64,6 +65,7 @@ _ROLES_BY_BASE: tuple[tuple[Any, Role], ...] = (
     (pickle.PickleBuffer, Role.BUFFER),
     (reducers.FILES, Role.FILE),
     (programs.PROGRAMS, Role.PROGRAM),
+    (torch.ScriptObject, Role.PACKED),
 )
 
 

@@ -161,6 +161,7 @@ _REDUCERS: dict[Role, Callable[[Any], Any]] = {
     Role.PARAMETRIZED: reducers.reduce_parametrized,
     Role.WEAK_REFERENCE: reducers.reduce_weak_reference,
     Role.FILE: reducers.reduce_file,
+    Role.PACKED: reducers.reduce_packed,
 }
 
 

@@ -132,7 +132,7 @@ def map_private(
             proves that the right file was found.
         starts: their addresses, if they are known.
         shard: refers to the object. If it is given, it is known from now on what the memory shows: see `windows`.
-        writable: False for a read-only mapping, the right source for copies to a GPU: drivers pin the source with write
+        writable: False for a read-only mapping, the right source for copies to a GPU: a driver may pin the source with write
             intent, which would make the kernel copy each page of a writable private mapping.
         required: raise instead of falling back to Ray's own, shared mapping.
 

@@ -42,9 +42,10 @@ class Storage:
             return self.source
         if self.source is None:
             raise RuntimeError("this storage was adopted")
-        storage = self.source if self.address is not None or not self.nbytes else self.source.cpu()
+        if self.address is None and self.nbytes:
+            return _copied(self.source)
         # Not by `numpy()`: torch would never resize the storage again.
-        return _bytes_at(storage.data_ptr(), self.nbytes, storage)
+        return _bytes_at(self.source.data_ptr(), self.nbytes, self.source)
 
     def to_buffer(self) -> Any:
         """The bytes as a buffer, valid while this storage is alive. Cheap, because it is made per storage of a model."""
@@ -69,6 +70,13 @@ class Storage:
         if self.address is None:
             raise ValueError("this storage is not in main memory")
         return self.address, self.address + self.nbytes
+
+
+def _copied(storage: torch.UntypedStorage) -> Bytes:
+    # NumPy asks for huge pages: ordinary ones take longer when they are touched for the first time.
+    content = np.empty(storage.nbytes(), np.uint8)
+    torch.from_numpy(content).copy_(torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage))
+    return content
 
 
 def digest_of_bytes(content: Any) -> bytes:

@@ -163,14 +163,14 @@ StorageIndex: TypeAlias = dict[object, int]
 
 
 def rebuild(
-    rows: Iterable[tuple[Any, ...]], regions: Mapping[int, Region], devices: Mapping[int, torch.device]
+    rows: Iterable[tuple[Any, ...]], regions: Mapping[int, Region], uploaded: Mapping[int, Region]
 ) -> list[Any]:
     """The tensors and arrays that `rows` describe, views of the regions of their storages.
 
     Args:
         rows: each a `TensorSpec`, or the row of one.
         regions: by index of the storage.
-        devices: by index of the storage, the device of its tensors, if that is not the CPU. Arrays stay on the CPU.
+        uploaded: the same on devices, for tensors that do not stay in main memory. Arrays do.
     """
     rows = list(rows)
     first: dict[int, torch.Tensor] = {}  # of each storage a tensor that covers it
@@ -179,7 +179,7 @@ def rebuild(
     # Loaded tensors are the same in every mode of the caller: only what was an inference tensor becomes one.
     with torch.inference_mode(False), torch.no_grad():
         for row in rows:
-            if len(row) == WHOLE and row[1] not in first and row[1] not in devices:  # most are: the shortest way
+            if len(row) == WHOLE and row[1] not in first and row[1] not in uploaded:  # most are: the shortest way
                 kind, storage, dtype, shape, flag = row
                 memory, start, nbytes = regions[storage]
                 twin = NUMPY_TWINS.get(dtype)
@@ -203,7 +203,7 @@ def rebuild(
                 continue
             base = first.get(spec.storage)
             if base is None:
-                base = base_over(regions[spec.storage], spec.dtype, devices.get(spec.storage))
+                base = base_over(uploaded.get(spec.storage) or regions[spec.storage], spec.dtype)
                 if base.nbytes <= COPIED and spec.storage not in mapped:
                     base = base.clone()
                 first[spec.storage] = base
@@ -231,20 +231,17 @@ def _array(spec: TensorSpec, region: Region) -> np.ndarray[Any, Any]:
     return array
 
 
-def base_over(region: Region, dtype: torch.dtype, device: torch.device | None = None) -> torch.Tensor:
+def base_over(region: Region, dtype: torch.dtype) -> torch.Tensor:
     """A tensor that covers a region."""
     memory, start, nbytes = region
     if nbytes % dtype.itemsize:  # a storage with a ragged end: only bytes cover it whole
         dtype = torch.uint8
+    if isinstance(memory, torch.Tensor):
+        place = memory.untyped_storage(), 0, (nbytes // dtype.itemsize,), (1,)
+        return torch.empty(0, dtype=dtype, device=memory.device).set_(*place)
     if nbytes == 0:
-        base = torch.empty(0, dtype=dtype, device="cpu")
-    elif isinstance(memory, torch.Tensor):
-        base = torch.empty(0, dtype=dtype, device="cpu").set_(
-            memory.untyped_storage(), 0, (nbytes // dtype.itemsize,), (1,)
-        )
-    else:
-        base = torch.frombuffer(memory, dtype=dtype, count=nbytes // dtype.itemsize, offset=start)
-    return base if device is None else base.to(device)
+        return torch.empty(0, dtype=dtype, device="cpu")
+    return torch.frombuffer(memory, dtype=dtype, count=nbytes // dtype.itemsize, offset=start)
 
 
 def strided(base: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
