@@ -48,7 +48,7 @@ def upload(regions: Mapping[int, Region], devices: Mapping[int, torch.device]) -
 
 def _copy_by_threads(pairs: Sequence[Pair], stream: torch.cuda.Stream) -> None:
     pieces = [piece for copied, source in pairs for piece in zip(copied.split(PIECE), source.split(PIECE), strict=True)]
-    count = min(THREADS, len(os.sched_getaffinity(0)))
+    count = min(THREADS, os.cpu_count() or 1)
 
     def copy(share: Sequence[Pair]) -> None:
         pinned = torch.empty(PIECE, dtype=torch.uint8, pin_memory=True)
