@@ -29,6 +29,7 @@ from zerocopy.errors import FollowWarning, ZeroCopyError
 T_co = TypeVar("T_co", covariant=True)
 
 PAUSE_SECONDS = 0.5  # after a failure
+WORTH_A_WARNING = 5  # failures in a row: a registry that was killed is made again after the first
 
 
 class Live(Protocol[T_co]):
@@ -186,16 +187,17 @@ class Watcher:
                 self._woken.set_result(None)
 
     def _run(self) -> None:
-        session = object_store.session()
+        session, failures = object_store.session(), 0
         while self._has_work(session):
             try:
                 self._wait_once()
+                failures = 0
             except (client.RegistryLost, ZeroCopyError, ray.exceptions.RayError) as error:
-                if session is object_store.session():
-                    warn_once(
-                        f"zerocopy cannot follow named publications now, and goes on with what is loaded: {error}"
-                    )
-                    time.sleep(PAUSE_SECONDS * random.uniform(0.5, 1.5))  # noqa: S311 (many shall not ask at one moment)
+                failures += 1
+                if failures == WORTH_A_WARNING and session is object_store.session():
+                    reason = str(error).splitlines()[0]
+                    warn_later(f"zerocopy cannot follow publications now, and goes on with what is loaded: {reason}")
+                time.sleep(PAUSE_SECONDS * random.uniform(0.5, 1.5))  # noqa: S311 (many shall not ask at one moment)
 
     def _has_work(self, session: object) -> bool:
         with self._lock:

@@ -259,6 +259,15 @@ class NamedPublication(Publication):
     def _description(self) -> tuple[Any, ...]:
         return *super()._description(), self.tag
 
+    def without_reference(self) -> NamedPublication:
+        rebuild, arguments = self.__reduce__()
+        handle: NamedPublication = rebuild(*arguments)
+        return handle
+
+    def newest(self) -> NamedPublication:
+        """A handle of the version that its alias points at now; this one, if it has none."""
+        return self if self.tag.alias is None else newest(self.name, self.tag.alias)
+
     def travels_by_name(self) -> bool:
         """Whether Ray would not count a reference where it is pickled now, so that it brings none."""
         return isinstance(self._state, Closed) or not (object_store.is_running() and is_serializing())

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import ray
+import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from zerocopy._cluster.names import LATEST, Name, Refused, Version
@@ -25,6 +26,7 @@ from zerocopy._compat.ray import ended_jobs, have_copies, nodes_with, records_in
 from zerocopy._store.object_store import put_plainly
 
 STORING = 4  # store tasks at a time
+STORE_TRIES = 3  # of each: its process may be killed, and Ray's own retries made a lost one hang
 LEAST_STORED = 128 << 10  # bytes: Ray keeps smaller results in the heap of their owner, where nothing can map them
 NONCE_BYTES = 16  # what is unique to a shard comes first
 POLL_SECONDS = 30.0
@@ -158,8 +160,17 @@ class Registry:
         remote: Any = ray.remote(num_cpus=0, max_retries=0, num_returns=2)(store)
         on_node = NodeAffinitySchedulingStrategy(node, soft=False)
         async with self._storing:
-            stored, receipt = remote.options(scheduling_strategy=on_node, name="zerocopy.store").remote(source, rows)
-            return [stored], await receipt
+            tries = 0
+            while True:
+                stored, receipt = remote.options(scheduling_strategy=on_node, name="zerocopy.store").remote(
+                    source, rows
+                )
+                try:
+                    return [stored], await receipt
+                except ray.exceptions.WorkerCrashedError:
+                    tries += 1
+                    if tries == STORE_TRIES:
+                        raise
 
     async def _commit(
         self,
@@ -436,7 +447,9 @@ class Registry:
         options = {"runtime_env": version.runtime_env} if version.runtime_env else {}
         try:
             await remote.options(name="zerocopy.recover", **options).remote(version.source)
-        except Exception as error:  # whatever the user's code raises
+        except ray.exceptions.RayTaskError as error:  # whatever the user's code raises
+            return f"its source failed: {type(error.cause).__name__}: {error.cause}"
+        except ray.exceptions.RayError as error:
             return f"its source failed: {error}"
         return "its source gave other weights than those that were published"
 

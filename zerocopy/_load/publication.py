@@ -286,6 +286,10 @@ class Publication(Handle):
         state = self._state if isinstance(self._state, Sealed) else self._sealed()
         return type(self), (state, *self._description())
 
+    def without_reference(self) -> Publication:
+        """A handle that keeps nothing in the store, if it can find it again."""
+        return self
+
     def travels_by_name(self) -> bool:
         """Whether it travels without object references, where it is pickled now."""
         return False

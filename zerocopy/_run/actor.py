@@ -16,6 +16,7 @@ from ray.actor import ActorHandle
 from zerocopy._compat.ray import is_ray_actor_class
 from zerocopy._declare.fields import Marker, check_device_name
 from zerocopy._declare.pipeline import class_with_own_init, describe, is_pipeline_class
+from zerocopy._load.publication import Publication
 from zerocopy._run.arguments import keep_arguments, live_parameters, load_arguments
 from zerocopy._run.checks import Parameters, check_in_flight, check_options
 from zerocopy._run.copies import warn_if_called_by_ray, warn_of_copies
@@ -23,6 +24,7 @@ from zerocopy._run.following import (
     check_can_follow,
     check_options_can_follow,
     follow_in_methods,
+    load_newest,
     start_following,
 )
 from zerocopy._run.results import in_order
@@ -137,7 +139,8 @@ class Launcher(Generic[P, T]):
         parameters, actor_class = getattr(cls, _SPEC).made_of(cls)
         parameters.check(args, kwargs)
         object_store.require()
-        sent, named = keep_arguments(args, kwargs)
+        spec, live = getattr(cls, _SPEC), live_parameters(cls.__init__, is_method=True)
+        sent, named = keep_arguments(args, kwargs, lambda which: spec.follow or which in live)
         if self._options:
             actor_class = actor_class.options(**self._options)
         actors = [actor_class.remote(*sent, **named) for _ in range(count)]
@@ -298,8 +301,8 @@ def _with_arguments_loaded(init: Callable[..., Any]) -> Callable[..., Any]:
 def _loaded_for(
     actor: Any, init: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> tuple[list[Any], dict[str, Any]]:
-    live = live_parameters(init, is_method=True)
-    return load_arguments(args, kwargs, getattr(type(actor), _SPEC).device, live=live)
+    spec, live = getattr(type(actor), _SPEC), live_parameters(init, is_method=True)
+    return load_arguments(args, kwargs, spec.device, load_newest if spec.follow else Publication.load, live)
 
 
 def _prepare_subclasses(cls: Any) -> None:

@@ -72,9 +72,26 @@ def pack_arguments(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[list
     return [pack_argument(value) for value in args], {name: pack_argument(value) for name, value in kwargs.items()}
 
 
-def keep_arguments(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
-    """The arguments of a call as they are sent more than once."""
-    return [keep_argument(value) for value in args], {name: keep_argument(value) for name, value in kwargs.items()}
+def keep_arguments(
+    args: Sequence[Any], kwargs: Mapping[str, Any], follow: Callable[[int | str], bool] = lambda _: False
+) -> tuple[list[Any], dict[str, Any]]:
+    """The arguments of a call as they are sent more than once.
+
+    Args:
+        follow: whether the argument with this position or name follows a publication's name. Old versions of that are not kept.
+    """
+
+    def kept(which: int | str, value: Any) -> Any:
+        return follow_argument(value) if follow(which) else keep_argument(value)
+
+    sent = [kept(position, value) for position, value in enumerate(args)]
+    return sent, {name: kept(name, value) for name, value in kwargs.items()}
+
+
+def follow_argument(value: Any) -> Any:
+    """An argument as it is sent where it will follow a name."""
+    packed = keep_argument(value)
+    return packed.without_reference() if isinstance(packed, Publication) else packed
 
 
 def load_arguments(

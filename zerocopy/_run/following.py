@@ -17,10 +17,11 @@ import torch
 from torch import nn
 
 from zerocopy._cluster.following import Followed, warn_once
-from zerocopy._cluster.handles import Tag, followed_by
+from zerocopy._cluster.handles import NamedPublication, Tag, followed_by
 from zerocopy._cluster.refresh import swap, tag_of
 from zerocopy._compat.ray import is_async_actor
 from zerocopy._load import devices, live
+from zerocopy._load.publication import Publication
 from zerocopy._split import paths
 from zerocopy.errors import DeclarationError
 
@@ -84,6 +85,11 @@ def _following(method: Callable[..., Any]) -> Callable[..., Any]:
 
     setattr(call, _WRAPPED, True)
     return call
+
+
+def load_newest(publication: Publication, device: str | None) -> Any:
+    """Load the newest version instead of the one that was published: an old one may be gone when an actor is restarted."""
+    return (publication.newest() if isinstance(publication, NamedPublication) else publication).load(device)
 
 
 def start_following(actor: Any, values: Iterable[Any]) -> None:

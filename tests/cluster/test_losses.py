@@ -1,0 +1,331 @@
+"""Killed anywhere: nothing half is ever seen, nothing is left behind, and what can come back does."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import ray
+import torch
+from conftest import run_python, wait_until
+from registries import kill_registry
+from safetensors.torch import save_file
+from torch import nn
+from versions import Asked, Following, Numbered, numbered
+
+import zerocopy
+from zerocopy._cluster import client, writing
+from zerocopy.errors import NotPublishedError, PublicationLostError
+
+pytestmark = pytest.mark.usefixtures("cluster")
+
+KILLED = """
+import os, sys
+import ray, torch, zerocopy
+from zerocopy._cluster import client, writing
+from versions import numbered
+ray.init(sys.argv[1], log_to_driver=False)
+when, commit = sys.argv[3], writing.Named.commit_with
+
+def killed(self, shards):
+    if when == "before":
+        os.kill(os.getpid(), 9)
+    submit = client.submit
+    def submit_and_die(actor, method, *args):
+        submit(actor, method, *args)
+        os.kill(os.getpid(), 9)
+    client.submit = submit_and_die
+    return commit(self, shards)
+
+writing.Named.commit_with = killed
+zerocopy.publish(numbered(2, width=700), name=sys.argv[2])
+"""
+
+
+@pytest.mark.parametrize("when", ["before", "during"])
+def test_a_publisher_killed(name: str, address: str, when: str, store_use: Callable[[], int]) -> None:
+    """Before the commit nothing is seen and nothing stays. During it, there is a whole version or none."""
+    zerocopy.publish(numbered(1), name=name)
+    assert run_python(KILLED, "-", address, name, when).returncode == -signal.SIGKILL
+    time.sleep(1)
+    versions = [one.version.number for one in zerocopy.publications() if one.version.name == name]
+    assert versions == [1] if when == "before" else versions in ([1], [1, 2])
+    assert zerocopy.lookup(name).load()() == versions[-1]
+    zerocopy.remove(name)
+    assert wait_until(lambda: store_use() <= 0, 10)
+
+
+def test_a_registry_killed_while_something_is_published(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The publisher begins anew with the next registry, adopted or not."""
+    commit = writing.Named.commit_with
+    killed: list[int] = []
+
+    def kill_first(self: Any, shards: Any) -> Any:
+        if not killed:
+            killed.append(1)
+            kill_registry()
+        return commit(self, shards)
+
+    monkeypatch.setattr(writing.Named, "commit_with", kill_first)
+    for number, adopt in ((1, False), (2, True)):
+        killed.clear()
+        search = numbered(number)
+        assert zerocopy.publish(search, name=name, adopt=adopt).version.number == number
+        assert zerocopy.lookup(name).load(verify=True)() == search() == number
+
+
+def test_a_registry_killed_after_the_commit_was_written(name: str) -> None:
+    """The publisher does not hear of it, and commits again: it is the same version."""
+    submit, killed = client.submit, []
+
+    def kill_after(actor: Any, method: str, *args: Any) -> Any:
+        reply = submit(actor, method, *args)
+        if method == "commit" and not killed:
+            ray.wait([reply])
+            killed.append(kill_registry())
+            return submit(actor, method, *args)  # to one that is dead
+        return reply
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(client, "submit", kill_after)
+        assert zerocopy.publish(numbered(1), name=name).version.number == 1
+    assert [one.version.number for one in zerocopy.publications() if one.version.name == name] == [1]
+    assert zerocopy.lookup(name).load()() == 1
+
+
+def build_counted(path: str) -> Numbered:
+    with Path(path).open("a") as file:
+        file.write("x")
+    time.sleep(0.5)
+    return numbered(7, width=300)
+
+
+def test_a_source_runs_once_for_all_who_ask(name: str, tmp_path: Path) -> None:
+    """The registry is killed, and many ask at one moment: one source run brings the version back, with the same number."""
+    ran = tmp_path / "ran"
+    version = zerocopy.publish(build_counted(str(ran)), name=name, source=lambda: build_counted(str(ran))).version
+    handle = zerocopy.lookup(name)
+    kill_registry()
+    answers: list[Any] = []
+    threads = [threading.Thread(target=lambda: answers.append(handle.load())) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [answer() for answer in answers] == [7] * 6
+    assert {zerocopy.version_of(answer) for answer in answers} == {version}
+    assert ran.read_text() == "xx"  # once here, once for all of them
+    assert handle.load(verify=True)() == 7
+
+
+def test_a_source_whose_bytes_have_changed(name: str, tmp_path: Path) -> None:
+    """A clear error, and never half of two versions."""
+    value = tmp_path / "value"
+    value.write_text("1")
+
+    def build() -> nn.Module:
+        module = nn.Sequential(nn.Linear(300, 300), nn.Linear(300, 300))
+        with torch.no_grad():
+            module[0].weight.fill_(1)
+            module[1].weight.fill_(float(value.read_text()))
+            module[0].bias.zero_()
+            module[1].bias.zero_()
+        return module
+
+    zerocopy.publish(build(), name=name, source=build)
+    handle = zerocopy.lookup(name)
+    value.write_text("2")
+    kill_registry()
+    with pytest.raises(PublicationLostError, match=r"version 1 of .* are gone: its source gave other weights") as lost:
+        handle.load()
+    assert lost.value.reason == "no source"
+    value.write_text("1")
+    assert float(handle.load()[1].weight.detach()[0, 0]) == 1  # it is asked again
+    assert zerocopy.publications().names.count(name) == 1
+
+
+def test_a_source_that_fails(name: str) -> None:
+    """Its error stands in ours."""
+
+    def build() -> nn.Module:
+        raise RuntimeError("no such bucket")
+
+    zerocopy.publish(numbered(1), name=name, source=build)
+    kill_registry()
+    with pytest.raises(PublicationLostError, match="its source failed: .*no such bucket"):
+        zerocopy.lookup(name).load()
+
+
+def test_a_checkpoint_comes_back(name: str, tmp_path: Path, store_use: Callable[[], int]) -> None:
+    """What was published from files is read from them again; not from files that have changed. It is not written twice."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(400, 400), nn.Linear(400, 400))
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Linear(400, 400), nn.Linear(400, 400))
+
+    publication = zerocopy.publish_checkpoint(build, tmp_path / "*.safetensors", name=name, alias="files")
+    assert publication.version.number == 1
+    once = store_use()
+    assert zerocopy.publish(model, name=f"{name}-live").load()[0].weight.equal(model[0].weight)
+    assert wait_until(lambda: store_use() < once + 200_000, 10)
+    zerocopy.remove(f"{name}-live")
+    kill_registry()
+    assert zerocopy.lookup(name, alias="files").load(verify=True)[1].weight.equal(model[1].weight)
+    publication.close()
+    kill_registry()
+    changed = {key: value + 1 for key, value in model.state_dict().items()}
+    save_file(changed, tmp_path / "model.safetensors")
+    with pytest.raises(PublicationLostError, match="its source gave other weights"):
+        zerocopy.lookup(name).load()
+
+
+def test_living_holders_give_back(name: str) -> None:
+    """Without a source: actors that have the weights mapped go on, and bring them back, though they have written to theirs."""
+    publication = zerocopy.publish(numbered(3, width=300), name=name)
+    following, asked = Following.remote(publication), Asked.remote(publication)
+    assert ray.get([following.ask.remote(), asked.ask.remote()]) == [3, 3]
+    publication.close()
+    kill_registry()
+    assert ray.get([following.ask.remote(), asked.ask.remote()]) == [3, 3]
+    found = zerocopy.lookup(name).load(verify=True)
+    assert found() == 3
+    zerocopy.publish(numbered(4, width=300), name=name)
+    assert wait_until(lambda: ray.get(asked.ask.remote()) == 4 == ray.get(following.ask.remote()), 20)
+
+
+def test_the_rest_is_lost_in_clear_words(name: str) -> None:
+    """Without a source and without a holder. The name stays, and another publication of the same weights heals it."""
+    zerocopy.publish(numbered(1), name=name)
+    handle = zerocopy.lookup(name)
+    kill_registry()
+    start = time.monotonic()
+    with pytest.raises(
+        PublicationLostError, match=r"no source, and no process that runs holds all of its weights.*source="
+    ):
+        handle.load()
+    assert time.monotonic() - start < 15
+    (listed,) = [one for one in zerocopy.publications() if one.version.name == name]
+    assert listed.nodes == ()
+    assert zerocopy.publish(numbered(1), name=name).version == listed.version
+    assert handle.load()() == 1
+
+
+def test_numbers_and_aliases_survive_the_registry(name: str) -> None:
+    """They are in Ray's control plane."""
+    for number in (1, 2, 3):
+        zerocopy.publish(
+            numbered(number), name=name, alias=f"alias-{number}", source=lambda number=number: numbered(number)
+        )
+    zerocopy.set_alias(name, "latest", version=2)
+    kill_registry()
+    listed = {one.version.number: one.aliases for one in zerocopy.publications() if one.version.name == name}
+    assert listed == {1: ("alias-1",), 2: ("alias-2", "latest"), 3: ("alias-3",)}
+    assert zerocopy.lookup(name).load()() == 2
+    assert zerocopy.publish(numbered(4), name=name).version.number == 4
+
+
+DETACHED = """
+import sys
+import ray, zerocopy
+from versions import Following, Asked, numbered
+ray.init(sys.argv[1], namespace="detached", log_to_driver=False)
+search = numbered(6)
+publication = zerocopy.publish(search, name=sys.argv[2])
+options = {"lifetime": "detached", "max_restarts": 3}
+actors = [
+    Following.options(name="followed", **options).remote(publication),
+    Following.options(name="instance", **options).remote(search),
+    Asked.options(name="asked", **options).remote(zerocopy.lookup(sys.argv[2])),
+]
+@ray.remote(num_cpus=0.1, **options)
+class Plain:
+    def __init__(self, search, handles):
+        self.search, self.handles = search, handles
+    def ask(self):
+        answers = {self.search(), *(handle.load()() for handle in self.handles)}
+        return answers.pop() if len(answers) == 1 else -1
+actors.append(Plain.options(name="plain").remote(search, [publication, zerocopy.lookup(sys.argv[2])]))
+print(ray.get([actor.ask.remote() for actor in actors]))
+"""
+
+
+def test_restarted_actors_find_their_weights_by_name(name: str, address: str) -> None:
+    """Detached ones, whose driver and handles are gone: by what they were given, if that has a name."""
+    started = run_python(DETACHED, "-", address, name)
+    assert started.stdout.strip() == "[6, 6, 6, 6]", started.stderr
+    actors = [ray.get_actor(one, "detached") for one in ("followed", "instance", "asked", "plain")]
+    try:
+        pids = [ray.get(actor.__ray_call__.remote(lambda _: os.getpid())) for actor in actors]
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+        for actor in actors:
+            assert wait_until(lambda actor=actor: answer_of(actor) == 6, 60)
+    finally:
+        for actor in actors:
+            ray.kill(actor)
+
+
+def answer_of(actor: Any) -> int | None:
+    try:
+        return ray.get(actor.ask.remote())
+    except ray.exceptions.ActorUnavailableError:
+        return None
+
+
+def test_removing_while_readers_read(name: str, store_use: Callable[[], int]) -> None:
+    """They finish with what they have; new ones are told; the memory goes with the last."""
+    publication = zerocopy.publish(numbered(2, width=500), name=name)
+    actors = [Asked.remote(publication) for _ in range(2)]
+    assert ray.get([actor.ask.remote() for actor in actors]) == [2, 2]
+    streams = [actor.stream.options(num_returns="streaming").remote(20) for actor in actors]
+    zerocopy.remove(name)
+    publication.close()
+    assert [ray.get(one) for stream in streams for one in stream] == [2] * 40
+    with pytest.raises(NotPublishedError):
+        zerocopy.lookup(name)
+    for actor in actors:
+        ray.kill(actor)
+    assert wait_until(lambda: store_use() <= 0, 20)
+
+
+def test_a_store_task_that_is_killed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is run again: the publisher's memory is still there."""
+    submit, stopped = client.submit, []
+
+    def kill_worker(actor: Any, method: str, *args: Any) -> Any:
+        reply = submit(actor, method, *args)
+        if method == "store" and not stopped:
+            stopped.append(kill_store_task())
+        return reply
+
+    monkeypatch.setattr(client, "submit", kill_worker)
+    zerocopy.publish(Large(), name=name)
+    assert stopped == [True]
+    assert zerocopy.lookup(name).load(verify=True).weight[-1].item() == 1
+
+
+class Large(nn.Module):
+    """One storage that takes a while to store."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(75_000_000))
+
+
+def kill_store_task() -> bool:
+    """Kill the process that runs one, as soon as it does."""
+    for _ in range(200):
+        for process in psutil.process_iter(["cmdline"]):
+            if any("ray::zerocopy.store" in part for part in process.info["cmdline"] or ()):
+                process.kill()
+                return True
+    return False
