@@ -148,15 +148,18 @@ class NamedPublication(Publication):
         return version
 
     def pinned(self) -> NamedPublication:
-        """A handle of the version that this one gives now."""
+        """A handle of the version that this one gives now. From now on this one keeps that, unless it follows an alias."""
+        found = self._found()
+        if self.tag.number is not None:  # else the next use may find another version
+            self._state, self.tag = found._state, found.tag
+        return found
+
+    def _found(self) -> NamedPublication:
         self._check_open()
         if isinstance(self._state, Open) and self._state.session is object_store.session():
             return self
         object_store.check_running(f"The publication {self.name!r}")
-        found = self._resolved()
-        if self.tag.number is not None:  # else the next use may find another version
-            self._state, self.tag = found._state, found.tag
-        return found
+        return self._resolved()
 
     def _resolved(self) -> NamedPublication:
         tag = self.tag
@@ -247,7 +250,7 @@ class NamedPublication(Publication):
                 self._known = followed_by(self.tag, None)
             handle: Any = self._known.newest().handle
         else:
-            handle = self.pinned()
+            handle = self._found()
         return NamedPublication(handle._state, *handle._description(), cls=self.cls, lease=self._lease)
 
     def __repr__(self) -> str:

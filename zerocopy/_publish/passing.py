@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from zerocopy._compat.ray import register_reducer
+from zerocopy._compat.ray import is_serializing, register_reducer
 from zerocopy._declare import pipeline
 from zerocopy._load.publication import Publication
 from zerocopy._publish.publish import has_name, publish_automatically
@@ -35,7 +35,7 @@ def _load(publication: Publication) -> Any:
 
 def _reduce_publication(publication: Publication) -> Any:
     reduced = publication.reduce()
-    if object_store.is_running() and not publication.travels_by_name():
+    if object_store.is_running() and not is_serializing() and not publication.travels_by_name():
         object_store.check_out_of_band(f"A publication of {publication.kind}")
         object_store.count_pin(publication.reference)  # which Ray pickles next
     return reduced
