@@ -116,6 +116,12 @@ def ask(search: Numbered) -> int:
 
 
 @zerocopy.task(num_cpus=0.1)
+def ask_for_item(search: Numbered, item: int) -> int:
+    time.sleep(0.05)
+    return search()
+
+
+@zerocopy.task(num_cpus=0.1)
 def ask_live(search: zerocopy.Live[Numbered]) -> int:
     return search.current()()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -13,9 +14,10 @@ import ray
 import torch
 from conftest import wait_until
 from torch import nn
-from versions import Asked, AskedAsync, Following, Numbered, Other, ask, ask_live, numbered
+from versions import Asked, AskedAsync, Following, Numbered, Other, ask, ask_for_item, ask_live, numbered
 
 import zerocopy
+from zerocopy._load.publication import Publication
 from zerocopy.errors import ArgumentError, DeclarationError, FollowWarning, NotPublishedError
 from zerocopy.testing import assert_zero_copy, shares_memory
 
@@ -281,18 +283,12 @@ def test_following_handles_are_resolved_when_a_task_is_submitted(name: str) -> N
     """`map` and retries stay on one version, whatever is published meanwhile; the next call has the new one."""
     handle = zerocopy.lookup(zerocopy.publish(numbered(1), name=name).name)
     answers = [ask.remote(handle) for _ in range(4)]
-    results = ask_slowly.map(handle, range(12), max_in_flight=2)
+    results = ask_for_item.map(handle, range(12), max_in_flight=2)
     first = next(results)
     zerocopy.publish(numbered(2), name=name)
     assert [first, *results] == [1] * 12
     assert ray.get(answers) == [1] * 4
     assert ask(handle) == ray.get(ask.remote(handle)) == 2
-
-
-@zerocopy.task(num_cpus=0.1)
-def ask_slowly(search: Numbered, item: int) -> int:
-    time.sleep(0.05)
-    return search()
 
 
 def test_follow_is_refused_where_calls_run_at_one_time() -> None:
@@ -315,6 +311,24 @@ def test_follow_is_refused_where_calls_run_at_one_time() -> None:
 
         class Derived(Following):
             async def wait(self) -> None: ...
+
+
+def test_no_call_waits_for_a_new_version(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread loads it, before anybody gets it."""
+    loads: list[str] = []
+    load = Publication._load
+
+    def noted(self: Publication, *how: Any, **more: Any) -> Any:
+        loads.append(threading.current_thread().name)
+        return load(self, *how, **more)
+
+    monkeypatch.setattr(Publication, "_load", noted)
+    handle = zerocopy.publish(numbered(1), name=name)
+    assert handle.current()() == 1
+    for number in (2, 3, 4):
+        zerocopy.publish(numbered(number), name=name)
+        assert wait_until(lambda number=number: handle.current()() == number, 10)
+    assert loads == ["MainThread", *["zerocopy-follow"] * 3]
 
 
 def test_a_name_that_is_removed(name: str) -> None:
