@@ -70,9 +70,13 @@ def coverage(session: nox.Session) -> None:
 
 @nox.session
 def soak(session: nox.Session) -> None:
-    """Sixty seconds of churn, in which every weight is checked again and again. `-- --seconds 600` for more."""
-    _install(session, "-e", ".")
+    """Sixty seconds of churn, in which every weight is checked again and again. `-- --seconds 600` for more.
+
+    Then a live update under load, of more and larger versions than in the tests.
+    """
+    _install(session, "-e", ".[data]", "ray[serve]")
     session.run("python", "tests/soak.py", *session.posargs)
+    session.run("python", "tests/live_update.py", "--versions", "60", "--width", "1024")
 
 
 @nox.session

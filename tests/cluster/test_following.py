@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import ray
 import torch
-from conftest import wait_until
+from conftest import run_python, wait_until
 from torch import nn
 from versions import Asked, AskedAsync, Following, Numbered, Other, ask, ask_for_item, ask_live, numbered
 
@@ -344,6 +344,36 @@ def test_a_name_that_is_removed(name: str) -> None:
         zerocopy.refresh(handle.load())
     zerocopy.publish(numbered(2), name=name)
     assert wait_until(lambda: handle.current()() == 2 == ray.get(actor.ask.remote()), 20)
+
+
+ELSEWHERE = """
+import os, sys, time
+import ray, zerocopy
+from versions import numbered
+address, name = sys.argv[1:]
+ray.init(address, log_to_driver=False)
+handle = zerocopy.publish(numbered(1), name=name)
+print(handle.current()(), flush=True)
+if not (child := os.fork()):
+    print(handle.current()(), flush=True)
+    os._exit(0)
+os.waitpid(child, 0)
+ray.shutdown()
+print(handle.current()(), flush=True)
+ray.init(address, log_to_driver=False)
+print(handle.current()(), handle.load()(), zerocopy.lookup(name).load()(), flush=True)
+zerocopy.publish(numbered(2), name=name)
+end = time.monotonic() + 10
+while handle.current()() != 2 and time.monotonic() < end:
+    time.sleep(0.01)
+print(handle.current()())
+"""
+
+
+def test_forks_and_other_connections(name: str, address: str) -> None:
+    """Without a connection of its own a process goes on with what is loaded. On a new one it follows again."""
+    done = run_python(ELSEWHERE, "-", address, name)
+    assert done.stdout.split() == ["1", "1", "1", "1", "1", "1", "2"], done.stderr
 
 
 def test_following_leaks_nothing(name: str, store_use: Callable[[], int]) -> None:

@@ -10,7 +10,11 @@ import pytest
 from conftest import run_python
 
 ROOT = Path(__file__).parents[2]
-PAGES = {"docs/guide.md": "shared once per node", "docs/migration.md": "torch.Size([1, 8])"}
+PAGES = {
+    "docs/guide.md": "shared once per node",
+    "docs/migration.md": "torch.Size([1, 8])",
+    "docs/names.md": "both have version 3",
+}
 
 
 def program(page: str, folder: Path) -> Path:

@@ -154,6 +154,7 @@ class Watcher:
         ] = {}  # what is in shards that pipelines of this process show, by id of the shard
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
+        self._session: object = None  # that the thread works in
         self._woken: concurrent.futures.Future[None] = concurrent.futures.Future()
 
     def follow(self, followed: Followed) -> None:
@@ -179,15 +180,17 @@ class Watcher:
         return shard in self._held
 
     def _start(self) -> None:
+        session = object_store.session()
         with self._lock:
-            if self._thread is None or not self._thread.is_alive():
-                self._thread = threading.Thread(target=self._run, name="zerocopy-follow", daemon=True)
+            if self._thread is None or not self._thread.is_alive() or self._session is not session:
+                self._session = session
+                self._thread = threading.Thread(target=self._run, args=[session], name="zerocopy-follow", daemon=True)
                 self._thread.start()
-            elif not self._woken.done():
+            if not self._woken.done():
                 self._woken.set_result(None)
 
-    def _run(self) -> None:
-        session, failures = object_store.session(), 0
+    def _run(self, session: object) -> None:
+        failures = 0
         while self._has_work(session):
             try:
                 self._wait_once()
@@ -206,7 +209,8 @@ class Watcher:
             is_ours = session is not None and session is object_store.session()
             if is_ours and (self._held or any(one.session is session for one in self._followed)):
                 return True
-            self._thread = None
+            if self._thread is threading.current_thread():
+                self._thread = None
             return False
 
     def _wait_once(self) -> None:

@@ -227,14 +227,12 @@ class NamedPublication(Publication):
     def current(self, device: str | torch.device | None = None) -> Any:
         if self.tag.alias is None or self.closed:
             return super().current(device)
-        target = devices.resolve(device)
-        if (
-            self._followed is None
-            or self._followed.key.device != target
-            or self._followed.session is not object_store.session()
-        ):
-            self._followed = followed_by(self.tag, target)
-        return self._followed.current()
+        followed, target = self._followed, devices.resolve(device)
+        is_elsewhere = followed is not None and followed.session is not object_store.session()
+        # Without a connection, what is loaded goes on.
+        if followed is None or followed.key.device != target or (is_elsewhere and object_store.is_running()):
+            followed = self._followed = followed_by(self.tag, target)
+        return followed.current()
 
     current.__doc__ = Publication.current.__doc__
 
