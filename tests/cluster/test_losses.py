@@ -188,6 +188,45 @@ def test_a_checkpoint_comes_back(name: str, tmp_path: Path, store_use: Callable[
         zerocopy.lookup(name).load()
 
 
+def test_a_publisher_gives_back(name: str) -> None:
+    """Its pipeline lives in ordinary memory, and has not changed: that is enough. One that has changed is not taken."""
+    search = numbered(2)
+    version = zerocopy.publish(search, name=name).version
+    kill_registry()
+    assert zerocopy.version_of(zerocopy.lookup(name).load(verify=True)) == version
+    with torch.no_grad():
+        search.table.zero_()
+    kill_registry()
+    with pytest.raises(PublicationLostError, match="no process that runs holds all"):
+        zerocopy.lookup(name).load()
+
+
+IN_ENVIRONMENT = """
+import sys
+import ray, zerocopy
+ray.init(sys.argv[1], log_to_driver=False, runtime_env={"env_vars": {"NUMBER_OF_THE_SOURCE": "5"}})
+
+def build():
+    import os
+    from versions import numbered
+    return numbered(int(os.environ["NUMBER_OF_THE_SOURCE"]))
+
+@ray.remote
+def publish(name):
+    return zerocopy.publish(build(), name=name, source=build).version.number
+
+print(ray.get(publish.remote(sys.argv[2])))
+"""
+
+
+def test_a_source_runs_in_the_environment_of_its_publisher(name: str, address: str) -> None:
+    """Also when the publisher and its job are gone."""
+    done = run_python(IN_ENVIRONMENT, "-", address, name)
+    assert done.stdout.strip() == "1", done.stderr
+    kill_registry()
+    assert zerocopy.lookup(name).load(verify=True)() == 5
+
+
 def test_living_holders_give_back(name: str) -> None:
     """Without a source: actors that have the weights mapped go on, and bring them back, though they have written to theirs."""
     publication = zerocopy.publish(numbered(3, width=300), name=name)

@@ -7,11 +7,12 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pipelines
 import pytest
 import ray
 import torch
-from conftest import bytes_in_store, run_python, wait_until
+from conftest import STORE_BYTES, bytes_in_store, run_python, wait_until
 from torch import nn
 from versions import Numbered, ask, numbered
 
@@ -367,6 +368,18 @@ def test_verifying_what_is_loaded(name: str) -> None:
     with pytest.raises(CorruptedError, match="1 of 9 storages have other bytes") as found:
         zerocopy.lookup(name).load(verify=True)
     assert found.value.storages == [0]
+
+
+def test_little_room_is_told_of(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The store can make no room for what processes have mapped: it would write to disk, and say nothing."""
+    from zerocopy._store import object_store
+
+    monkeypatch.setattr(object_store, "_warned", set())
+    held = ray.put(np.zeros(STORE_BYTES // 8 - 2_000_000))
+    assert len(ray.get(held)) > 0
+    with pytest.warns(UserWarning, match=r"take [\d,]+ bytes more, but the object store of this node has [\d,]+ free"):
+        zerocopy.publish(numbered(1, width=2000), name=name)
+    assert zerocopy.lookup(name).load()() == 1
 
 
 def test_closing_a_named_handle_removes_nothing(name: str) -> None:

@@ -13,7 +13,7 @@ import random
 import threading
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import ray
@@ -144,6 +144,14 @@ def is_same_class(one: Any, other: Any) -> bool:
     return first is second or (first.__module__, first.__qualname__) == (second.__module__, second.__qualname__)
 
 
+class Held(NamedTuple):
+    """A live pipeline that was published here, its digests then, and what offers its weights to a registry."""
+
+    pipeline: Callable[[], Any]
+    digests: Sequence[bytes]
+    offer: Callable[[Any], None]
+
+
 class Watcher:
     """The thread, which runs as long as this process follows or holds something."""
 
@@ -167,6 +175,15 @@ class Watcher:
         """Know what is in shards that are mapped here: the registry may want them, as long as they are."""
         with self._lock:
             self._held.update(shards)
+        self._start()
+
+    def hold_pipeline(self, pipeline: Any, digests: Sequence[bytes], offer: Callable[[Any], None]) -> None:
+        """Know a live pipeline that was published from here: as long as it lives, `offer` gives its weights to a registry."""
+        if not type(pipeline).__weakrefoffset__:
+            return
+        with self._lock:
+            others = [held for held in self._published if held.pipeline() not in (None, pipeline)]
+            self._published = [*others, Held(weakref.ref(pipeline), digests, offer)]
         self._start()
 
     def note_here(self, name: str) -> None:
@@ -206,8 +223,10 @@ class Watcher:
         with self._lock:
             mapped = windows.by_shard()
             self._held = {shard: rows for shard, rows in self._held.items() if shard in mapped}
-            is_ours = session is not None and session is object_store.session()
-            if is_ours and (self._held or any(one.session is session for one in self._followed)):
+            self._published = [held for held in self._published if held.pipeline() is not None]
+            followed = [one for one in self._followed if one.session is session]
+            is_connected = session is not None and session is object_store.session()
+            if is_connected and (self._held or self._published or followed):
                 return True
             if self._thread is threading.current_thread():
                 self._thread = None
@@ -220,6 +239,7 @@ class Watcher:
                 self._woken = concurrent.futures.Future()
             woken, followed = self._woken, list(self._followed)
             held = [row[0] for rows in self._held.values() for row in rows]
+            held += [digest for one in self._published for digest in one.digests]
         known = {(one.key.name, one.key.alias): one.seen for one in followed}
         registry = client.registry()
         reply = client.submit(registry, "poll", known, held).future()
@@ -235,7 +255,7 @@ class Watcher:
             self._give_back(registry, set(wanted))
 
     def _give_back(self, registry: Any, wanted: set[bytes]) -> None:
-        """Make shards that this process has mapped the registry's own, if they hold storages that it wants."""
+        """Make what the registry wants its own: from shards that this process has mapped, and from live pipelines."""
         for shard, window in windows.by_shard().items():
             rows = self._held.get(shard, [])
             if any(row[0] in wanted for row in rows):
@@ -244,6 +264,11 @@ class Watcher:
                 stored, digests = client.ask_one(registry, "store", node(), [own], [row[1:] for row in rows])
                 same = [row for row, digest in zip(rows, digests, strict=True) if row[0] == digest]
                 client.ask_one(registry, "offer", [(stored, same)])
+                wanted -= {row[0] for row in same}
+        for held in self._published:
+            pipeline = held.pipeline()
+            if pipeline is not None and not wanted.isdisjoint(held.digests):
+                held.offer(pipeline)
 
 
 WATCHER = Watcher()

@@ -12,7 +12,7 @@ import torch
 from zerocopy._cluster import client, handles, names
 from zerocopy._cluster.following import WATCHER
 from zerocopy._cluster.handles import NamedPublication, Tag, Unresolved, Version
-from zerocopy._cluster.recovery import packed_checkpoint, packed_source
+from zerocopy._cluster.recovery import offer_pipeline, packed_checkpoint, packed_source
 from zerocopy._cluster.refresh import tag_of
 from zerocopy._cluster.writing import Commit, Named
 from zerocopy._load.publication import Publication
@@ -76,7 +76,13 @@ def publish(
     packed = None if source is None else packed_source(source)
     commit = commit_of(name, packed, alias=alias, expect=expect, keep=keep, lifetime=lifetime)
     subject = Subject(pipeline)
-    return publish_as(commit, lambda to: unnamed.publish_subject(subject, pipeline, adopt=adopt, destination=to))
+
+    def publish_to(target: Named) -> Publication:
+        publication = unnamed.publish_subject(subject, pipeline, adopt=adopt, destination=target)
+        WATCHER.hold_pipeline(pipeline, target.digests, offer_pipeline)
+        return publication
+
+    return publish_as(commit, publish_to)
 
 
 def publish_as(commit: Commit, publish_to: Callable[[Named], Publication]) -> Publication:

@@ -24,7 +24,7 @@ from zerocopy._store.write import STREAMED, layout
 
 def packed_source(source: Callable[[], Any]) -> bytes:
     """A source as it travels: a call that offers to the registry what is missing."""
-    packed: bytes = ray.cloudpickle.dumps(functools.partial(_offer_pipeline, source))
+    packed: bytes = ray.cloudpickle.dumps(functools.partial(_offer_source, source))
     return packed
 
 
@@ -34,10 +34,15 @@ def packed_checkpoint(checkpoint: Checkpoint) -> bytes:
     return packed
 
 
-def _offer_pipeline(source: Callable[[], Any]) -> None:
+def offer_pipeline(pipeline: Any) -> None:
+    """Make those weights of a live pipeline the registry's own that it lacks."""
+    _offer(Streamed(introspect(Subject(pipeline))))
+
+
+def _offer_source(source: Callable[[], Any]) -> None:
     pipeline = source()
     check_pipeline(pipeline, "a source")
-    _offer(Streamed(introspect(Subject(pipeline))))
+    offer_pipeline(pipeline)
 
 
 def _offer_checkpoint(checkpoint: Checkpoint) -> None:

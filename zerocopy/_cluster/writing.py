@@ -25,6 +25,7 @@ from zerocopy._cluster.storing import store_all
 from zerocopy._publish.publish import requires_isolation
 from zerocopy._publish.weights import Streamed, manifest_for
 from zerocopy._split.introspect import Introspection
+from zerocopy._store import object_store
 from zerocopy._store.manifest import Placement, Versions
 from zerocopy._store.storages import Storage, digest_of_bytes
 from zerocopy._store.write import STREAMED, Placements, Writer, layout
@@ -87,6 +88,11 @@ class Named:
         """The digest of the version."""
         found = self._introspection
         return digest_of_version(manifest_for(found), self.storages(), found.outer)
+
+    @property
+    def pipeline(self) -> Any:
+        """What is published."""
+        return self._introspection.pipeline
 
     @property
     def _introspection(self) -> Introspection:
@@ -157,6 +163,9 @@ class _Writer(Writer):
         super().__init__(*args)
         self._target = target
         self._given: list[Given] = []
+        needed = sum(self._storages[index].nbytes for shard in self.shards for index in shard)
+        if needed:
+            object_store.warn_of_little_room(needed, type(target.pipeline).__name__)
 
     @property
     def borrowed(self) -> list[ray.ObjectRef[Any]]:

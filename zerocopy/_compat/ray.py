@@ -19,7 +19,7 @@ import ray.exceptions
 from ray._common import ray_option_utils
 from ray._common.constants import HEAD_NODE_RESOURCE_NAME
 from ray._common.utils import get_system_memory
-from ray._private import serialization, state, worker
+from ray._private import internal_api, serialization, state, worker
 from ray._private.utils import get_used_memory
 from ray.cloudpickle import cloudpickle
 from ray.core.generated import common_pb2
@@ -107,6 +107,16 @@ def head_node() -> str | None:
     """
     heads = (node["NodeID"] for node in ray.nodes() if node["Alive"] and HEAD_NODE_RESOURCE_NAME in node["Resources"])
     return next(heads, None)
+
+
+def free_room() -> int:
+    """Bytes of this node's store that no object takes.
+
+    https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/_private/internal_api.py: `get_memory_info_reply`
+    """
+    node = _worker.node
+    stats = internal_api.get_memory_info_reply(state.state, node.node_ip_address, node.node_manager_port).store_stats
+    return int(stats.object_store_bytes_avail - stats.object_store_bytes_used)
 
 
 def drop_reference(ref: ray.ObjectRef[Any]) -> None:

@@ -23,6 +23,7 @@ from zerocopy._compat.ray import (
     cluster_id,
     connection,
     drop_reference,
+    free_room,
     get_silently,
     inherit_connection,
     is_async_actor,
@@ -302,6 +303,18 @@ def warn_of_crowding(shared: int, copied: int, what: str) -> None:
             "copied",
             f"Each call with {what} among its arguments carries a copy of {copied:,} bytes. {rule}; better share what is large "
             "among these bytes.",
+        )
+
+
+def warn_of_little_room(needed: int, what: str) -> None:
+    """Warn, once, if the store has to make room first: it cannot for objects that processes have mapped."""
+    free = free_room()
+    if needed > free:
+        _warn_once(
+            "room",
+            f"The weights of {what} take {needed:,} bytes more, but the object store of this node has {free:,} free. Ray writes "
+            "other objects to disk first, or these weights, which takes seconds for each GB. Release what is not needed, or "
+            "raise `object_store_memory`.",
         )
 
 
