@@ -11,12 +11,12 @@ from versions import Numbered, numbered
 import zerocopy
 from zerocopy.testing import assert_zero_copy
 
-WIDTH = 1024  # four layers of it take 17 MB
+WIDTH = 1024
 OPTIONS: dict[str, Any] = {"ray_actor_options": {"num_cpus": 0.1}, "graceful_shutdown_timeout_s": 1}
 
 
 class Answers:
-    """What a deployment was given answers, and is over shared memory."""
+    """Asks what a deployment was given, which must be over shared memory. Names with "live" are of handles to follow."""
 
     def __init__(self, stamp: str, **searches: Any) -> None:
         self.stamp = stamp
@@ -28,10 +28,15 @@ class Answers:
             assert_zero_copy(search)
         return {
             "answers": {name: search() for name, search in found.items()},
-            "versions": {name: getattr(zerocopy.version_of(search), "number", None) for name, search in found.items()},
+            "versions": {name: version_of(search) for name, search in found.items()},
             "stamp": self.stamp,
             "pid": os.getpid(),
         }
+
+
+def version_of(search: Numbered) -> int | None:
+    version = zerocopy.version_of(search)
+    return None if version is None else version.number
 
 
 @serve.deployment(**OPTIONS, num_replicas=2)
@@ -40,9 +45,15 @@ class Acting(Answers):
     """What a `@zerocopy.actor` is given arrives loaded, or as a handle where it asks for one."""
 
     def __init__(
-        self, stamp: str, handle: Numbered, instance: Numbered, found: Numbered, live: zerocopy.Live[Numbered]
+        self,
+        stamp: str,
+        handle: Numbered,
+        instance: Numbered,
+        found: Numbered,
+        live: zerocopy.Live[Numbered],
+        live_handle: zerocopy.Live[Numbered],
     ) -> None:
-        super().__init__(stamp, handle=handle, instance=instance, found=found, live=live)
+        super().__init__(stamp, handle=handle, instance=instance, found=found, live=live, live_handle=live_handle)
 
 
 @serve.deployment(**OPTIONS)
@@ -50,21 +61,28 @@ class Plain(Answers):
     """What a plain class is given arrives as it is: an instance loaded, a handle as a handle."""
 
     def __init__(
-        self, stamp: str, handle: Any, instance: Numbered, found: Any, live: zerocopy.Live[Numbered]
+        self,
+        stamp: str,
+        handle: zerocopy.Publication,
+        instance: Numbered,
+        found: zerocopy.Publication,
+        live: zerocopy.Live[Numbered],
+        live_handle: zerocopy.Live[Numbered],
     ) -> None:
-        super().__init__(stamp, handle=handle.load(), instance=instance, found=found.load(), live=live, live_handle=handle)
+        super().__init__(
+            stamp, handle=handle.load(), instance=instance, found=found.load(), live=live, live_handle=live_handle
+        )
 
 
 def build(args: dict[str, str]) -> Any:
-    """An app whose pipeline has a name."""
-    search = numbered(int(args["number"]), width=WIDTH)
-    handle = zerocopy.publish(search, name=args["name"])
-    deployment = {"acting": Acting, "plain": Plain}[args["name"]]
-    return deployment.bind(args["stamp"], handle, search, zerocopy.lookup(args["name"]), zerocopy.lookup(args["name"]))
+    """An app whose pipeline has a name: it is given in every way."""
+    name, search = args["name"], numbered(int(args["number"]), width=WIDTH)
+    handle = zerocopy.publish(search, name=name)
+    deployment = {"acting": Acting, "plain": Plain}[name]
+    return deployment.bind(args["stamp"], handle, search, zerocopy.lookup(name), zerocopy.lookup(name), handle)
 
 
 def build_unnamed(args: dict[str, str]) -> Any:
     """An app whose pipeline has no name."""
-    search = numbered(1)
-    given = {"instance": lambda: search, "handle": lambda: zerocopy.publish(search)}[args["given"]]()
-    return Plain.bind("", given, search, given, given)
+    search = numbered(int(args["number"]))
+    return Plain.bind(args["stamp"], search, search, search, search, search)

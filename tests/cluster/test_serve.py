@@ -15,7 +15,6 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
-import psutil
 import pytest
 import ray
 from conftest import IMPORT_PATH, bytes_in_store
@@ -23,20 +22,13 @@ from versions import numbered
 
 import zerocopy
 
-WIDTH = 1024  # as in `served`
-NBYTES = 4 * (5 * WIDTH * WIDTH)  # of one version, about
-ADDRESS = "127.0.0.1"
 R = TypeVar("R")
+HOST = "127.0.0.1"
+WIDTH = 1024  # as in `served`
+NBYTES = zerocopy.plan(numbered(1, width=WIDTH)).shared_bytes  # of one version
 
 
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind((ADDRESS, 0))
-        port: int = found.getsockname()[1]
-        return port
-
-
-# What the driver of that cluster does, in a process of its own: the process of the tests may have another cluster.
+# What one does who has started the cluster. It runs in a process of its own: that of the tests may have another cluster.
 
 
 def start() -> str:
@@ -44,7 +36,6 @@ def start() -> str:
     context = ray.init(
         "local",
         num_cpus=4,
-        num_gpus=0,
         object_store_memory=400_000_000,
         include_dashboard=True,
         dashboard_port=free_port(),
@@ -66,77 +57,89 @@ def deploy(address: str, config: dict[str, Any]) -> None:
     client(address).deploy_applications(config)
 
 
-def told_by_serve(address: str) -> dict[str, Any]:
-    told: dict[str, Any] = client(address).get_serve_details()["applications"]
-    return told
+def status(address: str) -> dict[str, Any]:
+    apps: dict[str, Any] = client(address).get_serve_details()["applications"]
+    return apps
 
 
-def publish(name: str, number: int) -> int:
-    return zerocopy.publish(numbered(number, width=WIDTH), name=name).version.number
+def publish(name: str, number: int) -> None:
+    zerocopy.publish(numbered(number, width=WIDTH), name=name)
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 90) -> bool:
-    """Whether `condition` comes true in time. It is asked seldom: each status takes Serve some work."""
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind((HOST, 0))
+        port: int = found.getsockname()[1]
+        return port
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 120, pause: float = 0.5) -> bool:
+    """Whether `condition` comes true in time. It is asked seldom: what Serve tells takes it some work."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
             return False
-        time.sleep(0.5)
+        time.sleep(pause)
     return True
 
 
 class Cluster:
-    """Serve on a cluster of its own, as one who deploys and asks sees it."""
+    """Serve on a cluster of its own, as it is seen by one who deploys and asks."""
 
     def __init__(self, driver: concurrent.futures.Executor) -> None:
         self.driver = driver
         self.address = self.run(start)
         self.port = free_port()
-        self.apps: dict[str, dict[str, Any]] = {}
 
     def run(self, function: Callable[..., R], *args: Any) -> R:
         """What a function of the driver returns."""
         return self.driver.submit(function, *args).result()
 
-    def deploy(self, build: str = "build", **apps: dict[str, str]) -> None:
-        """Deploy these apps beside, or instead of, those that run."""
-        for name, args in apps.items():
-            self.apps[name] = {
+    def deploy(self, **apps: dict[str, str]) -> None:
+        """Deploy these apps instead of those that run."""
+        applications = [
+            {
                 "name": name,
-                "import_path": f"served:{build}",
+                "import_path": "served:build_unnamed" if name == "unnamed" else "served:build",
                 "route_prefix": f"/{name}",
                 "args": {"name": name, **args},
             }
-        options = {"host": ADDRESS, "port": self.port}
-        self.run(deploy, self.address, {"http_options": options, "applications": list(self.apps.values())})
+            for name, args in apps.items()
+        ]
+        options = {"host": HOST, "port": self.port}
+        self.run(deploy, self.address, {"http_options": options, "applications": applications})
 
-    def told(self, app: str) -> dict[str, Any]:
+    def status(self, app: str) -> dict[str, Any]:
         """What Serve tells of an app."""
-        return self.run(told_by_serve, self.address).get(app, {"status": "", "deployments": {}})
+        return self.run(status, self.address).get(app, {"status": "", "deployments": {}})
 
-    def replicas(self, app: str) -> set[int]:
-        """The processes of its replicas."""
-        deployments = self.told(app)["deployments"].values()
-        return {replica["pid"] for one in deployments for replica in one["replicas"] if replica["state"] == "RUNNING"}
+    def replicas(self) -> set[int]:
+        """The processes of all replicas that run."""
+        apps = self.run(status, self.address).values()
+        told = [replica for app in apps for one in app["deployments"].values() for replica in one["replicas"]]
+        return {replica["pid"] for replica in told if replica["state"] == "RUNNING"}
 
     def ask(self, app: str) -> dict[str, Any]:
         """What an app answers over HTTP."""
-        with urllib.request.urlopen(f"http://{ADDRESS}:{self.port}/{app}", timeout=30) as reply:  # noqa: S310 (our own)
+        with urllib.request.urlopen(f"http://{HOST}:{self.port}/{app}", timeout=30) as reply:
             answer: dict[str, Any] = json.load(reply)
             return answer
 
-    def answers(self, app: str, stamp: str, replicas: int = 1) -> dict[int, dict[str, Any]]:
-        """What each of its replicas answers, by its process, when they are those of a deploy."""
+    def answers(self, stamp: str) -> dict[str, list[dict[str, Any]]]:
+        """What each replica of each app answers, when they are those of a deploy."""
+        return {"acting": self._answers("acting", stamp, 2), "plain": self._answers("plain", stamp, 1)}
+
+    def _answers(self, app: str, stamp: str, replicas: int) -> list[dict[str, Any]]:
         found: dict[int, dict[str, Any]] = {}
 
-        def are_there() -> bool:
-            if self.told(app)["status"] == "RUNNING":
-                answer = self.ask(app)
-                found.update({answer["pid"]: answer} if answer["stamp"] == stamp else {})
+        def have_answered() -> bool:
+            answer = self.ask(app)
+            found.update({answer["pid"]: answer} if answer["stamp"] == stamp else {})
             return len(found) == replicas
 
-        assert wait_until(are_there), json.dumps(self.told(app), indent=1)
-        return found
+        assert wait_until(lambda: self.status(app)["status"] == "RUNNING"), json.dumps(self.status(app), indent=1)
+        assert wait_until(have_answered, pause=0.1), (stamp, found)
+        return list(found.values())
 
     def stored(self) -> int:
         """Bytes in the store."""
@@ -144,107 +147,91 @@ class Cluster:
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
-    """With two apps: "acting" has two replicas of a `@zerocopy.actor`, "plain" one of a plain class."""
+def serving() -> Iterator[Cluster]:
+    """With an app that has two replicas of a `@zerocopy.actor`, one that has a plain class, and one whose pipeline has no name."""
     with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as driver:
         cluster = Cluster(driver)
-        cluster.deploy(acting={"number": "1", "stamp": "first"}, plain={"number": "1", "stamp": "first"})
+        cluster.deploy(acting=args(1, "first"), plain=args(2, "first"), unnamed=args(1, "first"))
         yield cluster
         cluster.run(ray.shutdown)
 
 
-def all_are(answer: dict[str, Any], number: int) -> bool:
-    return set(answer["answers"].values()) == {number}
+def args(number: int, stamp: str) -> dict[str, str]:
+    return {"number": str(number), "stamp": stamp}
 
 
-def test_an_app_whose_builder_publishes_under_a_name(cluster: Cluster) -> None:
-    """A handle, an instance and what was looked up arrive in every replica over one copy, though the builder's process ends."""
-    t = time.time()
-    acting, plain = cluster.answers("acting", "first", replicas=2), cluster.answers("plain", "first")
-    print("first", time.time() - t)
-    for answer in (*acting.values(), *plain.values()):
-        assert all_are(answer, 1), answer
-        assert set(answer["versions"].values()) == {1}
-    assert len(next(iter(acting.values()))["answers"]) == 4
-    print(cluster.stored(), NBYTES)
-    assert wait_until(lambda: cluster.stored() < 1.1 * NBYTES)  # both apps have the same weights
+def facts(answers: list[dict[str, Any]], what: str) -> set[Any]:
+    """All that there is among the answers, or versions, of some replicas."""
+    return {value for answer in answers for value in answer[what].values()}
 
 
-def test_redeployed(cluster: Cluster) -> None:
+def test_builders_that_publish_under_a_name(serving: Cluster) -> None:
+    """A handle, an instance and what was looked up arrive in all replicas over one copy, though the builder's process ends."""
+    answers = serving.answers("first")
+    assert facts(answers["acting"], "answers") == {1}
+    assert facts(answers["plain"], "answers") == {2}
+    assert facts([*answers["acting"], *answers["plain"]], "versions") == {1}
+    assert wait_until(lambda: serving.stored() < 1.1 * 2 * NBYTES), serving.stored()
+
+
+def test_what_has_no_name_is_refused(serving: Cluster) -> None:
+    """Its weights would end with the builder's process. The app's status says so, and names the way out."""
+    assert wait_until(lambda: serving.status("unnamed")["status"] == "DEPLOY_FAILED"), serving.status("unnamed")
+    message = serving.status("unnamed")["message"]
+    assert "OutOfBandError: A pipeline of class Numbered" in message
+    assert "zerocopy.publish(pipeline, name=...)" in message
+
+
+def test_redeployed(serving: Cluster) -> None:
     """With the same weights it is the same version, at no cost; with others it is the next, and the answers change."""
-    before = cluster.stored()
-    cluster.deploy(acting={"number": "1", "stamp": "second"}, plain={"number": "2", "stamp": "second"})
-    acting, plain = cluster.answers("acting", "second", replicas=2), cluster.answers("plain", "second")
-    for answer in acting.values():
-        assert all_are(answer, 1), answer
-        assert set(answer["versions"].values()) == {1}
-    for answer in plain.values():
-        assert all_are(answer, 2), answer
-        assert set(answer["versions"].values()) == {2}
-    print(before, cluster.stored())
-    assert wait_until(lambda: cluster.stored() - before < 1.1 * NBYTES)
+    before = serving.stored()
+    serving.deploy(acting=args(1, "second"), plain=args(3, "second"))
+    answers = serving.answers("second")
+    assert facts(answers["acting"], "answers") == facts(answers["acting"], "versions") == {1}
+    assert (facts(answers["plain"], "answers"), facts(answers["plain"], "versions")) == ({3}, {2})
+    assert wait_until(lambda: serving.stored() - before < 1.1 * NBYTES), (before, serving.stored())
 
 
-def test_all_replicas_killed_at_once(cluster: Cluster) -> None:
+def test_all_replicas_killed_at_once(serving: Cluster) -> None:
     """The apps come back, and answer as before."""
-    killed = cluster.replicas("acting") | cluster.replicas("plain")
+    serving.answers("second")
+    killed = serving.replicas()
     assert len(killed) == 3
     for pid in killed:
         os.kill(pid, signal.SIGKILL)
-
-    def are_new() -> bool:
-        new = cluster.replicas("acting") | cluster.replicas("plain")
-        return len(new) == 3 and not new & killed
-
-    assert wait_until(are_new)
-    acting, plain = cluster.answers("acting", "second", replicas=2), cluster.answers("plain", "second")
-    assert all(all_are(answer, 1) for answer in acting.values()), acting
-    assert all(all_are(answer, 2) for answer in plain.values()), plain
-    assert not killed & {*acting, *plain}
+    assert wait_until(lambda: len(serving.replicas() - killed) == 3), serving.replicas()
+    answers = serving.answers("second")
+    assert (facts(answers["acting"], "answers"), facts(answers["plain"], "answers")) == ({1}, {3})
+    assert not killed & {answer["pid"] for app in answers.values() for answer in app}
 
 
-def test_updated_while_it_is_asked(cluster: Cluster) -> None:
-    """Whatever is `Live` answers with what a driver publishes, in the same processes. No request fails, none sees two versions."""
+def test_updated_while_it_is_asked(serving: Cluster) -> None:
+    """What is `Live` answers with each version that a driver publishes, in the same processes. No request fails."""
+    processes = {answer["pid"] for app in serving.answers("second").values() for answer in app}
     ended = threading.Event()
-    before = cluster.replicas("acting") | cluster.replicas("plain")
 
     def ask(app: str) -> list[dict[str, Any]]:
         answers = []
         while not ended.is_set():
-            answers.append(cluster.ask(app))
+            answers.append(serving.ask(app))
         return answers
 
-    with concurrent.futures.ThreadPoolExecutor(4) as threads:
-        asking = [threads.submit(ask, app) for app in ("acting", "acting", "plain", "plain")]
+    with concurrent.futures.ThreadPoolExecutor(2) as threads:
+        asking = [threads.submit(ask, app) for app in ("acting", "plain")]
         try:
-            for number in range(3, 8):
-                assert cluster.run(publish, "acting", number) == number - 1
-                assert cluster.run(publish, "plain", number) == number
-                time.sleep(0.5)
-            for app, count in (("acting", 2), ("plain", 1)):
-                assert wait_until(lambda: count_of(cluster, app, 7) == count, 10)
+            for number in (4, 5, 6, 7):  # more than the versions that stay
+                for app in ("acting", "plain"):
+                    serving.run(publish, app, number)
+                assert wait_until(lambda number=number: live(serving.answers("second")) == {number}, 30, pause=0.1)
         finally:
             ended.set()
         answers = [answer for one in asking for answer in one.result()]
-    print(len(answers))
-    assert before == {answer["pid"] for answer in answers}
-    live = [answer["answers"]["live"] for answer in answers]
-    assert {3, 4, 5, 6, 7} <= set(live)
-    assert -1 not in live
-    fixed = [answer["answers"][name] for answer in answers for name in ("handle", "instance", "found")]
-    assert set(fixed) == {1, 2}
+    assert {answer["pid"] for answer in answers} == processes
+    assert live({"": answers}) == {1, 3, 4, 5, 6, 7}
+    fixed = {answer["answers"][name] for answer in answers for name in ("handle", "instance", "found")}
+    assert fixed == {1, 3}
 
 
-def count_of(cluster: Cluster, app: str, number: int) -> int:
-    answers = [cluster.ask(app) for _ in range(8)]
-    return len({answer["pid"] for answer in answers if answer["answers"]["live"] == number})
-
-
-@pytest.mark.parametrize("given", ["instance", "handle"])
-def test_what_has_no_name_is_refused(cluster: Cluster, given: str) -> None:
-    """Its weights would end with the builder's process. The app's status says so, and names the way out."""
-    cluster.deploy("build_unnamed", **{given: {"given": given}})
-    assert wait_until(lambda: cluster.told(given)["status"] == "DEPLOY_FAILED"), cluster.told(given)
-    print(cluster.told(given)["message"])
-    assert "OutOfBandError" in cluster.told(given)["message"]
-    assert "zerocopy.publish(pipeline, name=...)" in cluster.told(given)["message"]
+def live(answers: dict[str, list[dict[str, Any]]]) -> set[int]:
+    """What the `Live` ones among the answers are."""
+    return {answer["answers"][name] for app in answers.values() for answer in app for name in ("live", "live_handle")}

@@ -246,9 +246,9 @@ def check_out_of_band(what: str, is_ours: Callable[[], bool]) -> None:
     # Ray itself gives max_calls=1 to tasks with GPUs, whose authors need not know.
     if ends_after_calls() and not assigned_gpu() and is_ours():
         raise OutOfBandError(
-            f"{what} was pickled outside of Ray's arguments by a task with max_calls, whose process ends soon, and the weights "
-            "with it. Ray Serve builds an app from a config in such a task.",
-            hint="give the weights a name, under which they stay: zerocopy.publish(pipeline, name=...).",
+            f"{what} was pickled outside of Ray's arguments in a task with max_calls, such as the one in which Ray Serve builds an "
+            "app from a config. Its process ends soon, and the weights with it.",
+            hint="give them a name, under which they stay: zerocopy.publish(pipeline, name=...).",
         )
     if not allows_out_of_band():
         raise OutOfBandError(
