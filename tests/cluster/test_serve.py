@@ -7,12 +7,15 @@ import functools
 import json
 import multiprocessing
 import os
+import re
+import runpy
 import signal
 import socket
 import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
@@ -24,6 +27,7 @@ import zerocopy
 
 R = TypeVar("R")
 HOST = "127.0.0.1"
+PAGE = Path(__file__).parents[2] / "docs" / "serve.md"
 WIDTH = 1024  # as in `served`
 NBYTES = zerocopy.plan(numbered(1, width=WIDTH)).shared_bytes  # of one version
 
@@ -64,6 +68,19 @@ def status(address: str) -> dict[str, Any]:
 
 def publish(name: str, number: int) -> None:
     zerocopy.publish(numbered(number, width=WIDTH), name=name)
+
+
+def run_page(path: str, config: str) -> tuple[int, str]:
+    """Build the app of the docs, and ask its deployment."""
+    import yaml
+    from ray.serve.schema import ServeDeploySchema
+    from starlette.requests import Request
+
+    (app,) = ServeDeploySchema.model_validate(yaml.safe_load(config)).applications
+    page = runpy.run_path(path, run_name=app.import_path.partition(":")[0])
+    bound = page["build"](app.args)._bound_deployment
+    answer = bound.func_or_class(*bound.init_args)(Request({"type": "http", "query_string": b"q=2"}))
+    return len(answer), str(zerocopy.publications())
 
 
 def free_port() -> int:
@@ -148,7 +165,7 @@ class Cluster:
 
 @pytest.fixture(scope="module")
 def serving() -> Iterator[Cluster]:
-    """With an app that has two replicas of a `@zerocopy.actor`, one that has a plain class, and one whose pipeline has no name."""
+    """With three apps: two replicas of a `@zerocopy.actor`, a plain class, and one whose pipeline has no name."""
     with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as driver:
         cluster = Cluster(driver)
         cluster.deploy(acting=args(1, "first"), plain=args(2, "first"), unnamed=args(1, "first"))
@@ -235,3 +252,13 @@ def test_updated_while_it_is_asked(serving: Cluster) -> None:
 def live(answers: dict[str, list[dict[str, Any]]]) -> set[int]:
     """What the `Live` ones among the answers are."""
     return {answer["answers"][name] for app in answers.values() for answer in app for name in ("live", "live_handle")}
+
+
+def test_the_page_runs(serving: Cluster, tmp_path: Path) -> None:
+    """The module that the docs show builds an app, and the config that they show names it."""
+    module, config = re.findall(r"^```(?:python|yaml)\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE)
+    path = tmp_path / "search_app.py"
+    path.write_text(module)
+    answers, listed = serving.run(run_page, str(path), config)
+    assert answers == 3
+    assert "search " in listed

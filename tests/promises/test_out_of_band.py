@@ -124,7 +124,7 @@ def pickle_briefly(given: list[zerocopy.Publication], loaded: pipelines.Search) 
 
 
 def test_a_process_that_ends_soon_pickles_nothing_that_ends_with_it() -> None:
-    """A task with `max_calls`, as that in which Serve builds an app, is told of `name=`; what cannot travel at all says so first."""
+    """A task with `max_calls`, as Serve's builder is one, is told of `name=`; what cannot travel at all says so first."""
     _, errors, _ = ray.get(pickle_briefly.remote([], pipelines.search(width=8)))
     assert errors[0].startswith("OutOfBandError: A pipeline of class Search was pickled")
     assert all(error.startswith("OutOfBandError: A publication of Search was pickled") for error in errors[1:3])

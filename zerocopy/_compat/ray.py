@@ -140,7 +140,8 @@ def ends_after_calls() -> bool:
     """
     if mode() != ray.WORKER_MODE or not _worker.actor_id.is_nil():
         return False
-    return any(function.max_calls for function in list(_worker.function_actor_manager._function_execution_info.values()))
+    known = list(_worker.function_actor_manager._function_execution_info.values())
+    return any(function.max_calls for function in known)
 
 
 def is_own(ref: ray.ObjectRef[Any]) -> bool:

@@ -246,8 +246,8 @@ def check_out_of_band(what: str, is_ours: Callable[[], bool]) -> None:
     # Ray itself gives max_calls=1 to tasks with GPUs, whose authors need not know.
     if ends_after_calls() and not assigned_gpu() and is_ours():
         raise OutOfBandError(
-            f"{what} was pickled outside of Ray's arguments in a task with max_calls, such as the one in which Ray Serve builds an "
-            "app from a config. Its process ends soon, and the weights with it.",
+            f"{what} was pickled outside of Ray's arguments in a task with max_calls, such as the one in which Ray Serve builds "
+            "an app from a config. Its process ends soon, and the weights with it.",
             hint="give them a name, under which they stay: zerocopy.publish(pipeline, name=...).",
         )
     if not allows_out_of_band():
