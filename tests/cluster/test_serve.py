@@ -90,7 +90,7 @@ def free_port() -> int:
         return port
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 120, pause: float = 0.5) -> bool:
+def wait_until(condition: Callable[[], bool], seconds: float = 180, pause: float = 0.5) -> bool:
     """Whether `condition` comes true in time. It is asked seldom: what Serve tells takes it some work."""
     deadline = time.monotonic() + seconds
     while not condition():

@@ -158,6 +158,39 @@ def test_the_node_of_an_owner_is_told(cluster: None) -> None:
     assert compat_ray.node_of_owner(ray.exceptions.OwnerDiedError("00", None, "")) is None
 
 
+def test_own_objects_are_told(cluster: None) -> None:
+    """An object is own in the process that has put it, and in no other."""
+    ref = ray.put(1)
+
+    @ray.remote
+    def of_a_worker(given: list[Any]) -> list[bool]:
+        return [compat_ray.is_own(given[0]), compat_ray.is_own(ray.put(1))]
+
+    assert compat_ray.is_own(ref)
+    assert ray.get(of_a_worker.remote([ref])) == [False, True]
+
+
+def test_processes_that_end_after_calls_are_told(cluster: None) -> None:
+    """Those that run a task with `max_calls`, whatever thread asks; not a driver, another task, or an actor."""
+
+    def ends() -> bool:
+        found: list[bool] = []
+        thread = threading.Thread(target=lambda: found.append(compat_ray.ends_after_calls()))
+        thread.start()
+        thread.join()
+        assert found == [compat_ray.ends_after_calls()]
+        return found[0]
+
+    @ray.remote
+    class Actor:
+        def ends(self) -> bool:
+            return ends()
+
+    assert not ends()
+    assert ray.get([ray.remote(max_calls=1)(ends).remote(), ray.remote(max_calls=9)(ends).remote()]) == [True, True]
+    assert ray.get([ray.remote(ends).remote(), Actor.remote().ends.remote()]) == [False, False]
+
+
 def test_buffers_are_aligned(cluster: None) -> None:
     """Ray lays the buffers of an object out in order, large ones at the next multiple of the alignment."""
     sizes = [16, 5000, 2048, 3001, 70_000]
