@@ -170,16 +170,28 @@ def test_own_objects_are_told(cluster: None) -> None:
     assert ray.get(of_a_worker.remote([ref])) == [False, True]
 
 
-def test_processes_that_end_after_calls_are_told(cluster: None) -> None:
-    """Those that run a task with `max_calls`, whatever thread asks; not a driver, another task, or an actor."""
+def test_processes_that_end_with_a_task_are_told(cluster: None) -> None:
+    """Those that run a task with `max_calls=1`, whatever thread asks; not a driver, another task, or an actor."""
 
     def ends() -> bool:
         found: list[bool] = []
-        thread = threading.Thread(target=lambda: found.append(compat_ray.ends_after_calls()))
+        thread = threading.Thread(target=lambda: found.append(compat_ray.ends_with_task()))
         thread.start()
         thread.join()
-        assert found == [compat_ray.ends_after_calls()]
+        assert found == [compat_ray.ends_with_task()]
         return found[0]
+
+    @ray.remote(max_calls=1)
+    def once() -> bool:
+        return ends()
+
+    @ray.remote(max_calls=9)
+    def nine_times() -> bool:
+        return ends()
+
+    @ray.remote
+    def often() -> bool:
+        return ends()
 
     @ray.remote
     class Actor:
@@ -187,8 +199,8 @@ def test_processes_that_end_after_calls_are_told(cluster: None) -> None:
             return ends()
 
     assert not ends()
-    assert ray.get([ray.remote(max_calls=1)(ends).remote(), ray.remote(max_calls=9)(ends).remote()]) == [True, True]
-    assert ray.get([ray.remote(ends).remote(), Actor.remote().ends.remote()]) == [False, False]
+    assert ray.get([often.remote(), Actor.remote().ends.remote()]) == [False, False]
+    assert ray.get([once.remote(), nine_times.remote()]) == [True, False]
 
 
 def test_buffers_are_aligned(cluster: None) -> None:

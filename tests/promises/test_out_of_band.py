@@ -124,12 +124,12 @@ def pickle_briefly(given: list[zerocopy.Publication], loaded: pipelines.Search) 
 
 
 def test_a_process_that_ends_soon_pickles_nothing_that_ends_with_it() -> None:
-    """A task with `max_calls`, as Serve's builder is one, is told of `name=`; what cannot travel at all says so first."""
+    """A task with `max_calls=1`, as Serve's builder is one, is told of `name=`; what cannot travel at all says so first."""
     _, errors, _ = ray.get(pickle_briefly.remote([], pipelines.search(width=8)))
     assert errors[0].startswith("OutOfBandError: A pipeline of class Search was pickled")
     assert all(error.startswith("OutOfBandError: A publication of Search was pickled") for error in errors[1:3])
     assert errors[3].startswith("OutOfBandError: A pipeline of class Search was pickled")
-    assert all("in a task with max_calls" in error for error in errors[:4])
+    assert all("in a task with max_calls=1" in error for error in errors[:4])
     assert all("zerocopy.publish(pipeline, name=...)" in error for error in errors[:4])
     assert errors[4].startswith("CannotTravelError")
 

@@ -133,15 +133,15 @@ def allows_out_of_band() -> bool:
     return bool(serialization.ALLOW_OUT_OF_BAND_OBJECT_REF_SERIALIZATION)
 
 
-def ends_after_calls() -> bool:
-    """Whether this process runs a task that has `max_calls`: it ends after so many calls, and what it owns ends with it.
+def ends_with_task() -> bool:
+    """Whether this process ends with the task that it runs, which has `max_calls=1`, and with it what this process owns.
 
     https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/_private/function_manager.py: `FunctionExecutionInfo`
     """
     if mode() != ray.WORKER_MODE or not _worker.actor_id.is_nil():
         return False
     known = list(_worker.function_actor_manager._function_execution_info.values())
-    return any(function.max_calls for function in known)
+    return any(function.max_calls == 1 for function in known)
 
 
 def is_own(ref: ray.ObjectRef[Any]) -> bool:

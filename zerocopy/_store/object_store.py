@@ -23,7 +23,7 @@ from zerocopy._compat.ray import (
     cluster_id,
     connection,
     drop_reference,
-    ends_after_calls,
+    ends_with_task,
     get_silently,
     inherit_connection,
     is_async_actor,
@@ -244,10 +244,10 @@ def check_out_of_band(what: str, is_ours: Callable[[], bool]) -> None:
     if is_serializing():
         return
     # Ray itself gives max_calls=1 to tasks with GPUs, whose authors need not know.
-    if ends_after_calls() and not assigned_gpu() and is_ours():
+    if ends_with_task() and not assigned_gpu() and is_ours():
         raise OutOfBandError(
-            f"{what} was pickled outside of Ray's arguments in a task with max_calls, such as the one in which Ray Serve builds "
-            "an app from a config. Its process ends soon, and the weights with it.",
+            f"{what} was pickled outside of Ray's arguments in a task with max_calls=1, such as the one in which Ray Serve "
+            "builds an app from a config. Its process ends with the task, and the weights with it.",
             hint="give them a name, under which they stay: zerocopy.publish(pipeline, name=...).",
         )
     if not allows_out_of_band():
