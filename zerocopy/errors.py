@@ -146,7 +146,7 @@ class RayClientError(ZeroCopyError, RuntimeError):
 
 
 class OutOfBandError(ZeroCopyError, RuntimeError):
-    """A pipeline or publication was captured where Ray was told to allow no object references."""
+    """A pipeline or publication was captured where Ray was told to allow no references, or where they end with the task."""
 
 
 class IsolationError(ZeroCopyError, RuntimeError):

@@ -158,6 +158,51 @@ def test_the_node_of_an_owner_is_told(cluster: None) -> None:
     assert compat_ray.node_of_owner(ray.exceptions.OwnerDiedError("00", None, "")) is None
 
 
+def test_own_objects_are_told(cluster: None) -> None:
+    """An object is own in the process that has put it, and in no other."""
+    ref = ray.put(1)
+
+    @ray.remote
+    def of_a_worker(given: list[Any]) -> list[bool]:
+        return [compat_ray.is_own(given[0]), compat_ray.is_own(ray.put(1))]
+
+    assert compat_ray.is_own(ref)
+    assert ray.get(of_a_worker.remote([ref])) == [False, True]
+
+
+def test_processes_that_end_with_a_task_are_told(cluster: None) -> None:
+    """Those that run a task with `max_calls=1`, whatever thread asks; not a driver, another task, or an actor."""
+
+    def ends() -> bool:
+        found: list[bool] = []
+        thread = threading.Thread(target=lambda: found.append(compat_ray.ends_with_task()))
+        thread.start()
+        thread.join()
+        assert found == [compat_ray.ends_with_task()]
+        return found[0]
+
+    @ray.remote(max_calls=1)
+    def once() -> bool:
+        return ends()
+
+    @ray.remote(max_calls=9)
+    def nine_times() -> bool:
+        return ends()
+
+    @ray.remote
+    def often() -> bool:
+        return ends()
+
+    @ray.remote
+    class Actor:
+        def ends(self) -> bool:
+            return ends()
+
+    assert not ends()
+    assert ray.get([often.remote(), Actor.remote().ends.remote()]) == [False, False]
+    assert ray.get([once.remote(), nine_times.remote()]) == [True, False]
+
+
 def test_buffers_are_aligned(cluster: None) -> None:
     """Ray lays the buffers of an object out in order, large ones at the next multiple of the alignment."""
     sizes = [16, 5000, 2048, 3001, 70_000]

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import threading
 from collections.abc import Callable
 
 import pipelines
+import psutil
 import pytest
 import ray
 from conftest import run_python, wait_until
 
 import zerocopy
+from zerocopy.errors import CannotTravelError, OutOfBandError
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
@@ -93,3 +97,75 @@ def test_captures_are_refused_in_our_words(address: str) -> None:
     assert all(line.startswith("A publication of Search was captured by a closure") for line in lines[2:5])
     assert all(line.endswith("Hint: pass it as an argument, or unset that variable.") for line in lines[:5])
     assert lines[5] == "True"
+
+
+@ray.remote(num_cpus=0.1, max_calls=1)
+def pickle_briefly(given: list[zerocopy.Publication], loaded: pipelines.Search) -> tuple[int, list[str], list[bytes]]:
+    """What pickling says, and makes, in a process that ends with this task."""
+    search = pipelines.search(width=64)
+    stuck = pipelines.search(width=64, settings={"lock": threading.Lock()})
+    publication = zerocopy.publish(search)
+    errors: list[str] = []
+    for dumps, value in (
+        (ray.cloudpickle.dumps, search),
+        (ray.cloudpickle.dumps, publication),
+        (pickle.dumps, publication),
+        (ray.cloudpickle.dumps, publication.load()),
+        (ray.cloudpickle.dumps, stuck),
+    ):
+        with pytest.raises((OutOfBandError, CannotTravelError)) as refused:
+            dumps(value)
+        errors.append(f"{refused.type.__name__}: {refused.value}")
+    assert ray.get(pipelines.plain_answer.remote(search, 1.0)) == search(1.0)  # as an argument
+    made = []
+    if given:
+        made = [ray.cloudpickle.dumps(loaded), ray.cloudpickle.dumps(given[0]), pickle.dumps(given[0])]
+    return os.getpid(), errors, made
+
+
+def test_a_process_that_ends_soon_pickles_nothing_that_ends_with_it() -> None:
+    """A task with `max_calls=1`, as Serve's builder is one, is told of `name=`; what cannot travel at all says so first."""
+    _, errors, _ = ray.get(pickle_briefly.remote([], pipelines.search(width=8)))
+    assert errors[0].startswith("OutOfBandError: A pipeline of class Search was pickled")
+    assert all(error.startswith("OutOfBandError: A publication of Search was pickled") for error in errors[1:3])
+    assert errors[3].startswith("OutOfBandError: A pipeline of class Search was pickled")
+    assert all("in a task with max_calls=1" in error for error in errors[:4])
+    assert all("zerocopy.publish(pipeline, name=...)" in error for error in errors[:4])
+    assert errors[4].startswith("CannotTravelError")
+
+
+@pytest.mark.alone
+def test_it_pickles_what_others_own() -> None:
+    """What it was given can be used after its process has ended."""
+    search = pipelines.search(width=64)
+    publication = zerocopy.publish(search)
+    pid, _, made = ray.get(pickle_briefly.remote([publication], search))
+    assert wait_until(lambda: not psutil.pid_exists(pid))
+    assert ray.cloudpickle.loads(made[0])(1.0) == search(1.0)
+    assert [ray.cloudpickle.loads(one).load()(1.0) for one in made[1:]] == [search(1.0)] * 2
+
+
+ON_A_GPU = """
+import ray
+import pipelines, zerocopy
+ray.init("local", num_cpus=2, num_gpus=1, object_store_memory=100_000_000, include_dashboard=False, log_to_driver=False)
+
+@ray.remote(num_gpus=1)
+def outer():
+    search = pipelines.search(width=64)
+
+    @ray.remote
+    def inner():
+        return search(1.0)
+
+    return ray.get(inner.remote()) == search(1.0)
+
+print(ray.get(outer.remote()))
+"""
+
+
+@pytest.mark.alone
+def test_tasks_with_gpus_capture_as_others_do() -> None:
+    """Ray gives them `max_calls=1` by itself."""
+    done = run_python(ON_A_GPU)
+    assert done.stdout.strip() == "True", done.stderr

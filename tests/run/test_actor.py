@@ -182,6 +182,22 @@ def test_device_of_the_actor(monkeypatch: pytest.MonkeyPatch) -> None:
         ray.get(Remote.remote(pipelines.search(width=8)).ask.remote())
 
 
+def test_what_was_looked_up_arrives_with_its_version(name: str) -> None:
+    """An actor that is given the handle of a name has a pipeline that knows the name, number and digest it came from."""
+    version = zerocopy.publish(pipelines.search(width=64), name=name).version
+
+    @zerocopy.actor(num_cpus=0.1)
+    class Given:
+        def __init__(self, followed: pipelines.Search, pinned: pipelines.Search) -> None:
+            self.pipelines = followed, pinned
+
+        def versions(self) -> list[Any]:
+            return [zerocopy.version_of(pipeline) for pipeline in self.pipelines]
+
+    actor = Given.remote(zerocopy.lookup(name), zerocopy.lookup(name, version=1))
+    assert ray.get(actor.versions.remote()) == [version, version]
+
+
 SERVE = """
 import sys
 import ray

@@ -182,8 +182,8 @@ class Watcher:
         if not type(pipeline).__weakrefoffset__:
             return
         with self._lock:
-            others = [held for held in self._published if held.pipeline() not in (None, pipeline)]
-            self._published = [*others, Held(weakref.ref(pipeline), digests, offer)]
+            held = [one for one in self._published if all(one.pipeline() is not other for other in (None, pipeline))]
+            self._published: list[Held] = [*held, Held(weakref.ref(pipeline), digests, offer)]
         self._start()
 
     def note_here(self, name: str) -> None:

@@ -143,6 +143,27 @@ def allows_out_of_band() -> bool:
     return bool(serialization.ALLOW_OUT_OF_BAND_OBJECT_REF_SERIALIZATION)
 
 
+def ends_with_task() -> bool:
+    """Whether this process ends with the task that it runs, which has `max_calls=1`, and with it what this process owns.
+
+    https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/_private/function_manager.py: `FunctionExecutionInfo`
+    """
+    if mode() != ray.WORKER_MODE or not _worker.actor_id.is_nil():
+        return False
+    known = list(_worker.function_actor_manager._function_execution_info.values())
+    return any(function.max_calls == 1 for function in known)
+
+
+def is_own(ref: ray.ObjectRef[Any]) -> bool:
+    """Whether this process owns an object, which then goes when this process ends.
+
+    https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/_raylet.pyx: `CoreWorker.get_owner_address`
+    """
+    owner = common_pb2.Address()  # type: ignore[attr-defined]
+    owner.ParseFromString(_worker.core_worker.get_owner_address(ref))
+    return bool(owner.worker_id == _worker.worker_id)
+
+
 def is_async_actor() -> bool:
     """Whether this process is an actor with async methods: there `ray.get` advises its author to use `await`.
 

@@ -16,6 +16,7 @@ import ray
 import torch
 
 from zerocopy._compat.cpython import collector_paused
+from zerocopy._compat.ray import is_own
 from zerocopy._load import devices, live, partial
 from zerocopy._load.load import load
 from zerocopy._store import object_store
@@ -294,9 +295,17 @@ class Publication(Handle):
         """Whether it travels without object references, where it is pickled now."""
         return False
 
+    def check_out_of_band(self) -> None:
+        """Refuse to be pickled where the reference would be of no use.
+
+        Raises:
+            OutOfBandError: see `object_store.check_out_of_band`.
+        """
+        object_store.check_out_of_band(f"A publication of {self.kind}", lambda: is_own(self.reference))
+
     def _sealed(self) -> Sealed:
         content = self.content()
-        object_store.check_out_of_band(f"A publication of {self.kind}")
+        self.check_out_of_band()
         object_store.count_pin(content.reference)
         return Sealed(object_store.cluster(), ray.cloudpickle.dumps((content.reference, content.outer)))
 

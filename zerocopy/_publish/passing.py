@@ -7,7 +7,7 @@ from typing import Any
 from zerocopy._compat.ray import is_serializing, register_reducer
 from zerocopy._declare import pipeline
 from zerocopy._load.publication import Publication
-from zerocopy._publish.publish import has_name, publish_automatically
+from zerocopy._publish.publish import belongs_to_another, has_name, publish_automatically
 from zerocopy._split.introspect import Subject, introspect
 from zerocopy._split.reducers import reduce_as_pickle
 from zerocopy._store import object_store
@@ -20,7 +20,8 @@ def _reduce(pipeline: Any) -> Any:
     if has_name(pipeline):
         return _load, (publish_automatically(pipeline),)
     try:
-        object_store.check_out_of_band(f"A pipeline of class {type(pipeline).__name__}")
+        what = f"A pipeline of class {type(pipeline).__name__}"
+        object_store.check_out_of_band(what, lambda: not belongs_to_another(pipeline))
     except OutOfBandError:
         introspect(
             Subject(pipeline)
@@ -36,7 +37,7 @@ def _load(publication: Publication) -> Any:
 def _reduce_publication(publication: Publication) -> Any:
     reduced = publication.reduce()
     if object_store.is_running() and not is_serializing() and not publication.travels_by_name():
-        object_store.check_out_of_band(f"A publication of {publication.kind}")
+        publication.check_out_of_band()
         object_store.count_pin(publication.reference)  # which Ray pickles next
     return reduced
 

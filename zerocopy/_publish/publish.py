@@ -13,6 +13,7 @@ import ray
 
 from zerocopy._changes.snapshot import Snapshot
 from zerocopy._compat.cpython import collector_paused
+from zerocopy._compat.ray import is_own
 from zerocopy._load import live
 from zerocopy._load.publication import Open, Publication
 from zerocopy._publish.adoption import Adoption
@@ -196,14 +197,24 @@ def publish_automatically(pipeline: Any) -> Publication:
 
 def has_name(pipeline: Any) -> bool:
     """Whether a pipeline was published or loaded under a name, and still has those weights, as far as one can tell."""
+    return _still_has(pipeline, lambda known: known.tag is not None)
+
+
+def belongs_to_another(pipeline: Any) -> bool:
+    """Whether a pipeline was loaded from the publication of another process, and still has those weights, as `has_name`."""
+    return _still_has(pipeline, lambda known: known.manifest is not None and not is_own(known.manifest))
+
+
+def _still_has(pipeline: Any, are_meant: Callable[[Weights | live.Origin], bool]) -> bool:
+    """Whether a pipeline has weights that are meant: those that it was published as, or else loaded with."""
     entry = live.entry_of(pipeline)
     with _lock, collector_paused():
-        if entry.published is None and entry.origin is not None and entry.origin.tag is not None:
+        if entry.published is None and entry.origin is not None and are_meant(entry.origin):
             found = _weights_of_loaded(entry, introspect(Subject(pipeline)))
             if found is not None:
                 _remember(entry, found[0], automatic=True)
         weights: Weights | None = entry.published.weights if entry.published is not None else None
-        if weights is None or weights.tag is None or not weights.are_in_store():
+        if weights is None or not are_meant(weights) or not weights.are_in_store():
             return False
         return weights.current_outer(pipeline) is not None
 

@@ -23,6 +23,7 @@ from zerocopy._compat.ray import (
     cluster_id,
     connection,
     drop_reference,
+    ends_with_task,
     free_room,
     get_silently,
     inherit_connection,
@@ -231,13 +232,26 @@ def in_background(call: Callable[[], R]) -> Callable[[], R]:
     return wait
 
 
-def check_out_of_band(what: str) -> None:
-    """Refuse to pickle object references where Ray was told not to let them escape its counting.
+def check_out_of_band(what: str, is_ours: Callable[[], bool]) -> None:
+    """Refuse to pickle object references outside of Ray's own pickling where Ray may not count them, or where they die soon.
+
+    Args:
+        is_ours: whether this process owns what is pickled. Asked only where that matters.
 
     Raises:
-        OutOfBandError: this pickling is not Ray's own, and RAY_allow_out_of_band_object_ref_serialization is 0.
+        OutOfBandError: this process ends with the task that it runs, such as the one in which Ray Serve builds an app from a
+            config; or RAY_allow_out_of_band_object_ref_serialization is 0.
     """
-    if not allows_out_of_band() and not is_serializing():
+    if is_serializing():
+        return
+    # Ray itself gives max_calls=1 to tasks with GPUs, whose authors need not know.
+    if ends_with_task() and not assigned_gpu() and is_ours():
+        raise OutOfBandError(
+            f"{what} was pickled outside of Ray's arguments in a task with max_calls=1, such as the one in which Ray Serve "
+            "builds an app from a config. Its process ends with the task, and the weights with it.",
+            hint="give them a name, under which they stay: zerocopy.publish(pipeline, name=...).",
+        )
+    if not allows_out_of_band():
         raise OutOfBandError(
             f"{what} was captured by a closure, a global or a pickle outside of Ray's arguments, where "
             "RAY_allow_out_of_band_object_ref_serialization=0 forbids references to the object store.",
