@@ -157,9 +157,8 @@ class Watcher:
 
     def __init__(self) -> None:
         self._followed: weakref.WeakSet[Followed] = weakref.WeakSet()
-        self._held: dict[
-            bytes, list[Row]
-        ] = {}  # what is in shards that pipelines of this process show, by id of the shard
+        self._held: dict[bytes, list[Row]] = {}  # what is in shards that are mapped here, by their id
+        self._published: list[Held] = []
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._session: object = None  # that the thread works in
@@ -183,7 +182,7 @@ class Watcher:
             return
         with self._lock:
             held = [one for one in self._published if all(one.pipeline() is not other for other in (None, pipeline))]
-            self._published: list[Held] = [*held, Held(weakref.ref(pipeline), digests, offer)]
+            self._published = [*held, Held(weakref.ref(pipeline), digests, offer)]
         self._start()
 
     def note_here(self, name: str) -> None:

@@ -110,7 +110,7 @@ def run_source(call: bytes) -> Any:
 
 
 class Registry:
-    """The registry. Clients call `answer` alone; see the methods that start with an underscore for what they can ask."""
+    """The registry. Clients call `answer` alone, which calls the method that they name."""
 
     def __init__(self) -> None:
         self._names: dict[str, Name] = {name: _restored(record) for name, record in records_in_control_plane().items()}
@@ -125,15 +125,15 @@ class Registry:
     async def answer(self, method: str, *args: Any) -> tuple[str, Any]:
         """The result of a method, after the word "done"; or why it is refused, and what the error will tell."""
         if self._jobs is None:
-            self._jobs = asyncio.get_running_loop().create_task(self._end_with_jobs())
+            self._jobs = asyncio.get_running_loop().create_task(self.end_with_jobs())
         try:
-            return "done", await getattr(self, f"_{method}")(*args)
+            return "done", await getattr(self, method)(*args)
         except Refused as refusal:
             return refusal.why, {"name": args[0], **refusal.told}
 
     # What publishers ask.
 
-    async def _have(
+    async def have(
         self, name: str, content: bytes, digests: Sequence[bytes]
     ) -> tuple[list[Ref], list[tuple[bytes, int, int, int]]]:
         """Where those storages are that the store has: shards, and digest, position of the shard, buffer and offset.
@@ -155,7 +155,7 @@ class Registry:
                 rows.append((digest, shards.setdefault(key, len(shards)), buffer, offset))
         return [self._shards[key].ref for key in shards], rows
 
-    async def _store(self, node: str, source: Source, rows: list[tuple[int, int, int]]) -> tuple[list[Ref], Any]:
+    async def store(self, node: str, source: Source, rows: list[tuple[int, int, int]]) -> tuple[list[Ref], Any]:
         """Make a shard the registry's own, on the node that has it. Only the caller refers to the result."""
         remote: Any = ray.remote(num_cpus=0, max_retries=0, num_returns=2)(store)
         on_node = NodeAffinitySchedulingStrategy(node, soft=False)
@@ -172,7 +172,7 @@ class Registry:
                     if tries == STORE_TRIES:
                         raise
 
-    async def _commit(
+    async def commit(
         self,
         name: str,
         content: Mapping[str, Any],
@@ -206,11 +206,11 @@ class Registry:
             self._forget_unused()
         return self._told(name, version)
 
-    async def _lacks(self, digests: Sequence[bytes]) -> list[bytes]:
+    async def lacks(self, digests: Sequence[bytes]) -> list[bytes]:
         """Those storages that a version lacks."""
         return self._lacking(digests)
 
-    async def _offer(self, shards: Sequence[Given]) -> None:
+    async def offer(self, shards: Sequence[Given]) -> None:
         """Take shards with storages that versions lack."""
         self._add(shards)
         for name, known in self._names.items():
@@ -225,11 +225,11 @@ class Registry:
 
     # What readers ask.
 
-    async def _resolve(self, name: str, which: int | str) -> dict[str, Any]:
+    async def resolve(self, name: str, which: int | str) -> dict[str, Any]:
         """What is known of a version, and the reference to its manifest."""
         return self._told(name, self._find(name).find(which))
 
-    async def _list(self) -> dict[str, dict[str, Any]]:
+    async def list(self) -> dict[str, dict[str, Any]]:
         """What is known of all names."""
         return {
             name: {
@@ -243,7 +243,7 @@ class Registry:
             if known.versions
         }
 
-    async def _point(self, name: str, alias: str, which: int | str) -> dict[str, Any]:
+    async def point(self, name: str, alias: str, which: int | str) -> dict[str, Any]:
         """Let an alias point at another version."""
         known = self._find(name)
         version = known.find(which)
@@ -251,7 +251,7 @@ class Registry:
         self._forget_unused()
         return self._told(name, version)
 
-    async def _remove(self, name: str, number: int | None) -> None:
+    async def remove(self, name: str, number: int | None) -> None:
         """Remove a name, or one version of it."""
         known = self._find(name)
         if number is None:
@@ -265,7 +265,7 @@ class Registry:
         self._write(name, changed, {})
         self._forget_unused()
 
-    async def _poll(
+    async def poll(
         self, known: Mapping[tuple[str, str], int], held: Sequence[bytes]
     ) -> tuple[dict[tuple[str, str], int], list[bytes]]:
         """Wait until an alias points at another version than the caller knows, or a storage that it holds is wanted.
@@ -287,7 +287,7 @@ class Registry:
             except TimeoutError:
                 continue
 
-    async def _recover(self, name: str, number: int) -> dict[str, Any]:
+    async def recover(self, name: str, number: int) -> dict[str, Any]:
         """Find the bytes of a version again: by its source, or in processes that hold them.
 
         Raises:
@@ -297,7 +297,7 @@ class Registry:
         version = self._find(name).find(number)
         if key not in self._placed or self._is_lost(self._placed[key]):
             if key not in self._recoveries:
-                self._recoveries[key] = asyncio.get_running_loop().create_task(self._recover_once(name, version))
+                self._recoveries[key] = asyncio.get_running_loop().create_task(self.recover_once(name, version))
             try:
                 await asyncio.shield(self._recoveries[key])
             finally:
@@ -427,21 +427,21 @@ class Registry:
         self._placed = {key: other for key, other in self._placed.items() if other.shards.isdisjoint(lost)}
         return bool(lost)
 
-    async def _recover_once(self, name: str, version: Version) -> None:
+    async def recover_once(self, name: str, version: Version) -> None:
         missing = self._missing(version)
         problem = "it has no source, and no process that runs holds all of its weights"
         if missing and version.source is not None:
-            problem = await self._run_source(version)
+            problem = await self.run_source(version)
         elif missing:
             self._announce()
-            await self._wait_for_holders(version)
+            await self.wait_for_holders(version)
         if self._missing(version):
             raise Refused("lost", number=version.number, reason=problem)
         if (name, version.number) not in self._placed:
             self._placed[name, version.number] = self._place(version, self._shards)
             self._announce()
 
-    async def _run_source(self, version: Version) -> str:
+    async def run_source(self, version: Version) -> str:
         """Run a source. It offers what is missing. Returns what is wrong if that was not all."""
         remote: Any = ray.remote(num_cpus=0, max_retries=0)(run_source)
         options = {"runtime_env": version.runtime_env} if version.runtime_env else {}
@@ -453,7 +453,7 @@ class Registry:
             return f"its source failed: {error}"
         return "its source gave other weights than those that were published"
 
-    async def _wait_for_holders(self, version: Version) -> None:
+    async def wait_for_holders(self, version: Version) -> None:
         end = time.monotonic() + HOLDER_SECONDS
         while self._missing(version) and (time.monotonic() < end or self._is_claimed(version)):
             event = self._changed
@@ -466,7 +466,7 @@ class Registry:
         now = time.monotonic()
         return all(self._claims.get(digest, 0) > now for digest in self._missing(version))
 
-    async def _end_with_jobs(self) -> None:
+    async def end_with_jobs(self) -> None:
         """Remove the names of jobs that have ended."""
         while True:
             await asyncio.sleep(JOB_SECONDS)
@@ -474,7 +474,7 @@ class Registry:
             ended = ended_jobs() if tied else ()
             for name, job in tied.items():
                 if job in ended:
-                    await self._remove(name, None)
+                    await self.remove(name, None)
 
 
 def _is_worth_keeping(shard: Shard, used: set[bytes]) -> bool:
