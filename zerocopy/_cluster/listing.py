@@ -85,7 +85,7 @@ def _format_age(seconds: float) -> str:
 def publications() -> Publications:
     """All publications with a name in this cluster."""
     now = time.time()
-    found: dict[str, dict[str, Any]] = client.ask("list")
+    found: dict[str, dict[str, Any]] = client.ask("listed")
     return Publications(
         tuple(_published(told, entry["aliases"], now) for entry in found.values() for told in entry["versions"])
     )

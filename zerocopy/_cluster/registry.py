@@ -229,7 +229,7 @@ class Registry:
         """What is known of a version, and the reference to its manifest."""
         return self._told(name, self._find(name).find(which))
 
-    async def list(self) -> dict[str, dict[str, Any]]:
+    async def listed(self) -> dict[str, dict[str, Any]]:
         """What is known of all names."""
         return {
             name: {

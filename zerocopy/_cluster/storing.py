@@ -7,7 +7,6 @@ used again for the shard after the next. A copy in the object store would stay t
 from __future__ import annotations
 
 import collections
-import mmap
 import os
 import pickle
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,6 +18,7 @@ import ray.exceptions
 from zerocopy._cluster import client
 from zerocopy._cluster.following import node
 from zerocopy._cluster.registry import NONCE_BYTES, Given
+from zerocopy._compat.linux import SharedMemory
 from zerocopy._store import object_store
 from zerocopy._store.storages import Storage
 from zerocopy._store.write import ALIGNMENT
@@ -56,26 +56,17 @@ class _Staging:
     """Memory that holds one shard after the other, until the store has it."""
 
     def __init__(self) -> None:
-        self._descriptor = os.memfd_create("zerocopy") if hasattr(os, "memfd_create") else -1
-        self._memory: mmap.mmap | None = None
+        self._memory = SharedMemory()
 
     def store(self, registry: Any, shard: Sequence[Storage]) -> None:
         """Copy a shard here, and start its store task."""
         self._registry = registry
         self._extents, self._nbytes = _extents_of(shard)
-        memory = np.frombuffer(self._room_for(self._nbytes), np.uint8)
+        memory = np.frombuffer(self._memory.room_for(self._nbytes), np.uint8)
         for storage, (_, offset, nbytes) in zip(shard, self._extents, strict=True):
             memory[offset : offset + nbytes] = storage.to_bytes()
-        del memory
-        path = f"/proc/{os.getpid()}/fd/{self._descriptor}"
-        self._reply = client.submit(registry, "store", node(), (path, self._nbytes), self._extents)
-
-    def _room_for(self, nbytes: int) -> mmap.mmap:
-        if self._memory is None or len(self._memory) < nbytes:
-            if self._descriptor >= 0:
-                os.ftruncate(self._descriptor, nbytes)
-            self._memory = mmap.mmap(self._descriptor, nbytes)
-        return self._memory
+        source = self._memory.path, self._nbytes
+        self._reply = client.submit(registry, "store", node(), source, self._extents)
 
     def wait(self) -> Given:
         """The shard as the registry's own, with the digests of what was written."""
@@ -85,7 +76,7 @@ class _Staging:
             if not isinstance(error.cause, OSError):
                 raise
             # The task may not look into this process: another user, another container, not Linux.
-            content = memoryview(self._room_for(self._nbytes))[: self._nbytes]
+            content = memoryview(self._memory.room_for(self._nbytes))[: self._nbytes]
             nonce = pickle.PickleBuffer(os.urandom(NONCE_BYTES))
             own = object_store.put(([nonce, pickle.PickleBuffer(content)], None))
             stored, digests = client.ask_one(self._registry, "store", node(), [own], self._extents)
@@ -93,10 +84,7 @@ class _Staging:
 
     def close(self) -> None:
         """Give the memory back."""
-        self._memory = None
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        self._memory.close()
 
 
 def _extents_of(shard: Sequence[Storage]) -> tuple[list[Extent], int]:

@@ -252,6 +252,37 @@ def open_files(pid: int) -> Iterator[str]:
             continue
 
 
+class SharedMemory:
+    """Anonymous memory that grows, and that other processes of this user can open by its path as long as it is open here.
+
+    https://man7.org/linux/man-pages/man2/memfd_create.2.html
+    """
+
+    def __init__(self) -> None:
+        self._descriptor = os.memfd_create("zerocopy") if hasattr(os, "memfd_create") else -1
+        self._memory: mmap.mmap | None = None
+
+    @property
+    def path(self) -> str:
+        """Where others can open it; nothing is there on another system than Linux."""
+        return f"/proc/{os.getpid()}/fd/{self._descriptor}"
+
+    def room_for(self, nbytes: int) -> mmap.mmap:
+        """The memory, with at least so many bytes."""
+        if self._memory is None or len(self._memory) < nbytes:
+            if self._descriptor >= 0:
+                os.ftruncate(self._descriptor, nbytes)
+            self._memory = mmap.mmap(self._descriptor, nbytes)
+        return self._memory
+
+    def close(self) -> None:
+        """Give the memory back, when the last view of it is gone."""
+        self._memory = None
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
 def sockets_to(path: str) -> Iterator[int]:
     """Descriptors of this process' connections to the Unix socket at `path`.
 
