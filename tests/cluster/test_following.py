@@ -334,14 +334,16 @@ def test_no_call_waits_for_a_new_version(name: str, monkeypatch: pytest.MonkeyPa
 def test_a_name_that_is_removed(name: str) -> None:
     """What follows it goes on with what it has."""
     handle = zerocopy.publish(numbered(1), name=name)
-    actor = Following.remote(handle)
+    actor, looked_up = Following.remote(handle), zerocopy.lookup(name)
     current = handle.current()
-    assert ray.get(actor.ask.remote()) == 1
+    assert ray.get(actor.ask.remote()) == ask(looked_up) == 1
     zerocopy.remove(name)
     time.sleep(0.3)
     assert (handle.current(), ray.get(actor.ask.remote())) == (current, 1)
     with pytest.raises(NotPublishedError):
         zerocopy.refresh(handle.load())
+    with pytest.raises(NotPublishedError):
+        ask(looked_up)
     zerocopy.publish(numbered(2), name=name)
     assert wait_until(lambda: handle.current()() == 2 == ray.get(actor.ask.remote()), 20)
 

@@ -7,7 +7,6 @@ wants of this process after it was made anew: storages that are lost, and that t
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
 import pickle
 import random
 import threading
@@ -119,12 +118,16 @@ class Followed:
 
     def look(self) -> None:
         """Ask what the alias points at, instead of waiting to be told."""
-        with contextlib.suppress(ZeroCopyError):  # the name may be gone
+        try:
             self._loaded = self._load()
+        except ZeroCopyError:  # the name may be gone
+            self._loaded = None
 
     def note(self, number: int) -> None:
         """Load what the alias points at, after the registry told that it is `number`."""
-        if number and number != self.newest().number:
+        if not number and self.key.device is None:
+            self._loaded = None  # who asks next is told that the name is gone
+        elif number and number != self.newest().number:
             loaded = self._load()
             mine = self.newest()
             if is_same_class(mine.pipeline, loaded.pipeline):

@@ -232,6 +232,7 @@ def remove(name: str, *, version: int | None = None) -> None:
     """
     _check_name(name, "name")
     client.ask("remove", name, version)
+    WATCHER.note_here(name)
 
 
 def version_of(pipeline: Any) -> Version | None:

@@ -22,6 +22,7 @@ from zerocopy._compat.linux import SharedMemory
 from zerocopy._store import object_store
 from zerocopy._store.storages import Storage
 from zerocopy._store.write import ALIGNMENT
+from zerocopy.errors import ZeroCopyError
 
 UNDER_WAY = 2  # shards that are copied or stored at one time
 
@@ -73,6 +74,11 @@ class _Staging:
         try:
             stored, digests = client.await_reply(self._registry, self._reply)
         except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, ray.exceptions.WorkerCrashedError):
+                raise ZeroCopyError(
+                    f"The process that stores {self._nbytes:,} bytes of weights was killed, again and again.",
+                    hint="see whether this node has memory left; Ray's logs tell what killed it.",
+                ) from error
             if not isinstance(error.cause, OSError):
                 raise
             # The task may not look into this process: another user, another container, not Linux.

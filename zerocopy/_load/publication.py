@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import pickle
 import threading
@@ -182,12 +181,14 @@ class Publication(Handle):
 
     def _load_once(self, target: torch.device) -> Any:
         key = self.content().reference.binary(), target, self.requires_isolation
-        with _current_lock:
-            pipeline = _current.get(key)
-            if pipeline is None:
-                pipeline = self.load(target)
-                with contextlib.suppress(TypeError):  # a module that is a tuple, say, cannot be referred to weakly
-                    _current[key] = pipeline
+        pipeline = _current.get(key)
+        if pipeline is None:
+            loaded = self.load(target)
+            try:
+                with _current_lock:  # another thread may have loaded it meanwhile: all get one object
+                    pipeline = _current.setdefault(key, loaded)
+            except TypeError:  # a module that is a tuple, say, cannot be referred to weakly
+                pipeline = loaded
         return pipeline
 
     def content(self) -> Open:
@@ -326,7 +327,7 @@ def _is_small(outer: Outer) -> bool:
 
 
 _current: weakref.WeakValueDictionary[tuple[bytes, torch.device, bool], Any] = weakref.WeakValueDictionary()
-_current_lock = threading.RLock()
+_current_lock = threading.Lock()
 
 _loaded: dict[bytes, None] = {}  # manifests, oldest first
 
