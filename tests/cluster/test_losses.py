@@ -182,9 +182,11 @@ def test_a_checkpoint_comes_back(name: str, tmp_path: Path, store_use: Callable[
     zerocopy.remove(f"{name}-live")
     kill_registry()
     assert zerocopy.lookup(name, alias="files").load(verify=True)[1].weight.equal(model[1].weight)
-    publication.close()
-    kill_registry()
     changed = {key: value + 1 for key, value in model.state_dict().items()}
+    publication.close()
+    del model  # it would give the weights back
+    gc.collect()
+    kill_registry()
     save_file(changed, tmp_path / "model.safetensors")
     with pytest.raises(PublicationLostError, match="its source gave other weights"):
         zerocopy.lookup(name).load()
