@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pickle
+import random
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch import nn
 from versions import Numbered, ask, numbered
 
 import zerocopy
+from zerocopy._cluster import client, handles
 from zerocopy.errors import (
     ArgumentError,
     CannotTravelError,
@@ -106,6 +108,69 @@ def test_a_version_costs_what_changed(name: str) -> None:
     assert wait_until(lambda: bytes_in_store() - start < once + 10 * (base[-1].weight.nbytes + 200_000), 10)
     assert [zerocopy.lookup(f"{name}-{n}").load()[-1].weight[0, 0].item() for n in range(10)] == list(range(10))
     assert torch.equal(zerocopy.lookup(f"{name}-3").load()[0].weight, base[0].weight)
+
+
+class Parts(nn.Module):
+    """Equal parts, each of another content, that are changed one by one."""
+
+    def __init__(self, count: int, nbytes: int) -> None:
+        super().__init__()
+        self.parts = nn.ParameterList([torch.full((nbytes // 4,), float(index)) for index in range(count)])
+
+    @torch.no_grad()
+    def change(self, indices: Iterable[int]) -> None:
+        for index in indices:
+            self.parts[index] += 1000
+
+
+def test_a_version_writes_no_more_than_what_changed(name: str, store_use: Callable[[], int]) -> None:
+    """Also where that is half of several shards: what else is in those is not written anew."""
+    model = Parts(40, 1 << 20)
+    zerocopy.publish(model, name=name)
+    model.change([0, 6])
+    zerocopy.publish(model, name=name)
+    assert wait_until(lambda: 42 << 20 <= store_use() < (42 << 20) + 1_000_000, 10)
+
+
+def test_many_versions_take_little_room(name: str, store_use: Callable[[], int]) -> None:
+    """What only superseded versions needed goes: where it is too much of the shards, the rest is written anew."""
+    chosen = random.Random(0)
+    model = Parts(64, 128 << 10)
+    nbytes = 64 * (128 << 10)
+    for _ in range(40):
+        model.change(chosen.sample(range(64), 3))
+        zerocopy.publish(model, name=name)
+    assert wait_until(lambda: store_use() < 1.6 * nbytes, 10)
+    loaded = zerocopy.lookup(name).load(verify=True)
+    assert all(torch.equal(*pair) for pair in zip(loaded.parts, model.parts, strict=True))
+
+
+def test_a_lookup_and_a_load_ask_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A load that follows at once uses what the lookup was told, unless this process has changed something in between."""
+    monkeypatch.setattr(handles, "ANSWER_SECONDS", 60)
+    for number in (1, 2, 3):
+        zerocopy.publish(numbered(number), name=name)
+    asked: list[str] = []
+    submit = client.submit
+    monkeypatch.setattr(client, "submit", lambda actor, *args: asked.append(args[0]) or submit(actor, *args))
+    assert zerocopy.lookup(name).load()() == 3
+    assert [method for method in asked if method != "poll"] == ["resolve"]
+    found, gone = zerocopy.lookup(name), zerocopy.lookup(name, version=1)
+    zerocopy.set_alias(name, "latest", version=2)
+    zerocopy.remove(name, version=1)
+    assert found.load()() == 2
+    with pytest.raises(NotPublishedError):
+        gone.load()
+
+
+def test_what_was_looked_up_keeps_nothing(name: str, store_use: Callable[[], int]) -> None:
+    """A handle that is not used refers to no version, so that the memory of those that are removed goes."""
+    zerocopy.publish(numbered(1), name=name)
+    found = zerocopy.lookup(name)
+    zerocopy.remove(name)
+    assert wait_until(lambda: store_use() <= 0, 20)
+    with pytest.raises(NotPublishedError):
+        found.load()
 
 
 def test_what_no_version_needs_goes(name: str, store_use: Callable[[], int]) -> None:

@@ -156,7 +156,11 @@ class Held(NamedTuple):
 
 
 class Watcher:
-    """The thread, which runs as long as this process follows or holds something."""
+    """The thread, which runs as long as this process follows or holds something.
+
+    Attributes:
+        changes: how many names this process has changed.
+    """
 
     def __init__(self) -> None:
         self._followed: weakref.WeakSet[Followed] = weakref.WeakSet()
@@ -166,6 +170,7 @@ class Watcher:
         self._thread: threading.Thread | None = None
         self._session: object = None  # that the thread works in
         self._woken: concurrent.futures.Future[None] = concurrent.futures.Future()
+        self.changes = 0
 
     def follow(self, followed: Followed) -> None:
         """Tell this one of changes from now on, as long as it lives."""
@@ -190,6 +195,7 @@ class Watcher:
 
     def note_here(self, name: str) -> None:
         """Know at once what this process has changed: its next call shall be of that."""
+        self.changes += 1
         for one in list(self._followed):
             if one.key.name == name and one.key.device is None and one.session is object_store.session():
                 one.look()

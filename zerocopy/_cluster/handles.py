@@ -14,7 +14,7 @@ import time
 import weakref
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import attrs
 import ray
@@ -47,6 +47,7 @@ class Version:
 
 
 SEEN_SECONDS = 0.5  # that a version is taken to be there after it was seen
+ANSWER_SECONDS = 0.001  # that what the registry told a lookup is good for: enough for lookup(...).load(), and no call to others
 _seen: dict[Tag, float] = {}
 
 
@@ -103,6 +104,23 @@ class Unresolved:
     outer: Outer | None = None
 
 
+class Answer(NamedTuple):
+    """What the registry told a lookup.
+
+    Attributes:
+        changes: how many names this process had changed before.
+    """
+
+    told: dict[str, Any]
+    until: float
+    changes: int
+
+    def is_good(self) -> bool:
+        """Whether the registry need not be asked again."""
+        is_told = self.told["reference"] is not None
+        return is_told and time.monotonic() < self.until and self.changes == WATCHER.changes
+
+
 class NamedPublication(Publication):
     """A publication that has a name: see `zerocopy.lookup`."""
 
@@ -124,6 +142,7 @@ class NamedPublication(Publication):
         self.tag = tag
         self._followed: Followed | None = None  # what `current` gives
         self._known: Followed | None = None  # what calls are given
+        self._answer: Answer | None = None
 
     @property
     def name(self) -> str:
@@ -161,8 +180,24 @@ class NamedPublication(Publication):
         object_store.check_running(f"The publication {self.name!r}")
         return self._resolved()
 
+    def answered(self, told: dict[str, Any], changes: int) -> Self:
+        """This handle, which uses what the registry has told it if it is loaded at once.
+
+        A moment later that is dropped, used or not: it refers to the version, which then could not leave the store.
+        """
+        self._answer = Answer(told, time.monotonic() + ANSWER_SECONDS, changes)
+        timer = threading.Timer(ANSWER_SECONDS, self._forget_answer)
+        timer.daemon = True
+        timer.start()
+        return self
+
+    def _forget_answer(self) -> None:
+        self._answer = None
+
     def _resolved(self) -> NamedPublication:
-        tag = self.tag
+        tag, answer = self.tag, self._answer
+        if answer is not None and answer.is_good():
+            return self._of(answer.told)
         if tag.number is None:
             return self._of(resolve(tag.name, tag.alias or LATEST))
         try:

@@ -193,11 +193,12 @@ def lookup(name: str, *, alias: str | None = None, version: int | None = None) -
         raise ArgumentError("lookup() takes an alias or a version, got both.", hint="leave one out.")
     object_store.require()
     which = version if version is not None else alias or names.LATEST
+    changes = WATCHER.changes
     told = client.ask("resolve", name, which)
     tag = Tag(name, alias=alias or names.LATEST, follows=True)
     if version is not None:
         tag = Tag(name, number=version, digest=told["digest"].hex())
-    return handles.handle_of(told, tag, Unresolved())
+    return handles.handle_of(told, tag, Unresolved()).answered(told, changes)
 
 
 def set_alias(name: str, alias: str, *, version: int | None = None, to: str | None = None) -> Version:

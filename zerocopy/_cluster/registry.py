@@ -32,6 +32,7 @@ NONCE_BYTES = 16  # what is unique to a shard comes first
 POLL_SECONDS = 30.0
 JOB_SECONDS = 2.0  # between two looks at whether jobs have ended
 HOLDER_SECONDS = 8.0  # that recovery waits for processes which still hold what is lost
+USED = 0.75  # of the bytes of all shards that a version rests on: the rest is what only earlier versions needed
 CLAIM_SECONDS = 30.0  # that one process has to upload what it was asked for
 
 Ref: TypeAlias = Any  # an ObjectRef
@@ -138,15 +139,14 @@ class Registry:
     ) -> tuple[list[Ref], list[tuple[bytes, int, int, int]]]:
         """Where those storages are that the store has: shards, and digest, position of the shard, buffer and offset.
 
-        A shard of which less than two thirds would be used by this version and by other names is not worth keeping, unless
-        there is a version of this `content` already.
+        Shards are left out that are not worth keeping for this version, unless there is a version of this `content` already.
         """
         wanted = collections.Counter(digests)
         same = self._names.get(name, Name()).with_content(content)
         worthy = list(self._shards)
         if same is None or (name, same.number) not in self._placed:
             others = {digest for other in self._placed if other[0] != name for digest in self._digests_of(other)}
-            worthy = [key for key in worthy if _is_worth_keeping(self._shards[key], wanted.keys() | others)]
+            worthy = _worth_keeping(self._shards, wanted, others)
         shards: dict[bytes, int] = {}
         rows = []
         places = self._places(worthy)
@@ -477,8 +477,32 @@ class Registry:
                     await self.remove(name, None)
 
 
-def _is_worth_keeping(shard: Shard, used: set[bytes]) -> bool:
-    return 3 * sum(row[3] for row in shard.rows if row[0] in used) >= 2 * shard.nbytes
+def _worth_keeping(shards: Mapping[bytes, Shard], wanted: collections.Counter[bytes], others: set[bytes]) -> list[bytes]:
+    """Ids of shards of which a version uses enough, all together: of its shards without those of which least is used.
+
+    Each by itself would not do: a version that changes a third of some shards would write three times what has changed.
+
+    Args:
+        wanted: digests of the storages of the version.
+        others: of those that other names use.
+    """
+
+    def used(shard: Shard) -> int:
+        return sum(row[3] for row in shard.rows if row[0] in wanted or row[0] in others)
+
+    candidates = [item for item in shards.items() if any(row[0] in wanted for row in item[1].rows)]
+    candidates.sort(key=lambda item: used(item[1]) / max(1, item[1].nbytes), reverse=True)
+    kept: list[bytes] = []
+    lacking, enough = wanted.copy(), 0.0
+    for key, shard in candidates:
+        found = collections.Counter(row[0] for row in shard.rows) & lacking
+        enough += sum(row[3] for row in shard.rows if row[0] in found or row[0] in others) - USED * shard.nbytes
+        if enough < 0:
+            break
+        if found:
+            kept.append(key)
+        lacking -= found
+    return kept
 
 
 def _record(name: Name) -> dict[str, Any]:
