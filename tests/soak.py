@@ -91,7 +91,7 @@ class Churn:
     """What one process does, and how often it was right and wrong."""
 
     def __init__(self, seed: int) -> None:
-        self.random = random.Random(seed)  # noqa: S311 (a run can be repeated)
+        self.random = random.Random(seed)
         self.held: list[Model] = []
         self.found: Counter[str] = Counter()
 

@@ -19,7 +19,8 @@ import ray
 import torch
 
 from zerocopy._cluster import client
-from zerocopy._cluster.registry import POLL_SECONDS, Row
+from zerocopy._cluster.registry import POLL_SECONDS
+from zerocopy._cluster.shards import Row
 from zerocopy._compat.cpython import warn_caller
 from zerocopy._load.publication import Publication
 from zerocopy._store import object_store, windows

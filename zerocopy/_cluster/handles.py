@@ -23,7 +23,7 @@ import torch
 from zerocopy._cluster import client
 from zerocopy._cluster.following import WATCHER, Followed, Key, Loaded
 from zerocopy._cluster.names import LATEST
-from zerocopy._cluster.registry import Row
+from zerocopy._cluster.shards import Row
 from zerocopy._compat.ray import is_serializing
 from zerocopy._load import devices
 from zerocopy._load.publication import Closed, Lease, Open, Publication
@@ -47,7 +47,9 @@ class Version:
 
 
 SEEN_SECONDS = 0.5  # that a version is taken to be there after it was seen
-ANSWER_SECONDS = 0.001  # that what the registry told a lookup is good for: enough for lookup(...).load(), and no call to others
+ANSWER_SECONDS = (
+    0.001  # that what the registry told a lookup is good for: enough for lookup(...).load(), and no call to others
+)
 _seen: dict[Tag, float] = {}
 
 

@@ -1,7 +1,7 @@
 """What is known of one name: its versions, what aliases point at, and which versions stay?
 
-This file and `registry.py` travel to the registry's process by value. They import nothing of zerocopy, and what crosses the
-boundary is made of builtins: so the registry starts without torch, and drivers of several releases can talk to it.
+This file and those of the registry travel to its process by value. They import nothing of torch, and what crosses the boundary
+is made of builtins: so the registry starts without torch, and drivers of several releases can talk to it.
 """
 
 from __future__ import annotations

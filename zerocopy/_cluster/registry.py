@@ -1,7 +1,7 @@
 """Who owns named weights, and knows where they are? The registry, a detached actor of which each cluster has one.
 
-It holds no bytes of weights: they are return values of tasks that it submits (`store`), on the node of the publisher. So they
-outlive the publisher, and need no room where the registry runs. A name changes by one write to the key-value store of Ray's
+It holds no bytes of weights: they are return values of tasks that it submits, on the node of the publisher. So they outlive the
+publisher, and need no room where the registry runs. A name changes by one write to the key-value store of Ray's
 control plane. All methods run in one event loop, and what changes the state does not await: so each change is atomic.
 """
 
@@ -10,8 +10,6 @@ from __future__ import annotations
 import asyncio
 import collections
 import dataclasses
-import mmap
-import os
 import pickle
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,37 +20,20 @@ import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from zerocopy._cluster.names import LATEST, Name, Refused, Version
+from zerocopy._cluster.shards import Given, Ref, Shards
+from zerocopy._cluster.stored import Packed, Source, nonce, run_source, store
 from zerocopy._compat.ray import ended_jobs, have_copies, nodes_with, records_in_control_plane, write_to_control_plane
 from zerocopy._store.object_store import put_plainly
 
 STORING = 4  # store tasks at a time
 STORE_TRIES = 3  # of each: its process may be killed, and Ray's own retries made a lost one hang
-LEAST_STORED = 128 << 10  # bytes: Ray keeps smaller results in the heap of their owner, where nothing can map them
-NONCE_BYTES = 16  # what is unique to a shard comes first
 POLL_SECONDS = 30.0
 JOB_SECONDS = 2.0  # between two looks at whether jobs have ended
 HOLDER_SECONDS = 8.0  # that recovery waits for processes which still hold what is lost
-USED = 0.75  # of the bytes of all shards that a version rests on: the rest is what only earlier versions needed
 CLAIM_SECONDS = 30.0  # that one process has to upload what it was asked for
 
-Ref: TypeAlias = Any  # an ObjectRef
-Row: TypeAlias = tuple[bytes, int, int, int]  # of a storage in a shard: digest, buffer, offset, bytes
-Given: TypeAlias = tuple[list[Ref], list[Row]]  # a shard, as it is given: in a list, so that Ray does not fetch it
-Source: TypeAlias = list[Ref] | tuple[str, int]  # a shard in the store, or memory at a path of its node, and bytes
-Place: TypeAlias = tuple[bytes, int, int]  # id of a shard, buffer, offset
 Key: TypeAlias = tuple[str, int]  # a name and a number
-
-
-@dataclasses.dataclass
-class Shard:
-    """An object of the store that holds storages."""
-
-    ref: Ref
-    rows: list[Row]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(row[3] for row in self.rows)
+Followed: TypeAlias = tuple[str, str | int]  # a name, and an alias or a number
 
 
 @dataclasses.dataclass
@@ -68,54 +49,12 @@ class Placed:
     shards: set[bytes]
 
 
-class Packed:
-    """Something pickled that is unpickled where it is read."""
-
-    def __init__(self, content: bytes) -> None:
-        self.content = content
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return pickle.loads, (self.content,)
-
-
-def store(source: Source, rows: Sequence[tuple[int, int, int]]) -> tuple[Any, list[bytes]]:
-    """What a store task runs: it returns a shard as a value of its own, and the digests of its storages, read there.
-
-    Args:
-        source: the shard. A reference stands in a list: as an argument of its own it would wait for room beside the arguments
-            of other tasks.
-        rows: buffer, offset and bytes of each storage.
-    """
-    import xxhash
-
-    buffers = _buffers_of(source)
-    views = [memoryview(buffer) for buffer in buffers]
-    digests = [xxhash.xxh3_128_digest(views[buffer][offset : offset + nbytes]) for buffer, offset, nbytes in rows]
-    missing = max(0, LEAST_STORED - sum(map(len, views)))
-    padding = [pickle.PickleBuffer(bytes(missing))] if missing else []
-    return ([*map(pickle.PickleBuffer, buffers), *padding], None), digests
-
-
-def _buffers_of(source: Source) -> list[Any]:
-    if isinstance(source, list):
-        buffers: list[Any] = ray.get(source[0])[0]
-        return buffers
-    path, nbytes = source
-    with open(path, "rb") as file:  # noqa: PTH123
-        return [os.urandom(NONCE_BYTES), mmap.mmap(file.fileno(), nbytes, prot=mmap.PROT_READ)]
-
-
-def run_source(call: bytes) -> Any:
-    """What a recovery runs: the source of a version."""
-    return pickle.loads(call)()
-
-
 class Registry:
     """The registry. Clients call `answer` alone, which calls the method that they name."""
 
     def __init__(self) -> None:
         self._names: dict[str, Name] = {name: _restored(record) for name, record in records_in_control_plane().items()}
-        self._shards: dict[bytes, Shard] = {}
+        self._shards = Shards()
         self._placed: dict[Key, Placed] = {}
         self._recoveries: dict[Key, asyncio.Task[None]] = {}
         self._claims: dict[bytes, float] = {}  # digests that some process uploads, and until when
@@ -146,14 +85,14 @@ class Registry:
         worthy = list(self._shards)
         if same is None or (name, same.number) not in self._placed:
             others = {digest for other in self._placed if other[0] != name for digest in self._digests_of(other)}
-            worthy = _worth_keeping(self._shards, wanted, others)
+            worthy = self._shards.worth_keeping(wanted, others)
         shards: dict[bytes, int] = {}
         rows = []
-        places = self._places(worthy)
+        places = self._shards.places(worthy)
         for digest, count in wanted.items():
             for key, buffer, offset in places.get(digest, [])[:count]:
                 rows.append((digest, shards.setdefault(key, len(shards)), buffer, offset))
-        return [self._shards[key].ref for key in shards], rows
+        return self._shards.refs(shards), rows
 
     async def store(self, node: str, source: Source, rows: list[tuple[int, int, int]]) -> tuple[list[Ref], Any]:
         """Make a shard the registry's own, on the node that has it. Only the caller refers to the result."""
@@ -192,7 +131,7 @@ class Registry:
         if version is None or (name, version.number) not in self._placed:
             number = known.next_number if version is None else version.number
             version = Version(number=number, **content) if version is None else version
-            placed = self._place(version, self._add(shards))
+            placed = self._place(version, self._shards.add(shards))
         changed = known.changed(
             next_number=max(known.next_number, version.number + 1),
             keep=known.keep if keep is None else keep,
@@ -212,7 +151,7 @@ class Registry:
 
     async def offer(self, shards: Sequence[Given]) -> None:
         """Take shards with storages that versions lack."""
-        self._add(shards)
+        self._shards.add(shards)
         for name, known in self._names.items():
             for version in known.versions.values():
                 if (name, version.number) not in self._placed and not self._missing(version):
@@ -266,12 +205,12 @@ class Registry:
         self._forget_unused()
 
     async def poll(
-        self, known: Mapping[tuple[str, str], int], held: Sequence[bytes]
-    ) -> tuple[dict[tuple[str, str], int], list[bytes]]:
+        self, known: Mapping[Followed, int], held: Sequence[bytes]
+    ) -> tuple[dict[Followed, int], list[bytes]]:
         """Wait until an alias points at another version than the caller knows, or a storage that it holds is wanted.
 
         Returns:
-            The numbers that have changed, 0 for an alias that is gone, and digests of the storages to upload.
+            The numbers that have changed, 0 for an alias or a version that is gone, and digests of the storages to upload.
         """
         end = time.monotonic() + POLL_SECONDS
         while True:
@@ -312,8 +251,11 @@ class Registry:
             raise Refused("unknown name", names=sorted(name for name, known in self._names.items() if known.versions))
         return known
 
-    def _number_of(self, name: str, alias: str) -> int:
-        return self._names.get(name, Name()).aliases.get(alias, 0)
+    def _number_of(self, name: str, which: str | int) -> int:
+        known = self._names.get(name, Name())
+        if isinstance(which, str):
+            return known.aliases.get(which, 0)
+        return which if which in known.versions else 0
 
     def _told(self, name: str, version: Version) -> dict[str, Any]:
         placed = self._placed.get((name, version.number))
@@ -331,50 +273,25 @@ class Registry:
         placed = self._placed.get((name, number))
         if placed is None:
             return []
-        nodes = nodes_with([self._shards[key].ref for key in placed.shards])
+        nodes = nodes_with(self._shards.refs(placed.shards))
         return sorted(set.intersection(*nodes)) if nodes else []
 
     def _digests_of(self, key: Key) -> list[bytes]:
         name, number = key
         return [digest for digest, _ in self._names[name].versions[number].storages]
 
-    def _places(self, shards: Iterable[bytes]) -> dict[bytes, list[Place]]:
-        """Where storages are in some shards, by digest. Several storages of one version may be equal: each needs a place."""
-        places: dict[bytes, list[Place]] = collections.defaultdict(list)
-        for key in shards:
-            for digest, buffer, offset, _ in self._shards[key].rows:
-                places[digest].append((key, buffer, offset))
-        return places
-
     def _missing(self, version: Version) -> list[bytes]:
-        """Digests of the storages of a version for which no shard has a place."""
-        places = self._places(self._shards)
-        needed = collections.Counter(digest for digest, nbytes in version.storages if nbytes)
-        return [digest for digest, count in needed.items() if count > len(places.get(digest, ()))]
-
-    def _add(self, shards: Iterable[Given]) -> list[bytes]:
-        """Know shards, and what is in them. Returns their ids."""
-        for (ref,), rows in shards:
-            self._shards.setdefault(ref.binary(), Shard(ref, rows))
-        return [ref.binary() for (ref,), _ in shards]
+        return self._shards.missing(version.storages)
 
     def _place(self, version: Version, among: Iterable[bytes]) -> Placed:
         """Put a manifest that tells where the storages of a version are, among some shards."""
-        places = self._places(among)
-        shards: dict[bytes, int] = {}
-        rows = []
-        for digest, nbytes in version.storages:
-            if not nbytes:
-                rows.append((-1, 0, 0, 0))
-                continue
-            if not places[digest]:
-                raise Refused("lost", number=version.number, reason="some of its storages are not in the store")
-            key, buffer, offset = places[digest].pop(0)
-            rows.append((shards.setdefault(key, len(shards) + 1), buffer, offset, nbytes))
-        refs = [self._shards[key].ref for key in shards]
+        located = self._shards.locate(version.storages, among)
+        if located is None:
+            raise Refused("lost", number=version.number, reason="some of its storages are not in the store")
+        rows, shards = located
         digests = [digest for digest, _ in version.storages]
-        parts = Packed(version.description), rows, refs, Packed(version.outer), digests
-        return Placed(put_plainly(([pickle.PickleBuffer(os.urandom(NONCE_BYTES))], parts)), set(shards))
+        parts = Packed(version.description), rows, self._shards.refs(shards), Packed(version.outer), digests
+        return Placed(put_plainly(([pickle.PickleBuffer(nonce())], parts)), set(shards))
 
     def _write(self, name: str, changed: Name, placed: Mapping[Key, Placed]) -> None:
         """The commit: one write. Before it, nothing can be seen; after it, all."""
@@ -392,11 +309,8 @@ class Registry:
         for name, number in list(self._placed):
             if number not in self._names[name].versions:
                 del self._placed[name, number]
-        wanted = {digest for _, version in self._unplaced() for digest, _ in version.storages}
-        needed = set().union(*(placed.shards for placed in self._placed.values()))
-        for key, shard in list(self._shards.items()):
-            if key not in needed and wanted.isdisjoint(row[0] for row in shard.rows):
-                del self._shards[key]
+        needed: set[bytes] = set().union(*(placed.shards for placed in self._placed.values()))
+        self._shards.keep_only(needed, {digest for _, version in self._unplaced() for digest, _ in version.storages})
 
     def _unplaced(self) -> list[tuple[str, Version]]:
         return [
@@ -419,11 +333,10 @@ class Registry:
 
     def _is_lost(self, placed: Placed) -> bool:
         """Whether the store has no copy of something that a version needs. It is not known any more."""
-        keys = list(placed.shards)
-        there = have_copies([self._shards[key].ref for key in keys])
-        lost = {key for key, is_there in zip(keys, there, strict=True) if not is_there}
-        for key in lost:
-            del self._shards[key]
+        shards = list(placed.shards)
+        there = have_copies(self._shards.refs(shards))
+        lost = {shard for shard, is_there in zip(shards, there, strict=True) if not is_there}
+        self._shards.drop(lost)
         self._placed = {key: other for key, other in self._placed.items() if other.shards.isdisjoint(lost)}
         return bool(lost)
 
@@ -475,34 +388,6 @@ class Registry:
             for name, job in tied.items():
                 if job in ended:
                     await self.remove(name, None)
-
-
-def _worth_keeping(shards: Mapping[bytes, Shard], wanted: collections.Counter[bytes], others: set[bytes]) -> list[bytes]:
-    """Ids of shards of which a version uses enough, all together: of its shards without those of which least is used.
-
-    Each by itself would not do: a version that changes a third of some shards would write three times what has changed.
-
-    Args:
-        wanted: digests of the storages of the version.
-        others: of those that other names use.
-    """
-
-    def used(shard: Shard) -> int:
-        return sum(row[3] for row in shard.rows if row[0] in wanted or row[0] in others)
-
-    candidates = [item for item in shards.items() if any(row[0] in wanted for row in item[1].rows)]
-    candidates.sort(key=lambda item: used(item[1]) / max(1, item[1].nbytes), reverse=True)
-    kept: list[bytes] = []
-    lacking, enough = wanted.copy(), 0.0
-    for key, shard in candidates:
-        found = collections.Counter(row[0] for row in shard.rows) & lacking
-        enough += sum(row[3] for row in shard.rows if row[0] in found or row[0] in others) - USED * shard.nbytes
-        if enough < 0:
-            break
-        if found:
-            kept.append(key)
-        lacking -= found
-    return kept
 
 
 def _record(name: Name) -> dict[str, Any]:

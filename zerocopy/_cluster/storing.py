@@ -7,7 +7,6 @@ used again for the shard after the next. A copy in the object store would stay t
 from __future__ import annotations
 
 import collections
-import os
 import pickle
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeAlias
@@ -17,7 +16,8 @@ import ray.exceptions
 
 from zerocopy._cluster import client
 from zerocopy._cluster.following import node
-from zerocopy._cluster.registry import NONCE_BYTES, Given
+from zerocopy._cluster.shards import Given
+from zerocopy._cluster.stored import nonce
 from zerocopy._compat.linux import SharedMemory
 from zerocopy._store import object_store
 from zerocopy._store.storages import Storage
@@ -83,8 +83,7 @@ class _Staging:
                 raise
             # The task may not look into this process: another user, another container, not Linux.
             content = memoryview(self._memory.room_for(self._nbytes))[: self._nbytes]
-            nonce = pickle.PickleBuffer(os.urandom(NONCE_BYTES))
-            own = object_store.put(([nonce, pickle.PickleBuffer(content)], None))
+            own = object_store.put(([pickle.PickleBuffer(nonce()), pickle.PickleBuffer(content)], None))
             stored, digests = client.ask_one(self._registry, "store", node(), [own], self._extents)
         return stored, [(digest, *extent) for digest, extent in zip(digests, self._extents, strict=True)]
 

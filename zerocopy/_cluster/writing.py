@@ -20,7 +20,7 @@ from zerocopy._cluster.digests import digest_of_version
 from zerocopy._cluster.following import node
 from zerocopy._cluster.handles import Tag
 from zerocopy._cluster.names import LATEST
-from zerocopy._cluster.registry import Given, Row
+from zerocopy._cluster.shards import Given, Row
 from zerocopy._cluster.storing import store_all
 from zerocopy._publish.publish import requires_isolation
 from zerocopy._publish.weights import Streamed, manifest_for
