@@ -445,6 +445,8 @@ def test_little_room_is_told_of(name: str, monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.warns(UserWarning, match=r"take [\d,]+ bytes more, but the object store of this node has [\d,]+ free"):
         zerocopy.publish(numbered(1, width=2000), name=name)
     assert zerocopy.lookup(name).load()() == 1
+    del held
+    assert wait_until(lambda: bytes_in_store() < STORE_BYTES / 2, 20)
 
 
 def test_closing_a_named_handle_removes_nothing(name: str) -> None:
