@@ -13,7 +13,7 @@ import random
 import threading
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import ray
@@ -144,14 +144,25 @@ def is_same_class(one: Any, other: Any) -> bool:
     return first is second or (first.__module__, first.__qualname__) == (second.__module__, second.__qualname__)
 
 
+class Held:
+    """What is known of a shard that pipelines of this process show. Versions use different parts of it.
+
+    Attributes:
+        rows: its storages.
+        versions: ids of the manifests that told of them.
+    """
+
+    def __init__(self) -> None:
+        self.rows: set[Row] = set()
+        self.versions: set[bytes] = set()
+
+
 class Watcher:
     """The thread, which runs as long as this process follows or holds something."""
 
     def __init__(self) -> None:
         self._followed: weakref.WeakSet[Followed] = weakref.WeakSet()
-        self._held: dict[
-            bytes, list[Row]
-        ] = {}  # what is in shards that pipelines of this process show, by id of the shard
+        self._held: dict[bytes, Held] = {}  # by id of the shard
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._woken: concurrent.futures.Future[None] = concurrent.futures.Future()
@@ -162,10 +173,13 @@ class Watcher:
             self._followed.add(followed)
         self._start()
 
-    def hold(self, shards: Mapping[bytes, list[Row]]) -> None:
-        """Know what is in shards that are mapped here: the registry may want them, as long as they are."""
+    def hold(self, version: bytes, shards: Mapping[bytes, Set[Row]]) -> None:
+        """Know what a version has in shards that are mapped here: the registry may want it, as long as they are."""
         with self._lock:
-            self._held.update(shards)
+            for shard, rows in shards.items():
+                held = self._held.setdefault(shard, Held())
+                held.rows |= rows
+                held.versions.add(version)
         self._start()
 
     def note_here(self, name: str) -> None:
@@ -174,9 +188,9 @@ class Watcher:
             if one.key.name == name and one.key.device is None and one.session is object_store.session():
                 one.look()
 
-    def holds(self, shard: bytes) -> bool:
-        """Whether this shard is known."""
-        return shard in self._held
+    def holds(self, version: bytes, shards: Iterable[bytes]) -> bool:
+        """Whether it is known what a version has in these shards."""
+        return all(version in self._held.get(shard, _NOTHING).versions for shard in shards)
 
     def _start(self) -> None:
         with self._lock:
@@ -202,7 +216,7 @@ class Watcher:
     def _has_work(self, session: object) -> bool:
         with self._lock:
             mapped = windows.by_shard()
-            self._held = {shard: rows for shard, rows in self._held.items() if shard in mapped}
+            self._held = {shard: held for shard, held in self._held.items() if shard in mapped}
             is_ours = session is not None and session is object_store.session()
             if is_ours and (self._held or any(one.session is session for one in self._followed)):
                 return True
@@ -215,7 +229,7 @@ class Watcher:
             if self._woken.done():
                 self._woken = concurrent.futures.Future()
             woken, followed = self._woken, list(self._followed)
-            held = [row[0] for rows in self._held.values() for row in rows]
+            held = [row[0] for shard in self._held.values() for row in shard.rows]
         known = {(one.key.name, one.key.alias): one.seen for one in followed}
         registry = client.registry()
         reply = client.submit(registry, "poll", known, held).future()
@@ -233,7 +247,7 @@ class Watcher:
     def _give_back(self, registry: Any, wanted: set[bytes]) -> None:
         """Make shards that this process has mapped the registry's own, if they hold storages that it wants."""
         for shard, window in windows.by_shard().items():
-            rows = self._held.get(shard, [])
+            rows = list(self._held.get(shard, _NOTHING).rows)
             if any(row[0] in wanted for row in rows):
                 buffers = list(map(pickle.PickleBuffer, window.pin.buffers))  # Ray's own: ours may have been written
                 own = object_store.put((buffers, None))
@@ -242,6 +256,7 @@ class Watcher:
                 client.ask_one(registry, "offer", [(stored, same)])
 
 
+_NOTHING = Held()
 WATCHER = Watcher()
 _warned: set[str] = set()
 _pending: list[str] = []  # what the thread found out: the next call that asks for a version warns of it

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
-import math
 import threading
-import time
 import weakref
 from collections import defaultdict
 from collections.abc import Sequence
@@ -29,7 +27,7 @@ from zerocopy._load import devices
 from zerocopy._load.publication import Closed, Lease, Open, Publication
 from zerocopy._publish.passing import register_handle
 from zerocopy._store import object_store
-from zerocopy._store.manifest import Manifest, Outer, Versions
+from zerocopy._store.manifest import BESIDE, Manifest, Outer, Versions
 from zerocopy.errors import NotPublishedError, PublicationLostError
 
 
@@ -44,10 +42,6 @@ class Version:
     name: str
     number: int
     digest: str
-
-
-SEEN_SECONDS = 0.5  # that a version is taken to be there after it was seen
-_seen: dict[Tag, float] = {}
 
 
 @attrs.frozen
@@ -68,24 +62,20 @@ class Tag:
     digest: str | None = None
 
     def publication(
-        self, manifest: ray.ObjectRef[Any] | None, outer: Outer, *description: Any, **kwargs: Any
+        self, manifest: ray.ObjectRef[Any], outer: Outer, *description: Any, **kwargs: Any
     ) -> NamedPublication:
         """A handle with this tag that brings an outer skeleton of its own; see `live.Tag`."""
         kind, shared_bytes, requires_isolation, versions = description
-        state = Unresolved(outer) if manifest is None else Open(manifest, outer)
-        return NamedPublication(state, kind, shared_bytes, requires_isolation, versions, self, **kwargs)
+        return NamedPublication(Open(manifest, outer), kind, shared_bytes, requires_isolation, versions, self, **kwargs)
 
-    def is_there(self) -> bool:
-        """Whether the version is there, or was so a moment ago: to ask takes a millisecond."""
-        now = time.monotonic()
-        if _seen.get(self, -math.inf) < now - SEEN_SECONDS:
-            try:
-                client.ask("resolve", self.name, self.number)
-            except NotPublishedError:
-                _seen.pop(self, None)
-                return False
-            _seen[self] = now
-        return True
+    def find(self) -> ray.ObjectRef[Any] | None:
+        """The reference to the manifest. None if the version was removed, is another one, or has lost its weights."""
+        try:
+            told = client.ask("resolve", self.name, self.number)
+        except NotPublishedError:
+            return None
+        is_same = told["digest"].hex() == self.digest
+        return told["reference"][0] if is_same and told["reference"] is not None else None
 
     @property
     def version(self) -> Version | None:
@@ -308,13 +298,14 @@ def _load_newest(name: str, alias: str, target: torch.device | None) -> Loaded:
 def _note_held(manifest: Manifest) -> None:
     """Know which storages this process has mapped, for the time when the registry has lost them."""
     shards = [shard.binary() for shard in manifest.shards]
-    if all(map(WATCHER.holds, shards)):
+    version = manifest.shard(BESIDE).binary()
+    if WATCHER.holds(version, shards):
         return
-    rows: dict[bytes, list[Row]] = defaultdict(list)
+    rows: dict[bytes, set[Row]] = defaultdict(set)
     for digest, (shard, buffer, offset, nbytes) in zip(manifest.digests, manifest.location_rows, strict=True):
         if shard > 0:
-            rows[shards[shard - 1]].append((digest, buffer, offset, nbytes))
-    WATCHER.hold(rows)
+            rows[shards[shard - 1]].add((digest, buffer, offset, nbytes))
+    WATCHER.hold(version, rows)
 
 
 def resolve(name: str, which: int | str) -> dict[str, Any]:

@@ -57,7 +57,12 @@ def keep_argument(value: Any) -> Any:
     return object_store.put(packed)
 
 
-def load_argument(value: Any, device: str | None, load: Load = Publication.load) -> Any:
+def load_afresh(publication: Publication, device: str | None) -> Any:
+    """Load what a call or an actor was given, by the way of its own class."""
+    return publication.load(device)
+
+
+def load_argument(value: Any, device: str | None, load: Load = load_afresh) -> Any:
     """An argument as the user's code receives it: a publication becomes a pipeline on the device of that code."""
     if isinstance(value, Publication):
         return load(value, device)
@@ -98,7 +103,7 @@ def load_arguments(
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     device: str | None,
-    load: Load = Publication.load,
+    load: Load = load_afresh,
     live: Collection[int | str] = (),
 ) -> tuple[list[Any], dict[str, Any]]:
     """The arguments of a call as the user's code receives them.

@@ -10,9 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from zerocopy._compat.ray import is_pickled_by_value
-from zerocopy._load.publication import Publication
 from zerocopy._run import short_calls
-from zerocopy._run.arguments import live_parameters, load_arguments
+from zerocopy._run.arguments import live_parameters, load_afresh, load_arguments
 from zerocopy._run.copies import warn_of_copies
 from zerocopy._run.reuse import CallLoads, NotCached
 
@@ -44,7 +43,7 @@ def run_generator(target: Target, device: str | None, reuse: bool, *args: Any, *
     function = _function_of(target)
     warn_of_copies(function, args, kwargs)
     loads = CallLoads()
-    load = loads.load if reuse else Publication.load
+    load = loads.load if reuse else load_afresh
     values, named = load_arguments(args, kwargs, device, load, live_parameters(function))
     yield from function(*values, **named)
     del values, named
