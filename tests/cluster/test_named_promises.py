@@ -37,7 +37,9 @@ pytestmark = [
 ]
 
 
-CHANGED_BY_LOOKING = {"test_comes_out_the_same[a partial]"}  # it pickles a `__dict__` as soon as somebody has looked for one
+CHANGED_BY_LOOKING = {
+    "test_comes_out_the_same[a partial]"
+}  # it pickles a `__dict__` as soon as somebody has looked for one
 
 
 @zerocopy.actor(num_cpus=0.1)
@@ -85,7 +87,11 @@ def test_comes_out_the_same(kind: str, name: str, process: Any) -> None:
 
 def test_dtypes(name: str, process: Any) -> None:
     """Every dtype of torch, with all its bits."""
-    tensors = [test_faithful.noise().view(torch.uint8)[:, : 4 * dtype.itemsize].clone().view(dtype) for dtype in DTYPES if dtype.itemsize <= 16]
+    tensors = [
+        test_faithful.noise().view(torch.uint8)[:, : 4 * dtype.itemsize].clone().view(dtype)
+        for dtype in DTYPES
+        if dtype.itemsize <= 16
+    ]
     assert_same(test_faithful.Box([*tensors, *[torch.empty(0, dtype=dtype) for dtype in DTYPES]]), name, process)
 
 

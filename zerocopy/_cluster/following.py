@@ -24,11 +24,18 @@ from zerocopy._cluster.registry import POLL_SECONDS, Row
 from zerocopy._compat.cpython import warn_caller
 from zerocopy._load.publication import Publication
 from zerocopy._store import object_store, windows
-from zerocopy.errors import FollowWarning, ZeroCopyError
+from zerocopy.errors import FollowWarning, NotPublishedError, PublicationLostError, ZeroCopyError
 
 T_co = TypeVar("T_co", covariant=True)
 
 PAUSE_SECONDS = 0.5  # after a failure
+PASSING = (
+    client.RegistryLost,
+    client.RegistryUnreachable,
+    NotPublishedError,
+    PublicationLostError,
+    ray.exceptions.RayError,
+)
 WORTH_A_WARNING = 5  # failures in a row: a registry that was killed is made again after the first
 
 
@@ -123,19 +130,33 @@ class Followed:
             self._loaded = self._load()
 
     def note(self, number: int) -> None:
-        """Load what the alias points at, after the registry told that it is `number`."""
+        """Load what the alias points at, after the registry told that it is `number`.
+
+        Raises:
+            As `PASSING`: it may be loaded later.
+        """
         if number and number != self.newest().number:
-            loaded = self._load()
-            mine = self.newest()
-            if is_same_class(mine.pipeline, loaded.pipeline):
-                self._loaded = loaded
-            else:
-                theirs, ours = type(loaded.pipeline).__qualname__, type(mine.pipeline).__qualname__
+            try:
+                self._take(self._load())
+            except PASSING:
+                raise
+            except Exception as error:  # whatever the code of that version raises: it is not tried again
                 warn_later(
-                    f"Version {loaded.number} of {self.key.name!r} is a {theirs}, not a {ours}. This process goes on with "
-                    f"version {mine.number}. Publish other classes under other names.",
+                    f"Version {number} of {self.key.name!r} cannot be loaded, and this process goes on with version "
+                    f"{self.newest().number}: {type(error).__name__}: {error}"
                 )
         self.seen = number
+
+    def _take(self, loaded: Loaded) -> None:
+        mine = self.newest()
+        if is_same_class(mine.pipeline, loaded.pipeline):
+            self._loaded = loaded
+            return
+        theirs, ours = type(loaded.pipeline).__qualname__, type(mine.pipeline).__qualname__
+        warn_later(
+            f"Version {loaded.number} of {self.key.name!r} is a {theirs}, not a {ours}. This process goes on with "
+            f"version {mine.number}. Publish other classes under other names."
+        )
 
 
 def is_same_class(one: Any, other: Any) -> bool:
@@ -237,12 +258,13 @@ class Watcher:
         if not reply.done():
             return
         changed, wanted = client.answer(registry, reply.result)
-        for one in followed:
-            number = changed.get((one.key.name, one.key.alias), one.seen)
-            if number != one.seen:
-                one.note(number)
-        if wanted:
-            self._give_back(registry, set(wanted))
+        with contextlib.ExitStack() as each:  # what is wrong with one holds up no other
+            if wanted:
+                each.callback(self._give_back, registry, set(wanted))
+            for one in followed:
+                number = changed.get((one.key.name, one.key.alias), one.seen)
+                if number != one.seen:
+                    each.callback(one.note, number)
 
     def _give_back(self, registry: Any, wanted: set[bytes]) -> None:
         """Make shards that this process has mapped the registry's own, if they hold storages that it wants."""

@@ -6,7 +6,6 @@ reference that its sender had: Ray counts that, so the version stays until the c
 
 from __future__ import annotations
 
-import copy
 import functools
 import threading
 import weakref
@@ -234,6 +233,11 @@ class NamedPublication(Publication):
         self._followed = self._known = None
 
     def __copy__(self) -> NamedPublication:
+        """Another handle of the same version, or one that follows as well."""
+        self._check_open()
+        return NamedPublication(self._state, *self._description(), cls=self.cls, lease=self._lease)
+
+    def for_call(self) -> NamedPublication:
         """A handle for one call: of the version that this process knows as the newest, if it follows an alias."""
         if self.tag.number is None and not self.closed:
             if self._known is None or self._known.session is not object_store.session():
@@ -267,7 +271,7 @@ class NamedPublication(Publication):
 
     def reduce(self) -> tuple[Any, ...]:
         """How Ray's pickle takes it apart."""
-        return self.__reduce__() if self.travels_by_name() else super(NamedPublication, copy.copy(self)).reduce()
+        return self.__reduce__() if self.travels_by_name() else super(NamedPublication, self.for_call()).reduce()
 
     def __reduce__(self) -> tuple[Any, ...]:
         outer = self._state.outer if isinstance(self._state, (Open, Unresolved)) else None
