@@ -27,7 +27,9 @@ STORE_BYTES = 1_500_000_000
 ORDINARY = {"RAY_allow_out_of_band_object_ref_serialization": "1"}  # for a process of its own: the tests' may forbid it
 HERE = Path(__file__).parent
 # Workers import what test modules define by the modules' names, each from its folder.
-IMPORT_PATH = os.pathsep.join(map(str, [HERE, *sorted({path.parent for path in HERE.rglob("test_*.py")})]))
+FOLDERS = list(map(str, [HERE, *sorted({path.parent for path in HERE.rglob("test_*.py")})]))
+IMPORT_PATH = os.pathsep.join(FOLDERS)
+sys.path.extend(folder for folder in FOLDERS if folder not in sys.path)  # some use the cases of others
 # Each process takes the next file when it is done with one: the longest start first, so that none is left at the end.
 LONGEST = (
     "test_examples",

@@ -130,6 +130,78 @@ def actors(search: Search) -> None:
     Typed.remote("search")  # pyright: ignore[reportArgumentType]
 
 
+@zerocopy.actor(follow=True, num_cpus=1)
+class Following:
+    def __init__(self, search: Search) -> None:
+        self.search = search
+
+    def on_version(self, search: Search) -> None:
+        search.encoder.eval()
+
+
+class Newest(zerocopy.Actor):
+    def __init__(self, search: zerocopy.Live[Search]) -> None:
+        self.search = search
+
+    def ask(self, query: str) -> list[str]:
+        search = self.search.current()
+        assert_type(search, Search)
+        return search(query)
+
+
+@zerocopy.task
+def newest(search: zerocopy.Live[Search], query: str) -> list[str]:
+    return search.current()(query)
+
+
+def build() -> Search:
+    raise NotImplementedError
+
+
+def naming(search: Search) -> None:
+    publication = zerocopy.publish(
+        search, name="search", alias="canary", source=build, expect=0, keep=3, lifetime="job", adopt=True
+    )
+    assert_type(publication, zerocopy.NamedPublication)
+    assert_type(zerocopy.publish(search, name="search").version.number, int)
+    assert_type(zerocopy.publish(search, adopt=True), zerocopy.Publication)
+    files = zerocopy.publish_checkpoint(build, "dir/*.safetensors", dtype=torch.bfloat16, name="search", keep=1)
+    assert_type(files, zerocopy.NamedPublication)
+    assert_type(zerocopy.publish_checkpoint(build, ["file"]), zerocopy.Publication)
+    zerocopy.publish(search, name="search", lifetime="for ever")  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue, reportArgumentType]
+
+
+def looking_up() -> None:
+    handle = zerocopy.lookup("search")
+    assert_type(handle, zerocopy.NamedPublication)
+    assert_type(zerocopy.lookup("search", alias="canary").alias, str | None)
+    assert_type(zerocopy.lookup("search", version=1).version, zerocopy.Version)
+    assert_type(zerocopy.set_alias("search", "latest", version=1).digest, str)
+    zerocopy.set_alias("search", "latest", to="canary")
+    for published in zerocopy.publications():
+        assert_type(published.version.name, str)
+        assert_type(published.aliases, tuple[str, ...])
+    assert_type(zerocopy.publications().names, list[str])
+    # What class a name stands for only the cluster knows: say it with an annotation.
+    search: Search = handle.load(fields=["encoder"], verify=True)
+    current: Search = handle.current("auto")
+    assert_type(zerocopy.version_of(search), zerocopy.Version | None)
+    assert_type(zerocopy.refresh(current), bool)
+    zerocopy.remove("search")
+    zerocopy.remove("search", version=1)
+
+
+def following(search: Search, handle: zerocopy.Publication) -> None:
+    Following(search).search("q")
+    # Arguments arrive as what their parameters say, whatever was given: that, no checker knows. A pipeline it takes as it is.
+    Newest.remote(handle)
+    newest(handle, "q")
+    Typed.remote(handle)  # pyright: ignore[reportArgumentType]
+    answer(handle, "q")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    Newest.remote(search)  # pyright: ignore[reportArgumentType]
+    newest(search, "q")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+
 def errors() -> tuple[type[Exception], ...]:
     return zerocopy.errors.ZeroCopyError, zerocopy.errors.CannotTravelError
 

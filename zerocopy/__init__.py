@@ -4,7 +4,7 @@ from importlib.metadata import version as _version
 
 from zerocopy import errors, testing
 from zerocopy._cluster.following import Live
-from zerocopy._cluster.handles import Version
+from zerocopy._cluster.handles import NamedPublication, Version
 from zerocopy._cluster.listing import Publications, Published, publications
 from zerocopy._cluster.publish import lookup, publish, publish_checkpoint, remove, set_alias, version_of
 from zerocopy._cluster.refresh import refresh
@@ -43,6 +43,7 @@ __all__ = [
     "Launcher",
     "Live",
     "MemoryReport",
+    "NamedPublication",
     "PlanEntry",
     "Policy",
     "Pool",

@@ -42,6 +42,10 @@ class RegistryLost(Exception):
     """The registry that a publisher worked with has ended. What it owned is gone with it."""
 
 
+class RegistryUnreachable(ZeroCopyError):
+    """None was found in the time that a call has."""
+
+
 def ask(method: str, *args: Any) -> Any:
     """What the registry answers. If it has ended, it is made again, and asked.
 
@@ -56,7 +60,7 @@ def ask(method: str, *args: Any) -> Any:
             return ask_one(actor, method, *args)
         except RegistryLost as error:
             if time.monotonic() > end:
-                raise ZeroCopyError(
+                raise RegistryUnreachable(
                     f"The registry of named publications cannot be reached: {error}.",
                     hint="see whether the head node of the cluster is up.",
                 ) from error

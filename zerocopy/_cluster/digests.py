@@ -11,6 +11,7 @@ the same if nothing but these differ.
 from __future__ import annotations
 
 import io
+import itertools
 import pickletools
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias
@@ -53,12 +54,23 @@ def _told(external: Any) -> object:
 def canonical(payload: bytes) -> Iterator[_Token]:
     """What pickles say, in a form that is equal for those that differ in nothing but what is named above."""
     file = io.BytesIO(payload)
-    memo: list[_Token] = []  # those of a payload have one
+    memo = _Memo()  # those of a payload have one
     while file.tell() < len(payload):
         yield from _canonical_of_one(file, memo)
 
 
-def _canonical_of_one(file: io.BytesIO, memo: list[_Token]) -> list[_Token]:
+class _Memo(list[_Token]):
+    """What a pickle refers to again. Atoms stand for themselves, and so are not counted: one pickle refers, another repeats."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._numbers = itertools.count()
+
+    def remember(self, token: _Token) -> None:
+        self.append(token if token[0] == "atom" else ("get", next(self._numbers)))
+
+
+def _canonical_of_one(file: io.BytesIO, memo: _Memo) -> list[_Token]:
     tokens: list[_Token] = []
     marks: list[int] = []
     argument: Any
@@ -67,7 +79,7 @@ def _canonical_of_one(file: io.BytesIO, memo: list[_Token]) -> list[_Token]:
         if name in _ATOMS:
             tokens.append(("atom", None if is_id_of_class(argument) else (type(argument).__name__, argument, name)))
         elif name == "MEMOIZE":
-            memo.append(tokens[-1] if tokens[-1][0] == "atom" else ("get", len(memo)))
+            memo.remember(tokens[-1])
         elif name in _GETS:
             tokens.append(memo[argument])
         elif name in _TUPLES:

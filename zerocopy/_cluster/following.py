@@ -7,12 +7,13 @@ wants of this process after it was made anew: storages that are lost, and that t
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import pickle
 import random
 import threading
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import ray
@@ -24,11 +25,18 @@ from zerocopy._cluster.shards import Row
 from zerocopy._compat.cpython import warn_caller
 from zerocopy._load.publication import Publication
 from zerocopy._store import object_store, windows
-from zerocopy.errors import FollowWarning, ZeroCopyError
+from zerocopy.errors import FollowWarning, NotPublishedError, PublicationLostError, ZeroCopyError
 
 T_co = TypeVar("T_co", covariant=True)
 
 PAUSE_SECONDS = 0.5  # after a failure
+PASSING = (
+    client.RegistryLost,
+    client.RegistryUnreachable,
+    NotPublishedError,
+    PublicationLostError,
+    ray.exceptions.RayError,
+)
 WORTH_A_WARNING = 5  # failures in a row: a registry that was killed is made again after the first
 
 
@@ -70,10 +78,10 @@ class OnDevice:
 
 
 class Key(NamedTuple):
-    """What processes follow."""
+    """What processes follow: an alias, or one version as long as it is there."""
 
     name: str
-    alias: str
+    which: str | int
     device: torch.device | None
 
 
@@ -125,21 +133,35 @@ class Followed:
             self._loaded = None
 
     def note(self, number: int) -> None:
-        """Load what the alias points at, after the registry told that it is `number`."""
+        """Load what the alias points at, after the registry told that it is `number`.
+
+        Raises:
+            As `PASSING`: it may be loaded later.
+        """
         if not number and self.key.device is None:
             self._loaded = None  # who asks next is told that the name is gone
         elif number and number != self.newest().number:
-            loaded = self._load()
-            mine = self.newest()
-            if is_same_class(mine.pipeline, loaded.pipeline):
-                self._loaded = loaded
-            else:
-                theirs, ours = type(loaded.pipeline).__qualname__, type(mine.pipeline).__qualname__
+            try:
+                self._take(self._load())
+            except PASSING:
+                raise
+            except Exception as error:  # whatever the code of that version raises: it is not tried again
                 warn_later(
-                    f"Version {loaded.number} of {self.key.name!r} is a {theirs}, not a {ours}. This process goes on with "
-                    f"version {mine.number}. Publish other classes under other names.",
+                    f"Version {number} of {self.key.name!r} cannot be loaded, and this process goes on with version "
+                    f"{self.newest().number}: {type(error).__name__}: {error}"
                 )
         self.seen = number
+
+    def _take(self, loaded: Loaded) -> None:
+        mine = self.newest()
+        if is_same_class(mine.pipeline, loaded.pipeline):
+            self._loaded = loaded
+            return
+        theirs, ours = type(loaded.pipeline).__qualname__, type(mine.pipeline).__qualname__
+        warn_later(
+            f"Version {loaded.number} of {self.key.name!r} is a {theirs}, not a {ours}. This process goes on with "
+            f"version {mine.number}. Publish other classes under other names."
+        )
 
 
 def is_same_class(one: Any, other: Any) -> bool:
@@ -148,7 +170,20 @@ def is_same_class(one: Any, other: Any) -> bool:
     return first is second or (first.__module__, first.__qualname__) == (second.__module__, second.__qualname__)
 
 
-class Held(NamedTuple):
+class Held:
+    """What is known of a shard that pipelines of this process show. Versions use different parts of it.
+
+    Attributes:
+        rows: its storages.
+        versions: ids of the manifests that told of them.
+    """
+
+    def __init__(self) -> None:
+        self.rows: set[Row] = set()
+        self.versions: set[bytes] = set()
+
+
+class Living(NamedTuple):
     """A live pipeline that was published here, its digests then, and what offers its weights to a registry."""
 
     pipeline: Callable[[], Any]
@@ -165,8 +200,8 @@ class Watcher:
 
     def __init__(self) -> None:
         self._followed: weakref.WeakSet[Followed] = weakref.WeakSet()
-        self._held: dict[bytes, list[Row]] = {}  # what is in shards that are mapped here, by their id
-        self._published: list[Held] = []
+        self._held: dict[bytes, Held] = {}  # by id of the shard
+        self._living: list[Living] = []
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._session: object = None  # that the thread works in
@@ -179,10 +214,13 @@ class Watcher:
             self._followed.add(followed)
         self._start()
 
-    def hold(self, shards: Mapping[bytes, list[Row]]) -> None:
-        """Know what is in shards that are mapped here: the registry may want them, as long as they are."""
+    def hold(self, version: bytes, shards: Mapping[bytes, Set[Row]]) -> None:
+        """Know what a version has in shards that are mapped here: the registry may want it, as long as they are."""
         with self._lock:
-            self._held.update(shards)
+            for shard, rows in shards.items():
+                held = self._held.setdefault(shard, Held())
+                held.rows |= rows
+                held.versions.add(version)
         self._start()
 
     def hold_pipeline(self, pipeline: Any, digests: Sequence[bytes], offer: Callable[[Any], None]) -> None:
@@ -190,8 +228,8 @@ class Watcher:
         if not type(pipeline).__weakrefoffset__:
             return
         with self._lock:
-            held = [one for one in self._published if all(one.pipeline() is not other for other in (None, pipeline))]
-            self._published = [*held, Held(weakref.ref(pipeline), digests, offer)]
+            others = [one for one in self._living if all(one.pipeline() is not other for other in (None, pipeline))]
+            self._living = [*others, Living(weakref.ref(pipeline), digests, offer)]
         self._start()
 
     def note_here(self, name: str) -> None:
@@ -201,9 +239,9 @@ class Watcher:
             if one.key.name == name and one.key.device is None and one.session is object_store.session():
                 one.look()
 
-    def holds(self, shard: bytes) -> bool:
-        """Whether this shard is known."""
-        return shard in self._held
+    def holds(self, version: bytes, shards: Iterable[bytes]) -> bool:
+        """Whether it is known what a version has in these shards."""
+        return all(version in self._held.get(shard, _NOTHING).versions for shard in shards)
 
     def _start(self) -> None:
         session = object_store.session()
@@ -231,11 +269,11 @@ class Watcher:
     def _has_work(self, session: object) -> bool:
         with self._lock:
             mapped = windows.by_shard()
-            self._held = {shard: rows for shard, rows in self._held.items() if shard in mapped}
-            self._published = [held for held in self._published if held.pipeline() is not None]
+            self._held = {shard: held for shard, held in self._held.items() if shard in mapped}
+            self._living = [one for one in self._living if one.pipeline() is not None]
             followed = [one for one in self._followed if one.session is session]
             is_connected = session is not None and session is object_store.session()
-            if is_connected and (self._held or self._published or followed):
+            if is_connected and (self._held or self._living or followed):
                 return True
             if self._thread is threading.current_thread():
                 self._thread = None
@@ -247,26 +285,27 @@ class Watcher:
             if self._woken.done():
                 self._woken = concurrent.futures.Future()
             woken, followed = self._woken, list(self._followed)
-            held = [row[0] for rows in self._held.values() for row in rows]
-            held += [digest for one in self._published for digest in one.digests]
-        known = {(one.key.name, one.key.alias): one.seen for one in followed}
+            held = [row[0] for shard in self._held.values() for row in shard.rows]
+            held += [digest for one in self._living for digest in one.digests]
+        known = {(one.key.name, one.key.which): one.seen for one in followed}
         registry = client.registry()
         reply = client.submit(registry, "poll", known, held).future()
         concurrent.futures.wait([reply, woken], 2 * POLL_SECONDS, concurrent.futures.FIRST_COMPLETED)
         if not reply.done():
             return
         changed, wanted = client.answer(registry, reply.result)
-        for one in followed:
-            number = changed.get((one.key.name, one.key.alias), one.seen)
-            if number != one.seen:
-                one.note(number)
-        if wanted:
-            self._give_back(registry, set(wanted))
+        with contextlib.ExitStack() as each:  # what is wrong with one holds up no other
+            if wanted:
+                each.callback(self._give_back, registry, set(wanted))
+            for one in followed:
+                number = changed.get((one.key.name, one.key.which), one.seen)
+                if number != one.seen:
+                    each.callback(one.note, number)
 
     def _give_back(self, registry: Any, wanted: set[bytes]) -> None:
         """Make what the registry wants its own: from shards that this process has mapped, and from live pipelines."""
         for shard, window in windows.by_shard().items():
-            rows = self._held.get(shard, [])
+            rows = list(self._held.get(shard, _NOTHING).rows)
             if any(row[0] in wanted for row in rows):
                 buffers = list(map(pickle.PickleBuffer, window.pin.buffers))  # Ray's own: ours may have been written
                 own = object_store.put((buffers, None))
@@ -274,12 +313,13 @@ class Watcher:
                 same = [row for row, digest in zip(rows, digests, strict=True) if row[0] == digest]
                 client.ask_one(registry, "offer", [(stored, same)])
                 wanted -= {row[0] for row in same}
-        for held in self._published:
-            pipeline = held.pipeline()
-            if pipeline is not None and not wanted.isdisjoint(held.digests):
-                held.offer(pipeline)
+        for living in self._living:
+            pipeline = living.pipeline()
+            if pipeline is not None and not wanted.isdisjoint(living.digests):
+                living.offer(pipeline)
 
 
+_NOTHING = Held()
 WATCHER = Watcher()
 _warned: set[str] = set()
 _pending: list[str] = []  # what the thread found out: the next call that asks for a version warns of it

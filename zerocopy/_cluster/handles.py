@@ -6,9 +6,7 @@ reference that its sender had: Ray counts that, so the version stays until the c
 
 from __future__ import annotations
 
-import copy
 import functools
-import math
 import threading
 import time
 import weakref
@@ -29,7 +27,7 @@ from zerocopy._load import devices
 from zerocopy._load.publication import Closed, Lease, Open, Publication
 from zerocopy._publish.passing import register_handle
 from zerocopy._store import object_store
-from zerocopy._store.manifest import Manifest, Outer, Versions
+from zerocopy._store.manifest import BESIDE, Manifest, Outer, Versions
 from zerocopy.errors import NotPublishedError, PublicationLostError
 
 
@@ -46,11 +44,13 @@ class Version:
     digest: str
 
 
-SEEN_SECONDS = 0.5  # that a version is taken to be there after it was seen
 ANSWER_SECONDS = (
     0.001  # that what the registry told a lookup is good for: enough for lookup(...).load(), and no call to others
 )
-_seen: dict[Tag, float] = {}
+
+
+# Of versions that live pipelines were published as. Nothing is asked again before the registry tells that one is gone.
+_found: weakref.WeakKeyDictionary[Tag, Followed] = weakref.WeakKeyDictionary()
 
 
 @attrs.frozen
@@ -71,24 +71,23 @@ class Tag:
     digest: str | None = None
 
     def publication(
-        self, manifest: ray.ObjectRef[Any] | None, outer: Outer, *description: Any, **kwargs: Any
+        self, manifest: ray.ObjectRef[Any], outer: Outer, *description: Any, **kwargs: Any
     ) -> NamedPublication:
         """A handle with this tag that brings an outer skeleton of its own; see `live.Tag`."""
         kind, shared_bytes, requires_isolation, versions = description
-        state = Unresolved(outer) if manifest is None else Open(manifest, outer)
-        return NamedPublication(state, kind, shared_bytes, requires_isolation, versions, self, **kwargs)
+        return NamedPublication(Open(manifest, outer), kind, shared_bytes, requires_isolation, versions, self, **kwargs)
 
-    def is_there(self) -> bool:
-        """Whether the version is there, or was so a moment ago: to ask takes a millisecond."""
-        now = time.monotonic()
-        if _seen.get(self, -math.inf) < now - SEEN_SECONDS:
-            try:
-                client.ask("resolve", self.name, self.number)
-            except NotPublishedError:
-                _seen.pop(self, None)
-                return False
-            _seen[self] = now
-        return True
+    def find(self) -> ray.ObjectRef[Any] | None:
+        """The reference to the manifest. None if the version was removed, is another one, or has lost its weights."""
+        followed = _found.get(self)
+        if followed is None or followed.session is not object_store.session():
+            followed = _found[self] = followed_by(self.name, self.number or LATEST, None)
+        try:
+            handle: Any = followed.newest().handle
+        except (NotPublishedError, PublicationLostError):
+            return None
+        reference: ray.ObjectRef[Any] = handle.reference
+        return reference if handle.tag.digest == self.digest else None
 
     @property
     def version(self) -> Version | None:
@@ -268,7 +267,7 @@ class NamedPublication(Publication):
         is_elsewhere = followed is not None and followed.session is not object_store.session()
         # Without a connection, what is loaded goes on.
         if followed is None or followed.key.device != target or (is_elsewhere and object_store.is_running()):
-            followed = self._followed = followed_by(self.tag, target)
+            followed = self._followed = followed_by(self.name, self.tag.alias, target)
         return followed.current()
 
     current.__doc__ = Publication.current.__doc__
@@ -279,10 +278,15 @@ class NamedPublication(Publication):
         self._followed = self._known = None
 
     def __copy__(self) -> NamedPublication:
+        """Another handle of the same version, or one that follows as well."""
+        self._check_open()
+        return NamedPublication(self._state, *self._description(), cls=self.cls, lease=self._lease)
+
+    def for_call(self) -> NamedPublication:
         """A handle for one call: of the version that this process knows as the newest, if it follows an alias."""
         if self.tag.number is None and not self.closed:
             if self._known is None or self._known.session is not object_store.session():
-                self._known = followed_by(self.tag, None)
+                self._known = followed_by(self.name, self.tag.alias or LATEST, None)
             handle: Any = self._known.newest().handle
         else:
             handle = self._found()
@@ -312,7 +316,7 @@ class NamedPublication(Publication):
 
     def reduce(self) -> tuple[Any, ...]:
         """How Ray's pickle takes it apart."""
-        return self.__reduce__() if self.travels_by_name() else super(NamedPublication, copy.copy(self)).reduce()
+        return self.__reduce__() if self.travels_by_name() else super(NamedPublication, self.for_call()).reduce()
 
     def __reduce__(self) -> tuple[Any, ...]:
         outer = self._state.outer if isinstance(self._state, (Open, Unresolved)) else None
@@ -324,9 +328,9 @@ _following: weakref.WeakValueDictionary[Key, Followed] = weakref.WeakValueDictio
 _following_lock = threading.Lock()
 
 
-def followed_by(tag: Tag, target: torch.device | None) -> Followed:
-    """What this process follows for the alias of a handle, on a device; without one, nothing is loaded."""
-    key = Key(tag.name, tag.alias or LATEST, target)
+def followed_by(name: str, which: str | int, target: torch.device | None) -> Followed:
+    """What this process follows for an alias, or a version, on a device; without one, nothing is loaded."""
+    key = Key(name, which, target)
     with _following_lock:
         followed = _following.get(key)
         if followed is None or followed.session is not object_store.session():
@@ -334,22 +338,23 @@ def followed_by(tag: Tag, target: torch.device | None) -> Followed:
     return followed
 
 
-def _load_newest(name: str, alias: str, target: torch.device | None) -> Loaded:
+def _load_newest(name: str, which: str | int, target: torch.device | None) -> Loaded:
     """What an alias points at: one object for each version and device in this process."""
-    handle = newest(name, alias)
+    handle = newest(name, which)
     return Loaded(handle.version.number, None if target is None else handle._load_once(target), handle)
 
 
 def _note_held(manifest: Manifest) -> None:
     """Know which storages this process has mapped, for the time when the registry has lost them."""
     shards = [shard.binary() for shard in manifest.shards]
-    if all(map(WATCHER.holds, shards)):
+    version = manifest.shard(BESIDE).binary()
+    if WATCHER.holds(version, shards):
         return
-    rows: dict[bytes, list[Row]] = defaultdict(list)
+    rows: dict[bytes, set[Row]] = defaultdict(set)
     for digest, (shard, buffer, offset, nbytes) in zip(manifest.digests, manifest.location_rows, strict=True):
         if shard > 0:
-            rows[shards[shard - 1]].append((digest, buffer, offset, nbytes))
-    WATCHER.hold(rows)
+            rows[shards[shard - 1]].add((digest, buffer, offset, nbytes))
+    WATCHER.hold(version, rows)
 
 
 def resolve(name: str, which: int | str) -> dict[str, Any]:
@@ -363,14 +368,15 @@ def resolve(name: str, which: int | str) -> dict[str, Any]:
     return told if told["reference"] is not None else client.ask("recover", name, told["number"])
 
 
-def newest(name: str, alias: str) -> NamedPublication:
-    """A handle of the version that an alias points at now.
+def newest(name: str, which: str | int) -> NamedPublication:
+    """A handle of the version that an alias points at now, or of one version.
 
     Raises:
         As `resolve`.
     """
-    told = resolve(name, alias)
-    tag = Tag(name, told["number"], alias, follows=True, digest=told["digest"].hex())
+    told = resolve(name, which)
+    alias = which if isinstance(which, str) else None
+    tag = Tag(name, told["number"], alias, follows=alias is not None, digest=told["digest"].hex())
     return handle_of(told, tag, Open(told["reference"][0], None))
 
 

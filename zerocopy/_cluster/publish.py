@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import ray
 import torch
@@ -26,6 +26,30 @@ from zerocopy.errors import ArgumentError
 TRIES = 4  # with one registry after the other
 
 
+@overload
+def publish(
+    pipeline: Any,
+    *,
+    adopt: bool = ...,
+    name: str,
+    alias: str | None = ...,
+    source: Callable[[], Any] | None = ...,
+    expect: int | None = ...,
+    keep: int | None = ...,
+    lifetime: Literal["cluster", "job"] = ...,
+) -> NamedPublication: ...
+@overload
+def publish(
+    pipeline: Any,
+    *,
+    adopt: bool = ...,
+    name: str | None = ...,
+    alias: str | None = ...,
+    source: Callable[[], Any] | None = ...,
+    expect: int | None = ...,
+    keep: int | None = ...,
+    lifetime: Literal["cluster", "job"] = ...,
+) -> Publication: ...
 def publish(
     pipeline: Any,
     *,
@@ -85,11 +109,11 @@ def publish(
     return publish_as(commit, publish_to)
 
 
-def publish_as(commit: Commit, publish_to: Callable[[Named], Publication]) -> Publication:
+def publish_as(commit: Commit, publish_to: Callable[[Named], Any]) -> NamedPublication:
     """Publish under a name. If the registry ends meanwhile, again with the next one."""
     for left in reversed(range(TRIES)):
         try:
-            publication = publish_to(Named(commit))
+            publication: NamedPublication = publish_to(Named(commit))
             break
         except client.RegistryLost:
             if not left:
@@ -98,6 +122,30 @@ def publish_as(commit: Commit, publish_to: Callable[[Named], Publication]) -> Pu
     return publication
 
 
+@overload
+def publish_checkpoint(
+    build: Callable[[], Any],
+    files: PathLike | Iterable[PathLike],
+    *,
+    dtype: torch.dtype | None = ...,
+    name: str,
+    alias: str | None = ...,
+    expect: int | None = ...,
+    keep: int | None = ...,
+    lifetime: Literal["cluster", "job"] = ...,
+) -> NamedPublication: ...
+@overload
+def publish_checkpoint(
+    build: Callable[[], Any],
+    files: PathLike | Iterable[PathLike],
+    *,
+    dtype: torch.dtype | None = ...,
+    name: str | None = ...,
+    alias: str | None = ...,
+    expect: int | None = ...,
+    keep: int | None = ...,
+    lifetime: Literal["cluster", "job"] = ...,
+) -> Publication: ...
 def publish_checkpoint(
     build: Callable[[], Any],
     files: PathLike | Iterable[PathLike],

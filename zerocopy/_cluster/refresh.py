@@ -46,7 +46,9 @@ def refresh(pipeline: Any) -> bool:
             class; or it is a dict or a list itself.
         As `Publication.load`: the newest version cannot be loaded. The pipeline is as it was.
     """
-    tag, origin = tag_of(pipeline), live.entry_of(pipeline).origin
+    origin, known = live.entry_of(pipeline).origin, tag_of(pipeline)
+    loaded_as: Tag | None = None if origin is None else origin.tag  # type: ignore[assignment]
+    tag = known or loaded_as  # it may have been changed, and passed on
     if tag is None or origin is None:
         raise ArgumentError(
             f"This {type(pipeline).__name__} was not loaded from a publication with a name.",
@@ -59,7 +61,7 @@ def refresh(pipeline: Any) -> bool:
     if tag.alias is None:
         return False
     latest = newest(tag.name, tag.alias)
-    if latest.tag.version == tag.version:
+    if known is not None and latest.tag.version == known.version:
         return False
     swap(pipeline, latest, origin.target or devices.CPU)
     return True

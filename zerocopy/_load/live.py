@@ -18,11 +18,11 @@ from zerocopy.errors import ArgumentError, IsolationError
 class Tag(Protocol):
     """What weights are known by that have a name."""
 
-    def publication(self, manifest: ray.ObjectRef[Any] | None, outer: Any, *description: Any, **kwargs: Any) -> Any:
-        """A handle to them, given the reference to the manifest if something here has one. See `Publication`."""
+    def publication(self, manifest: ray.ObjectRef[Any], outer: Any, *description: Any, **kwargs: Any) -> Any:
+        """A handle to them, given the reference to the manifest. See `Publication`."""
 
-    def is_there(self) -> bool:
-        """Whether they can be found."""
+    def find(self) -> ray.ObjectRef[Any] | None:
+        """The reference to their manifest; None if they are gone."""
 
 
 class Origin:

@@ -244,6 +244,10 @@ class Publication(Handle):
     def __deepcopy__(self, memo: object) -> Publication:
         return self.__copy__()
 
+    def for_call(self) -> Publication:
+        """A handle for one call, which is closed on its own. Of a name it is one of the newest version."""
+        return self.__copy__()
+
     def __repr__(self) -> str:
         state = "closed" if self.closed else f"{self.shared_bytes:,} bytes"
         return f"<zerocopy.Publication of {self.kind}: {state}>"

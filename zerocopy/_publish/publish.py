@@ -165,8 +165,8 @@ def publish_subject(
 
 def _same_weights(entry: live.Entry, found: Introspection) -> tuple[Weights, Outer] | None:
     """The weights that `found` was published as or loaded from, if the store has all its bytes; and its outer skeleton."""
-    published: Weights | None = entry.published.weights if entry.published is not None else None
-    if isinstance(published, OwnWeights) and published.are_in_store() and (outer := published.outer_if_same(found)):
+    published: Weights | None = entry.published.weights.in_store() if entry.published is not None else None
+    if isinstance(published, OwnWeights) and (outer := published.with_places().outer_if_same(found)):
         return published, outer
     return _weights_of_loaded(entry, found)
 
@@ -187,7 +187,8 @@ def publish_automatically(pipeline: Any) -> Publication:
     with _lock, collector_paused():
         entry = live.entry_of(pipeline)
         weights: Weights | None = entry.published.weights if entry.published is not None else None
-        outer = weights.current_outer(pipeline) if weights is not None and weights.are_in_store() else None
+        outer = None if weights is None else weights.current_outer(pipeline)
+        weights = None if weights is None or outer is None else weights.in_store()
         if weights is None or outer is None:
             found = introspect(Subject(pipeline))
             weights, outer = _weights_of_loaded(entry, found) or _put(found, entry, exactly=False)
@@ -214,9 +215,9 @@ def _still_has(pipeline: Any, are_meant: Callable[[Weights | live.Origin], bool]
             if found is not None:
                 _remember(entry, found[0], automatic=True)
         weights: Weights | None = entry.published.weights if entry.published is not None else None
-        if weights is None or not are_meant(weights) or not weights.are_in_store():
+        if weights is None or not are_meant(weights) or weights.current_outer(pipeline) is None:
             return False
-        return weights.current_outer(pipeline) is not None
+        return weights.in_store() is not None
 
 
 def publish_unremembered(found: Introspection) -> Publication:
@@ -267,10 +268,12 @@ def _stored(found: Introspection, entry: live.Entry, *, exactly: bool) -> dict[o
         exactly: compare every byte of memory that does not show the store. Else only of storages that may have changed.
     """
     places: dict[object, Placement] = {}
-    for weights in _published():
-        if weights.are_in_store():
+    for published in _published():
+        weights = published.in_store()
+        if weights is not None:
+            weights = weights.with_places()
             has = weights.verified_places(found.table.storages) if exactly else weights.unchanged_places(found)
-            is_superseded = entry.published is not None and weights is entry.published.weights
+            is_superseded = entry.published is not None and published is entry.published.weights
             places.update(weights.worth_keeping(has, found.table.sizes()) if is_superseded else has)
     shown = windows.places_of(found.table.storages)
     owned = object_store.with_owner({place.shard for place in shown.values()})
@@ -290,19 +293,17 @@ def _handle(pipeline: Any, weights: Weights, outer: Outer, lease: Lease | None =
 
 def new_handle(
     pipeline: Any,
-    manifest: ray.ObjectRef[Any] | None,
+    manifest: ray.ObjectRef[Any],
     shared_bytes: int,
     outer: Outer,
     tag: live.Tag | None = None,
     lease: Lease | None = None,
 ) -> Publication:
-    """A handle to weights in the store, to which nothing may refer here if they have a name."""
+    """A handle to weights in the store."""
     description = type(pipeline).__name__, shared_bytes, requires_isolation(), Versions.here()
     if tag is not None:
         named: Publication = tag.publication(manifest, outer, *description, cls=type(pipeline), lease=lease)
         return named
-    if manifest is None:
-        raise RuntimeError("weights without a name have a manifest")
     return Publication(Open(manifest, outer), *description, cls=type(pipeline), lease=lease)
 
 

@@ -19,7 +19,7 @@ from zerocopy._publish.found_again import find
 from zerocopy._split import paths
 from zerocopy._split.introspect import Introspection, Known, Subject, UnknownRoot, introspect, make_outer
 from zerocopy._store import object_store
-from zerocopy._store.manifest import Manifest, Outer, Placement, Skeleton
+from zerocopy._store.manifest import NOWHERE, Manifest, Outer, Placement, Skeleton
 from zerocopy._store.read import StoredMemory, manifest_of
 from zerocopy._store.storages import Storage
 from zerocopy._store.tensors import ARRAY, TensorSpec, rows_of
@@ -45,12 +45,14 @@ class _Weights:
     tag: Tag | None
     session: object = attrs.field(factory=object_store.session)
 
-    def are_in_store(self) -> bool:
+    def in_store(self) -> Self | None:
+        """These weights with a reference, which those with a name may lack here; None if they are gone."""
         if self.session is None or self.session is not object_store.session():
-            return False
+            return None
         if self.manifest is None:
-            return self.tag is not None and self.tag.is_there()
-        return self.borrowed.have_owners()
+            manifest = None if self.tag is None else self.tag.find()
+            return None if manifest is None else attrs.evolve(self, manifest=manifest)
+        return self if self.borrowed.have_owners() else None
 
     def current_outer(self, pipeline: Any) -> Outer | None:
         """The outer skeleton of `pipeline` as it is now, if the pipeline still has these weights, as far as one can tell."""
@@ -101,6 +103,19 @@ class OwnWeights(_Weights):
         """The same weights, which have a name, but not kept in the store by this process."""
         nothing: Any = None  # mypy takes the attribute for one that cannot be None
         return attrs.evolve(self, manifest=nothing, borrowed=object_store.Borrowed([]), placements={}, sizes={})
+
+    def with_places(self) -> Self:
+        """The same weights with their places, which those that have a name may lack here."""
+        if self.placements or self.manifest is None:
+            return self
+        manifest = manifest_of(self.manifest)
+        rows = {key: manifest.location_rows[index] for key, index in self.known.storages.items()}
+        places = {
+            key: Placement(manifest.shard(shard), buffer, offset)
+            for key, (shard, buffer, offset, _) in rows.items()
+            if shard != NOWHERE
+        }
+        return attrs.evolve(self, placements=places)
 
     def outer_if_same(self, found: Introspection) -> Outer | None:
         """The outer skeleton of `found` over these weights, if they are those of `found`, byte by byte."""

@@ -16,8 +16,7 @@ from ray.actor import ActorHandle
 from zerocopy._compat.ray import is_ray_actor_class
 from zerocopy._declare.fields import Marker, check_device_name
 from zerocopy._declare.pipeline import class_with_own_init, describe, is_pipeline_class
-from zerocopy._load.publication import Publication
-from zerocopy._run.arguments import keep_arguments, live_parameters, load_arguments
+from zerocopy._run.arguments import keep_arguments, live_parameters, load_arguments, load_publication
 from zerocopy._run.checks import Parameters, check_in_flight, check_options
 from zerocopy._run.copies import warn_if_called_by_ray, warn_of_copies
 from zerocopy._run.following import (
@@ -302,7 +301,7 @@ def _loaded_for(
     actor: Any, init: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> tuple[list[Any], dict[str, Any]]:
     spec, live = getattr(type(actor), _SPEC), live_parameters(init, is_method=True)
-    return load_arguments(args, kwargs, spec.device, load_newest if spec.follow else Publication.load, live)
+    return load_arguments(args, kwargs, spec.device, load_newest if spec.follow else load_publication, live)
 
 
 def _prepare_subclasses(cls: Any) -> None:

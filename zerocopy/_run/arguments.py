@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import inspect
 import re
@@ -36,7 +35,7 @@ def pack_argument(value: Any) -> Any:
     """
     if is_module(value) or isinstance(value, ExportedProgram) or is_pipeline_class(type(value)):
         return publish_automatically(value)
-    return copy.copy(value) if isinstance(value, Publication) else value
+    return value.for_call() if isinstance(value, Publication) else value
 
 
 def keep_argument(value: Any) -> Any:

@@ -18,6 +18,7 @@ from torch import nn
 
 from zerocopy._cluster.following import Followed, warn_once
 from zerocopy._cluster.handles import NamedPublication, Tag, followed_by
+from zerocopy._cluster.names import LATEST
 from zerocopy._cluster.refresh import swap, tag_of
 from zerocopy._compat.ray import is_async_actor
 from zerocopy._load import devices, live
@@ -117,7 +118,7 @@ class _Pipeline:
         origin = live.entry_of(pipeline).origin
         self.pipeline = pipeline
         self.target: torch.device = devices.CPU if origin is None or origin.target is None else origin.target
-        self.followed: Followed = followed_by(tag, self.target)
+        self.followed: Followed = followed_by(tag.name, tag.alias or LATEST, self.target)
         self.number = tag.number
         self.state = _state_of(pipeline)
         self.followed.newest()  # from now on new versions are loaded in the background

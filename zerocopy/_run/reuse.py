@@ -26,6 +26,7 @@ from zerocopy._load.publication import Publication, unpacked
 from zerocopy._run.short_calls import Name
 from zerocopy._store.manifest import Manifest, Outer
 from zerocopy._store.read import manifest_of
+from zerocopy.errors import PublicationLostError
 
 
 @attrs.frozen
@@ -249,6 +250,12 @@ class CallLoads:
 
     def load(self, publication: Publication, device: str | None) -> Any:
         """As `publication.load(device)`, but around a shared part that this process keeps, where it can be reused."""
+        try:
+            return self._load(publication, device)
+        except PublicationLostError:  # a name may know a way to find it again
+            return publication.load(device)
+
+    def _load(self, publication: Publication, device: str | None) -> Any:
         content = publication.content()
         reference = content.reference
         key = Key(reference.binary(), devices.resolve(device), publication.requires_isolation)
