@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
+import queue
 import threading
 import time
 import weakref
@@ -47,7 +48,10 @@ class Version:
 
 
 SEEN_SECONDS = 0.5  # that a version is taken to be there after it was seen
-ANSWER_SECONDS = 0.001  # that what the registry told a lookup is good for: enough for lookup(...).load(), and no call to others
+ANSWER_SECONDS = (
+    0.001  # that what the registry told a lookup is good for: enough for lookup(...).load(), and no call to others
+)
+FORGETTING = "zerocopy-forget"  # the name of a thread
 _seen: dict[Tag, float] = {}
 
 
@@ -186,13 +190,14 @@ class NamedPublication(Publication):
         A moment later that is dropped, used or not: it refers to the version, which then could not leave the store.
         """
         self._answer = Answer(told, time.monotonic() + ANSWER_SECONDS, changes)
-        timer = threading.Timer(ANSWER_SECONDS, self._forget_answer)
-        timer.daemon = True
-        timer.start()
+        _forget_in_time(self)
         return self
 
-    def _forget_answer(self) -> None:
-        self._answer = None
+    def forget_answer(self) -> None:
+        """Drop that, when its time is over."""
+        if self._answer is not None:
+            time.sleep(max(0, self._answer.until - time.monotonic()))
+            self._answer = None
 
     def _resolved(self) -> NamedPublication:
         tag, answer = self.tag, self._answer
@@ -318,6 +323,21 @@ class NamedPublication(Publication):
         outer = self._state.outer if isinstance(self._state, (Open, Unresolved)) else None
         state = self._state if isinstance(self._state, Closed) else Unresolved(outer)
         return NamedPublication, (state, *self._description())
+
+
+_answered: queue.SimpleQueue[NamedPublication] = queue.SimpleQueue()
+
+
+def _forget_in_time(handle: NamedPublication) -> None:
+    """Have a handle drop its answer: by one thread for all, since to start one takes longer than to ask the registry."""
+    _answered.put(handle)
+    if not any(thread.name == FORGETTING for thread in threading.enumerate()):
+        threading.Thread(target=_forget_answers, name=FORGETTING, daemon=True).start()
+
+
+def _forget_answers() -> None:
+    while True:
+        _answered.get().forget_answer()
 
 
 _following: weakref.WeakValueDictionary[Key, Followed] = weakref.WeakValueDictionary()

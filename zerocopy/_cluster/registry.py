@@ -477,7 +477,9 @@ class Registry:
                     await self._remove(name, None)
 
 
-def _worth_keeping(shards: Mapping[bytes, Shard], wanted: collections.Counter[bytes], others: set[bytes]) -> list[bytes]:
+def _worth_keeping(
+    shards: Mapping[bytes, Shard], wanted: collections.Counter[bytes], others: set[bytes]
+) -> list[bytes]:
     """Ids of shards of which a version uses enough, all together: of its shards without those of which least is used.
 
     Each by itself would not do: a version that changes a third of some shards would write three times what has changed.
