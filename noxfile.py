@@ -81,9 +81,12 @@ def soak(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """zerocopy against the other ways, measured. Without arguments a full run, which writes docs/benchmarks.md anew."""
+    """zerocopy against the other ways, measured. Without arguments a full run, which writes docs/benchmarks.md anew.
+
+    With `--names` it writes the section on names and versions anew, in minutes.
+    """
     _install(session, "-e", ".[bench]", "ray-zerocopy==0.2.0")
-    is_full = not {*session.posargs} - {"--resume"}
+    is_full = not {*session.posargs} - {"--resume", "--names"}
     arguments = [*session.posargs, *(["--output", "docs"] if is_full else [])]
     path = os.pathsep.join([str(Path(__file__).parent / "tests"), os.environ.get("PYTHONPATH", "")])
     session.run("python", "-m", "benchmarks", *arguments, env={**OFFLINE, "PYTHONPATH": path})

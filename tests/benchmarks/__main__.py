@@ -10,11 +10,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from benchmarks import models, report, runner, systems
+from benchmarks import budget, models, report, runner, systems
 from zerocopy.errors import ZeroCopyError
 
 T = TypeVar("T")
 QUICK = {"models": ["bert"], "systems": ["zerocopy", "ray-zerocopy", "plain"], "repeats": 1, "workers": [4]}
+QUICK_NAMES = 0.1  # of the effort
+FULL, SMALL = "bert", "stack"  # the models that names are measured with
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -23,6 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     try:
+        if options.names:
+            return _renew_names(options)
         results = report.load(options.show) if options.show else _run(options)
     except ZeroCopyError as error:
         parser.error(str(error))
@@ -34,7 +38,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> dict[str, Any]:
     folder = options.output / "benchmarks"
     earlier = report.load(folder / report.FILE) if options.resume else None
-    return runner.run(_choice(options), _tell, lambda results: report.save(results, folder), earlier)
+    choice = _choice(options)
+    results = runner.run(choice, _tell, lambda results: report.save(results, folder), earlier)
+    return {**results, "names": _names(options)} if "names" in choice.measures else results
+
+
+def _names(options: argparse.Namespace) -> dict[str, Any]:
+    """The figures of names and versions."""
+    repeats = options.repeats or _default(options, "repeats", 3)
+    effort = QUICK_NAMES if options.quick else 1.0
+    return budget.take(SMALL if options.quick else FULL, repeats, effort, _tell)
+
+
+def _renew_names(options: argparse.Namespace) -> int:
+    """Take the figures of names and versions, and write them and their section alone; the exit status."""
+    told = _names(options)
+    print(budget.terminal(told))
+    path, page = options.output / "benchmarks" / report.FILE, options.output / "benchmarks.md"
+    report.save({**(report.load(path) if path.exists() else {}), "names": told}, path.parent)
+    page.write_text(budget.put_into(page.read_text() if page.exists() else "# Benchmarks\n\n", budget.section(told)))
+    _tell(f"Written: {page}")
+    return 0
 
 
 def _choice(options: argparse.Namespace) -> runner.Choice:
@@ -55,7 +79,7 @@ def _default(options: argparse.Namespace, name: str, full: T) -> T:
 
 def _figures(options: argparse.Namespace) -> Sequence[str]:
     """All, but the Llamas of growing depth belong to the models here, not to one of the user's."""
-    return runner.MEASURES[:2] if options.quick else runner.MEASURES[: 4 if options.own or options.models else 5]
+    return runner.MEASURES[:2] if options.quick else runner.MEASURES[: 4 if options.own or options.models else 6]
 
 
 def _write(results: dict[str, Any], output: Path) -> None:
@@ -95,6 +119,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, default=Path("build/bench"), help="folder of the page (build/bench)")
     parser.add_argument(
         "--quick", action="store_true", help="memory and times of one model and three systems, once: about two minutes"
+    )
+    parser.add_argument(
+        "--names", action="store_true", help="what names and versions cost, and nothing else: a few minutes"
     )
     parser.add_argument(
         "--resume", action="store_true", help="go on with the run in the output folder that was interrupted"

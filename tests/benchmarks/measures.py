@@ -176,20 +176,20 @@ def _seconds(call: Callable[[], Any]) -> list[float]:
 def _put_seconds(model: nn.Module) -> float:
     """Of `ray.put` for the model's bytes, one array a storage, into pages of the store that were used before."""
     views = [torch.empty(0, dtype=torch.uint8).set_(storage).numpy() for storage in models.storages(model)]
-    _wait_until_empty()
+    wait_until_empty()
     ray.wait([ray.put([*views, np.zeros(SPARE, np.uint8)])])
     taken = []
     for _ in range(PUTS):
-        _wait_until_empty()
+        wait_until_empty()
         start = time.perf_counter()
         ref = ray.put(views)
         taken.append(time.perf_counter() - start)
         del ref
-    _wait_until_empty()
+    wait_until_empty()
     return median(taken)
 
 
-def _wait_until_empty(seconds: float = 20) -> None:
+def wait_until_empty(seconds: float = 20) -> None:
     """Wait until the store holds no large object: Ray frees some moments after the last reference is gone."""
     from ray._private import internal_api, state
 

@@ -199,6 +199,7 @@ _KNOWN = {
             ),
             functools.partial(_llama, dtype=torch.bfloat16, **_TINY),
         ),
+        Model("stack", "50 MB MLP", functools.partial(_perceptron, 48, 512), functools.partial(_perceptron, 2, 8)),
         Model("mlp", "1 GB MLP", functools.partial(_perceptron, 16, 4096), functools.partial(_perceptron, 2, 8)),
         Model("script", "TorchScript MLP", functools.partial(_script, 4, 4096), functools.partial(_script, 2, 8), 256),
     )

@@ -10,7 +10,7 @@ from typing import Any
 
 import attrs
 
-from benchmarks import figures
+from benchmarks import budget, figures
 from benchmarks.figures import Figure, Results
 from zerocopy._tables import as_text, format_bytes
 from zerocopy.errors import ArgumentError
@@ -89,7 +89,7 @@ def load(path: Path) -> dict[str, Any]:
 
 def terminal(results: Results) -> str:
     """All tables, for a terminal."""
-    parts = []
+    parts = [budget.terminal(results["names"])] if "names" in results else []
     for model in measured(results):
         parts.append(_heading(results, model))
         parts += [_text(*table) for table in _tables(results, model)]
@@ -107,6 +107,7 @@ def page(results: Results, images: Iterable[str] = ()) -> str:
         "## The machine",
         _machine(results),
     ]
+    parts += [budget.section(results["names"])] if "names" in results else []
     images = list(images)
     for model in measured(results):
         parts.append(f"## {_heading(results, model)}")

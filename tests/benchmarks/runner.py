@@ -20,7 +20,7 @@ from benchmarks import memory, models, systems
 from benchmarks.trial import MARK, Trial
 from zerocopy.errors import ArgumentError, ZeroCopyError
 
-MEASURES = ("memory", "times", "calls", "rows", "scale")
+MEASURES = ("memory", "times", "calls", "rows", "scale", "names")
 DEPTHS = (10, 20, 40, 80)  # of the Llamas whose loads are told against their modules
 SAMPLES = 3  # of times in a trial, each in a worker of its own
 SECONDS = 900  # that a trial may take
@@ -31,6 +31,10 @@ PACKAGES = ("zerocopy-ray", "torch", "ray", "ray-zerocopy", "transformers", "saf
 
 class ModelError(ZeroCopyError, ValueError):
     """A model to measure could not be made."""
+
+
+class TrialError(ZeroCopyError, RuntimeError):
+    """A trial failed whose figures all depend on this package alone."""
 
 
 @attrs.frozen
@@ -160,7 +164,10 @@ def _plan(choice: Choice, facts: dict[str, Any]) -> Iterator[tuple[Trial, int]]:
                     if measure == "calls" and not systems.find(system).has_calls:
                         continue
                     counts = sorted(choice.workers) if measure == "memory" else []
-                    yield Trial(model, system, measure, workers, counts, _store(told["bytes"]), choice.effort), repeat
+                    yield (
+                        Trial(model, system, measure, workers, counts, store_for(told["bytes"]), choice.effort),
+                        repeat,
+                    )
 
 
 def _measures(choice: Choice, model: str, told: dict[str, Any]) -> Iterator[tuple[str, int]]:
@@ -177,7 +184,7 @@ def _measures(choice: Choice, model: str, told: dict[str, Any]) -> Iterator[tupl
         yield "rows", 2
 
 
-def _store(size: int) -> int:
+def store_for(size: int) -> int:
     """Bytes of store: some systems publish the weights twice, or twice for tasks."""
     return int(min(4.5 * size + 200e6, max(0.6 * memory.available(), 200e6)))
 
@@ -216,10 +223,19 @@ def _most_workers(system: systems.System, size: int) -> int:
 
 
 def take(trial: Trial, environment: dict[str, str]) -> dict[str, Any]:
-    """Take a trial in a process of its own, and end all that it started if it takes too long; what it told."""
+    """Take a trial in a process of its own; what it told."""
+    try:
+        told = run_apart(["-m", "benchmarks.process", json.dumps(attrs.asdict(trial))], environment)
+    except subprocess.TimeoutExpired:
+        return {"failure": f"took longer than {SECONDS} seconds"}
+    return _told(*told)
+
+
+def run_apart(arguments: Sequence[str], environment: dict[str, str]) -> tuple[str, str, int]:
+    """Run Python in a process of its own, and end all that it started if it takes too long; output, errors and status."""
     path = os.pathsep.join([str(Path.cwd()), str(FOLDER), os.environ.get("PYTHONPATH", "")])
     process = subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.process", json.dumps(attrs.asdict(trial))],
+        [sys.executable, *arguments],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -229,13 +245,11 @@ def take(trial: Trial, environment: dict[str, str]) -> dict[str, Any]:
     )
     try:
         output, errors = process.communicate(timeout=SECONDS)
-    except BaseException as error:
+    except BaseException:
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
-        if isinstance(error, subprocess.TimeoutExpired):
-            return {"failure": f"took longer than {SECONDS} seconds"}
         raise
-    return _told(output, errors, process.returncode)
+    return output, errors, process.returncode
 
 
 def _told(output: str, errors: str, code: int) -> dict[str, Any]:

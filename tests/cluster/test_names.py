@@ -15,7 +15,7 @@ import ray
 import torch
 from conftest import STORE_BYTES, bytes_in_store, run_python, wait_until
 from torch import nn
-from versions import Numbered, ask, numbered
+from versions import Asked, Numbered, ask, numbered
 
 import zerocopy
 from zerocopy._cluster import client, handles
@@ -147,7 +147,7 @@ def test_many_versions_take_little_room(name: str, store_use: Callable[[], int])
 
 def test_a_lookup_and_a_load_ask_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A load that follows at once uses what the lookup was told, unless this process has changed something in between."""
-    monkeypatch.setattr(handles, "ANSWER_SECONDS", 60)
+    monkeypatch.setattr(handles, "ANSWER_SECONDS", 5)
     for number in (1, 2, 3):
         zerocopy.publish(numbered(number), name=name)
     asked: list[str] = []
@@ -164,13 +164,19 @@ def test_a_lookup_and_a_load_ask_once(name: str, monkeypatch: pytest.MonkeyPatch
 
 
 def test_what_was_looked_up_keeps_nothing(name: str, store_use: Callable[[], int]) -> None:
-    """A handle that is not used refers to no version, so that the memory of those that are removed goes."""
+    """A handle that follows an alias refers to no version once it was used, so that the memory of those that are removed goes."""
     zerocopy.publish(numbered(1), name=name)
-    found = zerocopy.lookup(name)
+    looked_up = [zerocopy.lookup(name) for _ in range(4)]
+    looked_up[0].load()
+    ask(looked_up[1])
+    actor = Asked.remote(looked_up[2])
+    assert ray.get(actor.ask.remote()) == looked_up[3].current()() == 1
     zerocopy.remove(name)
+    ray.kill(actor)
+    looked_up[3].close()
     assert wait_until(lambda: store_use() <= 0, 20)
     with pytest.raises(NotPublishedError):
-        found.load()
+        looked_up[0].load()
 
 
 def test_what_no_version_needs_goes(name: str, store_use: Callable[[], int]) -> None:

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from benchmarks import figures, measures, models, process, report, runner, systems
+from benchmarks import budget, figures, measures, models, process, report, runner, systems
 from benchmarks.__main__ import main
 from benchmarks.memory import Peak, resident, tree
 from benchmarks.process import said
@@ -211,6 +211,56 @@ def test_a_model_of_ones_own_is_measured(tmp_path: Path) -> None:
     assert str(tmp_path) not in page
 
 
+@pytest.mark.alone
+def test_names_and_versions_are_measured(tmp_path: Path) -> None:
+    """A quick run of them writes its own section of a page, in which sizes meet their goals, and leaves the others."""
+    (tmp_path / "out").mkdir()
+    before, after = "# Benchmarks\n\n## The machine\n\nOne.\n\n", "## BERT\n\nTwo.\n"
+    page = tmp_path / "out/benchmarks.md"
+    page.write_text(f"{before}## {budget.TITLE}\n\nOld.\n\n{after}")
+    report.save(results(), tmp_path / "out/benchmarks")
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks", "--names", "--quick", "--output", "out"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    told = read(tmp_path)
+    (figures,) = told.pop("names")["trials"]
+    assert told == results()
+    assert 1 <= figures["published_store"] <= 1.25
+    assert 0.95 < figures["published_private"] < 1.25
+    assert 0.03 < figures["written"] <= figures["written_most"] <= 0.07
+    assert 1.03 < figures["many_same"] <= figures["many_random"] <= 1.6
+    assert 0 < figures["update_median"] <= figures["update"] < 10
+    assert figures["held"] == 300
+    assert figures["resolves"] > 50
+    text = page.read_text()
+    assert text.startswith(f"{before}## {budget.TITLE}\n\nWeights")
+    assert text.endswith(f" |\n\n{after}")
+    assert text.count("Old.") == 0
+
+
+def test_the_section_of_names_tells_goals() -> None:
+    """Beside medians and their spread; what was not measured has no row. It comes before the models."""
+    settings = {"model": "stack", "bytes": 5e7, "repeats": 2, "effort": 1}
+    trials = [{"written": 0.05, "held": 3000}, {"written": 0.06, "held": 3000}, {"rollout_last": 1.0}]
+    told = {"machine": results()["machine"], "settings": settings, "trials": trials}
+    page = report.page(results(names=told))
+    assert "| bytes that a second version writes, over the weights | 0.055 (0.050 to 0.060) | ≤ 0.07 |" in page
+    assert "| polls held and woken | 3,000 | 3,000 |" in page
+    assert "| every caller got the last version | yes | yes |" in page
+    assert "resolves in a second" not in page
+    assert page.index("## The machine") < page.index(f"## {budget.TITLE}") < page.index("## MLP")
+    assert budget.put_into(page, budget.section(told)) == page
+    assert budget.put_into(report.page(results()), budget.section(told)) == page
+    assert "0.055 (0.050 to 0.060)" in report.terminal(results(names=told))
+
+
 def test_the_page_tells_only_what_was_measured(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -218,7 +268,7 @@ def test_the_page_tells_only_what_was_measured(
     monkeypatch.setattr(runner, "take", in_this_process)
     for module in (process, measures, systems):
         monkeypatch.setattr(module, "ray", InstantRay())
-    monkeypatch.setattr(measures, "_wait_until_empty", lambda: None)
+    monkeypatch.setattr(measures, "wait_until_empty", lambda: None)
     chosen = ["--systems", "plain,ray-tensors", "--repeats", "1", "--figures", "times"]
     assert main(["own_models:small", "--output", "out", *chosen]) == 0
     told = read(folder)

@@ -44,10 +44,7 @@ class Version:
     digest: str
 
 
-ANSWER_SECONDS = (
-    0.001  # that what the registry told a lookup is good for: enough for lookup(...).load(), and no call to others
-)
-
+ANSWER_SECONDS = 0.005  # that what the registry told a lookup is good for: enough for lookup(...).load()
 
 # Of versions that live pipelines were published as. Nothing is asked again before the registry tells that one is gone.
 _found: weakref.WeakKeyDictionary[Tag, Followed] = weakref.WeakKeyDictionary()
@@ -182,21 +179,12 @@ class NamedPublication(Publication):
         return self._resolved()
 
     def answered(self, told: dict[str, Any], changes: int) -> Self:
-        """This handle, which uses what the registry has told it if it is loaded at once.
-
-        A moment later that is dropped, used or not: it refers to the version, which then could not leave the store.
-        """
+        """This handle, which uses what the registry has told it if it is loaded at once. It is dropped at the first use."""
         self._answer = Answer(told, time.monotonic() + ANSWER_SECONDS, changes)
-        timer = threading.Timer(ANSWER_SECONDS, self._forget_answer)
-        timer.daemon = True
-        timer.start()
         return self
 
-    def _forget_answer(self) -> None:
-        self._answer = None
-
     def _resolved(self) -> NamedPublication:
-        tag, answer = self.tag, self._answer
+        tag, answer, self._answer = self.tag, self._answer, None
         if answer is not None and answer.is_good():
             return self._of(answer.told)
         if tag.number is None:
@@ -263,6 +251,7 @@ class NamedPublication(Publication):
     def current(self, device: str | torch.device | None = None) -> Any:
         if self.tag.alias is None or self.closed:
             return super().current(device)
+        self._answer = None
         followed, target = self._followed, devices.resolve(device)
         is_elsewhere = followed is not None and followed.session is not object_store.session()
         # Without a connection, what is loaded goes on.
@@ -284,6 +273,7 @@ class NamedPublication(Publication):
 
     def for_call(self) -> NamedPublication:
         """A handle for one call: of the version that this process knows as the newest, if it follows an alias."""
+        self._answer = None
         if self.tag.number is None and not self.closed:
             if self._known is None or self._known.session is not object_store.session():
                 self._known = followed_by(self.name, self.tag.alias or LATEST, None)
