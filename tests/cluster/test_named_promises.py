@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
-import pickle
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import pipelines
 import pytest
 import ray
 import test_faithful
@@ -18,18 +15,16 @@ import torch
 import versions
 from hypothesis import given, settings
 from observing import difference, observe
+from registries import kill_registry
 from test_faithful import COPIED, DTYPES, KINDS
 from test_isolation import WRITES, content
 from test_round_trip import CHECKS, Random
 from test_round_trip import pipelines as random_pipelines
 from torch import nn
-from registries import kill_registry
 from versions import Numbered, build_seven, numbered
 
 import zerocopy
-from zerocopy import copied, shared
-from zerocopy.errors import ArgumentError, DeviceError, NotPublishedError
-from zerocopy.testing import assert_zero_copy, shares_memory
+from zerocopy.testing import assert_zero_copy
 
 pytestmark = [
     pytest.mark.usefixtures("cluster"),
@@ -98,7 +93,7 @@ def test_dtypes(name: str, process: Any) -> None:
 NAMES = itertools.count()
 
 
-@settings(parent=CHECKS, max_examples=30)
+@settings(parent=CHECKS, max_examples=20)
 @given(random_pipelines())
 def test_random_pipelines(pipeline: Random) -> None:
     """Types, identities, storages, bytes, strides, flags and modes are those of the original; what is equal is one version."""
@@ -110,6 +105,12 @@ def test_random_pipelines(pipeline: Random) -> None:
     assert loaded.model() == pipeline.model()
     assert zerocopy.publish(pipeline, name=name).version == version
     zerocopy.remove(name)
+
+
+def test_nothing_to_share(name: str) -> None:
+    """A pipeline without a tensor has nothing to verify, and is no mistake."""
+    zerocopy.publish(nn.Sequential(nn.ReLU()), name=name)
+    assert isinstance(zerocopy.lookup(name).load(verify=True)[0], nn.ReLU)
 
 
 # Isolation
@@ -211,26 +212,20 @@ def test_equal_storages_after_a_recovery(name: str) -> None:
 # Losses
 
 
-def test_calls_and_actors_after_a_loss(name: str, process: Any) -> None:
+def test_calls_and_actors_after_a_loss(name: str) -> None:
     """A handle whose references have died with the registry is as good as before, also as an argument."""
     publication = zerocopy.publish(numbered(7), name=name, source=build_seven)
-    following = zerocopy.lookup(name)
-    assert [versions.ask(publication), versions.ask(following)] == [7, 7]
+    assert versions.ask(publication) == 7
     for call in (
         lambda: versions.ask(publication),
-        lambda: ray.get(versions.ask.remote(following)),
         lambda: versions.ask.local(publication),
-        lambda: list(versions.ask_for_item.map(publication, [1]))[0],
         lambda: ask_afresh(publication),
-        lambda: versions.ask_live(publication),
-        lambda: publication.load()(),
-        lambda: following.current()(),
     ):
         kill_registry()
         assert call() == 7
     kill_registry()
-    with versions.Asked.pool(1, publication) as asked, Kept.pool(1, publication) as kept:
-        assert ray.get([asked[0].ask.remote(), kept[0].ask.remote()]) == [7, 7]
+    kept = Kept.remote(publication)
+    assert ray.get(kept.ask.remote()) == 7
 
 
 @zerocopy.task(num_cpus=0.1, reuse=False)
