@@ -137,8 +137,8 @@ def add_callers(callers: Callers, port: int) -> None:
     concurrent, threaded = AskedAsync.remote(handle), Asked.options(max_concurrency=8).remote(handle)
     for number, actor in enumerate(following):
         callers.add(f"following {number}", lambda actor=actor: [ray.get(actor.ask.remote())])
-    callers.add("async", lambda: [max(ray.get([concurrent.ask.remote() for _ in range(8)]))])
-    callers.add("threaded", lambda: [max(ray.get([threaded.ask.remote() for _ in range(8)]))])
+    callers.add("async", lambda: newest_of(ray.get([concurrent.ask.remote() for _ in range(8)])))
+    callers.add("threaded", lambda: newest_of(ray.get([threaded.ask.remote() for _ in range(8)])))
     streamed = threaded.stream.options(num_returns="streaming")
     callers.add("stream", lambda: list(map(ray.get, streamed.remote(10))))
     serve.start(http_options={"host": "127.0.0.1", "port": port})
@@ -154,6 +154,11 @@ def add_callers(callers: Callers, port: int) -> None:
     # Last: Ray ends the processes of tasks that nobody calls.
     callers.add("map", lambda: list(ask_for_item.map(handle, range(4), max_in_flight=1)))
     callers.add("task", lambda: [ask(handle)])
+
+
+def newest_of(answers: list[int]) -> list[int]:
+    """The newest of several calls, which may have different versions; -1 if one of them was mixed."""
+    return [max(answers) if min(answers) > 0 else -1]
 
 
 def in_batches(handle: Any) -> Iterator[dict[str, Any]]:

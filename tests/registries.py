@@ -14,7 +14,7 @@ from zerocopy._cluster import client
 
 def registry_pid() -> int:
     """The process of the registry."""
-    client.ask("list")  # another one may have been killed just before
+    client.ask("listed")  # another one may have been killed just before
     found: int = ray.get(client.registry().__ray_call__.remote(lambda _: os.getpid()))
     return found
 

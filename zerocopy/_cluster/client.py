@@ -68,6 +68,14 @@ def ask(method: str, *args: Any) -> Any:
             pause = min(2 * pause, 2.0)
 
 
+def unreachable(error: RegistryLost) -> ZeroCopyError:
+    """What to tell a user then."""
+    return ZeroCopyError(
+        f"The registry of named publications cannot be reached: {str(error).splitlines()[0]}",
+        hint="see whether the head node of the cluster is up.",
+    )
+
+
 def ask_one(actor: Any, method: str, *args: Any) -> Any:
     """What one registry answers.
 

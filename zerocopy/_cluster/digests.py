@@ -13,6 +13,7 @@ from __future__ import annotations
 import io
 import itertools
 import pickletools
+import struct
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias
 
@@ -35,9 +36,17 @@ _CLOSE_A_MARK = {"TUPLE", "LIST", "DICT", "APPENDS", "SETITEMS", "POP_MARK", "OB
 _IGNORED = {"PROTO", "FRAME"}
 
 
-def digest_of_version(manifest: Manifest, storages: Sequence[tuple[bytes, int]], outer: Outer) -> bytes:
-    """The digest of all that a version has, given digest and bytes of each storage: tensors, structure, and what is copied."""
-    described = manifest.spec_rows, manifest.devices, manifest.is_reusable, storages, outer.specs
+def digest_of_version(
+    manifest: Manifest, storages: Sequence[tuple[bytes, int]], outer: Outer, agreement: tuple[object, ...]
+) -> bytes:
+    """The digest of all that a version has: tensors, structure, and what is copied.
+
+    Args:
+        storages: digest and bytes of each storage.
+        agreement: what else its readers must agree with.
+    """
+    sizes = list(map(len, outer.storages))
+    described = manifest.spec_rows, manifest.devices, manifest.is_reusable, storages, outer.specs, sizes, agreement
     digest = xxhash.xxh3_128(repr(described).encode())
     for content in outer.storages:
         digest.update(content)
@@ -77,7 +86,7 @@ def _canonical_of_one(file: io.BytesIO, memo: _Memo) -> list[_Token]:
     for opcode, argument, _ in pickletools.genops(file):
         name = opcode.name
         if name in _ATOMS:
-            tokens.append(("atom", None if is_id_of_class(argument) else (type(argument).__name__, argument, name)))
+            tokens.append(("atom", None if is_id_of_class(argument) else (name, _exact(argument))))
         elif name == "MEMOIZE":
             memo.remember(tokens[-1])
         elif name in _GETS:
@@ -93,6 +102,13 @@ def _canonical_of_one(file: io.BytesIO, memo: _Memo) -> list[_Token]:
                 marks.pop()
             tokens.append((name, argument))
     return tokens
+
+
+def _exact(value: Any) -> object:
+    """A value as text tells it: of numbers all bits, of long ones too."""
+    if isinstance(value, float):
+        return struct.pack("d", value)
+    return hex(value) if type(value) is int else value
 
 
 def _close_tuple(tokens: list[_Token], count: int, name: str) -> None:

@@ -12,6 +12,7 @@ import pickle
 import random
 import threading
 import time
+import uuid
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
@@ -129,6 +130,7 @@ class Followed:
         """Ask what the alias points at, instead of waiting to be told."""
         try:
             self._loaded = self._load()
+            self.seen = self._loaded.number
         except ZeroCopyError:  # the name may be gone
             self._loaded = None
 
@@ -205,6 +207,8 @@ class Watcher:
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._session: object = None  # that the thread works in
+        self._registry: Any = None  # that it has asked last
+        self._id = uuid.uuid4().hex
         self._woken: concurrent.futures.Future[None] = concurrent.futures.Future()
         self.changes = 0
 
@@ -259,7 +263,7 @@ class Watcher:
             try:
                 self._wait_once()
                 failures = 0
-            except (client.RegistryLost, ZeroCopyError, ray.exceptions.RayError) as error:
+            except Exception as error:  # also what users' pipelines raise when they are given back
                 failures += 1
                 if failures == WORTH_A_WARNING and session is object_store.session():
                     reason = str(error).splitlines()[0]
@@ -288,8 +292,8 @@ class Watcher:
             held = [row[0] for shard in self._held.values() for row in shard.rows]
             held += [digest for one in self._living for digest in one.digests]
         known = {(one.key.name, one.key.which): one.seen for one in followed}
-        registry = client.registry()
-        reply = client.submit(registry, "poll", known, held).future()
+        registry = self._registry_now(followed)
+        reply = client.submit(registry, "poll", known, held, self._id).future()
         concurrent.futures.wait([reply, woken], 2 * POLL_SECONDS, concurrent.futures.FIRST_COMPLETED)
         if not reply.done():
             return
@@ -301,6 +305,17 @@ class Watcher:
                 number = changed.get((one.key.name, one.key.which), one.seen)
                 if number != one.seen:
                     each.callback(one.note, number)
+
+    def _registry_now(self, followed: Sequence[Followed]) -> Any:
+        """The registry. When it is another one, references to what the last one owned are dead."""
+        object_store.check_running("Following publications")  # a thread must not start Ray
+        registry = client.registry()
+        if self._registry not in (None, registry):
+            for one in followed:
+                if one.key.device is None:
+                    one.look()
+        self._registry = registry
+        return registry
 
     def _give_back(self, registry: Any, wanted: set[bytes]) -> None:
         """Make what the registry wants its own: from shards that this process has mapped, and from live pipelines."""

@@ -192,7 +192,8 @@ class NamedPublication(Publication):
         try:
             return self._of(resolve(tag.name, tag.number))
         except (NotPublishedError, PublicationLostError):
-            if not tag.follows or tag.alias is None:
+            # An outer skeleton belongs to the weights of its own version.
+            if not tag.follows or tag.alias is None or self._own_outer() is not None:
                 raise
             return self._of(resolve(tag.name, tag.alias))
 
@@ -206,9 +207,11 @@ class NamedPublication(Publication):
                 name=tag.name,
                 versions=[told["number"]],
             )
-        outer = self._state.outer if isinstance(self._state, (Open, Unresolved)) else None
-        state = Open(told["reference"][0], outer)
+        state = Open(told["reference"][0], self._own_outer())
         return handle_of(told, attrs.evolve(tag, number=told["number"], digest=digest), state)
+
+    def _own_outer(self) -> Outer | None:
+        return self._state.outer if isinstance(self._state, (Open, Unresolved)) else None
 
     def content(self) -> Open:
         """What the handle refers to now; see `load`."""
@@ -309,8 +312,7 @@ class NamedPublication(Publication):
         return self.__reduce__() if self.travels_by_name() else super(NamedPublication, self.for_call()).reduce()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        outer = self._state.outer if isinstance(self._state, (Open, Unresolved)) else None
-        state = self._state if isinstance(self._state, Closed) else Unresolved(outer)
+        state = self._state if isinstance(self._state, Closed) else Unresolved(self._own_outer())
         return NamedPublication, (state, *self._description())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, overload
 
@@ -115,9 +116,10 @@ def publish_as(commit: Commit, publish_to: Callable[[Named], Any]) -> NamedPubli
         try:
             publication: NamedPublication = publish_to(Named(commit))
             break
-        except client.RegistryLost:
+        except client.RegistryLost as error:
             if not left:
-                raise
+                raise client.unreachable(error) from error
+            time.sleep(1)
     WATCHER.note_here(commit.name)
     return publication
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import contextlib
 import dataclasses
 import pickle
 import time
@@ -57,7 +58,8 @@ class Registry:
         self._shards = Shards()
         self._placed: dict[Key, Placed] = {}
         self._recoveries: dict[Key, asyncio.Task[None]] = {}
-        self._claims: dict[bytes, float] = {}  # digests that some process uploads, and until when
+        self._claims: dict[bytes, tuple[str, float]] = {}  # digests, who uploads them, and until when
+        self._lacked: set[bytes] | None = None  # digests that versions lack; None if that has to be found out
         self._changed = asyncio.Event()
         self._storing: asyncio.Semaphore = asyncio.Semaphore(STORING)
         self._jobs: asyncio.Task[None] | None = None
@@ -106,7 +108,7 @@ class Registry:
                 )
                 try:
                     return [stored], await receipt
-                except ray.exceptions.WorkerCrashedError:
+                except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError):
                     tries += 1
                     if tries == STORE_TRIES:
                         raise
@@ -123,10 +125,12 @@ class Registry:
     ) -> dict[str, Any]:
         """Add a version, or find the one with the same content, and point "latest" and the `aliases` at it."""
         known = self._names.get(name, Name())
-        version = known.made_by(content["request"])
+        version = repeated = known.made_by(content["request"])
         if version is None:
             known.check_expected(expect)
             version = known.with_content(content["digest"])
+        if version is not None and content["source"] is not None:
+            version = dataclasses.replace(version, source=content["source"], runtime_env=content["runtime_env"])
         placed = None
         if version is None or (name, version.number) not in self._placed:
             number = known.next_number if version is None else version.number
@@ -137,7 +141,10 @@ class Registry:
             keep=known.keep if keep is None else keep,
             job=job,
             versions={**known.versions, version.number: version},
-            aliases={**known.aliases, **dict.fromkeys([LATEST, *aliases], version.number)},
+            # Somebody else may have published after a commit that is repeated because its answer was lost.
+            aliases=known.aliases
+            if repeated
+            else {**known.aliases, **dict.fromkeys([LATEST, *aliases], version.number)},
         )
         try:
             self._write(name, changed, {} if placed is None else {(name, version.number): placed})
@@ -205,9 +212,12 @@ class Registry:
         self._forget_unused()
 
     async def poll(
-        self, known: Mapping[Followed, int], held: Sequence[bytes]
+        self, known: Mapping[Followed, int], held: Sequence[bytes], who: str
     ) -> tuple[dict[Followed, int], list[bytes]]:
         """Wait until an alias points at another version than the caller knows, or a storage that it holds is wanted.
+
+        Args:
+            who: tells the process from others. It may have given up an earlier call.
 
         Returns:
             The numbers that have changed, 0 for an alias or a version that is gone, and digests of the storages to upload.
@@ -216,7 +226,7 @@ class Registry:
         while True:
             numbers = {key: self._number_of(*key) for key in known}
             changed = {key: number for key, number in numbers.items() if number != known[key]}
-            wanted = self._claim(held)
+            wanted = self._claim(held, who)
             remaining = end - time.monotonic()
             if changed or wanted or remaining <= 0:
                 return changed, wanted
@@ -237,10 +247,12 @@ class Registry:
         if key not in self._placed or self._is_lost(self._placed[key]):
             if key not in self._recoveries:
                 self._recoveries[key] = asyncio.get_running_loop().create_task(self.recover_once(name, version))
+            recovery = self._recoveries[key]
             try:
-                await asyncio.shield(self._recoveries[key])
+                await asyncio.shield(recovery)
             finally:
-                self._recoveries.pop(key, None)
+                if self._recoveries.get(key) is recovery:
+                    del self._recoveries[key]
         return self._told(name, version)
 
     # How that is done.
@@ -301,6 +313,7 @@ class Registry:
         self._announce()
 
     def _announce(self) -> None:
+        self._lacked = None
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
 
@@ -321,14 +334,16 @@ class Registry:
         ]
 
     def _lacking(self, digests: Iterable[bytes]) -> list[bytes]:
-        lacking = {digest for _, version in self._unplaced() for digest in self._missing(version)}
-        return [digest for digest in digests if digest in lacking]
+        if self._lacked is None:
+            self._lacked = {digest for _, version in self._unplaced() for digest in self._missing(version)}
+        return [digest for digest in digests if digest in self._lacked]
 
-    def _claim(self, held: Sequence[bytes]) -> list[bytes]:
+    def _claim(self, held: Sequence[bytes], who: str) -> list[bytes]:
         """Which of the storages that a process holds it shall upload."""
         now = time.monotonic()
-        claimed = [digest for digest in self._lacking(held) if self._claims.get(digest, 0) < now]
-        self._claims.update(dict.fromkeys(claimed, now + CLAIM_SECONDS))
+        claims = {digest: self._claims.get(digest, (who, now)) for digest in self._lacking(held)}
+        claimed = [digest for digest, (other, until) in claims.items() if other == who or until < now]
+        self._claims.update(dict.fromkeys(claimed, (who, now + CLAIM_SECONDS)))
         return claimed
 
     def _is_lost(self, placed: Placed) -> bool:
@@ -345,12 +360,12 @@ class Registry:
         problem = "it has no source, and no process that runs holds all of its weights"
         if missing and version.source is not None:
             problem = await self.run_source(version)
-        elif missing:
-            self._announce()
+        if self._missing(version):
             await self.wait_for_holders(version)
         if self._missing(version):
             raise Refused("lost", number=version.number, reason=problem)
-        if (name, version.number) not in self._placed:
+        is_there = version.number in self._names[name].versions  # it may have been removed meanwhile
+        if is_there and (name, version.number) not in self._placed:
             self._placed[name, version.number] = self._place(version, self._shards)
             self._announce()
 
@@ -369,6 +384,7 @@ class Registry:
     async def wait_for_holders(self, version: Version) -> None:
         end = time.monotonic() + HOLDER_SECONDS
         while self._missing(version) and (time.monotonic() < end or self._is_claimed(version)):
+            self._announce()  # who holds something may have come just now, and who claimed it may be gone
             event = self._changed
             try:
                 await asyncio.wait_for(event.wait(), 0.5)
@@ -377,14 +393,16 @@ class Registry:
 
     def _is_claimed(self, version: Version) -> bool:
         now = time.monotonic()
-        return all(self._claims.get(digest, 0) > now for digest in self._missing(version))
+        return all(self._claims.get(digest, ("", 0.0))[1] > now for digest in self._missing(version))
 
     async def end_with_jobs(self) -> None:
         """Remove the names of jobs that have ended."""
+        ended: set[str] = set()
         while True:
             await asyncio.sleep(JOB_SECONDS)
             tied = {name: known.job for name, known in self._names.items() if known.job is not None and known.versions}
-            ended = ended_jobs() if tied else ()
+            with contextlib.suppress(Exception):  # whatever the control plane has: it is asked again
+                ended = ended_jobs() if tied else set()
             for name, job in tied.items():
                 if job in ended:
                     await self.remove(name, None)

@@ -44,7 +44,8 @@ class Shards:
     def add(self, given: Iterable[Given]) -> list[bytes]:
         """Know shards, and what is in them. Returns their ids."""
         for (ref,), rows in given:
-            self._shards.setdefault(ref.binary(), Shard(ref, rows))
+            shard = self._shards.setdefault(ref.binary(), Shard(ref, []))
+            shard.rows += [row for row in rows if row not in shard.rows]  # a publisher gives those that it uses
         return [ref.binary() for (ref,), _ in given]
 
     def drop(self, ids: Iterable[bytes]) -> None:

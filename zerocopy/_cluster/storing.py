@@ -74,7 +74,7 @@ class _Staging:
         try:
             stored, digests = client.await_reply(self._registry, self._reply)
         except ray.exceptions.RayTaskError as error:
-            if isinstance(error.cause, ray.exceptions.WorkerCrashedError):
+            if isinstance(error.cause, (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError)):
                 raise ZeroCopyError(
                     f"The process that stores {self._nbytes:,} bytes of weights was killed, again and again.",
                     hint="see whether this node has memory left; Ray's logs tell what killed it.",

@@ -87,7 +87,8 @@ class Named:
     def content(self) -> bytes:
         """The digest of the version."""
         found = self._introspection
-        return digest_of_version(manifest_for(found), self.storages(), found.outer)
+        agreement = requires_isolation(), *Versions.here().essence()
+        return digest_of_version(manifest_for(found), self.storages(), found.outer, agreement)
 
     @property
     def pipeline(self) -> Any:

@@ -108,7 +108,10 @@ class OwnWeights(_Weights):
         """The same weights with their places, which those that have a name may lack here."""
         if self.placements or self.manifest is None:
             return self
-        manifest = manifest_of(self.manifest)
+        try:
+            manifest = manifest_of(self.manifest)
+        except PublicationLostError:  # the registry that owned it has just ended
+            return self
         rows = {key: manifest.location_rows[index] for key, index in self.known.storages.items()}
         places = {
             key: Placement(manifest.shard(shard), buffer, offset)
@@ -137,7 +140,10 @@ class OwnWeights(_Weights):
         candidates = [storage for storage in storages if storage.key in self.placements]
         if not candidates or self.manifest is None:
             return {}
-        manifest = manifest_of(self.manifest)
+        try:
+            manifest = manifest_of(self.manifest)
+        except PublicationLostError:
+            return {}
         indices = {storage.key: self.known.storages[storage.key] for storage in candidates}
         memory = StoredMemory(manifest, indices.values(), require_isolation=False)
         return {s.key: self.placements[s.key] for s in candidates if memory.holds(indices[s.key], s.to_bytes())}

@@ -151,17 +151,18 @@ class _Follower:
 
     def __init__(self, followed: list[_Pipeline]) -> None:
         self._followed = followed
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # `on_version` may call other methods
         self._depth = 0
 
     @contextlib.contextmanager
     def call(self, actor: Any) -> Iterator[None]:
         with self._lock:
-            if self._depth == 0:
-                for one in self._followed:
-                    one.update(actor)
             self._depth += 1
         try:
+            with self._lock:
+                if self._depth == 1:
+                    for one in self._followed:
+                        one.update(actor)
             yield
         finally:
             with self._lock:

@@ -181,6 +181,10 @@ class Versions:
     def here(cls) -> Versions:
         return cls(FORMAT, version("zerocopy-ray"), str(torch.__version__), platform.python_version())
 
+    def essence(self) -> tuple[str, str, int]:
+        """What readers must agree in."""
+        return _minor(self.python), _minor(self.torch), self.format
+
     def check_agreement(self) -> None:
         """Refuse a publication that this process would misread.
 
@@ -191,11 +195,8 @@ class Versions:
             VersionError: they differ.
         """
         here = Versions.here()
-        for name, theirs, ours in (
-            ("Python", _minor(self.python), _minor(here.python)),
-            ("torch", _minor(self.torch), _minor(here.torch)),
-            ("zerocopy's format", self.format, here.format),
-        ):
+        names = "Python", "torch", "zerocopy's format"
+        for name, theirs, ours in zip(names, self.essence(), here.essence(), strict=True):
             if theirs != ours:
                 raise VersionError(
                     f"This publication was written with {name} {theirs}, but this process has {ours} "
