@@ -204,6 +204,32 @@ def test_an_actor_follows_between_calls(name: str) -> None:
 
 
 @zerocopy.actor(num_cpus=0.1, follow=True)
+class Hooked:
+    """Calls methods of its own when there is a new version."""
+
+    def __init__(self, search: Numbered) -> None:
+        self.search = search
+        self.prepared = 0
+
+    def on_version(self, search: Numbered) -> None:
+        self.prepare(search)
+
+    def prepare(self, search: Numbered) -> None:
+        self.prepared = search.number
+
+    def ask(self) -> tuple[int, int]:
+        return self.search(), self.prepared
+
+
+def test_on_version_may_call_methods(name: str) -> None:
+    """Methods of its actor, which would look for new versions themselves."""
+    actor = Hooked.remote(zerocopy.publish(numbered(1), name=name))
+    assert ray.get(actor.ask.remote()) == (1, 0)
+    zerocopy.publish(numbered(2), name=name)
+    assert wait_until(lambda: ray.get(actor.ask.remote(), timeout=20) == (2, 2), 20)
+
+
+@zerocopy.actor(num_cpus=0.1, follow=True)
 class Tuned:
     """Changes the pipeline after it was loaded, and has no `on_version`."""
 

@@ -19,7 +19,7 @@ from conftest import run_python, wait_until
 from registries import kill_registry
 from safetensors.torch import save_file
 from torch import nn
-from versions import Asked, Following, Numbered, numbered
+from versions import Asked, Following, Numbered, ask, numbered
 
 import zerocopy
 from zerocopy._cluster import client, writing
@@ -230,6 +230,36 @@ def test_a_source_runs_in_the_environment_of_its_publisher(name: str, address: s
     assert done.stdout.strip() == "1", done.stderr
     kill_registry()
     assert zerocopy.lookup(name).load(verify=True)() == 5
+
+
+def test_an_instance_is_never_joined_with_another_version(name: str) -> None:
+    """What is copied of one version belongs to its weights: when those are gone, that is an error."""
+    zerocopy.publish(numbered(1), name=name)
+    loaded = zerocopy.lookup(name).load()
+    pickled = ray.cloudpickle.dumps(loaded)
+    assert ray.cloudpickle.loads(pickled)() == 1
+    zerocopy.publish(numbered(2), name=name, keep=0)
+    with pytest.raises(NotPublishedError, match="no version 1"):
+        ray.cloudpickle.loads(pickled)
+
+
+def test_publishing_goes_on_after_a_loss(name: str) -> None:
+    """A process that knows a named pipeline publishes it and others without a name, right after the registry was killed."""
+    search = numbered(44)
+    zerocopy.publish(search, name=name)
+    assert ask(search) == 44
+    kill_registry()
+    assert zerocopy.publish(search).load()() == zerocopy.publish(numbered(45)).load()() - 1 == 44
+    assert ask(search) == 44
+
+
+def test_a_source_that_fails_hides_no_holder(name: str) -> None:
+    """What processes have mapped comes back, though the source gives something else by now."""
+    zerocopy.publish(numbered(46), name=name, source=lambda: numbered(47))
+    held = zerocopy.lookup(name).load()
+    gc.collect()
+    kill_registry()
+    assert zerocopy.lookup(name).load(verify=True)() == held() == 46
 
 
 def test_living_holders_give_back(name: str) -> None:

@@ -74,6 +74,30 @@ def test_equal_content_is_the_version_that_exists(name: str) -> None:
     assert zerocopy.lookup(name).load().top_k == 5  # "latest" points at it again
 
 
+def test_what_is_copied_is_told_apart_to_the_last_bit(name: str) -> None:
+    """Copied tensors by their bytes and places, numbers by their bits, and what readers must agree in."""
+    first, second = torch.tensor([1, 2, 3, 4, 5]), torch.tensor([1, 2, 3, 4, 5])
+    settings: list[Any] = [
+        [first[:2].clone()[:1], first[2:].clone()[:1]],
+        [second[:3].clone()[:1], second[3:].clone()[:1]],
+        [0.0], [-0.0], [0], [False], [float("nan")], [-float("nan")], [10**5000], ["a"], [b"a"], [{1}], [frozenset([1])],
+    ]  # fmt: skip
+    for number, value in enumerate(settings, 1):
+        search = pipelines.search(width=64, settings={"value": value})
+        assert zerocopy.publish(search, name=name, keep=len(settings)).version.number == number
+
+
+def test_equal_content_takes_what_is_asked_for(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A source is recorded; a demand for isolation makes another version, whose readers must fulfil it."""
+    search = numbered(3)
+    assert zerocopy.publish(search, name=name).version.number == 1
+    assert zerocopy.publish(search, name=name, source=lambda: numbered(3)).version.number == 1
+    assert [one.source for one in zerocopy.publications() if one.version.name == name] == [True]
+    monkeypatch.setenv("ZEROCOPY_REQUIRE_ISOLATION", "1")
+    assert zerocopy.publish(search, name=name).version.number == 2
+    assert zerocopy.lookup(name).requires_isolation
+
+
 SET = """
 import sys
 import ray, torch, zerocopy, pipelines

@@ -60,17 +60,14 @@ def ask(method: str, *args: Any) -> Any:
             return ask_one(actor, method, *args)
         except RegistryLost as error:
             if time.monotonic() > end:
-                raise RegistryUnreachable(
-                    f"The registry of named publications cannot be reached: {error}.",
-                    hint="see whether the head node of the cluster is up.",
-                ) from error
+                raise unreachable(error) from error
             time.sleep(pause * random.uniform(0.5, 1.5))  # noqa: S311 (many processes shall not ask at one moment)
             pause = min(2 * pause, 2.0)
 
 
-def unreachable(error: RegistryLost) -> ZeroCopyError:
+def unreachable(error: RegistryLost) -> RegistryUnreachable:
     """What to tell a user then."""
-    return ZeroCopyError(
+    return RegistryUnreachable(
         f"The registry of named publications cannot be reached: {str(error).splitlines()[0]}",
         hint="see whether the head node of the cluster is up.",
     )

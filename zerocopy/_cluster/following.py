@@ -328,10 +328,13 @@ class Watcher:
                 same = [row for row, digest in zip(rows, digests, strict=True) if row[0] == digest]
                 client.ask_one(registry, "offer", [(stored, same)])
                 wanted -= {row[0] for row in same}
-        for living in self._living:
+        for living in [one for one in self._living if not wanted.isdisjoint(one.digests)]:
             pipeline = living.pipeline()
-            if pipeline is not None and not wanted.isdisjoint(living.digests):
+            if pipeline is not None:
                 living.offer(pipeline)
+            if client.ask_one(registry, "lacks", living.digests):  # it has changed, and would be asked again and again
+                with self._lock:
+                    self._living = [one for one in self._living if one is not living]
 
 
 _NOTHING = Held()

@@ -382,8 +382,9 @@ class Registry:
         return "its source gave other weights than those that were published"
 
     async def wait_for_holders(self, version: Version) -> None:
-        end = time.monotonic() + HOLDER_SECONDS
-        while self._missing(version) and (time.monotonic() < end or self._is_claimed(version)):
+        start = time.monotonic()
+        end, last = start + HOLDER_SECONDS, start + 2 * CLAIM_SECONDS
+        while self._missing(version) and time.monotonic() < (last if self._is_claimed(version) else end):
             self._announce()  # who holds something may have come just now, and who claimed it may be gone
             event = self._changed
             try:
