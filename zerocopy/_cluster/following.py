@@ -249,9 +249,9 @@ class Watcher:
         with self._lock:
             if self._woken.done():
                 self._woken = concurrent.futures.Future()
-            woken, followed = self._woken, list(self._followed)
+            woken = self._woken
+            known = {(one.key.name, one.key.alias): one.seen for one in self._followed}
             held = [row[0] for shard in self._held.values() for row in shard.rows]
-        known = {(one.key.name, one.key.alias): one.seen for one in followed}
         registry = client.registry()
         reply = client.submit(registry, "poll", known, held).future()
         concurrent.futures.wait([reply, woken], 2 * POLL_SECONDS, concurrent.futures.FIRST_COMPLETED)
@@ -261,7 +261,7 @@ class Watcher:
         with contextlib.ExitStack() as each:  # what is wrong with one holds up no other
             if wanted:
                 each.callback(self._give_back, registry, set(wanted))
-            for one in followed:
+            for one in list(self._followed):  # while it waits, nothing here keeps them
                 number = changed.get((one.key.name, one.key.alias), one.seen)
                 if number != one.seen:
                     each.callback(one.note, number)
