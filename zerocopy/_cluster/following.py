@@ -116,6 +116,10 @@ class Followed:
         """The same, with its number."""
         if _pending:
             _warn_of_pending()
+        return self._newest()
+
+    def _newest(self) -> Loaded:
+        """The same for the thread: nobody would see its warnings."""
         loaded = self._loaded
         if loaded is None:
             with self._lock:
@@ -135,7 +139,7 @@ class Followed:
         Raises:
             As `PASSING`: it may be loaded later.
         """
-        if number and number != self.newest().number:
+        if number and number != self._newest().number:
             try:
                 self._take(self._load())
             except PASSING:
@@ -143,12 +147,12 @@ class Followed:
             except Exception as error:  # whatever the code of that version raises: it is not tried again
                 warn_later(
                     f"Version {number} of {self.key.name!r} cannot be loaded, and this process goes on with version "
-                    f"{self.newest().number}: {type(error).__name__}: {error}"
+                    f"{self._newest().number}: {type(error).__name__}: {error}"
                 )
         self.seen = number
 
     def _take(self, loaded: Loaded) -> None:
-        mine = self.newest()
+        mine = self._newest()
         if is_same_class(mine.pipeline, loaded.pipeline):
             self._loaded = loaded
             return
