@@ -20,6 +20,7 @@ import torch
 from ray._private import internal_api, state
 
 import zerocopy
+from zerocopy._cluster import following
 from zerocopy._publish import weights
 
 CPUS = 4
@@ -80,6 +81,7 @@ def name(request: pytest.FixtureRequest, cluster: None) -> Iterator[str]:
     yield chosen
     for one in [found for found in zerocopy.publications().names if found.startswith(chosen)]:
         zerocopy.remove(one)
+    following._pending.clear()  # what its thread has found out concerns no other test
 
 
 @pytest.fixture

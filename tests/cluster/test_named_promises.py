@@ -107,6 +107,16 @@ def test_random_pipelines(pipeline: Random) -> None:
     zerocopy.remove(name)
 
 
+def test_small_changes(name: str) -> None:
+    """A version in which one small tensor changed, whatever its size, has the right bytes in each."""
+    module = nn.ParameterList([nn.Parameter(torch.zeros(100_000)), nn.Parameter(torch.zeros(1))])
+    zerocopy.publish(module, name=name, keep=0)
+    for nbytes in (*range(16, 260, 4), 512, 1024, 2044, 2048, 2052, 4096, 131_072):
+        module[1] = nn.Parameter(torch.arange(nbytes // 4, dtype=torch.float32))
+        loaded = zerocopy.publish(module, name=name).load(verify=True)
+        assert torch.equal(loaded[1], module[1]), nbytes
+
+
 def test_nothing_to_share(name: str) -> None:
     """A pipeline without a tensor has nothing to verify, and is no mistake."""
     zerocopy.publish(nn.Sequential(nn.ReLU()), name=name)

@@ -47,9 +47,11 @@ def test_layout_packs_small_storages() -> None:
 
 def test_addresses_are_not_taken_on_trust() -> None:
     """Where buffers start is told from how Ray lays them out, if the last one is there; else each is asked."""
-    memory = np.zeros(1000, np.uint8)
+    memory = np.zeros(3000, np.uint8)
     first = ALIGNMENT - start_of(memory) % ALIGNMENT
     laid_out = [memory[first : first + 10], memory[first + 64 : first + 164], memory[first + 192 : first + 200]]
     assert starts_of(laid_out) == [start_of(memory) + first + offset for offset in (0, 64, 192)]
+    in_the_gap = [memory[first : first + 16], memory[first + 16 : first + 80], memory[first + 128 : first + 2300]]
+    assert starts_of(in_the_gap) == [start_of(memory) + first + offset for offset in (0, 16, 128)]
     elsewhere = [laid_out[0], laid_out[2], laid_out[1]]
     assert starts_of(elsewhere) == [start_of(memory) + first + offset for offset in (0, 192, 64)]

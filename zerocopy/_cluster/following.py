@@ -118,6 +118,10 @@ class Followed:
         """The same, with its number."""
         if _pending:
             _warn_of_pending()
+        return self._newest()
+
+    def _newest(self) -> Loaded:
+        """The same for the thread: nobody would see its warnings."""
         loaded = self._loaded
         if loaded is None:
             with self._lock:
@@ -142,7 +146,7 @@ class Followed:
         """
         if not number and self.key.device is None:
             self._loaded = None  # who asks next is told that the name is gone
-        elif number and number != self.newest().number:
+        elif number and number != self._newest().number:
             try:
                 self._take(self._load())
             except PASSING:
@@ -150,12 +154,12 @@ class Followed:
             except Exception as error:  # whatever the code of that version raises: it is not tried again
                 warn_later(
                     f"Version {number} of {self.key.name!r} cannot be loaded, and this process goes on with version "
-                    f"{self.newest().number}: {type(error).__name__}: {error}"
+                    f"{self._newest().number}: {type(error).__name__}: {error}"
                 )
         self.seen = number
 
     def _take(self, loaded: Loaded) -> None:
-        mine = self.newest()
+        mine = self._newest()
         if is_same_class(mine.pipeline, loaded.pipeline):
             self._loaded = loaded
             return
@@ -288,11 +292,11 @@ class Watcher:
         with self._lock:
             if self._woken.done():
                 self._woken = concurrent.futures.Future()
-            woken, followed = self._woken, list(self._followed)
+            woken = self._woken
+            known = {(one.key.name, one.key.which): one.seen for one in self._followed}
             held = [row[0] for shard in self._held.values() for row in shard.rows]
             held += [digest for one in self._living for digest in one.digests]
-        known = {(one.key.name, one.key.which): one.seen for one in followed}
-        registry = self._registry_now(followed)
+        registry = self._registry_now()
         reply = client.submit(registry, "poll", known, held, self._id).future()
         concurrent.futures.wait([reply, woken], 2 * POLL_SECONDS, concurrent.futures.FIRST_COMPLETED)
         if not reply.done():
@@ -301,17 +305,17 @@ class Watcher:
         with contextlib.ExitStack() as each:  # what is wrong with one holds up no other
             if wanted:
                 each.callback(self._give_back, registry, set(wanted))
-            for one in followed:
+            for one in list(self._followed):  # while it waits, nothing here keeps them
                 number = changed.get((one.key.name, one.key.which), one.seen)
                 if number != one.seen:
                     each.callback(one.note, number)
 
-    def _registry_now(self, followed: Sequence[Followed]) -> Any:
+    def _registry_now(self) -> Any:
         """The registry. When it is another one, references to what the last one owned are dead."""
         object_store.check_running("Following publications")  # a thread must not start Ray
         registry = client.registry()
         if self._registry not in (None, registry):
-            for one in followed:
+            for one in list(self._followed):
                 if one.key.device is None:
                     one.look()
         self._registry = registry

@@ -206,6 +206,7 @@ ARGUMENTS_FRACTION = 0.7
 # Each buffer of at least 2048 bytes starts at a multiple of so many in its object: `kMajorBufferAlign`.
 # https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/includes/serialization.pxi
 BUFFER_ALIGNMENT = 64
+SMALL_BUFFER = 2048  # bytes: shorter ones are not aligned so
 
 # The options that Ray knows by name, those with an underscore among them, and what checks their values.
 # https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/_common/ray_option_utils.py

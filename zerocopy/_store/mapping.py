@@ -21,7 +21,7 @@ import ray
 
 from zerocopy._compat import linux
 from zerocopy._compat.cpython import warn_caller
-from zerocopy._compat.ray import BUFFER_ALIGNMENT, available_memory, is_store_file, raylets
+from zerocopy._compat.ray import BUFFER_ALIGNMENT, SMALL_BUFFER, available_memory, is_store_file, raylets
 from zerocopy._store import windows
 from zerocopy._store.pins import Pin
 from zerocopy._store.windows import Window
@@ -50,12 +50,13 @@ def start_of(memory: Any) -> int:
 def starts_of(buffers: Sequence[Any]) -> list[int]:
     """Where the buffers of one object of the store start in this process.
 
-    Ray lays them out in order, all but small ones at multiples of 64. If the last one lies where this puts it, so do all.
+    Ray lays them out in order, all but small ones at multiples of 64. If the last one lies where this puts it, so do all: small
+    ones, which may lie in the gap before that, are asked.
     """
     start = start_of(buffers[0])
     starts = []
     for buffer in buffers:
-        start += -start % BUFFER_ALIGNMENT
+        start = start_of(buffer) if len(buffer) < SMALL_BUFFER else start + -start % BUFFER_ALIGNMENT
         starts.append(start)
         start += len(buffer)
     return starts if starts[-1] == start_of(buffers[-1]) else list(map(start_of, buffers))
