@@ -480,9 +480,9 @@ class Registry:
 def _worth_keeping(
     shards: Mapping[bytes, Shard], wanted: collections.Counter[bytes], others: set[bytes]
 ) -> list[bytes]:
-    """Ids of shards of which a version uses enough, all together: of its shards without those of which least is used.
+    """Ids of the shards that a version rests on: those of which most is used, as long as enough of them all is.
 
-    Each by itself would not do: a version that changes a third of some shards would write three times what has changed.
+    Were each judged by itself, a version that changes a little more than a third of a shard would write all of it anew.
 
     Args:
         wanted: digests of the storages of the version.
