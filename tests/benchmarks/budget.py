@@ -23,8 +23,8 @@ Weights that have a name, measured by `nox -s bench -- --names`, which writes th
 ({megabytes:.0f} MB), of which every storage has other content; medians of {repeats} fresh processes, with the lowest and the \
 highest in parentheses. {cores} cores ({processor}), {versions}.
 
-- **Peaks** are the most that is seen while a model is published with `adopt=True`. All processes are driver, raylet, the
-  registry, store tasks and four workers (PSS), above what they took before the model was made; the model counts.
+- **Peaks** are the most that is seen while a model is published with `adopt=True`. Memory of driver and raylet is their PSS above
+  what they took before the model was made; the model counts.
 - **A version** changes {changed:.0%} of the bytes of the one before, or a little less, since whole storages change.
 - **An update** lasts from the commit, when it is asked for, until `current()` is the new version in the last of four processes.
 - **Resolves** are of three processes with a hundred calls of each under way. The clients take most of the machine's time; so
@@ -57,7 +57,7 @@ ROWS = [
         "≤ 1.25 (1.0 and four shards)",
     ),
     Row("private memory of the process at its peak, over the weights", "published_private"),
-    Row("memory of all processes at its peak, over the weights", "published_together"),
+    Row("memory of driver and raylet at its peak, over the weights", "published_together"),
     Row("seconds to publish under a name, over those without one", "published_seconds"),
     Row("bytes that a second version writes, over the weights", "written", "≤ 0.07", 3),
     Row("the same, of the draw that writes most", "written_most", "≤ 0.07", 3),
