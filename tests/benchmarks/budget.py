@@ -9,7 +9,7 @@ from typing import Any
 
 import attrs
 
-from benchmarks import models, names, runner
+from benchmarks import models, names, registry, runner
 from benchmarks.figures import Summary
 from benchmarks.trial import Trial
 from zerocopy._tables import as_text
@@ -23,8 +23,8 @@ Weights that have a name, measured by `nox -s bench -- --names`, which writes th
 ({megabytes:.0f} MB), of which every storage has other content; medians of {repeats} fresh processes, with the lowest and the \
 highest in parentheses. {cores} cores ({processor}), {versions}.
 
-- **Peaks** are the most that is seen while a model is published with `adopt=True`. All processes are driver, raylet, the
-  registry, store tasks and four workers (PSS), above what they took before the model was made; the model counts.
+- **Peaks** are the most that is seen while a model is published with `adopt=True`. Memory of driver and raylet is their PSS above
+  what they took before the model was made; the model counts.
 - **A version** changes {changed:.0%} of the bytes of the one before, or a little less, since whole storages change.
 - **An update** lasts from the commit, when it is asked for, until `current()` is the new version in the last of four processes.
 - **Resolves** are of three processes with a hundred calls of each under way. The clients take most of the machine's time; so
@@ -57,7 +57,7 @@ ROWS = [
         "≤ 1.25 (1.0 and four shards)",
     ),
     Row("private memory of the process at its peak, over the weights", "published_private"),
-    Row("memory of all processes at its peak, over the weights", "published_together"),
+    Row("memory of driver and raylet at its peak, over the weights", "published_together"),
     Row("seconds to publish under a name, over those without one", "published_seconds"),
     Row("bytes that a second version writes, over the weights", "written", "≤ 0.07", 3),
     Row("the same, of the draw that writes most", "written_most", "≤ 0.07", 3),
@@ -86,14 +86,11 @@ def take(model: str, repeats: int, effort: float, tell: Callable[[str], None]) -
         runner.TrialError: one has failed.
     """
     size = sum(storage.nbytes() for storage in models.storages(models.find(model).build()))
-    trials = []
+    trials: list[dict[str, float]] = [_rollout()] if effort == 1 else []
     for repeat in range(repeats):
         trial = Trial(model, measure="names", workers=WORKERS, store=runner.store_for(size), effort=effort)
         trials.append(_taken(trial, repeat)["samples"][0]["figures"])
         tell(f"[{repeat + 1}/{repeats}] names")
-    if effort == 1:
-        trials.append(_rollout())
-        tell("rollout")
     settings = {"model": model, "bytes": size, "repeats": repeats, "effort": effort}
     return {"machine": runner.machine(), "settings": settings, "trials": trials}
 
@@ -110,7 +107,7 @@ def _rollout() -> dict[str, float]:
     output, errors, code = runner.run_apart([str(runner.FOLDER / "live_update.py")], {})
     if code:
         raise runner.TrialError(f"live_update.py ended with code {code}: {errors.strip().splitlines()[-1:]}")
-    report = json.loads(output[output.index("{") :])
+    report, _ = json.JSONDecoder().raw_decode(output, output.index("{\n"))  # Ray may print, too
     kinds = report["kinds"].values()
     return {
         "rollout_calls": sum(kind["calls"] for kind in kinds),
@@ -144,7 +141,10 @@ def terminal(told: dict[str, Any]) -> str:
 
 def _rows(told: dict[str, Any]) -> Iterator[list[str]]:
     effort = told["settings"]["effort"]
-    counts = {"versions": names.count(names.VERSIONS, effort), "polls": f"{names.count(names.POLLS, effort):,}"}
+    counts = {
+        "versions": registry.count(names.VERSIONS, effort),
+        "polls": f"{registry.count(registry.POLLS, effort):,}",
+    }
     for row in ROWS:
         values = [trial[row.key] for trial in told["trials"] if row.key in trial]
         if values:

@@ -1,4 +1,4 @@
-"""What names and versions cost, taken inside a trial: memory and bytes written, lookups, updates, and the registry's rate."""
+"""What names and versions cost, taken inside a trial: memory and bytes written, lookups and updates."""
 
 from __future__ import annotations
 
@@ -7,44 +7,37 @@ import os
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from types import TracebackType
 from typing import Any, Self
 
-import psutil
 import ray
 import torch
 from ray._private import internal_api, state
 from torch import nn
 
 import zerocopy
-from benchmarks import memory, models
+from benchmarks import memory, models, registry
 from benchmarks.measures import wait_until_empty
+from benchmarks.registry import NAME, Figures, commits, count, seconds_of
 from benchmarks.trial import Trial
-from zerocopy._cluster import client
-from zerocopy._store.write import STREAMED
 
-NAME = "bench"
 CHANGED = 0.05  # of the bytes, from one version to the next
 VERSIONS = 20
+PAIRS = 3  # of publications, with a name and without
 DRAWS = 3  # of what changes, where it is drawn anew
 LOOKUPS = 60
 UPDATES = 10
 PROCESSES = 4
-IN_FLIGHT, RESOLVES = 100, 1500  # resolves of each process: under way, and altogether
-POLLS = 3000
 CALM = 1.0  # seconds that the store does not change until it counts as settled
-
-Figures = dict[str, float]
 
 
 def names(trial: Trial, folder: Path) -> list[dict[str, Any]]:
     """All figures of one trial."""
     model = models.find(trial.model)
-    actor: Any = ray.remote(num_cpus=1)(Peer)
+    actor: Any = ray.remote(num_cpus=1)(registry.Peer)
     peers = [actor.remote() for _ in range(PROCESSES)]
     zerocopy.publish(model.twin(), name=NAME)  # starts the registry, and the processes of store tasks
     ray.get([peer.nothing.remote() for peer in peers])
@@ -54,40 +47,10 @@ def names(trial: Trial, folder: Path) -> list[dict[str, Any]]:
         **_versions(model.build, trial.effort),
         **_lookups(model.build, peers[0], trial.effort),
         **_updates(model.build, peers, trial.effort),
-        **_resolves(peers[:-1], trial.effort),
-        **_polls(trial.effort),
+        **registry.resolves(peers[:-1], trial.effort),
+        **registry.polls(trial.effort),
     }
     return [{"figures": figures}]
-
-
-class Peer:
-    """Another process that uses names."""
-
-    def nothing(self) -> None:
-        """An empty call."""
-
-    def follow(self, publication: Any) -> None:
-        """Load a publication, and follow it."""
-        self._publication = publication
-        publication.current()
-
-    def wait_for(self, number: int) -> float:
-        """When `current()` is this version, by the clock of this machine."""
-        while True:
-            version = zerocopy.version_of(self._publication.current())
-            if version is not None and version.number >= number:
-                return time.monotonic()
-            time.sleep(0.002)
-
-    def resolve(self, count: int) -> None:
-        """Ask the registry so many times. Some calls are under way at any time."""
-        registry, pending = client.registry(), list[Any]()
-        for _ in range(count):
-            if len(pending) == IN_FLIGHT:
-                done, pending = ray.wait(pending, num_returns=IN_FLIGHT // 2)
-                ray.get(done)
-            pending.append(client.submit(registry, "resolve", NAME, "latest"))
-        ray.get(pending)
 
 
 def store_bytes() -> int:
@@ -167,47 +130,50 @@ def _draws(seed: int) -> random.Random:
 
 
 def _publishing(build: Callable[[], nn.Module]) -> Figures:
-    """At their peak while a model is published under a name and adopted: store, this process, and all processes."""
-    _unnamed(build)  # pages of the store that were not used before take longer
-    unnamed = _unnamed(build)
+    """At their peak while a model is published under a name and adopted: store, this process, and driver and raylet together."""
     wait_until_empty()
-    start, private = store_bytes(), zerocopy.memory.private_bytes()
-    all_processes = memory.tree(os.getpid())
-    base = memory.resident(all_processes)
+    gc.collect()
+    processes = [os.getpid(), *memory.raylets(os.getpid())]
+    start, private, base = store_bytes(), zerocopy.memory.private_bytes(), memory.resident(processes)
     model = _distinct(build)
     size = _bytes(model)
     with Largest(store_bytes) as in_store, Largest(zerocopy.memory.private_bytes) as own:
-        seconds = _seconds(lambda: zerocopy.publish(model, name=NAME, adopt=True))
-    zerocopy.remove(NAME)
-    del model
-    gc.collect()
-    wait_until_empty()
-    model = _distinct(build)
-    with memory.Peak(all_processes) as together:  # by itself: it takes a core
         zerocopy.publish(model, name=NAME, adopt=True)
-    zerocopy.remove(NAME)
+    del model
+    _drop_all()
+    model = _distinct(build)
+    with memory.Peak(processes) as together:  # by itself: it takes a core
+        zerocopy.publish(model, name=NAME, adopt=True)
+    del model
+    _drop_all()
     return {
         "published_store": (in_store.value - start) / size,
         "published_private": (own.value - private) / size,
         "published_together": (together.bytes - base) / size,
-        "published_seconds": seconds / unnamed,
-        "four_shards": 4 / STREAMED.parts,
+        "published_seconds": median(_ratio(build) for _ in range(PAIRS)),
     }
 
 
-def _unnamed(build: Callable[[], nn.Module]) -> float:
-    """Seconds to publish without a name."""
+def _ratio(build: Callable[[], nn.Module]) -> float:
+    """Seconds to publish under a name, over those without one."""
+    unnamed = _seconds_to_publish(build)
     gc.collect()
     wait_until_empty()
+    named = _seconds_to_publish(build, NAME)
+    _drop_all()
+    return named / unnamed
+
+
+def _seconds_to_publish(build: Callable[[], nn.Module], name: str | None = None) -> float:
     model = _distinct(build)
-    with Largest(store_bytes), Largest(zerocopy.memory.private_bytes):  # as beside the other: they take time
-        return _seconds(lambda: zerocopy.publish(model, adopt=True))
+    return seconds_of(lambda: zerocopy.publish(model, name=name, adopt=True))
 
 
-def _seconds(act: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    act()
-    return time.perf_counter() - start
+def _drop_all() -> None:
+    """Leave nothing in the store."""
+    zerocopy.remove(NAME)
+    gc.collect()
+    wait_until_empty()
 
 
 # Versions.
@@ -223,11 +189,6 @@ def _versions(build: Callable[[], nn.Module], effort: float) -> Figures:
         "many_same": _many(build, versions, lambda model: _draw(model, _draws(1))),
         "many_random": _many(build, versions, lambda model: _draw(model, chosen)),
     }
-
-
-def count(full: int, effort: float) -> int:
-    """How often something is done that a full run does so often."""
-    return max(2, round(full * effort))
 
 
 def _written_by_a_second(build: Callable[[], nn.Module], chosen: random.Random) -> float:
@@ -271,7 +232,7 @@ def _lookups(build: Callable[[], nn.Module], peer: Any, effort: float) -> Figure
     taken: dict[str, list[float]] = {kind: [] for kind in kinds}
     for _ in range(count(LOOKUPS, effort)):
         for kind, act in kinds.items():
-            taken[kind].append(1000 * _seconds(act))
+            taken[kind].append(1000 * seconds_of(act))
     zerocopy.remove(NAME)
     middle = {kind: median(values) for kind, values in taken.items()}
     return {"lookup": middle["lookup"] - middle["load"], "empty_call": middle["call"]}
@@ -288,64 +249,8 @@ def _updates(build: Callable[[], nn.Module], peers: list[Any], effort: float) ->
     first, taken = zerocopy.lookup(NAME).version.number, []
     for number in range(first + 1, first + 1 + count(UPDATES, effort)):
         seen = [peer.wait_for.remote(number) for peer in peers]
-        with _commits() as committed:
+        with commits() as committed:
             _publish_changed(model, _draw(model, chosen))
         taken.append(max(ray.get(seen)) - committed[-1])
     zerocopy.remove(NAME)
     return {"update": max(taken), "update_median": median(taken)}
-
-
-@contextmanager
-def _commits() -> Iterator[list[float]]:
-    """When this process asked the registry to commit. It is done a moment later."""
-    submit, found = client.submit, list[float]()
-
-    def noted(actor: Any, method: str, *args: Any) -> Any:
-        if method == "commit":
-            found.append(time.monotonic())
-        return submit(actor, method, *args)
-
-    client.submit = noted
-    try:
-        yield found
-    finally:
-        client.submit = submit
-
-
-# The registry.
-
-
-def _resolves(peers: list[Any], effort: float) -> Figures:
-    """How many resolves the registry answers in a second, and in a second of its processor time: that is of one core."""
-    zerocopy.publish(nn.Linear(64, 64), name=NAME)
-    ray.get([peer.resolve.remote(2 * IN_FLIGHT) for peer in peers])
-    process, calls = psutil.Process(_registry_pid()), count(RESOLVES, effort)
-    before = process.cpu_times()
-    seconds = _seconds(lambda: ray.get([peer.resolve.remote(calls) for peer in peers]))
-    after = process.cpu_times()
-    zerocopy.remove(NAME)
-    processor = after.user + after.system - before.user - before.system
-    return {"resolves": len(peers) * calls / seconds, "resolves_of_a_core": len(peers) * calls / processor}
-
-
-def _registry_pid() -> int:
-    found: int = ray.get(client.registry().__ray_call__.remote(lambda _: os.getpid()))
-    return found
-
-
-def _polls(effort: float) -> Figures:
-    """With many polls pending: how many are held, what a resolve takes meanwhile, and until a commit has woken all."""
-    zerocopy.publish(nn.Linear(64, 64), name=NAME)
-    number, registry = zerocopy.lookup(NAME).version.number, client.registry()
-    known = {(NAME, "latest"): number}
-    refs = [client.submit(registry, "poll", known, []) for _ in range(count(POLLS, effort))]
-    resolves = [_seconds(lambda: client.ask("resolve", NAME, "latest")) for _ in range(count(LOOKUPS, effort))]
-    _, pending = ray.wait(refs, num_returns=len(refs), timeout=0)
-    with _commits() as committed:
-        zerocopy.publish(nn.Linear(64, 64), name=NAME)
-    replies = ray.get(refs)
-    seconds = time.monotonic() - committed[-1]
-    woken = sum(changed == {(NAME, "latest"): number + 1} for _, (changed, _) in replies)
-    zerocopy.remove(NAME)
-    held = min(len(pending), woken)
-    return {"held": held, "resolve_meanwhile": 1000 * median(resolves[1:]), "woken": seconds}

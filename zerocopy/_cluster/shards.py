@@ -93,9 +93,9 @@ class Shards:
         return rows, list(numbers)
 
     def worth_keeping(self, wanted: Mapping[bytes, int], others: Collection[bytes]) -> list[bytes]:
-        """Ids of shards of which a version uses enough, all together: of its shards without those of which least is used.
+        """Ids of the shards that a version rests on: those of which most is used, as long as enough of them all is.
 
-        Each by itself would not do: a version that changes a third of some shards would write three times what has changed.
+        Were each judged by itself, a version that changes a little more than a third of a shard would write all of it anew.
 
         Args:
             wanted: how many storages of the version have each digest.
