@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 
+import pytest
 from conftest import HERE, ORDINARY, run_python
 
 
+@pytest.mark.alone
 def test_a_live_update_under_load() -> None:
     """Nothing fails, no answer is of two versions, all follow to the last one, and the store returns to what is kept."""
     done = run_python("", str(HERE / "live_update.py"), **ORDINARY)
