@@ -95,10 +95,14 @@ class StoredMemory:
             )
 
     def _digest(self, storage: int) -> bytes | None:
-        """The digest of the bytes that the store has; None if there are none."""
+        """The digest of the bytes that tensors show, or were copied from; None if there are none."""
         shard, buffer, offset, nbytes = self._locations[storage]
         if shard == NOWHERE:
             return None
+        if shard in self.mapped:
+            memory, offsets = self.mapped[shard]
+            start = offsets[buffer] + offset
+            return digest_of_bytes(np.frombuffer(memory, np.uint8, nbytes, start))
         return digest_of_bytes(memoryview(self._buffers[shard][buffer])[offset : offset + nbytes])
 
     def content(self, storage: int) -> bytes:
