@@ -159,7 +159,7 @@ def test_a_source_that_fails(name: str) -> None:
     def build() -> nn.Module:
         raise RuntimeError("no such bucket")
 
-    zerocopy.publish(numbered(1), name=name, source=build)
+    zerocopy.publish(numbered(55), name=name, source=build)
     kill_registry()
     with pytest.raises(PublicationLostError, match="its source failed: .*no such bucket"):
         zerocopy.lookup(name).load()
