@@ -105,7 +105,7 @@ def polls(effort: float) -> Figures:
     zerocopy.publish(nn.Linear(64, 64), name=NAME)
     number, registry = zerocopy.lookup(NAME).version.number, client.registry()
     known = {(NAME, "latest"): number}
-    refs = [client.submit(registry, "poll", known, []) for _ in range(count(POLLS, effort))]
+    refs = [client.submit(registry, "poll", known, [], "benchmark") for _ in range(count(POLLS, effort))]
     taken = [seconds_of(lambda: client.ask("resolve", NAME, "latest")) for _ in range(count(MEANWHILE, effort))]
     _, pending = ray.wait(refs, num_returns=len(refs), timeout=0)
     with commits() as committed:
