@@ -83,23 +83,45 @@ def test_a_registry_killed_while_something_is_published(name: str, monkeypatch: 
         assert zerocopy.lookup(name).load(verify=True)() == search() == number
 
 
-def test_a_registry_killed_after_the_commit_was_written(name: str) -> None:
-    """The publisher does not hear of it, and commits again: it is the same version."""
+def kill_after(patch: pytest.MonkeyPatch, method: str, then: Callable[[], object] = lambda: None) -> None:
+    """Once: the registry does what is asked, and is killed before anybody hears of it."""
     submit, killed = client.submit, []
 
-    def kill_after(actor: Any, method: str, *args: Any) -> Any:
-        reply = submit(actor, method, *args)
-        if method == "commit" and not killed:
+    def submit_and_kill(actor: Any, asked: str, *args: Any) -> Any:
+        reply = submit(actor, asked, *args)
+        if asked == method and not killed:
             ray.wait([reply])
             killed.append(kill_registry())
-            return submit(actor, method, *args)  # to one that is dead
+            then()
+            return submit(actor, asked, *args)  # to one that is dead
         return reply
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(client, "submit", kill_after)
-        assert zerocopy.publish(numbered(1), name=name).version.number == 1
+    patch.setattr(client, "submit", submit_and_kill)
+
+
+def test_a_registry_killed_after_the_commit_was_written(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The publisher does not hear of it, and commits again: it is the same version."""
+    kill_after(monkeypatch, "commit")
+    assert zerocopy.publish(numbered(1), name=name).version.number == 1
     assert [one.version.number for one in zerocopy.publications() if one.version.name == name] == [1]
     assert zerocopy.lookup(name).load()() == 1
+
+
+def test_a_commit_that_is_repeated_moves_no_alias_back(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody else has published meanwhile: "latest" stays there."""
+    kill_after(monkeypatch, "commit", lambda: zerocopy.publish(numbered(2), name=name))
+    assert zerocopy.publish(numbered(1), name=name).version.number == 1
+    assert zerocopy.lookup(name).version.number == 2
+    assert zerocopy.lookup(name).load()() == 2
+
+
+def test_a_registry_killed_after_it_removed_a_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Removing is asked for again, and is done. To remove what was never there is an error still."""
+    zerocopy.publish(numbered(1), name=name)
+    kill_after(monkeypatch, "remove")
+    zerocopy.remove(name)
+    with pytest.raises(NotPublishedError):
+        zerocopy.remove(name)
 
 
 def build_counted(path: str) -> Numbered:
@@ -274,6 +296,41 @@ def test_living_holders_give_back(name: str) -> None:
     assert found() == 3
     zerocopy.publish(numbered(4, width=300), name=name)
     assert wait_until(lambda: ray.get(asked.ask.remote()) == 4 == ray.get(following.ask.remote()), 20)
+
+
+@ray.remote(num_cpus=0)
+class Holder:
+    """Holds a version, and is killed when it uploads something; or lets others go first."""
+
+    def __init__(self, name: str, *, ends: bool) -> None:
+        self._loaded, submit = zerocopy.lookup(name).load(), client.submit
+
+        def end_or_wait(actor: Any, method: str, *args: Any) -> Any:
+            if ends and method == "store":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if not ends and method == "poll":
+                time.sleep(2)
+            return submit(actor, method, *args)
+
+        client.submit = end_or_wait
+
+    def ask(self) -> int:
+        answer: int = self._loaded()
+        return answer
+
+
+def test_a_holder_killed_while_it_gives_back(name: str) -> None:
+    """Another one is asked for the same."""
+    zerocopy.publish(numbered(48, width=300), name=name)
+    first, second = Holder.remote(name, ends=True), Holder.remote(name, ends=False)
+    assert ray.get([first.ask.remote(), second.ask.remote()]) == [48, 48]
+    gc.collect()
+    kill_registry()
+    start = time.monotonic()
+    assert zerocopy.lookup(name).load(verify=True)() == 48
+    assert time.monotonic() - start < 15
+    with pytest.raises(ray.exceptions.ActorDiedError):
+        ray.get(first.ask.remote())
 
 
 def test_the_rest_is_lost_in_clear_words(name: str) -> None:

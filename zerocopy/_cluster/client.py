@@ -46,21 +46,29 @@ class RegistryUnreachable(ZeroCopyError):
     """None was found in the time that a call has."""
 
 
-def ask(method: str, *args: Any) -> Any:
+def ask(method: str, *args: Any, may_be_gone: bool = False) -> Any:
     """What the registry answers. If it has ended, it is made again, and asked.
+
+    Args:
+        may_be_gone: an earlier try may have removed what is asked for, though its answer was lost.
 
     Raises:
         NotPublishedError, VersionConflictError, VersionInUseError, PublicationLostError: it refuses.
         ZeroCopyError: none can be reached.
     """
-    end, pause = time.monotonic() + SECONDS, 0.05
+    end, pause, lost = time.monotonic() + SECONDS, 0.05, False
     while True:
         actor = registry()
         try:
             return ask_one(actor, method, *args)
+        except NotPublishedError:
+            if not (lost and may_be_gone):
+                raise
+            return None
         except RegistryLost as error:
             if time.monotonic() > end:
                 raise unreachable(error) from error
+            lost = True
             time.sleep(pause * random.uniform(0.5, 1.5))  # noqa: S311 (many processes shall not ask at one moment)
             pause = min(2 * pause, 2.0)
 

@@ -8,24 +8,24 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-import pickle
 import random
 import threading
 import time
 import uuid
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Sequence
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import ray
 import torch
 
 from zerocopy._cluster import client
+from zerocopy._cluster.holding import Holdings
 from zerocopy._cluster.registry import POLL_SECONDS
-from zerocopy._cluster.shards import Row
 from zerocopy._compat.cpython import warn_caller
 from zerocopy._load.publication import Publication
-from zerocopy._store import object_store, windows
+from zerocopy._store import object_store
+from zerocopy._store.manifest import Manifest
 from zerocopy.errors import FollowWarning, NotPublishedError, PublicationLostError, ZeroCopyError
 
 T_co = TypeVar("T_co", covariant=True)
@@ -176,27 +176,6 @@ def is_same_class(one: Any, other: Any) -> bool:
     return first is second or (first.__module__, first.__qualname__) == (second.__module__, second.__qualname__)
 
 
-class Held:
-    """What is known of a shard that pipelines of this process show. Versions use different parts of it.
-
-    Attributes:
-        rows: its storages.
-        versions: ids of the manifests that told of them.
-    """
-
-    def __init__(self) -> None:
-        self.rows: set[Row] = set()
-        self.versions: set[bytes] = set()
-
-
-class Living(NamedTuple):
-    """A live pipeline that was published here, its digests then, and what offers its weights to a registry."""
-
-    pipeline: Callable[[], Any]
-    digests: Sequence[bytes]
-    offer: Callable[[Any], None]
-
-
 class Watcher:
     """The thread, which runs as long as this process follows or holds something.
 
@@ -206,8 +185,7 @@ class Watcher:
 
     def __init__(self) -> None:
         self._followed: weakref.WeakSet[Followed] = weakref.WeakSet()
-        self._held: dict[bytes, Held] = {}  # by id of the shard
-        self._living: list[Living] = []
+        self._holdings = Holdings()
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._session: object = None  # that the thread works in
@@ -222,22 +200,14 @@ class Watcher:
             self._followed.add(followed)
         self._start()
 
-    def hold(self, version: bytes, shards: Mapping[bytes, Set[Row]]) -> None:
-        """Know what a version has in shards that are mapped here: the registry may want it, as long as they are."""
-        with self._lock:
-            for shard, rows in shards.items():
-                held = self._held.setdefault(shard, Held())
-                held.rows |= rows
-                held.versions.add(version)
-        self._start()
+    def hold(self, manifest: Manifest) -> None:
+        """Know what was loaded: the registry may want it, as long as it is mapped."""
+        if self._holdings.note_loaded(manifest):
+            self._start()
 
     def hold_pipeline(self, pipeline: Any, digests: Sequence[bytes], offer: Callable[[Any], None]) -> None:
-        """Know a live pipeline that was published from here: as long as it lives, `offer` gives its weights to a registry."""
-        if not type(pipeline).__weakrefoffset__:
-            return
-        with self._lock:
-            others = [one for one in self._living if all(one.pipeline() is not other for other in (None, pipeline))]
-            self._living = [*others, Living(weakref.ref(pipeline), digests, offer)]
+        """Know a live pipeline that was published from here; see `Holdings.note_published`."""
+        self._holdings.note_published(pipeline, digests, offer)
         self._start()
 
     def note_here(self, name: str) -> None:
@@ -246,10 +216,6 @@ class Watcher:
         for one in list(self._followed):
             if one.key.name == name and one.key.device is None and one.session is object_store.session():
                 one.look()
-
-    def holds(self, version: bytes, shards: Iterable[bytes]) -> bool:
-        """Whether it is known what a version has in these shards."""
-        return all(version in self._held.get(shard, _NOTHING).versions for shard in shards)
 
     def _start(self) -> None:
         session = object_store.session()
@@ -276,12 +242,9 @@ class Watcher:
 
     def _has_work(self, session: object) -> bool:
         with self._lock:
-            mapped = windows.by_shard()
-            self._held = {shard: held for shard, held in self._held.items() if shard in mapped}
-            self._living = [one for one in self._living if one.pipeline() is not None]
             followed = [one for one in self._followed if one.session is session]
             is_connected = session is not None and session is object_store.session()
-            if is_connected and (self._held or self._living or followed):
+            if is_connected and (followed or self._holdings.digests()):
                 return True
             if self._thread is threading.current_thread():
                 self._thread = None
@@ -294,8 +257,7 @@ class Watcher:
                 self._woken = concurrent.futures.Future()
             woken = self._woken
             known = {(one.key.name, one.key.which): one.seen for one in self._followed}
-            held = [row[0] for shard in self._held.values() for row in shard.rows]
-            held += [digest for one in self._living for digest in one.digests]
+        held = self._holdings.digests()
         registry = self._registry_now()
         reply = client.submit(registry, "poll", known, held, self._id).future()
         concurrent.futures.wait([reply, woken], 2 * POLL_SECONDS, concurrent.futures.FIRST_COMPLETED)
@@ -304,7 +266,7 @@ class Watcher:
         changed, wanted = client.answer(registry, reply.result)
         with contextlib.ExitStack() as each:  # what is wrong with one holds up no other
             if wanted:
-                each.callback(self._give_back, registry, set(wanted))
+                each.callback(self._holdings.give_back, registry, node(), set(wanted))
             for one in list(self._followed):  # while it waits, nothing here keeps them
                 number = changed.get((one.key.name, one.key.which), one.seen)
                 if number != one.seen:
@@ -321,27 +283,7 @@ class Watcher:
         self._registry = registry
         return registry
 
-    def _give_back(self, registry: Any, wanted: set[bytes]) -> None:
-        """Make what the registry wants its own: from shards that this process has mapped, and from live pipelines."""
-        for shard, window in windows.by_shard().items():
-            rows = list(self._held.get(shard, _NOTHING).rows)
-            if any(row[0] in wanted for row in rows):
-                buffers = list(map(pickle.PickleBuffer, window.pin.buffers))  # Ray's own: ours may have been written
-                own = object_store.put((buffers, None))
-                stored, digests = client.ask_one(registry, "store", node(), [own], [row[1:] for row in rows])
-                same = [row for row, digest in zip(rows, digests, strict=True) if row[0] == digest]
-                client.ask_one(registry, "offer", [(stored, same)])
-                wanted -= {row[0] for row in same}
-        for living in [one for one in self._living if not wanted.isdisjoint(one.digests)]:
-            pipeline = living.pipeline()
-            if pipeline is not None:
-                living.offer(pipeline)
-            if client.ask_one(registry, "lacks", living.digests):  # it has changed, and would be asked again and again
-                with self._lock:
-                    self._living = [one for one in self._living if one is not living]
 
-
-_NOTHING = Held()
 WATCHER = Watcher()
 _warned: set[str] = set()
 _pending: list[str] = []  # what the thread found out: the next call that asks for a version warns of it

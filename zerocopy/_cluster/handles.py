@@ -10,7 +10,6 @@ import functools
 import threading
 import time
 import weakref
-from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Self
 
@@ -21,13 +20,12 @@ import torch
 from zerocopy._cluster import client
 from zerocopy._cluster.following import WATCHER, Followed, Key, Loaded
 from zerocopy._cluster.names import LATEST
-from zerocopy._cluster.shards import Row
 from zerocopy._compat.ray import is_serializing
 from zerocopy._load import devices
 from zerocopy._load.publication import Closed, Lease, Open, Publication
 from zerocopy._publish.passing import register_handle
 from zerocopy._store import object_store
-from zerocopy._store.manifest import BESIDE, Manifest, Outer, Versions
+from zerocopy._store.manifest import Manifest, Outer, Versions
 from zerocopy.errors import NotPublishedError, PublicationLostError
 
 
@@ -246,7 +244,7 @@ class NamedPublication(Publication):
     def note_load(self, pipeline: Any, manifest: Manifest, *how: Any) -> None:
         """As `Publication.note_load`. The registry may want what is mapped now."""
         super().note_load(pipeline, manifest, *how)
-        _note_held(manifest)
+        WATCHER.hold(manifest)
 
     def _tag(self) -> Tag:
         return self.tag
@@ -334,19 +332,6 @@ def _load_newest(name: str, which: str | int, target: torch.device | None) -> Lo
     """What an alias points at: one object for each version and device in this process."""
     handle = newest(name, which)
     return Loaded(handle.version.number, None if target is None else handle._load_once(target), handle)
-
-
-def _note_held(manifest: Manifest) -> None:
-    """Know which storages this process has mapped, for the time when the registry has lost them."""
-    shards = [shard.binary() for shard in manifest.shards]
-    version = manifest.shard(BESIDE).binary()
-    if WATCHER.holds(version, shards):
-        return
-    rows: dict[bytes, set[Row]] = defaultdict(set)
-    for digest, (shard, buffer, offset, nbytes) in zip(manifest.digests, manifest.location_rows, strict=True):
-        if shard > 0:
-            rows[shards[shard - 1]].add((digest, buffer, offset, nbytes))
-    WATCHER.hold(version, rows)
 
 
 def resolve(name: str, which: int | str) -> dict[str, Any]:

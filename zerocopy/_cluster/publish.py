@@ -282,7 +282,7 @@ def remove(name: str, *, version: int | None = None) -> None:
         VersionInUseError: an alias points at this version.
     """
     _check_name(name, "name")
-    client.ask("remove", name, version)
+    client.ask("remove", name, version, may_be_gone=True)
     WATCHER.note_here(name)
 
 

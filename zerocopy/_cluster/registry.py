@@ -30,8 +30,8 @@ STORING = 4  # store tasks at a time
 STORE_TRIES = 3  # of each: its process may be killed, and Ray's own retries made a lost one hang
 POLL_SECONDS = 30.0
 JOB_SECONDS = 2.0  # between two looks at whether jobs have ended
-HOLDER_SECONDS = 8.0  # that recovery waits for processes which still hold what is lost
-CLAIM_SECONDS = 30.0  # that one process has to upload what it was asked for
+HOLDER_SECONDS = 8.0  # without progress, that recovery waits for processes which still hold what is lost
+CLAIM_SECONDS = 5.0  # without progress, after which another process is asked to upload the same
 
 Key: TypeAlias = tuple[str, int]  # a name and a number
 Followed: TypeAlias = tuple[str, str | int]  # a name, and an alias or a number
@@ -58,7 +58,8 @@ class Registry:
         self._shards = Shards()
         self._placed: dict[Key, Placed] = {}
         self._recoveries: dict[Key, asyncio.Task[None]] = {}
-        self._claims: dict[bytes, tuple[str, float]] = {}  # digests, who uploads them, and until when
+        self._claims: dict[bytes, tuple[str, float]] = {}  # digests, who uploads them, and since when
+        self._progress = 0.0  # when something was stored or offered
         self._lacked: set[bytes] | None = None  # digests that versions lack; None if that has to be found out
         self._changed = asyncio.Event()
         self._storing: asyncio.Semaphore = asyncio.Semaphore(STORING)
@@ -107,11 +108,14 @@ class Registry:
                     source, rows
                 )
                 try:
-                    return [stored], await receipt
+                    digests = await receipt
                 except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError):
                     tries += 1
                     if tries == STORE_TRIES:
                         raise
+                else:
+                    self._progress = time.monotonic()
+                    return [stored], digests
 
     async def commit(
         self,
@@ -342,8 +346,8 @@ class Registry:
         """Which of the storages that a process holds it shall upload."""
         now = time.monotonic()
         claims = {digest: self._claims.get(digest, (who, now)) for digest in self._lacking(held)}
-        claimed = [digest for digest, (other, until) in claims.items() if other == who or until < now]
-        self._claims.update(dict.fromkeys(claimed, (who, now + CLAIM_SECONDS)))
+        claimed = [digest for digest, (other, since) in claims.items() if other == who or not self._is_fresh(since)]
+        self._claims.update(dict.fromkeys(claimed, (who, now)))
         return claimed
 
     def _is_lost(self, placed: Placed) -> bool:
@@ -383,8 +387,11 @@ class Registry:
 
     async def wait_for_holders(self, version: Version) -> None:
         start = time.monotonic()
-        end, last = start + HOLDER_SECONDS, start + 2 * CLAIM_SECONDS
-        while self._missing(version) and time.monotonic() < (last if self._is_claimed(version) else end):
+        while self._missing(version):
+            is_claimed = self._is_claimed(version)
+            end = max(start, self._progress) + CLAIM_SECONDS if is_claimed else start
+            if time.monotonic() > end + HOLDER_SECONDS:
+                break
             self._announce()  # who holds something may have come just now, and who claimed it may be gone
             event = self._changed
             try:
@@ -393,8 +400,12 @@ class Registry:
                 continue
 
     def _is_claimed(self, version: Version) -> bool:
-        now = time.monotonic()
-        return all(self._claims.get(digest, ("", 0.0))[1] > now for digest in self._missing(version))
+        claims = [self._claims.get(digest) for digest in self._missing(version)]
+        return all(claim is not None and self._is_fresh(claim[1]) for claim in claims)
+
+    def _is_fresh(self, since: float) -> bool:
+        """Whether a claim may still be fulfilled. Whatever is uploaded gives all of them more time."""
+        return max(since, self._progress) + CLAIM_SECONDS > time.monotonic()
 
     async def end_with_jobs(self) -> None:
         """Remove the names of jobs that have ended."""
