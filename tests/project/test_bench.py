@@ -232,7 +232,7 @@ def test_names_and_versions_are_measured(tmp_path: Path) -> None:
     told = read(tmp_path)
     (figures,) = told.pop("names")["trials"]
     assert told == results()
-    assert 1 <= figures["published_store"] <= 1.25
+    assert 0.95 <= figures["published_store"] <= 1.25
     assert 0.95 < figures["published_private"] < 1.25
     assert 0.03 < figures["written"] <= figures["written_most"] <= 0.07
     assert 1.03 < figures["many_same"] <= figures["many_random"] <= 1.6
