@@ -12,6 +12,7 @@ from zerocopy._declare.fields import Copied, Field, Policy, Shared, copied, shar
 from zerocopy._declare.pipeline import fields, pipeline
 from zerocopy._load.live import unshare
 from zerocopy._load.publication import Publication
+from zerocopy._nodes.where import NodeCopies, NodeCopy
 from zerocopy._publish.passing import install as _install
 from zerocopy._publish.verify import plan
 from zerocopy._run.actor import Actor, Launcher, Pool, actor
@@ -44,6 +45,8 @@ __all__ = [
     "Live",
     "MemoryReport",
     "NamedPublication",
+    "NodeCopies",
+    "NodeCopy",
     "PlanEntry",
     "Policy",
     "Pool",

@@ -127,6 +127,16 @@ class VersionInUseError(ZeroCopyError, ValueError):
     aliases: list[str]
 
 
+class PrefetchError(ZeroCopyError, RuntimeError):
+    """Some nodes could not fetch weights. The others keep them.
+
+    Attributes: `copies` (what each node has), `failed` (the reason, by the id of the node).
+    """
+
+    copies: Any
+    failed: dict[str, str]
+
+
 class CorruptedError(ZeroCopyError, RuntimeError):
     """Bytes in the store are not those that were published. Attribute: `storages` (their numbers)."""
 

@@ -19,8 +19,10 @@ PACKAGE = Path(zerocopy.__file__).parent
 WINGS = [
     "errors",
     "_tables",
+    "_progress",
     "_compat",
     "_store",
+    "_nodes",
     "_declare",
     "_split",
     "_changes",

@@ -24,6 +24,7 @@ from zerocopy._cluster.names import LATEST, Name, Refused, Version
 from zerocopy._cluster.shards import Given, Ref, Shards
 from zerocopy._cluster.stored import Packed, Source, nonce, run_source, store
 from zerocopy._compat.ray import ended_jobs, have_copies, nodes_with, records_in_control_plane, write_to_control_plane
+from zerocopy._nodes.holder import Holders
 from zerocopy._store.object_store import put_plainly
 
 STORING = 4  # store tasks at a time
@@ -62,6 +63,8 @@ class Registry:
         self._progress = 0.0  # when something was stored or offered
         self._lacked: set[bytes] | None = None  # digests that versions lack; None if that has to be found out
         self._changed = asyncio.Event()
+        self._holders = Holders()
+        self._held: set[tuple[str, str | int, int]] = set()  # on nodes: name, what was followed, number
         self._storing: asyncio.Semaphore = asyncio.Semaphore(STORING)
         self._jobs: asyncio.Task[None] | None = None
 
@@ -193,6 +196,21 @@ class Registry:
             if known.versions
         }
 
+    async def hold(self, name: str, which: str | int, number: int, node: str, refs: list[Ref]) -> None:
+        """Let a node hold objects of a version until it is superseded."""
+        key = name, which, number
+        self._held.add(key)
+        try:
+            await self._holders.hold(node, key, refs)
+        except ray.exceptions.ActorDiedError:
+            self._holders.forget(node)
+            raise
+        self._release_superseded()
+
+    async def release(self, name: str) -> None:
+        """Let all nodes go of a name."""
+        self._release({key for key in self._held if key[0] == name})
+
     async def point(self, name: str, alias: str, which: int | str) -> dict[str, Any]:
         """Let an alias point at another version."""
         known = self._find(name)
@@ -314,7 +332,16 @@ class Registry:
         write_to_control_plane(name, pickle.dumps(_record(changed)))
         self._names[name] = changed
         self._placed.update(placed)
+        self._release_superseded()
         self._announce()
+
+    def _release_superseded(self) -> None:
+        self._release({key for key in self._held if self._number_of(*key[:2]) != key[2]})
+
+    def _release(self, keys: set[tuple[str, str | int, int]]) -> None:
+        for key in keys:
+            self._holders.release(key)
+        self._held -= keys
 
     def _announce(self) -> None:
         self._lacked = None

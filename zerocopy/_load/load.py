@@ -7,11 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import attrs
+import ray
 import torch
 
 from zerocopy._load import devices, partial
 from zerocopy._split.skeleton import graft
-from zerocopy._store.manifest import Manifest, Outer, Root, Skeleton
+from zerocopy._store.manifest import BESIDE, NOWHERE, Manifest, Outer, Root, Skeleton
 from zerocopy._store.read import StoredMemory
 from zerocopy._store.storages import Region, allocated
 from zerocopy._store.tensors import ARRAY, TensorSpec, rebuild, stand_in
@@ -64,6 +65,20 @@ def _load_needed(
     if fields is not None:
         partial.keep_only(pipeline, fields)
     return pipeline, memory
+
+
+def shards_of(manifest: Manifest, outer: Outer, fields: Sequence[str] | None) -> list[ray.ObjectRef[Any]]:
+    """The objects that a load reads: the one that has the manifest, and its shards.
+
+    Args:
+        fields: as `load`.
+    """
+    used: Sequence[int] = range(len(manifest.location_rows))
+    if fields is not None:
+        specs = (*manifest.specs, *outer.specs)
+        used = [specs[index].storage for index in _needed(manifest, outer, specs, fields)]
+    numbers = {manifest.location_rows[storage][0] for storage in used if storage < len(manifest.location_rows)}
+    return [manifest.shard(number) for number in sorted({BESIDE, *numbers} - {NOWHERE})]
 
 
 def _needed(

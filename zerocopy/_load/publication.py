@@ -18,6 +18,7 @@ from zerocopy._compat.cpython import collector_paused
 from zerocopy._compat.ray import is_own
 from zerocopy._load import devices, live, partial
 from zerocopy._load.load import load
+from zerocopy._load.on_nodes import OnNodes
 from zerocopy._store import object_store
 from zerocopy._store.manifest import BESIDE, Handle, Manifest, Outer, Root, Versions
 from zerocopy._store.read import manifest_of
@@ -61,7 +62,7 @@ class Closed:
     """A handle after `close()`."""
 
 
-class Publication(Handle):
+class Publication(OnNodes, Handle):
     """A published pipeline: load it in any process of the cluster, pass it to tasks and actors, close it when done.
 
     Made by `zerocopy.publish`. Pickles to a few hundred bytes and what the pipeline copies.
@@ -92,6 +93,7 @@ class Publication(Handle):
         self.cls = cls
         self._lease = lease
         self._current: tuple[torch.device, Any] | None = None
+        self._keeper = None
 
     @property
     def closed(self) -> bool:
@@ -133,17 +135,20 @@ class Publication(Handle):
 
     def _load(self, device: str | torch.device | None, fields: Sequence[str] | None, *, verify: bool) -> Any:
         names = None if fields is None else partial.names_of(fields)
-        content = self.content()
-        self.check_agreement()
-        with collector_paused(promote=_is_first_load(content.reference)):
-            manifest = manifest_of(content.reference)
+        with collector_paused(promote=_is_first_load(self.reference)):
+            manifest, outer = self._described()
             target = devices.resolve(device)
-            outer = manifest.outer_of(content.outer)
             pipeline, memory = load(manifest, outer, target, names, require_isolation=self.requires_isolation)
             if verify:
                 memory.check_digests()
             self.note_load(pipeline, manifest, memory.mapped_memory(), target, names)
         return pipeline
+
+    def _described(self) -> tuple[Manifest, Outer]:
+        content = self.content()
+        self.check_agreement()
+        manifest = manifest_of(content.reference)
+        return manifest, manifest.outer_of(content.outer)
 
     def note_load(
         self,
@@ -225,7 +230,7 @@ class Publication(Handle):
         """Let go of the weights. Loaded pipelines keep what they use; closing twice is fine."""
         state, self._state = self._state, Closed()
         lease, self._lease = self._lease, None
-        self._current = None
+        self._current = self._keeper = None
         if isinstance(state, Open) and lease is not None:
             lease.close(state.reference)
 

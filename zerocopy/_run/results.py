@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import itertools
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sized
@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import ray
 
+from zerocopy._progress import progress_bar
 from zerocopy._store import object_store
 
 T = TypeVar("T")
@@ -30,11 +31,14 @@ def in_order(
     """
     pending: deque[ray.ObjectRef[Any]] = deque()
     try:
-        with _progress_bar(items, description) as advance:
+        total = len(items) if isinstance(items, Sized) else None
+        with progress_bar(description, total, shown=not object_store.is_worker()) as bar:
+            done = itertools.count(1)
 
             def next_result() -> Any:
                 result = ray.get(pending.popleft())
-                advance()
+                if bar:
+                    bar(next(done))
                 return result
 
             for item in items:
@@ -47,19 +51,3 @@ def in_order(
         for refs in pending:
             for ref in refs if isinstance(refs, list) else [refs]:  # a list with num_returns
                 ray.cancel(ref)
-
-
-@contextlib.contextmanager
-def _progress_bar(items: Iterable[Any], description: str) -> Iterator[Callable[[], None]]:
-    """Give the function to call after each result. It draws a bar on a terminal, and nothing elsewhere."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    console = Console(stderr=True)
-    if not console.is_terminal or object_store.is_worker():
-        yield lambda: None
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
-        bar = progress.add_task(description, total=len(items) if isinstance(items, Sized) else None)
-        yield lambda: progress.advance(bar)

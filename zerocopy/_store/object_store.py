@@ -137,6 +137,17 @@ def await_reply(ref: ray.ObjectRef[Any]) -> Any:
     return get_silently([ref])[0] if is_async_actor() else ray.get(ref)
 
 
+def raise_if_lost(error: Exception) -> None:
+    """Say what is lost, if an error of a task tells that.
+
+    Raises:
+        PublicationLostError: it does.
+    """
+    cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
+    if isinstance(cause, ray.exceptions.ObjectLostError):
+        raise _lost(_reason_of(cause)) from error
+
+
 _LOST: dict[LostReason, tuple[str, str]] = {
     "owner ended": (
         "the process that published them ended",
@@ -187,6 +198,21 @@ def with_owner(refs: Collection[ray.ObjectRef[Any]]) -> set[ray.ObjectRef[Any]]:
         return set(ray.experimental.get_object_locations(list(refs), OWNER_TIMEOUT_MS)) if refs else set()
     except ray.exceptions.GetTimeoutError:  # the owner is busy
         return set(refs)
+
+
+def locations(refs: Collection[ray.ObjectRef[Any]]) -> list[tuple[list[str], int]]:
+    """The ids of the nodes that have each object, and its bytes.
+
+    Raises:
+        PublicationLostError: the owner of one of them has ended, or does not answer.
+    """
+    try:
+        found = ray.experimental.get_object_locations(list(refs), OWNER_TIMEOUT_MS) if refs else {}
+    except ray.exceptions.GetTimeoutError as error:
+        raise _lost("not found in time") from error
+    if len(found) < len(set(refs)):
+        raise _lost("owner ended")
+    return [(found[ref]["node_ids"], found[ref]["object_size"] or 0) for ref in refs]
 
 
 class Borrowed:

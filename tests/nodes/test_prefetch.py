@@ -1,0 +1,20 @@
+"""Prefetching: weights are on a node before anybody loads them there, and stay as long as they are wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import prefetching
+import pytest
+from clusters import outcomes
+
+
+@pytest.fixture(scope="module")
+def held() -> Callable[[str], None]:
+    return outcomes(str(Path(prefetching.__file__)))
+
+
+@pytest.mark.parametrize("check", [name for name in vars(prefetching) if name.startswith("check_")])
+def test_on_three_nodes(check: str, held: Callable[[str], None]) -> None:
+    held(check)
