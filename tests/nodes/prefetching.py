@@ -178,15 +178,14 @@ def check_the_second_mapper(nodes: Nodes) -> None:
     publisher = Publisher.remote()
     ray.get(publisher.store.remote())
     reader = Reader.remote()
-    ray.get(reader.charged.remote())
+    together = ray.get(reader.charged.remote())
     for process in psutil.process_iter(["name", "ppid"]):  # those of the store tasks, which Ray ends when they are idle
         if process.info["ppid"] == nodes.raylet("third") and "IDLE" in process.info["name"]:
             process.kill()
     ray.kill(publisher)
-    assert wait_until(lambda: ray.get(reader.charged.remote()) >= WEIGHTS, 10)
-    alone = ray.get(reader.charged.remote())
+    assert wait_until(lambda: ray.get(reader.charged.remote()) >= together + 0.8 * WEIGHTS, 10)
     zerocopy.lookup("charged").prefetch([nodes.id_of("third")])
-    assert alone - ray.get(reader.charged.remote()) >= 0.8 * WEIGHTS
+    assert wait_until(lambda: ray.get(reader.charged.remote()) <= together + 0.2 * WEIGHTS, 10)
     zerocopy.remove("charged")
 
 
@@ -209,7 +208,7 @@ def check_a_node_that_does_not_answer(nodes: Nodes) -> None:
     os.kill(nodes.raylet("third"), signal.SIGSTOP)
     try:
         with pytest.raises(PrefetchError, match=f"1 of 2 nodes could not fetch Two: node {third}") as failed:
-            publication.prefetch([second, third], timeout=4)
+            publication.prefetch([second, third], timeout=15)
         assert failed.value.copies.complete == [second]
         assert list(failed.value.failed) == [third]
     finally:

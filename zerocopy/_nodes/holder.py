@@ -17,7 +17,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from zerocopy._compat.ray import buffers_of_objects
 
 PAGE = 4096  # bytes, or a part of a page
-AT_ONE_TIME = 16  # publications
+AT_ONE_TIME = 64  # objects
 
 Ref: TypeAlias = Any  # an object reference
 

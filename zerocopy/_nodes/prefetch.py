@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import uuid
 from collections.abc import Iterable, Sequence
@@ -14,14 +15,16 @@ from zerocopy._compat import ray as compat_ray
 from zerocopy._compat.ray import pickled_by_value
 from zerocopy._nodes import holder, where
 from zerocopy._nodes.holder import Holders
+from zerocopy._nodes.waves import Waves
 from zerocopy._nodes.where import Node, NodeCopies, NodeCopy
 from zerocopy._progress import progress_bar
 from zerocopy._store import object_store
 from zerocopy.errors import ArgumentError, PrefetchError, StoreTooSmallError
 
-Wanted: TypeAlias = Literal["all"] | int | Iterable[str]
+# When nothing has come for so long, a node that pulls may not answer: others need not wait for it.
+PATIENCE_SECONDS, PATIENCE_RATE = 3.0, 100e6  # and so many bytes of all in a second
 
-LOOK_SECONDS = 0.2  # between two looks at how far it is, for a progress bar
+Wanted: TypeAlias = Literal["all"] | int | Iterable[str]
 
 
 class Keeper(Protocol):
@@ -77,28 +80,16 @@ def prefetch(
                 needed=needed,
                 capacity=node.capacity,
             )
-    replies = {keeper.hold(node.id, refs): node for node in chosen}
-    pending = _wait(replies, refs, timeout, needed, shown=progress, what=what)
-    failed: dict[str, str] = {}
-    for reply, node in replies.items():
-        if reply in pending:
-            failed[node.id] = f"it was not ready after {timeout:g} s"
-            continue
-        try:
-            keeper.check(reply)
-        except ray.exceptions.RayError as error:
-            keeper.forget(node.id)
-            object_store.raise_if_lost(error)
-            failed[node.id] = str(error).strip().splitlines()[-1]
-    there = {node: 0 if node.id in failed else needed for node in chosen}
-    copies = NodeCopies(tuple(NodeCopy(node.id, node.host, nbytes, needed) for node, nbytes in there.items()))
-    if failed:
-        reasons = "; ".join(f"node {node}: {reason}" for node, reason in failed.items())
+    fetching = _Fetching(refs, chosen, keeper)
+    fetching.run(timeout, f"Prefetching {what}", shown=progress)
+    copies = NodeCopies(tuple(NodeCopy(node.id, node.host, fetching.there[node.id], needed) for node in chosen))
+    if fetching.failed:
+        reasons = "; ".join(f"node {node}: {reason}" for node, reason in fetching.failed.items())
         raise PrefetchError(
-            f"{len(failed)} of {len(chosen)} nodes could not fetch {what}: {reasons}.",
+            f"{len(fetching.failed)} of {len(chosen)} nodes could not fetch {what}: {reasons}.",
             hint="the others keep it. Call prefetch again for the rest.",
             copies=copies,
-            failed=failed,
+            failed=fetching.failed,
         )
     return copies
 
@@ -128,26 +119,57 @@ def _chosen(wanted: Wanted, known: dict[str, Node], here: NodeCopies) -> list[No
     return [known[node] for node in dict.fromkeys(ids)]
 
 
-def _wait(
-    replies: dict[ray.ObjectRef[Any], Node],
-    refs: Sequence[ray.ObjectRef[Any]],
-    timeout: float | None,
-    needed: int,
-    *,
-    shown: bool,
-    what: str,
-) -> set[ray.ObjectRef[Any]]:
-    """Wait for all replies. Returns those that have not come in time."""
-    pending, end = list(replies), None if timeout is None else time.monotonic() + timeout
-    chosen = {node.id for node in replies.values()}
-    with progress_bar(f"Prefetching {what}", needed * len(replies), shown=shown, is_bytes=True) as bar:
-        while pending:
-            left = None if end is None else max(0.0, end - time.monotonic())
-            look = min(LOOK_SECONDS, left) if bar and left is not None else LOOK_SECONDS if bar else left
-            _, pending = ray.wait(pending, num_returns=len(pending), timeout=look, fetch_local=False)
-            if bar:
-                there = where.copies_of(refs).copies if pending else ()
-                bar(sum(copy.nbytes for copy in there if copy.node in chosen) if pending else needed * len(replies))
-            if left == 0:
-                break
-    return set(pending)
+class _Fetching:
+    """One call of `prefetch`.
+
+    Attributes:
+        there: bytes that each node has.
+        failed: why a node has not all, by its id.
+    """
+
+    def __init__(self, refs: Sequence[ray.ObjectRef[Any]], nodes: Sequence[Node], keeper: Keeper) -> None:
+        located = object_store.locations(refs)
+        self._refs, self._keeper = refs, keeper
+        self._sizes = [size for _, size in located]
+        self._waves = Waves([ids for ids, _ in located], [node.id for node in nodes])
+        self._pending: dict[ray.ObjectRef[Any], tuple[str, int]] = {}
+        self.there = {node.id: 0 for node in nodes}
+        self.failed: dict[str, str] = {}
+
+    def run(self, timeout: float | None, description: str, *, shown: bool) -> None:
+        """Fetch everything."""
+        end = None if timeout is None else time.monotonic() + timeout
+        with progress_bar(description, len(self.there) * sum(self._sizes), shown=shown, is_bytes=True) as bar:
+            while self._start():
+                left = math.inf if end is None else max(0.0, end - time.monotonic())
+                patience = PATIENCE_SECONDS + sum(self._sizes) / PATIENCE_RATE
+                ready, _ = ray.wait(list(self._pending), timeout=min(left, patience), fetch_local=False)
+                if not ready and left > patience:
+                    self._waves.widen()
+                elif not ready:
+                    late = [node for node, nbytes in self.there.items() if nbytes < sum(self._sizes)]
+                    self.failed = {**dict.fromkeys(late, f"it was not ready after {timeout:g} s"), **self.failed}
+                    return
+                for reply in ready:
+                    self._take(reply)
+                if bar:
+                    bar(sum(self.there.values()))
+
+    def _start(self) -> bool:
+        for node, position in self._waves.start():
+            self._pending[self._keeper.hold(node, [self._refs[position]])] = node, position
+        return bool(self._pending)
+
+    def _take(self, reply: ray.ObjectRef[Any]) -> None:
+        node, position = self._pending.pop(reply)
+        try:
+            self._keeper.check(reply)
+        except ray.exceptions.RayError as error:
+            object_store.raise_if_lost(error)
+            self._waves.finish(position, has_come=False)
+            self._waves.give_up(node)
+            self._keeper.forget(node)
+            self.failed[node] = str(error).strip().splitlines()[-1]
+        else:
+            self._waves.finish(position)
+            self.there[node] += self._sizes[position]

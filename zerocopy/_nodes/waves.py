@@ -1,0 +1,54 @@
+"""Which node fetches which object next, when many nodes want the same ones?
+
+If all asked at one moment, all would pull from the few copies that there are then. Here as many pull an object as it has copies;
+the others follow when there are more. Nodes begin with different objects, so that they can give them to each other.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Collection, Iterator, Sequence
+
+
+class Waves:
+    """What has to be fetched, and what may be fetched now. Objects are meant by their position."""
+
+    def __init__(self, have: Sequence[Collection[str]], nodes: Sequence[str]) -> None:
+        """`have` tells of each object which nodes have it; all of `nodes` want all objects."""
+        self._copies = [sum(node not in nodes for node in those) for those in have]
+        self._under_way = [0] * len(have)
+        self._waiting: list[deque[str]] = []
+        self._here: list[tuple[str, int]] = []
+        self._given_up: set[str] = set()
+        self._more = 0
+        for position, those in enumerate(have):
+            first = position * len(nodes) // len(have)
+            order = [*nodes[first:], *nodes[:first]]
+            self._waiting.append(deque(node for node in order if node not in those))
+            self._here += [(node, position) for node in order if node in those]
+
+    def start(self) -> Iterator[tuple[str, int]]:
+        """The nodes and objects that may begin now."""
+        here, self._here = self._here, []
+        for node, position in here:
+            self._under_way[position] += 1
+            yield node, position
+        for position, waiting in enumerate(self._waiting):
+            while waiting and self._under_way[position] < max(1, self._copies[position]) + self._more:
+                node = waiting.popleft()
+                if node not in self._given_up:
+                    self._under_way[position] += 1
+                    yield node, position
+
+    def finish(self, position: int, *, has_come: bool = True) -> None:
+        """A node has fetched an object, or could not."""
+        self._under_way[position] -= 1
+        self._copies[position] += has_come
+
+    def widen(self) -> None:
+        """One more may pull each object: those that do may never be done."""
+        self._more += 1
+
+    def give_up(self, node: str) -> None:
+        """A node gets nothing more."""
+        self._given_up.add(node)
