@@ -80,6 +80,14 @@ def soak(session: nox.Session) -> None:
 
 
 @nox.session
+def nodes(session: nox.Session) -> None:
+    """What it costs to bring weights to nodes: writes its section of docs/nodes.md."""
+    _install(session, "-e", ".")
+    arguments = session.posargs or ["--output", "docs/nodes.md"]
+    session.run("python", "tests/measure_nodes.py", *arguments)
+
+
+@nox.session
 def bench(session: nox.Session) -> None:
     """zerocopy against the other ways, measured. Without arguments a full run, which writes docs/benchmarks.md anew.
 

@@ -24,6 +24,8 @@ from zerocopy.errors import ArgumentError, PrefetchError, StoreTooSmallError
 # When nothing has come for so long, a node that pulls may not answer: others need not wait for it.
 PATIENCE_SECONDS, PATIENCE_RATE = 3.0, 100e6  # and so many bytes of all in a second
 
+CALLS = 4  # of one node alone, for all objects
+
 Wanted: TypeAlias = Literal["all"] | int | Iterable[str]
 
 
@@ -132,7 +134,7 @@ class _Fetching:
         self._refs, self._keeper = refs, keeper
         self._sizes = [size for _, size in located]
         self._waves = Waves([ids for ids, _ in located], [node.id for node in nodes])
-        self._pending: dict[ray.ObjectRef[Any], tuple[str, int]] = {}
+        self._pending: dict[ray.ObjectRef[Any], tuple[str, list[int]]] = {}
         self.there = {node.id: 0 for node in nodes}
         self.failed: dict[str, str] = {}
 
@@ -156,20 +158,29 @@ class _Fetching:
                     bar(sum(self.there.values()))
 
     def _start(self) -> bool:
-        for node, position in self._waves.start():
-            self._pending[self._keeper.hold(node, [self._refs[position]])] = node, position
+        for node, positions in self._grouped(self._waves.start()):
+            reply = self._keeper.hold(node, [self._refs[position] for position in positions])
+            self._pending[reply] = node, positions
         return bool(self._pending)
 
+    def _grouped(self, started: Iterable[tuple[str, int]]) -> Iterable[tuple[str, list[int]]]:
+        """Each object by itself, so that others can pull it as soon as it is there. One node alone asks for many at a time."""
+        if len(self.there) > 1:
+            return [(node, [position]) for node, position in started]
+        pairs = list(started)
+        parts = [pairs[number::CALLS] for number in range(min(CALLS, len(pairs)))]
+        return [(part[0][0], [position for _, position in part]) for part in parts]
+
     def _take(self, reply: ray.ObjectRef[Any]) -> None:
-        node, position = self._pending.pop(reply)
+        node, positions = self._pending.pop(reply)
         try:
             self._keeper.check(reply)
         except ray.exceptions.RayError as error:
             object_store.raise_if_lost(error)
-            self._waves.finish(position, has_come=False)
             self._waves.give_up(node)
             self._keeper.forget(node)
             self.failed[node] = str(error).strip().splitlines()[-1]
         else:
-            self._waves.finish(position)
-            self.there[node] += self._sizes[position]
+            self.there[node] += sum(self._sizes[position] for position in positions)
+        for position in positions:
+            self._waves.finish(position, has_come=node not in self.failed)
