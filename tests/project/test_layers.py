@@ -21,6 +21,7 @@ WINGS = [
     "_tables",
     "_compat",
     "_store",
+    "_seeing",
     "_declare",
     "_split",
     "_changes",

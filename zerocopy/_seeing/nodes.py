@@ -1,0 +1,120 @@
+"""What do all nodes of this cluster take? Each measures its own processes: this one here, the others in a short task each."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import functools
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import attrs
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from zerocopy._compat.ray import are_in_store, drivers_on, own_raylet, workers_of
+from zerocopy._seeing.accounts import Accounts, PublicationMemory
+from zerocopy._seeing.ledger import Told
+from zerocopy._seeing.processes import ProcessMemory, measure
+from zerocopy._store import object_store
+
+
+@attrs.frozen
+class NodeMemory:
+    """What the processes of one node take, and the publications there.
+
+    Attributes:
+        node: its id; empty without Ray.
+        objects: bytes of what publications rest on in its store, each object once.
+        notes: what is missing, in words.
+    """
+
+    node: str
+    objects: int
+    processes: tuple[ProcessMemory, ...]
+    publications: tuple[PublicationMemory, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def shared(self) -> int:
+        """Bytes of the store that are in use there, each page once: never less than one copy of what is published.
+
+        The proportional shares of the processes alone would be less, where a process that is not in the report has them mapped.
+        """
+        return max(self.objects, sum(process.share for process in self.processes))
+
+    @property
+    def saved(self) -> int:
+        """Bytes that plain copies of what is loaded there would take more. Each object of the store counts once."""
+        return sum(one.plain - one.private for one in self.publications) - self.objects
+
+
+def measure_processes(
+    pids: Sequence[int], node: str = "", told: Sequence[Told] = (), *, is_here: bool = True
+) -> NodeMemory:
+    """Measure processes of this machine, and what they show. `told` are publications that are known from elsewhere."""
+    measured = measure(pids, node, is_here=is_here)
+    accounts = Accounts(told)
+    for process in measured.processes:
+        accounts.add_process(process.pid, measured.of_store[process.pid])
+    shards = accounts.shards() if object_store.is_running() else []
+    in_store = {shard for shard, is_there in zip(shards, are_in_store(shards), strict=True) if is_there}
+    publications, notes = accounts.publications(node, in_store), list(measured.notes)
+    if not all(one.kind for one in publications):
+        notes.append(
+            "Of publications without a class no process tells: something maps the store past zerocopy, or just now."
+        )
+    return NodeMemory(node, accounts.objects(in_store), tuple(measured.processes), tuple(publications), tuple(notes))
+
+
+def measure_here(told: Sequence[Told] = (), *, is_here: bool = True) -> NodeMemory:
+    """Measure the node that this process is connected to: its raylet, its workers, its drivers."""
+    node = ray.get_runtime_context().get_node_id()
+    raylet = own_raylet()
+    workers = [] if raylet is None else [raylet.pid, *(worker.pid for worker in workers_of(raylet))]
+    pids = [*([os.getpid()] if is_here else []), *workers, *drivers_on(node)]
+    found = measure_processes(pids, node, told, is_here=is_here)
+    if raylet is None:
+        note = f"The raylet of node {node[:8]} and its workers are not seen from here."
+        found = attrs.evolve(found, notes=(*found.notes, note))
+    return found
+
+
+def measure_nodes(told: Sequence[Told], timeout: float) -> tuple[list[NodeMemory], list[str]]:
+    """Measure all nodes of the cluster, this one first; and notes on those that did not answer in time.
+
+    Args:
+        told: publications that are known by name.
+        timeout: seconds.
+    """
+    here = ray.get_runtime_context().get_node_id()
+    others = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["NodeID"] != here]
+    refs = {node: _task().options(scheduling_strategy=_on(node)).remote(told) for node in others}
+    replies = {node: ref.future() for node, ref in refs.items()}
+    found, notes = [measure_here(told)], []
+    concurrent.futures.wait(replies.values(), timeout)
+    for node, reply in replies.items():
+        try:
+            found.append(reply.result(0))
+        except concurrent.futures.TimeoutError:
+            notes.append(f"Node {node[:8]} is left out: it did not answer within {timeout:g} s.")
+            with contextlib.suppress(Exception):
+                ray.cancel(refs[node])
+        except Exception as error:  # the node has just ended, or cannot run this
+            reason = str(error).strip().splitlines() or [""]
+            notes.append(f"Node {node[:8]} is left out: {type(error).__name__}: {reason[-1]}")
+    return found, notes
+
+
+@functools.cache
+def _task() -> Any:
+    return ray.remote(num_cpus=0, max_retries=0)(_measure_there)
+
+
+def _measure_there(told: Sequence[Told]) -> NodeMemory:
+    return measure_here(told, is_here=False)
+
+
+def _on(node: str) -> NodeAffinitySchedulingStrategy:
+    return NodeAffinitySchedulingStrategy(node, soft=False)
