@@ -106,7 +106,8 @@ class Accounts:
             self._add_told(one)
         latest: dict[int, Shown] = {}
         for window in shown:  # a later one at the same place has replaced an earlier one
-            latest[window.start] = window
+            if window.publication in self._labels:
+                latest[window.start] = window
         live: dict[int, Shown] = {}
         for mapping, usage in of_store:
             window = _window_of(mapping, latest)
@@ -156,7 +157,7 @@ def _raise_to(largest: dict[bytes, int], sizes: Mapping[bytes, int]) -> None:
 def _window_of(mapping: linux.Mapping, latest: Mapping[int, Shown]) -> Shown | None:
     """The noted memory that a private mapping is, or is a part of."""
     exact = latest.get(mapping.start)
-    if exact is not None and exact.is_private:
+    if exact is not None and exact.is_private and mapping.end <= exact.end:
         return exact
     around = (one for one in latest.values() if one.start <= mapping.start and mapping.end <= one.end)
     return next((one for one in around if one.is_private), None)
