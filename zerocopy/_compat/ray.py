@@ -351,7 +351,7 @@ def are_in_store(ids: Iterable[bytes]) -> list[bool]:
     https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/_raylet.pyx: `CoreWorker.object_exists`
     """
     # Such a reference counts for nothing: the object may go meanwhile.
-    refs = [ray.ObjectRef(key, skip_adding_local_ref=True) for key in ids]  # type: ignore[call-arg]
+    refs: list[ray.ObjectRef[Any]] = [ray.ObjectRef(key, skip_adding_local_ref=True) for key in ids]
     return [bool(_worker.core_worker.object_exists(ref)) for ref in refs]
 
 

@@ -110,15 +110,15 @@ class Accounts:
                 latest[window.start] = window
         live: dict[int, Shown] = {}
         for mapping, usage in of_store:
-            window = _window_of(mapping, latest)
+            found = _window_of(mapping, latest)
             if not mapping.mode.endswith("p"):
                 within = (one for one in latest.values() if mapping.start <= one.start and one.end <= mapping.end)
                 live.update((one.start, one) for one in within if not one.is_private)
-            elif window is None:
+            elif found is None:
                 self._add_untold(pid, mapping, usage)
             else:
-                live[window.start] = window
-                self._sums[self._labels[window.publication]].dirtied += usage.anonymous
+                live[found.start] = found
+                self._sums[self._labels[found.publication]].dirtied += usage.anonymous
         for window in live.values():
             self._sums[self._labels[window.publication]].mapped[pid, window.shard] += 1
             self.sizes[window.shard] = window.nbytes
