@@ -114,7 +114,7 @@ def test_versions_of_a_name_share_what_is_equal(cluster: None, name: str) -> Non
     kept.append(zerocopy.publish(model, name=name))
     report = zerocopy.memory_report()
     assert [one.shared for one in report.publications if one.name == name] == [4 * NBYTES, 4 * NBYTES]
-    assert sum(node.objects for node in report.nodes) - before <= 5 * NBYTES
+    assert sum(node.objects for node in report.nodes) - before < 5.1 * NBYTES
 
 
 def test_named_versions_outlive_the_knowledge_of_their_publisher(address: str, name: str) -> None:

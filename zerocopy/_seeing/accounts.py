@@ -141,17 +141,9 @@ class Accounts:
         records = [found.record(node, there.__contains__) for found in (*self._sums.values(), *self._untold.values())]
         return [one for one in records if one.shared or one.loads]
 
-    def objects(self, in_store: Collection[bytes]) -> int:
-        """Bytes of what publications rest on there, each object once."""
-        largest: dict[bytes, int] = dict(self.sizes)
-        for found in self._sums.values():
-            _raise_to(largest, {shard: nbytes for shard, nbytes in found.used.items() if shard in in_store})
-        return sum(largest.values())
-
-
-def _raise_to(largest: dict[bytes, int], sizes: Mapping[bytes, int]) -> None:
-    for shard, nbytes in sizes.items():
-        largest[shard] = max(nbytes, largest.get(shard, 0))
+    def objects(self, in_store: Mapping[bytes, int]) -> int:
+        """Bytes of what publications rest on there, each object once, given the sizes of those that the store has."""
+        return sum({**self.sizes, **in_store}.values())
 
 
 def _window_of(mapping: linux.Mapping, latest: Mapping[int, Shown]) -> Shown | None:

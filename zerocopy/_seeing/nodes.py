@@ -13,7 +13,7 @@ import attrs
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from zerocopy._compat.ray import are_in_store, drivers_on, own_raylet, workers_of
+from zerocopy._compat.ray import drivers_on, own_raylet, sizes_in_store, workers_of
 from zerocopy._seeing.accounts import Accounts, PublicationMemory
 from zerocopy._seeing.ledger import Told
 from zerocopy._seeing.processes import ProcessMemory, measure
@@ -59,7 +59,8 @@ def measure_processes(
     for process in measured.processes:
         accounts.add_process(process.pid, measured.of_store[process.pid])
     shards = accounts.shards() if object_store.is_running() else []
-    in_store = {shard for shard, is_there in zip(shards, are_in_store(shards), strict=True) if is_there}
+    sizes = zip(shards, sizes_in_store(shards), strict=True)
+    in_store = {shard: nbytes for shard, nbytes in sizes if nbytes is not None}
     publications, notes = accounts.publications(node, in_store), list(measured.notes)
     if not all(one.kind for one in publications):
         notes.append(
