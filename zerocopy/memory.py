@@ -154,7 +154,8 @@ _OF_PROCESSES = ("process", "pid", "node", "private", "dirtied", "mapped", "PSS"
 
 def _title_of(one: PublicationMemory, *, several: bool) -> str:
     what = f"{one.name} {one.version}" if one.name else one.kind or "(not told)"
-    return f"{what}, {one.loads} loads" + (f", node {one.node[:8]}" if several else "")
+    loads = "1 load" if one.loads == 1 else f"{one.loads} loads"
+    return f"{what}, {loads}" + (f", node {one.node[:8]}" if several else "")
 
 
 def memory_report(pids: Iterable[int] | None = None, *, timeout: float = SECONDS) -> MemoryReport:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -107,21 +108,23 @@ def _published(told: dict[str, Any], aliases: dict[str, int], now: float) -> Pub
     )
 
 
-def told_versions(timeout: float) -> tuple[list[Told], list[str]]:
-    """What the registry knows of the versions that are in the cluster, for a memory report; and what is missing, in words.
+def told_versions(timeout: float) -> tuple[Mapping[str, list[Told]], list[str]]:
+    """The versions that are on each node, by its id, for a memory report; and what is missing, in words.
 
     Args:
         timeout: seconds that the registry has. None is made where there is none.
     """
     registry = client.existing_registry()
+    told: dict[str, list[Told]] = defaultdict(list)
     if registry is None:
-        return [], []
-    end, told = time.monotonic() + timeout, []
+        return told, []
+    end = time.monotonic() + timeout
     try:
         listed = client.reply_within(registry, timeout, "listed")
-        versions = [(name, one["number"]) for name, entry in listed.items() for one in entry["versions"]]
-        for name, number in versions:
-            told += _told_version(registry, name, number, end)
+        for one in [version for entry in listed.values() for version in entry["versions"]]:
+            found = _told_version(registry, one["name"], one["number"], end) if one["nodes"] else []
+            for node in one["nodes"]:
+                told[node] += found
     except (client.RegistryLost, TimeoutError):
         return told, ["The registry of named publications did not answer: some that nobody has loaded may be missing."]
     return told, []

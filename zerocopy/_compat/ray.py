@@ -345,16 +345,15 @@ def drivers_on(node_id: str) -> list[int]:
     return [job.driver_pid for job in jobs if not job.is_dead and job.driver_address.node_id.hex() == node_id]
 
 
-def sizes_in_store(ids: Iterable[bytes]) -> list[int | None]:
-    """Bytes of each of these objects that this node's store has in memory, whoever owns it; None of others.
+def are_held(ids: Iterable[bytes]) -> list[bool]:
+    """Whether this process has a reference to each of these objects, and the store of its node has the object.
 
-    https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/_raylet.pyx: `CoreWorker.get_if_local`. Its `object_exists`
-    knows only objects that this process has a reference to.
+    https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/_raylet.pyx: `CoreWorker.object_exists`. What would tell of
+    objects without a reference, `get_if_local`, ends the process where one is missing.
     """
     # Such a reference counts for nothing: the object may go meanwhile.
     refs: list[ray.ObjectRef[Any]] = [ray.ObjectRef(key, skip_adding_local_ref=True) for key in ids]
-    found = _worker.core_worker.get_if_local(refs) if refs else []
-    return [None if data is None else len(data) for data, *_ in found]
+    return [bool(_worker.core_worker.object_exists(ref)) for ref in refs]
 
 
 def _words_of(process: psutil.Process) -> list[str]:

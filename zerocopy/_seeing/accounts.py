@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 
 import attrs
 
@@ -66,9 +66,9 @@ class _Sum:
             by_process[pid] = max(by_process[pid], count)
         return sum(by_process.values())
 
-    def record(self, node: str, is_there: Callable[[bytes], bool]) -> PublicationMemory:
+    def record(self, node: str) -> PublicationMemory:
         about, loads = self.about, self.loads()
-        shared = sum(nbytes for shard, nbytes in self.used.items() if is_there(shard))
+        shared = sum(self.used.values())
         private = self.dirtied + loads * about.copied
         plain = sum(count * self.used.get(shard, 0) for (_, shard), count in self.mapped.items()) + loads * about.copied
         processes = len({pid for pid, _ in self.mapped})
@@ -131,19 +131,18 @@ class Accounts:
         found.mapped[pid, shard] += 1
         found.dirtied += usage.anonymous
 
-    def shards(self) -> list[bytes]:
-        """Ids of all objects of the store that publications rest on."""
-        return list({shard: None for found in self._sums.values() for shard in found.used})
-
-    def publications(self, node: str, in_store: Collection[bytes]) -> list[PublicationMemory]:
-        """One record for each publication that is on the node, given the shards that its store has."""
-        there = {*in_store, *self.sizes}
-        records = [found.record(node, there.__contains__) for found in (*self._sums.values(), *self._untold.values())]
+    def publications(self, node: str) -> list[PublicationMemory]:
+        """One record for each publication that is on the node."""
+        records = [found.record(node) for found in (*self._sums.values(), *self._untold.values())]
         return [one for one in records if one.shared or one.loads]
 
-    def objects(self, in_store: Mapping[bytes, int]) -> int:
-        """Bytes of what publications rest on there, each object once, given the sizes of those that the store has."""
-        return sum({**self.sizes, **in_store}.values())
+    def objects(self) -> int:
+        """Bytes of what publications rest on there, each object once."""
+        largest: dict[bytes, int] = dict(self.sizes)
+        for found in self._sums.values():
+            for shard, nbytes in found.used.items():
+                largest[shard] = max(nbytes, largest.get(shard, 0))
+        return sum(largest.values())
 
 
 def _window_of(mapping: linux.Mapping, latest: Mapping[int, Shown]) -> Shown | None:

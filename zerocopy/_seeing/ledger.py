@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from zerocopy._compat.notes import Notes, notes_of
-from zerocopy._store import windows
+from zerocopy._compat.ray import are_held
+from zerocopy._store import object_store, windows
 from zerocopy._store.windows import Window
 
 MOST_LINES = 1024  # before those of memory that is gone are dropped
@@ -100,6 +101,17 @@ class _Ledger:
             else:
                 self._notes.add(lines)
 
+    def drop_gone(self) -> None:
+        """Know no longer what this process neither maps nor refers to, or what has left the store."""
+        mapped = {window.publication for window in windows.known()}
+        others = [told for key, told in list(self._told.items()) if key not in mapped]
+        gone = [told.key for told in others if not (object_store.is_running() and any(are_held(told.used)))]
+        if gone:
+            with self._lock:
+                for key in gone:
+                    self._told.pop(key, None)
+                self._rewrite()
+
     def _rewrite(self) -> None:
         mapped = [window for window in windows.known() if window.publication is not None]
         used = {window.publication for window in mapped}
@@ -129,7 +141,7 @@ def _line_of_window(window: Window) -> str:
 
 
 def read(pid: int) -> tuple[dict[bytes, Told], list[Shown]]:
-    """What a process has noted: publications by key, and mapped memory, oldest first. Some of that may be gone."""
+    """What a process has noted: publications that it holds, by key, and mapped memory, oldest first. Some may be gone by now."""
     told: dict[bytes, Told] = {}
     shown: list[Shown] = []
     for line in notes_of(pid):

@@ -103,6 +103,7 @@ class _Updater(threading.Thread):
         while not self.ended.wait(SECONDS) and self._session is object_store.session():
             with contextlib.suppress(Exception):  # the connection may end meanwhile
                 self._metrics.flush()
+                LEDGER.drop_gone()
                 self._metrics.set_gauges()
 
 

@@ -6,18 +6,17 @@ import concurrent.futures
 import contextlib
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import attrs
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from zerocopy._compat.ray import drivers_on, own_raylet, sizes_in_store, workers_of
+from zerocopy._compat.ray import drivers_on, own_raylet, workers_of
 from zerocopy._seeing.accounts import Accounts, PublicationMemory
-from zerocopy._seeing.ledger import Told
+from zerocopy._seeing.ledger import LEDGER, Told
 from zerocopy._seeing.processes import ProcessMemory, measure
-from zerocopy._store import object_store
 
 
 @attrs.frozen
@@ -54,19 +53,17 @@ def measure_processes(
     pids: Sequence[int], node: str = "", told: Sequence[Told] = (), *, is_here: bool = True
 ) -> NodeMemory:
     """Measure processes of this machine, and what they show. `told` are publications that are known from elsewhere."""
+    LEDGER.drop_gone()
     measured = measure(pids, node, is_here=is_here)
     accounts = Accounts(told)
     for process in measured.processes:
         accounts.add_process(process.pid, measured.of_store[process.pid])
-    shards = accounts.shards() if object_store.is_running() else []
-    sizes = zip(shards, sizes_in_store(shards), strict=True)
-    in_store = {shard: nbytes for shard, nbytes in sizes if nbytes is not None}
-    publications, notes = accounts.publications(node, in_store), list(measured.notes)
+    publications, notes = accounts.publications(node), list(measured.notes)
     if not all(one.kind for one in publications):
         notes.append(
             "Of publications without a class no process tells: something maps the store past zerocopy, or just now."
         )
-    return NodeMemory(node, accounts.objects(in_store), tuple(measured.processes), tuple(publications), tuple(notes))
+    return NodeMemory(node, accounts.objects(), tuple(measured.processes), tuple(publications), tuple(notes))
 
 
 def measure_here(told: Sequence[Told] = (), *, is_here: bool = True) -> NodeMemory:
@@ -82,18 +79,18 @@ def measure_here(told: Sequence[Told] = (), *, is_here: bool = True) -> NodeMemo
     return found
 
 
-def measure_nodes(told: Sequence[Told], timeout: float) -> tuple[list[NodeMemory], list[str]]:
+def measure_nodes(told: Mapping[str, Sequence[Told]], timeout: float) -> tuple[list[NodeMemory], list[str]]:
     """Measure all nodes of the cluster, this one first; and notes on those that did not answer in time.
 
     Args:
-        told: publications that are known by name.
+        told: publications with a name, by the id of each node that has them.
         timeout: seconds.
     """
     here = ray.get_runtime_context().get_node_id()
     others = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["NodeID"] != here]
-    refs = {node: _task().options(scheduling_strategy=_on(node)).remote(told) for node in others}
+    refs = {node: _task().options(scheduling_strategy=_on(node)).remote(told.get(node, ())) for node in others}
     replies = {node: ref.future() for node, ref in refs.items()}
-    found, notes = [measure_here(told)], []
+    found, notes = [measure_here(told.get(here, ()))], []
     concurrent.futures.wait(replies.values(), timeout)
     for node, reply in replies.items():
         try:
