@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import ray
 import torch
-from conftest import ORDINARY, run_python, wait_until
+from conftest import IMPORT_PATH, ORDINARY, run_python, wait_until
 from torch import nn
 
 import zerocopy
@@ -248,7 +248,7 @@ def test_all_nodes_of_this_cluster_and_no_other(cluster: None) -> None:
     """Two nodes share a host with another cluster: each process is told once, on its node; one that stands still is left out."""
     other_cluster = own_raylet()
     assert other_cluster is not None
-    done = run_python(NODES, **ORDINARY)
+    done = run_python(NODES, **ORDINARY, PYTHONPATH=IMPORT_PATH)
     assert done.returncode == 0, done.stderr[-3000:]
     told: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     head, other = told["nodes"]
