@@ -162,7 +162,7 @@ def memory_report(pids: Iterable[int] | None = None, *, timeout: float = SECONDS
     """Measure the cluster that this process is connected to: what its publications and processes take, on all nodes.
 
     On each node its raylet, its workers and the drivers that are connected to it are measured. If `pids` are given, these
-    processes alone. Without a connection to Ray, this process alone.
+    processes alone, and what they have loaded. Without a connection to Ray, this process alone.
 
     Processes that have ended are left out; also those that the kernel does not tell of, such as another user's, and a note of the
     report says so. Where it tells less (gVisor, a hardened kernel), a note says what is missing and what is told instead. Linux

@@ -351,8 +351,8 @@ def are_held(ids: Iterable[bytes]) -> list[bool]:
     https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/_raylet.pyx: `CoreWorker.object_exists`. What would tell of
     objects without a reference, `get_if_local`, ends the process where one is missing.
     """
-    # Such a reference counts for nothing: the object may go meanwhile.
-    refs: list[ray.ObjectRef[Any]] = [ray.ObjectRef(key, skip_adding_local_ref=True) for key in ids]
+    # Each counts while it lives. With `skip_adding_local_ref` it would be counted down at its end, and never up.
+    refs: list[ray.ObjectRef[Any]] = [ray.ObjectRef(key) for key in ids]
     return [bool(_worker.core_worker.object_exists(ref)) for ref in refs]
 
 

@@ -131,6 +131,10 @@ class Accounts:
         found.mapped[pid, shard] += 1
         found.dirtied += usage.anonymous
 
+    def keep_loaded(self) -> None:
+        """Know no longer what none of the processes has loaded."""
+        self._sums = {label: found for label, found in self._sums.items() if found.mapped}
+
     def publications(self, node: str) -> list[PublicationMemory]:
         """One record for each publication that is on the node."""
         records = [found.record(node) for found in (*self._sums.values(), *self._untold.values())]

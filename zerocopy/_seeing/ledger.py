@@ -103,13 +103,13 @@ class _Ledger:
 
     def drop_gone(self) -> None:
         """Know no longer what this process neither maps nor refers to, or what has left the store."""
-        mapped = {window.publication for window in windows.known()}
-        others = [told for key, told in list(self._told.items()) if key not in mapped]
-        gone = [told.key for told in others if not (object_store.is_running() and any(are_held(told.used)))]
-        if gone:
-            with self._lock:
-                for key in gone:
-                    self._told.pop(key, None)
+        with self._lock:
+            mapped = {window.publication for window in windows.known()}
+            others = [told for key, told in self._told.items() if key not in mapped]
+            gone = [told.key for told in others if not (object_store.is_running() and any(are_held(told.used)))]
+            for key in gone:
+                del self._told[key]
+            if gone:
                 self._rewrite()
 
     def _rewrite(self) -> None:

@@ -50,14 +50,23 @@ class NodeMemory:
 
 
 def measure_processes(
-    pids: Sequence[int], node: str = "", told: Sequence[Told] = (), *, is_here: bool = True
+    pids: Sequence[int], node: str = "", told: Sequence[Told] = (), *, is_whole_node: bool = False, is_here: bool = True
 ) -> NodeMemory:
-    """Measure processes of this machine, and what they show. `told` are publications that are known from elsewhere."""
+    """Measure processes of this machine, and what they have loaded.
+
+    Args:
+        node: the id of their node.
+        told: publications that are known from elsewhere.
+        is_whole_node: tell also of publications that nobody has loaded.
+        is_here: whether this process is called "this process".
+    """
     LEDGER.drop_gone()
     measured = measure(pids, node, is_here=is_here)
     accounts = Accounts(told)
     for process in measured.processes:
         accounts.add_process(process.pid, measured.of_store[process.pid])
+    if not is_whole_node:
+        accounts.keep_loaded()
     publications, notes = accounts.publications(node), list(measured.notes)
     if not all(one.kind for one in publications):
         notes.append(
@@ -72,7 +81,7 @@ def measure_here(told: Sequence[Told] = (), *, is_here: bool = True) -> NodeMemo
     raylet = own_raylet()
     workers = [] if raylet is None else [raylet.pid, *(worker.pid for worker in workers_of(raylet))]
     pids = [*([os.getpid()] if is_here else []), *workers, *drivers_on(node)]
-    found = measure_processes(pids, node, told, is_here=is_here)
+    found = measure_processes(pids, node, told, is_whole_node=True, is_here=is_here)
     if raylet is None:
         note = f"The raylet of node {node[:8]} and its workers are not seen from here."
         found = attrs.evolve(found, notes=(*found.notes, note))
