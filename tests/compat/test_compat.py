@@ -388,7 +388,7 @@ def test_held_objects_are_told(cluster: None) -> None:
     key = ref.binary()
     for _ in range(3):
         assert compat_ray.are_held([key, b"\1" * len(key)]) == [True, False]
-    assert ray.get(ray.remote(len).remote(ref)) == 1_000_000
+    assert ray.get(ray.remote(lambda array: len(array)).remote(ref)) == 1_000_000
     del ref
     assert wait_until(lambda: compat_ray.are_held([key]) == [False], 20)
 

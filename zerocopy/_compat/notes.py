@@ -65,13 +65,15 @@ class Notes:
 def notes_of(pid: int) -> list[str]:
     """The lines that a process has left, oldest first. None of one that has ended, or is another user's."""
     found: list[str] = []
+    seen: set[int] = set()  # Python's mmap has a descriptor of its own of what it maps
     try:
         entries = sorted(os.scandir(f"/proc/{pid}/fd"), key=lambda entry: int(entry.name))
     except OSError:
         return found
     for entry in entries:
         try:
-            if str(Path(entry.path).readlink()).startswith(_LINK):
+            if str(Path(entry.path).readlink()).startswith(_LINK) and (inode := entry.stat().st_ino) not in seen:
+                seen.add(inode)
                 written, _, _ = Path(entry.path).read_bytes().partition(b"\0")
                 *lines, _ = written.decode().split("\n")  # the last one may be half written
                 found += lines
