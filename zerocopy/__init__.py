@@ -19,7 +19,7 @@ from zerocopy._run.actor import Actor, Launcher, Pool, actor
 from zerocopy._run.task import BoundTask, Task, task
 from zerocopy._split.plan import PlanEntry, SharePlan
 from zerocopy._wrap.extraction import extract_tensors, replace_tensors
-from zerocopy.memory import MemoryReport, ProcessMemory, memory_report
+from zerocopy.memory import MemoryReport, NodeMemory, ProcessMemory, PublicationMemory, memory_report
 from zerocopy.wrappers import (
     ActorWrapper,
     JITActorWrapper,
@@ -47,11 +47,13 @@ __all__ = [
     "NamedPublication",
     "NodeCopies",
     "NodeCopy",
+    "NodeMemory",
     "PlanEntry",
     "Policy",
     "Pool",
     "ProcessMemory",
     "Publication",
+    "PublicationMemory",
     "Publications",
     "Published",
     "SharePlan",

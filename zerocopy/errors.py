@@ -37,6 +37,12 @@ class NotExposedError(ZeroCopyError, AttributeError):
     attribute: str
 
 
+class MissingPackageError(ZeroCopyError, ImportError):
+    """Something needs a package that is not installed. Attribute: `package`."""
+
+    package: str
+
+
 class CheckpointError(ZeroCopyError, ValueError):
     """Files of weights cannot be read, or do not fit. Attributes, where they do not fit: lists of names."""
 

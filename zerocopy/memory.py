@@ -1,4 +1,4 @@
-"""How much memory do the processes of this node really take: measured by the kernel, process by process (Linux)."""
+"""How much memory do publications and processes of this cluster really take: measured by the kernels of its nodes (Linux)."""
 
 from __future__ import annotations
 
@@ -6,56 +6,58 @@ import html
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import attrs
-import psutil
 
+from zerocopy._cluster.listing import told_versions
 from zerocopy._compat import linux
-from zerocopy._compat.ray import WORKER_TITLE, is_store_file, raylets, workers_of
+from zerocopy._seeing.accounts import PublicationMemory
+from zerocopy._seeing.nodes import NodeMemory, measure_nodes, measure_processes
+from zerocopy._seeing.plot import draw
+from zerocopy._seeing.processes import ProcessMemory
+from zerocopy._store import object_store
 from zerocopy._tables import as_html, as_text, format_bytes
 
+__all__ = ["MemoryReport", "NodeMemory", "ProcessMemory", "PublicationMemory", "memory_report", "private_bytes"]
 
-@attrs.frozen
-class ProcessMemory:
-    """One process' memory in bytes.
-
-    Attributes:
-        pid: its process id.
-        name: what it runs.
-        private: anonymous memory: what the process would give back if it ended. Written pages of a private mapping count.
-        mapped: resident pages of the object store that it has mapped.
-        share: its proportional share (PSS) of those pages; summed over all processes, each page counts once.
-        total: its proportional share of all memory (PSS): private, store, libraries.
-    """
-
-    pid: int
-    name: str
-    private: int
-    mapped: int
-    share: int
-    total: int
-
-    @property
-    def saved(self) -> int:
-        """Bytes that the process would take more, had it a copy of its own."""
-        return self.mapped - self.share
+SECONDS = 15.0  # that other nodes have to answer
 
 
 @attrs.frozen(repr=False)
 class MemoryReport:
-    """The memory of some processes. Prints as a table, in a notebook as HTML.
+    """The memory of publications and processes. Prints as two tables, in a notebook as HTML.
 
     Attributes:
-        processes: one entry for each.
-        notes: what the kernel does not tell here, and what stands in the table instead.
+        processes: one entry for each, of all nodes.
+        notes: what the kernel does not tell here, which nodes did not answer, and what stands in the tables instead.
+        nodes: the same by node.
     """
 
     processes: tuple[ProcessMemory, ...]
     notes: tuple[str, ...] = ()
+    nodes: tuple[NodeMemory, ...] = ()
+
+    @classmethod
+    def of_nodes(cls, nodes: Iterable[NodeMemory], notes: Iterable[str] = ()) -> MemoryReport:
+        """What some nodes take together."""
+        nodes = tuple(nodes)
+        told = dict.fromkeys([*(note for node in nodes for note in node.notes), *notes])
+        return cls(tuple(process for node in nodes for process in node.processes), tuple(told), nodes)
+
+    @property
+    def publications(self) -> tuple[PublicationMemory, ...]:
+        """One entry for each publication and node that has it."""
+        return tuple(publication for node in self.nodes for publication in node.publications)
 
     @property
     def shared(self) -> int:
-        """Resident bytes of the object store, each page counted by the shares of these processes: once, if all are here."""
+        """Resident bytes of the object store, each page once on each node: never less than one copy of what is published there.
+
+        Of processes alone, without nodes, the sum of their proportional shares.
+        """
+        if self.nodes:
+            return sum(node.shared for node in self.nodes)
         return sum(process.share for process in self.processes)
 
     @property
@@ -64,57 +66,120 @@ class MemoryReport:
         return sum(process.private for process in self.processes)
 
     @property
+    def dirtied(self) -> int:
+        """Of this, what processes have written of what they had mapped of the store."""
+        return sum(process.dirtied for process in self.processes)
+
+    @property
+    def plain(self) -> int:
+        """What plain copies of everything that is loaded would take."""
+        return sum(publication.plain for publication in self.publications)
+
+    @property
+    def saved(self) -> int:
+        """Bytes that plain copies would take more. Negative where more is published than loaded."""
+        return sum(node.saved for node in self.nodes)
+
+    @property
     def total(self) -> int:
         """Proportional share of all processes together (PSS)."""
         return sum(process.total for process in self.processes)
 
+    def to_dict(self) -> dict[str, Any]:
+        """All figures as dicts, lists, strings and numbers of bytes."""
+        totals = ("shared", "private", "dirtied", "plain", "saved", "total")
+        return {
+            "publications": [{**attrs.asdict(one), "saved": one.saved} for one in self.publications],
+            "processes": [{**attrs.asdict(one), "saved": one.saved} for one in self.processes],
+            "together": {total: getattr(self, total) for total in totals},
+            "notes": list(self.notes),
+        }
+
+    def plot(self, file: str | os.PathLike[str] | None = None) -> Any:
+        """Draw what each publication takes, beside what plain copies would take. Needs the extra `plot`.
+
+        Args:
+            file: where to write the picture to, in the format that its ending names. None for nowhere.
+
+        Returns:
+            The `matplotlib.figure.Figure`.
+
+        Raises:
+            MissingPackageError: matplotlib is not installed.
+        """
+        several = len(self.nodes) > 1
+        rows = [(_title_of(one, several=several), one.shared, one.private, one.plain) for one in self.publications]
+        figure = draw(rows)
+        if file is not None:
+            figure.savefig(Path(file), dpi=130)
+        return figure
+
     def __str__(self) -> str:
-        return "\n".join([as_text(_HEADERS, self._rows(), right=_HEADERS[1:]), *self.notes])
+        publications = as_text(_OF_PUBLICATIONS, self._publication_rows(), right=_OF_PUBLICATIONS[4:])
+        processes = as_text(_OF_PROCESSES, self._process_rows(), right=_OF_PROCESSES[1:2] + _OF_PROCESSES[3:])
+        return "\n".join([publications, "", processes, *self.notes])
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        return as_html(_HEADERS, self._rows()) + "".join(f"<p>{html.escape(note)}</p>" for note in self.notes)
+        publications = as_html(_OF_PUBLICATIONS, self._publication_rows(), row_class="publication")
+        processes = as_html(_OF_PROCESSES, self._process_rows())
+        return publications + processes + "".join(f"<p>{html.escape(note)}</p>" for note in self.notes)
 
-    def _rows(self) -> Iterator[tuple[str, ...]]:
+    def _publication_rows(self) -> Iterator[tuple[str, ...]]:
+        for one in self.publications:
+            counts = (one.shared, one.private, one.dirtied, one.plain, one.saved)
+            version = "" if one.version is None else str(one.version)
+            yield (one.name, version, one.kind, one.node[:8], str(one.loads), *map(format_bytes, counts))
+        loads = sum(one.loads for one in self.publications)
+        private = sum(one.private for one in self.publications)
+        dirtied = sum(one.dirtied for one in self.publications)
+        objects = sum(node.objects for node in self.nodes)
+        counts = (objects, private, dirtied, self.plain, self.saved)
+        yield ("together", "", "", "", str(loads), *map(format_bytes, counts))
+
+    def _process_rows(self) -> Iterator[tuple[str, ...]]:
         for process in self.processes:
-            counts = (process.private, process.mapped, process.saved, process.total)
-            yield (process.name, str(process.pid), *map(format_bytes, counts))
-        saved = sum(process.saved for process in self.processes)
-        yield ("together", "", *map(format_bytes, (self.private, self.shared, saved, self.total)))
+            counts = (process.private, process.dirtied, process.mapped, process.total)
+            yield (process.name, str(process.pid), process.node[:8], *map(format_bytes, counts))
+        # Of what is mapped, every page counts once.
+        yield ("together", "", "", *map(format_bytes, (self.private, self.dirtied, self.shared, self.total)))
 
 
-_HEADERS = ("process", "pid", "private", "shared", "saved", "PSS")
+_OF_PUBLICATIONS = (
+    "publication", "version", "class", "node", "loads", "shared", "private", "dirtied", "plain copies", "saved"
+)  # fmt: skip
+_OF_PROCESSES = ("process", "pid", "node", "private", "dirtied", "mapped", "PSS")
 
 
-def memory_report(pids: Iterable[int] | None = None) -> MemoryReport:
-    """Measure this process, the raylets of this node and their workers, or the processes `pids`.
+def _title_of(one: PublicationMemory, *, several: bool) -> str:
+    what = f"{one.name} {one.version}" if one.name else one.kind or "(not told)"
+    loads = "1 load" if one.loads == 1 else f"{one.loads} loads"
+    return f"{what}, {loads}" + (f", node {one.node[:8]}" if several else "")
+
+
+def memory_report(pids: Iterable[int] | None = None, *, timeout: float = SECONDS) -> MemoryReport:
+    """Measure the cluster that this process is connected to: what its publications and processes take, on all nodes.
+
+    On each node its raylet, its workers and the drivers that are connected to it are measured. If `pids` are given, these
+    processes alone, and what they have loaded. Without a connection to Ray, this process alone.
 
     Processes that have ended are left out; also those that the kernel does not tell of, such as another user's, and a note of the
     report says so. Where it tells less (gVisor, a hardened kernel), a note says what is missing and what is told instead. Linux
     only: its kernel tells what each mapping takes.
+
+    Args:
+        pids: processes of this machine.
+        timeout: seconds that other nodes have to answer. A note tells which did not.
     """
-    wanted = list(pids) if pids is not None else [os.getpid(), *_ray_processes()]
-    measured: list[ProcessMemory] = []
-    notes: dict[str, None] = {}
-    untold: list[int] = []
-    for pid in dict.fromkeys(wanted):
-        try:
-            process, has_shares = _measure(pid)
-        except (psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):  # it has ended
-            continue
-        except (OSError, psutil.Error):
-            untold.append(pid)
-            continue
-        if process is not None:
-            measured.append(process)
-        if not has_shares:
-            notes[linux.NO_SHARES] = None
-    if untold:
-        notes[f"Left out, because this process may not look into them: {', '.join(map(str, untold))}."] = None
-    if (reason := linux.why_nothing_is_told()) is not None:
-        notes[f"Nothing is told of any process: {reason}."] = None
-    return MemoryReport(tuple(measured), tuple(notes))
+    if pids is not None:
+        return MemoryReport.of_nodes([measure_processes(list(pids), object_store.node())])
+    if not object_store.is_running() or object_store.is_client():
+        note = "This process is not connected to Ray on its node: it alone was measured."
+        return MemoryReport.of_nodes([measure_processes([os.getpid()])], [note])
+    told, notes = told_versions(timeout)
+    nodes, missing = measure_nodes(told, timeout)
+    return MemoryReport.of_nodes(nodes, [*notes, *missing])
 
 
 def private_bytes(pid: int | None = None) -> int:
@@ -131,44 +196,3 @@ def private_bytes(pid: int | None = None) -> int:
     if anonymous is None:
         raise ValueError(f"The memory of process {pid} is not told: {linux.NO_ANONYMOUS}.")
     return anonymous
-
-
-def _ray_processes() -> Iterator[int]:
-    found = list(raylets())
-    yield from (raylet.pid for raylet in found)
-    yield from (worker.pid for raylet in found for worker in workers_of(raylet))
-
-
-def _measure(pid: int) -> tuple[ProcessMemory | None, bool]:
-    """The memory of a process, None of one that has ended and was not waited for; and whether the kernel tells shares."""
-    name = _name(psutil.Process(pid))
-    # All figures from one reading, so that they are of one moment: psutil would tell the total, of another one.
-    used = linux.usage(pid)
-    if used is None:
-        return _measure_roughly(pid, name), False
-    if not used:
-        return None, True
-    private = sum(usage.anonymous for _, usage in used)
-    total = sum(usage.share for _, usage in used)
-    of_store = [usage for mapping, usage in used if is_store_file(mapping.path)]
-    # Written pages of a private mapping are no longer the store's.
-    mapped = sum(usage.resident - usage.anonymous for usage in of_store)
-    share = sum(usage.share - usage.anonymous for usage in of_store)
-    return ProcessMemory(pid, name, private, mapped, share, total), True
-
-
-def _measure_roughly(pid: int, name: str) -> ProcessMemory | None:
-    """What a process takes as far as its status tells, which knows no shares and no single mappings."""
-    sizes = linux.resident(pid)
-    if "VmRSS" not in sizes:  # it has ended
-        return None
-    mapped = sizes.get("RssShmem", 0)
-    return ProcessMemory(pid, name, sizes.get("RssAnon", 0), mapped, mapped, sizes["VmRSS"])
-
-
-def _name(process: psutil.Process) -> str:
-    if process.pid == os.getpid():
-        return "this process"
-    words = process.cmdline() or [""]
-    title = " ".join(words).rstrip()  # Ray's may have spaces, at which psutil splits them
-    return title if title.startswith(WORKER_TITLE) else Path(words[0]).name

@@ -37,7 +37,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import zerocopy
-from zerocopy._compat import cpython, linux
+from zerocopy._compat import cpython, linux, notes
 from zerocopy._compat import ray as compat_ray
 from zerocopy._compat import torch as compat_torch
 
@@ -65,7 +65,7 @@ import sys
 import weakref
 import ray
 import zerocopy
-from zerocopy._compat import cpython, linux
+from zerocopy._compat import cpython, linux, notes
 from zerocopy._compat import ray as compat_ray
 
 def start(address, **options):
@@ -360,6 +360,37 @@ def test_processes_of_ray_are_found(cluster: None) -> None:
     assert pid in [child.pid for child in compat_ray.workers_of(raylet)]
     assert psutil.Process(pid).cmdline()[0].startswith(compat_ray.WORKER_TITLE)
     assert list(compat_ray.workers_of(psutil.Process())) == []
+
+
+def test_the_own_raylet_is_told_by_its_store(cluster: None) -> None:
+    """It is the same for the driver and its workers, and the parent of these."""
+
+    @ray.remote(num_cpus=0.1)
+    def told() -> tuple[int, int]:
+        raylet = compat_ray.own_raylet()
+        assert raylet is not None
+        return raylet.pid, os.getppid()
+
+    raylet = compat_ray.own_raylet()
+    assert raylet is not None
+    assert ray.get(told.remote()) == (raylet.pid, raylet.pid)
+
+
+def test_drivers_are_told_by_their_node(cluster: None) -> None:
+    """This process is the driver of its node, and of no other."""
+    assert os.getpid() in compat_ray.drivers_on(ray.get_runtime_context().get_node_id())
+    assert compat_ray.drivers_on("00") == []
+
+
+def test_held_objects_are_told(cluster: None) -> None:
+    """Those that this process refers to. To ask changes no count: the object stays as long as before, and no longer."""
+    ref = ray.put(np.zeros(1_000_000, np.uint8))
+    key = ref.binary()
+    for _ in range(3):
+        assert compat_ray.are_held([key, b"\1" * len(key)]) == [True, False]
+    assert ray.get(ray.remote(lambda array: len(array)).remote(ref)) == 1_000_000
+    del ref
+    assert wait_until(lambda: compat_ray.are_held([key]) == [False], 20)
 
 
 # Of torch:
@@ -983,6 +1014,38 @@ def test_the_module_of_a_caller_is_told() -> None:
 
     assert Made().by == __name__
     assert copy.deepcopy(Copied()) == "copy"
+
+
+# Of notes:
+
+
+def test_notes_are_read_by_others_and_end_with_their_process() -> None:
+    """Lines are read in order, and replaced as a whole; a child has its parent's until it adds its own, which no parent gets."""
+    own = notes.Notes()
+
+    def told(pid: int) -> list[str]:
+        words = ("first", "second", "third", "fourth", "of the child")
+        return [line for line in notes.notes_of(pid) if line in words]  # this process has others, too
+
+    own.add(["first", "second"])
+    own.add(["third"])
+    assert told(os.getpid()) == ["first", "second", "third"]
+    own.replace(["fourth"])
+    assert told(os.getpid()) == ["fourth"]
+    ready, go_on = os.pipe(), os.pipe()
+    child = os.fork()
+    if not child:
+        own.add(["of the child"])
+        os.write(ready[1], b"1")
+        os.read(go_on[0], 1)
+        os._exit(0)
+    os.read(ready[0], 1)
+    of_child = told(child)
+    os.write(go_on[1], b"1")
+    os.waitpid(child, 0)
+    assert of_child == ["fourth", "of the child"]
+    assert told(os.getpid()) == ["fourth"]
+    assert notes.notes_of(child) == []
 
 
 # The fence:

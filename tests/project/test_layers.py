@@ -23,6 +23,7 @@ WINGS = [
     "_compat",
     "_store",
     "_nodes",
+    "_seeing",
     "_declare",
     "_split",
     "_changes",

@@ -105,6 +105,20 @@ def await_reply(actor: Any, ref: ray.ObjectRef[Any]) -> Any:
     return answer(actor, lambda: object_store.await_reply(ref))
 
 
+def reply_within(actor: Any, timeout: float, method: str, *args: Any) -> Any:
+    """What one registry answers, if it does so in time.
+
+    Args:
+        timeout: seconds.
+
+    Raises:
+        TimeoutError: it does not.
+        As `ask_one`.
+    """
+    reply = submit(actor, method, *args).future()
+    return answer(actor, lambda: reply.result(timeout))
+
+
 def answer(actor: Any, get: Callable[[], tuple[str, Any]]) -> Any:
     """The answer in a reply, given what gets the reply; see `ask_one`."""
     try:
@@ -121,6 +135,16 @@ def registry() -> Any:
     """The actor, of this session."""
     object_store.require()
     return _registry()
+
+
+def existing_registry() -> Any:
+    """The actor, of this session; None if nobody has made it."""
+    if _known is not None and _known[0] is object_store.session():
+        return _known[1]
+    try:
+        return ray.get_actor(NAME, NAMESPACE)
+    except ValueError:
+        return None
 
 
 def _registry() -> Any:

@@ -24,6 +24,7 @@ from zerocopy._cluster.holding import Holdings
 from zerocopy._cluster.registry import POLL_SECONDS
 from zerocopy._compat.cpython import warn_caller
 from zerocopy._load.publication import Publication
+from zerocopy._seeing import events
 from zerocopy._store import object_store
 from zerocopy._store.manifest import Manifest
 from zerocopy.errors import FollowWarning, NotPublishedError, PublicationLostError, ZeroCopyError
@@ -162,6 +163,8 @@ class Followed:
         mine = self._newest()
         if is_same_class(mine.pipeline, loaded.pipeline):
             self._loaded = loaded
+            if self.key.device is not None:
+                events.refreshed(self.key.name)
             return
         theirs, ours = type(loaded.pipeline).__qualname__, type(mine.pipeline).__qualname__
         warn_later(

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import attrs
+import ray.exceptions
 
 from zerocopy._cluster import client
 from zerocopy._cluster.handles import Version
+from zerocopy._seeing.ledger import About, Told
+from zerocopy._store.read import manifest_in
 from zerocopy._tables import as_html, as_text, format_bytes
+from zerocopy.errors import ZeroCopyError
 
 
 @attrs.frozen
@@ -101,3 +106,47 @@ def _published(told: dict[str, Any], aliases: dict[str, int], now: float) -> Pub
         max(0.0, now - told["created"]),
         told["has_source"],
     )
+
+
+def told_versions(timeout: float) -> tuple[Mapping[str, list[Told]], list[str]]:
+    """The versions that are on each node, by its id, for a memory report; and what is missing, in words.
+
+    Args:
+        timeout: seconds that the registry has. None is made where there is none.
+    """
+    registry = client.existing_registry()
+    told: dict[str, list[Told]] = defaultdict(list)
+    if registry is None:
+        return told, []
+    end = time.monotonic() + timeout
+    try:
+        listed = client.reply_within(registry, timeout, "listed")
+        for one in [version for entry in listed.values() for version in entry["versions"]]:
+            found = _told_version(registry, one["name"], one["number"], end) if one["nodes"] else []
+            for node in one["nodes"]:
+                told[node] += found
+    except (client.RegistryLost, TimeoutError):
+        return told, ["The registry of named publications did not answer: some that nobody has loaded may be missing."]
+    return told, []
+
+
+def _told_version(registry: Any, name: str, number: int, end: float) -> list[Told]:
+    """What is known of one version; nothing if it has just been removed, or is lost."""
+    try:
+        told: Mapping[str, Any] = client.reply_within(registry, _left(end), "resolve", name, number)
+    except ZeroCopyError:
+        return []
+    if told["reference"] is None:
+        return []
+    (reference,) = told["reference"]
+    try:
+        manifest = manifest_in(reference, reference.future().result(_left(end)))
+    except ray.exceptions.ObjectLostError:
+        return []
+    about = About(name, number, told["kind"], told["shared_bytes"], manifest.outer_of(None).nbytes)
+    return [Told(reference.binary(), about, manifest.used_bytes())]
+
+
+def _left(end: float) -> float:
+    """Seconds until then."""
+    return max(0.0, end - time.monotonic())

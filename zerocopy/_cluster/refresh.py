@@ -17,6 +17,7 @@ from zerocopy._cluster.following import is_same_class, warn_once
 from zerocopy._cluster.handles import Tag, newest
 from zerocopy._load import devices, live
 from zerocopy._load.publication import Publication
+from zerocopy._seeing import events
 from zerocopy._split import paths
 from zerocopy.errors import ArgumentError
 
@@ -87,6 +88,8 @@ def swap(pipeline: Any, handle: Publication, target: torch.device) -> None:
     origin = live.entry_of(pipeline).origin
     inside = [weakref.ref(obj) for obj in _parts_of(pipeline)]  # tensors too: they are about to be dropped
     _take_over(pipeline, newer)
+    tag = tag_of(pipeline)
+    events.refreshed("" if tag is None else tag.name)
     if origin is not None and origin.memory():
         gc.collect()  # the old state may refer to itself
         if origin.memory():

@@ -22,7 +22,7 @@ from ray._common.utils import get_system_memory
 from ray._private import internal_api, serialization, state, worker
 from ray._private.utils import get_used_memory
 from ray.cloudpickle import cloudpickle
-from ray.core.generated import common_pb2
+from ray.core.generated import common_pb2, gcs_pb2
 from ray.experimental import internal_kv, locations
 
 Kind: TypeAlias = Literal["actor", "task"]
@@ -321,6 +321,46 @@ def workers_of(raylet: psutil.Process) -> Iterator[psutil.Process]:
     except psutil.Error:  # it has ended
         return
     yield from (child for child in children if _name_of(child).startswith(WORKER_TITLE))
+
+
+def own_raylet() -> psutil.Process | None:
+    """The raylet of the node that this process is connected to; None where it cannot be seen.
+
+    Its command line names the socket of its store, and no other raylet of this machine has that.
+    https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/_private/services.py: `start_raylet`
+    """
+    option = f"--store_socket_name={store_socket()}"
+    return next((found for found in raylets() if option in _words_of(found)), None)
+
+
+def drivers_on(node_id: str) -> list[int]:
+    """Process ids of the drivers that are connected to a node of this cluster.
+
+    https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/_private/state.py: `GlobalState.job_table`
+    """
+    table = state.state._connect_and_get_accessor().get_job_table(
+        skip_submission_job_info_field=True, skip_is_running_tasks_field=True
+    )
+    jobs = map(gcs_pb2.JobTableData.FromString, table)  # type: ignore[attr-defined]
+    return [job.driver_pid for job in jobs if not job.is_dead and job.driver_address.node_id.hex() == node_id]
+
+
+def are_held(ids: Iterable[bytes]) -> list[bool]:
+    """Whether this process has a reference to each of these objects, and the store of its node has the object.
+
+    https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/_raylet.pyx: `CoreWorker.object_exists`. What would tell of
+    objects without a reference, `get_if_local`, ends the process where one is missing.
+    """
+    # Each counts while it lives. With `skip_adding_local_ref` it would be counted down at its end, and never up.
+    refs: list[ray.ObjectRef[Any]] = [ray.ObjectRef(key) for key in ids]
+    return [bool(_worker.core_worker.object_exists(ref)) for ref in refs]
+
+
+def _words_of(process: psutil.Process) -> list[str]:
+    try:
+        return list(process.cmdline())
+    except psutil.Error:  # it has ended
+        return []
 
 
 def _name_of(process: psutil.Process) -> str:

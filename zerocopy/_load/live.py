@@ -18,6 +18,14 @@ from zerocopy.errors import ArgumentError, IsolationError
 class Tag(Protocol):
     """What weights are known by that have a name."""
 
+    @property
+    def name(self) -> str:
+        """The name."""
+
+    @property
+    def number(self) -> int | None:
+        """The number of the version, once it is known."""
+
     def publication(self, manifest: ray.ObjectRef[Any], outer: Any, *description: Any, **kwargs: Any) -> Any:
         """A handle to them, given the reference to the manifest. See `Publication`."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import pickle
 import threading
+import time
 import weakref
 from collections.abc import Sequence
 from types import TracebackType
@@ -19,6 +20,8 @@ from zerocopy._compat.ray import is_own
 from zerocopy._load import devices, live, partial
 from zerocopy._load.load import load
 from zerocopy._load.on_nodes import OnNodes
+from zerocopy._seeing import events
+from zerocopy._seeing.ledger import About
 from zerocopy._store import object_store
 from zerocopy._store.manifest import BESIDE, Handle, Manifest, Outer, Root, Versions
 from zerocopy._store.read import manifest_of
@@ -134,6 +137,7 @@ class Publication(OnNodes, Handle):
         return self._load(device, fields, verify=verify)
 
     def _load(self, device: str | torch.device | None, fields: Sequence[str] | None, *, verify: bool) -> Any:
+        started = time.perf_counter()
         names = None if fields is None else partial.names_of(fields)
         with collector_paused(promote=_is_first_load(self.reference)):
             manifest, outer = self._described()
@@ -141,7 +145,9 @@ class Publication(OnNodes, Handle):
             pipeline, memory = load(manifest, outer, target, names, require_isolation=self.requires_isolation)
             if verify:
                 memory.check_digests()
-            self.note_load(pipeline, manifest, memory.mapped_memory(), target, names)
+            mapped = memory.mapped_memory()
+            self.note_load(pipeline, manifest, mapped, target, names)
+        self.tell_of_load(manifest, outer, mapped, time.perf_counter() - started)
         return pipeline
 
     def _described(self) -> tuple[Manifest, Outer]:
@@ -149,6 +155,17 @@ class Publication(OnNodes, Handle):
         self.check_agreement()
         manifest = manifest_of(content.reference)
         return manifest, manifest.outer_of(content.outer)
+
+    def tell_of_load(self, manifest: Manifest, outer: Outer, memory: Sequence[Any], seconds: float) -> None:
+        """Log and count a load into new memory."""
+        about = self.about(outer)
+        events.loaded(manifest.shard(BESIDE).binary(), about, manifest.used_bytes, memory, seconds)
+
+    def about(self, outer: Outer) -> About:
+        """What it is called, and how large it is."""
+        tag = self._tag()
+        name, number = ("", None) if tag is None else (tag.name, tag.number)
+        return About(name, number, self.kind, self.shared_bytes, outer.nbytes)
 
     def note_load(
         self,

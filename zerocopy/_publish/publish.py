@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 import attrs
@@ -26,6 +27,7 @@ from zerocopy._publish.weights import (
     put_and_adopt,
     put_streaming,
 )
+from zerocopy._seeing import events
 from zerocopy._split.introspect import Introspection, Subject, check_pipeline, introspect
 from zerocopy._store import mapping, object_store, windows
 from zerocopy._store.manifest import Outer, Placement, Versions
@@ -141,6 +143,8 @@ def publish_subject(
         As `publish`, but for ArgumentError.
     """
     object_store.require()
+    started = time.perf_counter()
+    memory: list[Any] = []
     with _lock, collector_paused():
         entry = live.entry_of(anchor, variant)
         found = introspect(subject)
@@ -160,7 +164,27 @@ def publish_subject(
         else:
             weights, outer = _same_weights(entry, found) or _put(found, entry, exactly=True)
         _remember(entry, weights, automatic=False)
-        return _handle(subject.pipeline, weights, outer, _lease_of(entry))
+        publication = _handle(subject.pipeline, weights, outer, _lease_of(entry))
+    _tell(publication, weights, outer, started, memory)
+    return publication
+
+
+def _tell(publication: Publication, weights: Weights, outer: Outer, started: float, memory: Iterable[Any] = ()) -> None:
+    """Log and count what was published since `started`."""
+    used = weights.used if isinstance(weights, OwnWeights) else {}
+    _tell_of(publication, weights.manifest, outer, used, started, memory)
+
+
+def _tell_of(
+    publication: Publication,
+    manifest: ray.ObjectRef[Any],
+    outer: Outer,
+    used: Mapping[bytes, int],
+    started: float,
+    memory: Iterable[Any] = (),
+) -> None:
+    seconds = time.perf_counter() - started
+    events.published(manifest.binary(), publication.about(outer), lambda: used, memory, seconds)
 
 
 def _same_weights(entry: live.Entry, found: Introspection) -> tuple[Weights, Outer] | None:
@@ -184,6 +208,7 @@ def publish_automatically(pipeline: Any) -> Publication:
     The weights stay in the store as long as the pipeline lives.
     """
     object_store.require()
+    started, is_new = time.perf_counter(), False
     with _lock, collector_paused():
         entry = live.entry_of(pipeline)
         weights: Weights | None = entry.published.weights if entry.published is not None else None
@@ -191,9 +216,14 @@ def publish_automatically(pipeline: Any) -> Publication:
         weights = None if weights is None or outer is None else weights.in_store()
         if weights is None or outer is None:
             found = introspect(Subject(pipeline))
-            weights, outer = _weights_of_loaded(entry, found) or _put(found, entry, exactly=False)
+            of_loaded = _weights_of_loaded(entry, found)
+            is_new = of_loaded is None
+            weights, outer = of_loaded or _put(found, entry, exactly=False)
         _remember(entry, weights, automatic=True)
-        return _handle(pipeline, weights, outer)
+        publication = _handle(pipeline, weights, outer)
+    if is_new:
+        _tell(publication, weights, outer, started)
+    return publication
 
 
 def has_name(pipeline: Any) -> bool:
@@ -241,13 +271,15 @@ def put_once(streamed: Streamed, destination: Destination | None = None) -> Publ
     Raises:
         StoreTooSmallError: the weights are larger than this node's object store.
     """
-    found = streamed.found
+    started, found = time.perf_counter(), streamed.found
     if destination is None:
         writer = put_streaming(streamed, {})
     else:
         writer = put_streaming(streamed, destination.stored_of(streamed), destination.make_writer)
     manifest = writer.finish()
-    return new_handle(found.pipeline, manifest, found.table.nbytes, found.outer, writer.tag, Lease())
+    publication = new_handle(found.pipeline, manifest, found.table.nbytes, found.outer, writer.tag, Lease())
+    _tell_of(publication, manifest, found.outer, writer.used_bytes(), started)
+    return publication
 
 
 def _put(found: Introspection, entry: live.Entry, *, exactly: bool) -> tuple[Weights, Outer]:

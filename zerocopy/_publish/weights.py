@@ -70,12 +70,14 @@ class OwnWeights(_Weights):
     Attributes:
         placements: where storages are, by their key.
         sizes: bytes of each shard, as far as this process has written it.
+        used: bytes of the storages in each shard, by its id.
     """
 
     skeleton: Skeleton
     specs: tuple[TensorSpec, ...]
     placements: Mapping[object, Placement]
     sizes: Mapping[ray.ObjectRef[Any], int]
+    used: Mapping[bytes, int]
 
     @classmethod
     def written(
@@ -96,6 +98,7 @@ class OwnWeights(_Weights):
             placements=placements,
             skeleton=found.shared,
             specs=tuple(found.table.specs),
+            used=writer.used_bytes(),
             sizes={**{shard: sizes[shard] for shard in writer.reused if shard in sizes}, **writer.sizes},
         )
 

@@ -109,18 +109,21 @@ class Entry:
         self.manifest = manifest
         self.shared = shared
         self.kept = Kept(shared.roots, shared.tensors.values(), shared.memory.mapped_memory())
+        self.seconds = 0.0  # that the load took
         self.state = State.NEW
         self.last_used = 0.0
 
     @classmethod
     def load(cls, key: Key, reference: ray.ObjectRef[Any], manifest: Manifest) -> Self:
         """Load the shared part of a publication."""
-        imported = len(sys.modules)
+        started, imported = time.perf_counter(), len(sys.modules)
         with collector_paused():
             shared = load_shared(manifest, key.device, require_isolation=key.requires_isolation)
             if len(sys.modules) > imported:
                 gc.collect(0)  # what failed during an import may refer to this call, and so to all that was loaded
-            return cls(key, reference, manifest, shared)
+            entry = cls(key, reference, manifest, shared)
+            entry.seconds = time.perf_counter() - started
+            return entry
 
     def note(self, event: Event) -> None:
         """Go on to the state that follows `event`."""
@@ -287,11 +290,13 @@ class CallLoads:
         return self._join(entry, publication, outer)
 
     def _join(self, entry: Entry, publication: Publication, outer: Outer) -> Any:
+        started = time.perf_counter()
         pipeline = join(entry.manifest, outer, entry.shared, entry.key.device)
+        memory = entry.shared.memory.mapped_memory()
         if entry.state is State.NEW:
+            publication.tell_of_load(entry.manifest, outer, memory, entry.seconds + time.perf_counter() - started)
             entry.kept.record()  # now: joining may put modules into eval mode
             entry.note(Event.JOINED)
-        memory = entry.shared.memory.mapped_memory()
         publication.note_load(pipeline, entry.manifest, memory, entry.key.device)
         self._entries.append(entry)
         return pipeline

@@ -150,6 +150,15 @@ class Manifest:
             raise RuntimeError("this manifest was not read from the store")
         return reference
 
+    def used_bytes(self) -> dict[bytes, int]:
+        """Bytes of the storages in each shard, by the id of the shard."""
+        used: dict[bytes, int] = {}
+        for number, _, _, nbytes in self.location_rows:
+            if number != NOWHERE:
+                key = self.shard(number).binary()
+                used[key] = used.get(key, 0) + nbytes
+        return used
+
     @functools.cached_property
     def specs(self) -> tuple[TensorSpec, ...]:
         return tuple(map(TensorSpec.of_row, self.spec_rows))

@@ -166,6 +166,17 @@ def store_files() -> list[linux.Mapping]:
     return [mapping for mapping in linux.mappings() if is_store_file(mapping.path)]
 
 
+def is_isolation_possible() -> bool:
+    """Whether this process can map privately what it has mapped of the store."""
+    shared = [mapping for mapping in store_files() if mapping.mode.endswith("s")]
+    try:
+        for mapping in shared:
+            os.close(_open(mapping))
+    except (MappingImpossible, OSError):
+        return False
+    return bool(shared)
+
+
 def map_if_in_store(arrays: Sequence[np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
     """Writable twins of `arrays`, private to this process. Arrays in the object store are mapped, others are copied.
 

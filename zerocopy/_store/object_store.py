@@ -56,6 +56,16 @@ def is_running() -> bool:
     return bool(ray.is_initialized()) and not is_inherited(connection())
 
 
+def is_client() -> bool:
+    """Whether the connection is Ray Client's, which has no object store on this side."""
+    return bool(ray.util.client.ray.is_connected())
+
+
+def node() -> str:
+    """The id of the node that this process is connected to; empty without a connection."""
+    return "" if is_client() or not is_running() else str(ray.get_runtime_context().get_node_id())
+
+
 def require() -> None:
     """Connect to Ray if this process has not done so, as Ray's own calls do.
 
@@ -71,7 +81,7 @@ def require() -> None:
             "This process was forked from one that is connected to Ray. Their connection is its parent's.",
             hint="start it with multiprocessing's 'spawn' method, or let Ray start it.",
         )
-    if ray.util.client.ray.is_connected():
+    if is_client():
         raise RayClientError(
             "zerocopy cannot work through Ray Client (ray://): it has no object store on this side.",
             hint="run the driver on a node of the cluster, with ray.init(address='auto'), or submit it as a Ray job.",

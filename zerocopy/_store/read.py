@@ -24,7 +24,12 @@ def buffers_of(shard: ray.ObjectRef[Any]) -> Sequence[Any]:
 
 def manifest_of(reference: ray.ObjectRef[Any]) -> Manifest:
     """The manifest of a publication; see `object_store.get`."""
-    buffers, stored = object_store.get(reference)
+    return manifest_in(reference, object_store.get(reference))
+
+
+def manifest_in(reference: ray.ObjectRef[Any], content: tuple[Sequence[Any], Any]) -> Manifest:
+    """The manifest of a publication, given the object that a reference to it refers to."""
+    buffers, stored = content
     manifest = stored if isinstance(stored, Manifest) else Manifest.assembled(*stored)
     manifest.reference, manifest.beside = reference, buffers
     return manifest

@@ -31,6 +31,7 @@ class Window:
         starts: addresses of the object's buffers in Ray's own mapping, in order.
         pin: keeps the object in the store.
         is_private: whether a write copies the page. If not, it is written to the store.
+        publication: id of the manifest that it was mapped for, once that is known.
     """
 
     start: int
@@ -40,6 +41,7 @@ class Window:
     pin: Pin
     is_private: bool
     session: object = attrs.field(factory=object_store.session)
+    publication: bytes | None = None
 
     def written(self, extents: Sequence[linux.Range]) -> list[bool]:
         """Of each extent in this memory, whether it has other bytes than the store."""
@@ -88,23 +90,28 @@ def remove(window: Window) -> None:
         del _windows[window.start]
 
 
+def known() -> list[Window]:
+    """All windows that live."""
+    return [window for ref in _windows.valuerefs() if (window := ref()) is not None]
+
+
 def by_shard() -> dict[bytes, Window]:
     """A window to each object that this process shows, by the id of its reference."""
-    known = [window for ref in _windows.valuerefs() if (window := ref()) is not None]
-    return {window.pin.reference.binary(): window for window in known if window.session is object_store.session()}
+    session = object_store.session()
+    return {window.pin.reference.binary(): window for window in known() if window.session is session}
 
 
 def split(storages: Iterable[Storage]) -> tuple[dict[Window, list[Storage]], list[Storage]]:
     """The storages that lie in each window, and those that lie in none."""
-    known = sorted((window.start, window) for ref in _windows.valuerefs() if (window := ref()) is not None)
-    starts = [start for start, _ in known]
+    ordered = sorted(known(), key=operator.attrgetter("start"))
+    starts = [window.start for window in ordered]
     inside: dict[Window, list[Storage]] = defaultdict(list)
     outside: list[Storage] = []
     for storage in storages:
         address = storage.address
         position = -1 if address is None else bisect.bisect_right(starts, address) - 1
-        if position >= 0 and address is not None and address + storage.nbytes <= known[position][1].end:
-            inside[known[position][1]].append(storage)
+        if position >= 0 and address is not None and address + storage.nbytes <= ordered[position].end:
+            inside[ordered[position]].append(storage)
         else:
             outside.append(storage)
     return inside, outside

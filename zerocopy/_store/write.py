@@ -116,6 +116,14 @@ class Writer:
         """The shards that were in the store already."""
         return list({place.shard: None for placed in self.stored for place in placed.values()})
 
+    def used_bytes(self) -> dict[bytes, int]:
+        """Bytes of the storages in each shard, by the id of the shard, as far as they are written."""
+        used: dict[bytes, int] = {}
+        for index, place in self.placements.items():
+            key = place.shard.binary()
+            used[key] = used.get(key, 0) + self._storages[index].nbytes
+        return used
+
     def write_all(self, fill: Callable[[Sequence[Storage]], None] = lambda _: None) -> Iterator[Placements]:
         """Write the `shards`. Gives the places of the storages of each when it is written.
 

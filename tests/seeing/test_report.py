@@ -1,0 +1,267 @@
+"""A memory report: of this cluster, of all its nodes, by publication."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import torch
+from conftest import IMPORT_PATH, ORDINARY, run_python, wait_until
+from torch import nn
+
+import zerocopy
+from zerocopy._compat.ray import own_raylet
+from zerocopy._seeing.ledger import MOST_LINES
+from zerocopy.errors import MissingPackageError
+
+WIDTH = 1024
+NBYTES = WIDTH * WIDTH * 4
+
+
+def weights() -> nn.Module:
+    return nn.Linear(WIDTH, WIDTH, bias=False)
+
+
+@ray.remote(num_cpus=0.1)
+class Reader:
+    def load(self, publication: zerocopy.Publication) -> int:
+        self.model = publication.load()
+        return os.getpid()
+
+    def write(self) -> None:
+        with torch.no_grad():
+            self.model.weight.add_(1)
+
+    def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+    def drop(self) -> None:
+        del self.model
+
+
+def of_kind(report: zerocopy.MemoryReport, kind: str) -> list[zerocopy.PublicationMemory]:
+    return [one for one in report.publications if one.kind == kind]
+
+
+def test_a_publication_of_this_process_is_told(cluster: None) -> None:
+    """It stands in the report as soon as it is published, costs one copy until it is loaded, and goes when it is closed."""
+
+    class Mine(nn.Linear):
+        pass
+
+    publication = zerocopy.publish(Mine(WIDTH, WIDTH, bias=False))
+    (told,) = of_kind(zerocopy.memory_report(), "Mine")
+    assert (told.name, told.version, told.loads, told.processes) == ("", None, 0, 0)
+    assert (told.shared, told.private, told.plain, told.saved) == (NBYTES, 0, 0, -NBYTES)
+    publication.close()
+    del publication
+    assert wait_until(lambda: not of_kind(zerocopy.memory_report(), "Mine"), 20)
+
+
+def test_loads_and_writes_of_busy_processes_are_told(cluster: None, name: str) -> None:
+    """Each load counts as a plain copy less; what was written since counts as its writer's own; a process need not answer."""
+    publication = zerocopy.publish(weights(), name=name)
+    readers = [Reader.remote() for _ in range(3)]
+    pids = ray.get([reader.load.remote(publication) for reader in readers])
+    ray.get(readers[0].write.remote())
+    readers[1].sleep.remote(30)
+    report = zerocopy.memory_report()
+    (told,) = [one for one in report.publications if one.name == name]
+    assert (told.version, told.kind, told.processes, told.loads) == (1, "Linear", 3, 3)
+    assert told.shared == NBYTES
+    assert NBYTES <= told.dirtied < NBYTES + 3 * 65536
+    assert told.dirtied <= told.private < told.dirtied + 3 * 65536
+    assert 3 * NBYTES <= told.plain < 3 * (NBYTES + 65536)
+    assert told.saved == told.plain - told.shared - told.private
+    by_pid = {process.pid: process for process in report.processes}
+    assert [by_pid[pid].dirtied >= NBYTES for pid in pids] == [True, False, False]
+    assert report.dirtied >= NBYTES
+    ray.get(readers[0].drop.remote())
+    ray.kill(readers[1])
+
+    def is_used_by_one() -> bool:
+        (told,) = [one for one in zerocopy.memory_report().publications if one.name == name]
+        return told.loads == 1 and told.dirtied == 0
+
+    assert wait_until(is_used_by_one, 20)
+
+
+def test_shared_is_never_below_one_copy(cluster: None) -> None:
+    """Also of a report on one of many processes, whose proportional share is less."""
+    publication = zerocopy.publish(weights())
+    readers = [Reader.remote() for _ in range(2)]
+    pid, _ = ray.get([reader.load.remote(publication) for reader in readers])
+    report = zerocopy.memory_report([pid])
+    assert sum(process.share for process in report.processes) < NBYTES
+    assert report.shared >= NBYTES
+    (told,) = report.publications
+    assert (told.shared, told.loads) == (NBYTES, 1)
+
+
+def test_versions_of_a_name_share_what_is_equal(cluster: None, name: str) -> None:
+    """Each version tells all that it rests on; together they count each object of the store once."""
+    model = nn.Sequential(*[weights() for _ in range(4)])
+    before = sum(node.objects for node in zerocopy.memory_report().nodes)
+    kept = [zerocopy.publish(model, name=name)]
+    with torch.no_grad():
+        model[3].weight.add_(1)
+    kept.append(zerocopy.publish(model, name=name))
+    report = zerocopy.memory_report()
+    assert [one.shared for one in report.publications if one.name == name] == [4 * NBYTES, 4 * NBYTES]
+    assert sum(node.objects for node in report.nodes) - before < 5.1 * NBYTES
+
+
+def test_named_versions_outlive_the_knowledge_of_their_publisher(address: str, name: str) -> None:
+    """What the registry keeps is told, though its publisher has ended and nobody has loaded it."""
+    done = run_python(
+        "import sys, ray, torch, zerocopy\n"
+        "ray.init(sys.argv[1], log_to_driver=False)\n"
+        "zerocopy.publish(torch.nn.Linear(256, 256, bias=False), name=sys.argv[2])\n",
+        "-",
+        address,
+        name,
+    )
+    assert done.returncode == 0, done.stderr
+    (told,) = [one for one in zerocopy.memory_report().publications if one.name == name]
+    assert (told.shared, told.loads) == (256 * 256 * 4, 0)
+
+
+def test_many_loads_are_told_exactly(cluster: None) -> None:
+    """Notes of memory that is gone are dropped now and then; what lives stays told."""
+
+    class Often(nn.Linear):
+        pass
+
+    publication = zerocopy.publish(Often(64, 64))
+    kept = [publication.load(), *[publication.load() for _ in range(MOST_LINES + 10)][-2:]]
+    (told,) = of_kind(zerocopy.memory_report([os.getpid()]), "Often")
+    assert (told.loads, told.processes) == (len(kept), 1)
+
+
+def test_adopted_weights_are_a_load(cluster: None) -> None:
+    """A publisher that adopts has no second copy: it uses the store's."""
+
+    class Adopted(nn.Linear):
+        pass
+
+    model = Adopted(WIDTH, WIDTH, bias=False)
+    publication = zerocopy.publish(model, adopt=True)
+    (told,) = of_kind(zerocopy.memory_report(), "Adopted")
+    assert (told.loads, told.shared, publication.shared_bytes) == (1, NBYTES, NBYTES)
+
+
+def test_a_report_as_data(cluster: None) -> None:
+    """As a dict it is JSON; as text and HTML it has all columns."""
+    publication = zerocopy.publish(weights())
+    loaded = publication.load()
+    report = zerocopy.memory_report()
+    told = json.loads(json.dumps(report.to_dict()))
+    assert told["together"]["shared"] == report.shared
+    assert told["together"]["saved"] == report.saved
+    assert [one["pid"] for one in told["processes"]] == [process.pid for process in report.processes]
+    assert [one["loads"] for one in told["publications"]] == [one.loads for one in report.publications]
+    assert {"name", "version", "kind", "node", "shared", "private", "dirtied", "plain", "saved"} <= {
+        *told["publications"][0]
+    }
+    assert repr(report) == str(report)
+    for word in ("publication", "version", "shared", "private", "dirtied", "plain copies", "saved"):
+        assert word in str(report)
+        assert f"<th>{word}</th>" in report._repr_html_()
+    assert report._repr_html_().count("<tr class=") == len(report.publications) + 2
+    del loaded
+
+
+def test_a_report_as_a_plot(cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bars of what is shared and private, beside what plain copies would take; written where that is asked for."""
+    publication = zerocopy.publish(weights())
+    loaded = [publication.load() for _ in range(3)]
+    report = zerocopy.memory_report([os.getpid()])
+    figure = report.plot(tmp_path / "report.png")
+    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
+    widths = [round(bar.get_width()) for bar in figure.axes[0].patches]
+    wanted = [figures for one in report.publications for figures in (one.shared, one.private, one.plain)]
+    assert widths == wanted
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(MissingPackageError, match=r"zerocopy-ray\[plot\]") as error:
+        report.plot()
+    assert isinstance(error.value, ImportError)
+    del loaded
+
+
+def test_without_ray() -> None:
+    """This process alone is measured, and a note says so."""
+    done = run_python(
+        "import os, ray, zerocopy\n"
+        "report = zerocopy.memory_report()\n"
+        "assert not ray.is_initialized()\n"
+        "assert [process.pid for process in report.processes] == [os.getpid()]\n"
+        "print(report)\n"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "not connected to Ray" in done.stdout
+
+
+NODES = """
+import json, os, signal, sys, time, warnings
+import psutil, ray, torch, zerocopy
+from ray.cluster_utils import Cluster
+from test_report import NBYTES, Reader, weights
+
+small = {"num_cpus": 2, "object_store_memory": 120_000_000}
+cluster = Cluster(head_node_args=small, initialize_head=True)
+other = cluster.add_node(**small, resources={"other": 1})
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    ray.init(cluster.address, log_to_driver=False, logging_level="ERROR")
+here = ray.get_runtime_context().get_node_id()
+publication = zerocopy.publish(weights(), name="both")
+readers = [Reader.options(resources={"other": 0.1} if n else {}, num_cpus=0.1).remote() for n in (0, 0, 1, 1)]
+pids = ray.get([reader.load.remote(publication) for reader in readers])
+ray.get(readers[3].write.remote())
+started = time.monotonic()
+report = zerocopy.memory_report(timeout=60)
+seconds = time.monotonic() - started
+raylet = next(p.pid for p in report.processes if p.name == "raylet" and p.node == other.node_id)
+os.kill(raylet, signal.SIGSTOP)
+try:
+    started = time.monotonic()
+    stopped = zerocopy.memory_report(timeout=2)
+    waited = time.monotonic() - started
+finally:
+    os.kill(raylet, signal.SIGCONT)
+print(json.dumps({
+    "report": report.to_dict(), "pids": pids, "nodes": [here, other.node_id], "own": os.getpid(), "seconds": seconds,
+    "notes": list(stopped.notes), "waited": waited, "left": sorted({p.node for p in stopped.processes}),
+}))
+ray.shutdown()
+cluster.shutdown()
+"""
+
+
+def test_all_nodes_of_this_cluster_and_no_other(cluster: None) -> None:
+    """Two nodes share a host with another cluster: each process is told once, on its node; one that stands still is left out."""
+    other_cluster = own_raylet()
+    assert other_cluster is not None
+    done = run_python(NODES, **ORDINARY, PYTHONPATH=IMPORT_PATH)
+    assert done.returncode == 0, done.stderr[-3000:]
+    told: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    head, other = told["nodes"]
+    node_of = {one["pid"]: one["node"] for one in told["report"]["processes"]}
+    assert len(node_of) == len(told["report"]["processes"])
+    assert other_cluster.pid not in node_of
+    assert [node_of[pid] for pid in (told["own"], *told["pids"])] == [head, head, head, other, other]
+    assert [one["name"] for one in told["report"]["processes"]].count("raylet") == 2
+    publications = {one["node"]: one for one in told["report"]["publications"] if one["name"] == "both"}
+    assert {node: one["loads"] for node, one in publications.items()} == {head: 2, other: 2}
+    assert {node: one["shared"] for node, one in publications.items()} == {head: NBYTES, other: NBYTES}
+    assert publications[head]["dirtied"] == 0
+    assert publications[other]["dirtied"] >= NBYTES
+    assert told["report"]["together"]["shared"] >= 2 * NBYTES
+    assert any(f"Node {other[:8]} is left out: it did not answer within 2 s." in note for note in told["notes"])
+    assert (told["left"], told["waited"] < 10) == ([head], True)

@@ -1,0 +1,158 @@
+"""Which bytes belong to which publication? The kernel's figures of mappings are joined with what processes have noted of them."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+
+import attrs
+
+from zerocopy._compat import linux
+from zerocopy._seeing import ledger
+from zerocopy._seeing.ledger import About, Shown, Told
+from zerocopy._seeing.processes import Used
+
+
+@attrs.frozen
+class PublicationMemory:
+    """What one publication takes on one node, in bytes.
+
+    Attributes:
+        name: empty without one.
+        version: number of the version, None without a name.
+        kind: name of the pipeline's class; empty for mappings of which no process tells what they show.
+        node: id of the node; empty without Ray.
+        processes: how many have loaded it, and still use it.
+        loads: how many loads of it are in use.
+        shared: its weights in the node's store, once, however many show them.
+        dirtied: pages that processes have written since they loaded it, and have as their own.
+        private: these, and the part that each load copies.
+        plain: what as many plain copies would take.
+    """
+
+    name: str
+    version: int | None
+    kind: str
+    node: str
+    processes: int
+    loads: int
+    shared: int
+    dirtied: int
+    private: int
+    plain: int
+
+    @property
+    def saved(self) -> int:
+        """Bytes that plain copies would take more. Negative as long as nobody has loaded it."""
+        return self.plain - self.shared - self.private
+
+
+_Label = tuple[str, int | None, bytes]  # name and number, or the key where there is no name
+
+
+@attrs.define
+class _Sum:
+    """What is known of one publication."""
+
+    about: About
+    used: dict[bytes, int] = attrs.field(factory=dict)  # bytes in each shard
+    mapped: Counter[tuple[int, bytes]] = attrs.field(factory=Counter)  # how often each process shows each shard
+    dirtied: int = 0
+
+    def loads(self) -> int:
+        """A load maps each shard that it needs once."""
+        by_process: dict[int, int] = defaultdict(int)
+        for (pid, _), count in self.mapped.items():
+            by_process[pid] = max(by_process[pid], count)
+        return sum(by_process.values())
+
+    def record(self, node: str) -> PublicationMemory:
+        about, loads = self.about, self.loads()
+        shared = sum(self.used.values())
+        private = self.dirtied + loads * about.copied
+        plain = sum(count * self.used.get(shard, 0) for (_, shard), count in self.mapped.items()) + loads * about.copied
+        processes = len({pid for pid, _ in self.mapped})
+        return PublicationMemory(
+            about.name, about.version, about.kind, node, processes, loads, shared, self.dirtied, private, plain
+        )
+
+
+class Accounts:
+    """The publications of one node.
+
+    Attributes:
+        sizes: bytes of each shard that some process shows.
+    """
+
+    def __init__(self, told: Iterable[Told]) -> None:
+        """`told`: publications that are known from elsewhere."""
+        self._sums: dict[_Label, _Sum] = {}
+        self._labels: dict[bytes, _Label] = {}
+        self._untold: dict[tuple[int, int, int], _Sum] = {}  # by file and offset
+        self.sizes: dict[bytes, int] = {}
+        for one in told:
+            self._add_told(one)
+
+    def _add_told(self, told: Told) -> None:
+        about = told.about
+        label = (about.name, about.version, b"") if about.name else ("", None, told.key)
+        self._labels[told.key] = label
+        self._sums.setdefault(label, _Sum(about)).used.update(told.used)
+
+    def add_process(self, pid: int, of_store: Used) -> None:
+        """Join what a process has noted with what its mappings of the store take."""
+        told, shown = ledger.read(pid)
+        for one in told.values():
+            self._add_told(one)
+        latest: dict[int, Shown] = {}
+        for window in shown:  # a later one at the same place has replaced an earlier one
+            if window.publication in self._labels:
+                latest[window.start] = window
+        live: dict[int, Shown] = {}
+        for mapping, usage in of_store:
+            found = _window_of(mapping, latest)
+            if not mapping.mode.endswith("p"):
+                within = (one for one in latest.values() if mapping.start <= one.start and one.end <= mapping.end)
+                live.update((one.start, one) for one in within if not one.is_private)
+            elif found is None:
+                self._add_untold(pid, mapping, usage)
+            else:
+                live[found.start] = found
+                self._sums[self._labels[found.publication]].dirtied += usage.anonymous
+        for window in live.values():
+            self._sums[self._labels[window.publication]].mapped[pid, window.shard] += 1
+            self.sizes[window.shard] = window.nbytes
+
+    def _add_untold(self, pid: int, mapping: linux.Mapping, usage: linux.Usage) -> None:
+        place = mapping.device, mapping.inode, mapping.file_offset
+        found = self._untold.setdefault(place, _Sum(About("", None, "", 0, 0)))
+        shard = repr(place).encode()
+        found.used[shard] = self.sizes[shard] = max(mapping.end - mapping.start, found.used.get(shard, 0))
+        found.mapped[pid, shard] += 1
+        found.dirtied += usage.anonymous
+
+    def keep_loaded(self) -> None:
+        """Know no longer what none of the processes has loaded."""
+        self._sums = {label: found for label, found in self._sums.items() if found.mapped}
+
+    def publications(self, node: str) -> list[PublicationMemory]:
+        """One record for each publication that is on the node."""
+        records = [found.record(node) for found in (*self._sums.values(), *self._untold.values())]
+        return [one for one in records if one.shared or one.loads]
+
+    def objects(self) -> int:
+        """Bytes of what publications rest on there, each object once."""
+        largest: dict[bytes, int] = dict(self.sizes)
+        for found in self._sums.values():
+            for shard, nbytes in found.used.items():
+                largest[shard] = max(nbytes, largest.get(shard, 0))
+        return sum(largest.values())
+
+
+def _window_of(mapping: linux.Mapping, latest: Mapping[int, Shown]) -> Shown | None:
+    """The noted memory that a private mapping is, or is a part of."""
+    exact = latest.get(mapping.start)
+    if exact is not None and exact.is_private and mapping.end <= exact.end:
+        return exact
+    around = (one for one in latest.values() if one.start <= mapping.start and mapping.end <= one.end)
+    return next((one for one in around if one.is_private), None)

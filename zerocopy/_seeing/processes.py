@@ -1,0 +1,128 @@
+"""What does one process take: measured by the kernel, mapping by mapping (Linux)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import attrs
+import psutil
+
+from zerocopy._compat import linux
+from zerocopy._compat.ray import WORKER_TITLE, is_store_file
+
+
+@attrs.frozen
+class ProcessMemory:
+    """One process' memory in bytes.
+
+    Attributes:
+        pid: its process id.
+        name: what it runs.
+        private: anonymous memory: what the process would give back if it ended. Written pages of a private mapping count.
+        mapped: resident pages of the object store that it has mapped.
+        share: its proportional share (PSS) of those pages; summed over all processes, each page counts once.
+        total: its proportional share of all memory (PSS): private, store, libraries.
+        dirtied: of the private memory, what it has written of what it had mapped of the store.
+        node: id of the node that it belongs to; empty without Ray.
+    """
+
+    pid: int
+    name: str
+    private: int
+    mapped: int
+    share: int
+    total: int
+    dirtied: int = 0
+    node: str = ""
+
+    @property
+    def saved(self) -> int:
+        """Bytes that the process would take more, had it a copy of its own of the pages that it has touched."""
+        return self.mapped - self.share
+
+
+Used = list[tuple[linux.Mapping, linux.Usage]]
+
+
+class Measured(NamedTuple):
+    """What was found out of some processes.
+
+    Attributes:
+        processes: one entry for each that runs and may be looked into.
+        of_store: what each of their mappings of the store takes, by process id.
+        notes: what is missing, in words.
+    """
+
+    processes: list[ProcessMemory]
+    of_store: dict[int, Used]
+    notes: list[str]
+
+
+def measure(pids: Iterable[int], node: str, *, is_here: bool = True) -> Measured:
+    """Measure processes.
+
+    Args:
+        node: the id of their node.
+        is_here: whether this process is called "this process".
+    """
+    found = Measured([], {}, [])
+    notes: dict[str, None] = {}
+    untold: list[int] = []
+    for pid in dict.fromkeys(pids):
+        try:
+            process, used = _measure(pid, node, is_here=is_here)
+        except (psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):  # it has ended
+            continue
+        except (OSError, psutil.Error):
+            untold.append(pid)
+            continue
+        if process is not None:
+            found.processes.append(process)
+        if used is None:
+            notes[linux.NO_SHARES] = None
+        found.of_store[pid] = used or []
+    if untold:
+        notes[f"Left out, because this process may not look into them: {', '.join(map(str, untold))}."] = None
+    if (reason := linux.why_nothing_is_told()) is not None:
+        notes[f"Nothing is told of any process: {reason}."] = None
+    found.notes.extend(notes)
+    return found
+
+
+def _measure(pid: int, node: str, *, is_here: bool) -> tuple[ProcessMemory | None, Used | None]:
+    """The memory of a process, None of one that has ended and was not waited for; and its mappings of the store, if told."""
+    name = _name(psutil.Process(pid), is_here=is_here)
+    # All figures from one reading, so that they are of one moment: psutil would tell the total, of another one.
+    used = linux.usage(pid)
+    if used is None:
+        return _measure_roughly(pid, name, node), None
+    if not used:
+        return None, []
+    private = sum(usage.anonymous for _, usage in used)
+    total = sum(usage.share for _, usage in used)
+    of_store = [(mapping, usage) for mapping, usage in used if is_store_file(mapping.path)]
+    # Written pages of a private mapping are no longer the store's.
+    mapped = sum(usage.resident - usage.anonymous for _, usage in of_store)
+    share = sum(usage.share - usage.anonymous for _, usage in of_store)
+    dirtied = sum(usage.anonymous for _, usage in of_store)
+    return ProcessMemory(pid, name, private, mapped, share, total, dirtied, node), of_store
+
+
+def _measure_roughly(pid: int, name: str, node: str) -> ProcessMemory | None:
+    """What a process takes as far as its status tells, which knows no shares and no single mappings."""
+    sizes = linux.resident(pid)
+    if "VmRSS" not in sizes:  # it has ended
+        return None
+    mapped = sizes.get("RssShmem", 0)
+    return ProcessMemory(pid, name, sizes.get("RssAnon", 0), mapped, mapped, sizes["VmRSS"], node=node)
+
+
+def _name(process: psutil.Process, *, is_here: bool) -> str:
+    if is_here and process.pid == os.getpid():
+        return "this process"
+    words = process.cmdline() or [""]
+    title = " ".join(words).rstrip()  # Ray's may have spaces, at which psutil splits them
+    return title if title.startswith(WORKER_TITLE) else Path(words[0]).name
