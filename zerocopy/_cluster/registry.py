@@ -23,7 +23,13 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from zerocopy._cluster.names import LATEST, Name, Refused, Version
 from zerocopy._cluster.shards import Given, Ref, Shards
 from zerocopy._cluster.stored import Packed, Source, nonce, run_source, store
-from zerocopy._compat.ray import ended_jobs, have_copies, nodes_with, records_in_control_plane, write_to_control_plane
+from zerocopy._compat.owners import (
+    ended_jobs,
+    have_copies,
+    nodes_with,
+    records_in_control_plane,
+    write_to_control_plane,
+)
 from zerocopy._nodes.holder import Holders
 from zerocopy._store.object_store import put_plainly
 

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from zerocopy._compat.ray import buffers_of_objects
+from zerocopy._compat.owners import buffers_of_objects
 
 PAGE = 4096  # bytes, or a part of a page
 AT_ONE_TIME = 64  # objects

@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol, TypeAlias
 import ray
 import ray.exceptions
 
-from zerocopy._compat import ray as compat_ray
+from zerocopy._compat import owners
 from zerocopy._compat.ray import pickled_by_value
 from zerocopy._nodes import holder, where
 from zerocopy._nodes.holder import Holders
@@ -50,7 +50,7 @@ class OwnHolders:
         self._key = uuid.uuid4().hex
 
     def hold(self, node: str, refs: Sequence[ray.ObjectRef[Any]]) -> ray.ObjectRef[Any]:
-        with pickled_by_value((holder, compat_ray)):
+        with pickled_by_value((holder, owners)):
             reply: ray.ObjectRef[Any] = self._holders.hold(node, self._key, refs)
         return reply
 

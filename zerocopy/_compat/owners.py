@@ -1,0 +1,67 @@
+"""What of Ray do the registry and holders of weights use that Ray does not promise? Read in Ray 2.60.0; a link says where.
+
+This file travels to them by value, and so imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ray
+from ray._private import state, worker
+from ray.experimental import internal_kv, locations
+
+_RECORDS = b"zerocopy"
+
+
+def write_to_control_plane(name: str, record: bytes) -> None:
+    """Write to the key-value store of Ray's control plane. It lasts as long as the cluster.
+
+    https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/experimental/internal_kv.py
+    """
+    internal_kv._internal_kv_put(name, record, namespace=_RECORDS)
+
+
+def records_in_control_plane() -> dict[str, bytes]:
+    """All that was written there, by name. In the same file."""
+    names = internal_kv._internal_kv_list("", namespace=_RECORDS)
+    return {name.decode(): internal_kv._internal_kv_get(name, namespace=_RECORDS) for name in names}
+
+
+def buffers_of_objects(refs: list[ray.ObjectRef[Any]]) -> list[Any]:
+    """The bytes of objects as they lie in this node's store, which keeps them as long as the buffers live. Nothing is unpickled.
+
+    https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/_private/worker.py: `Worker.get_objects`
+
+    Raises:
+        As `ray.get`.
+    """
+    connected: Any = worker.global_worker  # not `_worker`: this function travels by value
+    found = connected.core_worker.get_objects(refs, -1)
+    if any(each.data is None for each in found):  # an error stands there instead
+        ray.get(refs)
+    return [each.data for each in found]
+
+
+def ended_jobs() -> set[str]:
+    """Ids of the jobs whose driver has ended.
+
+    https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/_private/state.py: `GlobalState.job_table`
+    """
+    return {job["JobID"] for job in state.state.job_table() if job["IsDead"]}
+
+
+def have_copies(refs: list[ray.ObjectRef[Any]]) -> list[bool]:
+    """Whether some store has each of these objects, all of which this process owns, or wrote it to disk.
+
+    https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/experimental/locations.py
+    """
+    found = locations.get_local_object_locations(refs) if refs else {}
+    told = [found.get(ref, {}) for ref in refs]
+    return [bool(location.get("node_ids") or location.get("did_spill")) for location in told]
+
+
+def nodes_with(refs: list[ray.ObjectRef[Any]]) -> list[set[str]]:
+    """The ids of the nodes whose stores have each of these objects, all of which this process owns. In the same file."""
+    found = locations.get_local_object_locations(refs) if refs else {}
+    return [set(found.get(ref, {}).get("node_ids", ())) for ref in refs]
