@@ -72,11 +72,12 @@ def coverage(session: nox.Session) -> None:
 def soak(session: nox.Session) -> None:
     """Sixty seconds of churn, in which every weight is checked again and again. `-- --seconds 600` for more.
 
-    Then a live update under load, of more and larger versions than in the tests.
+    Then a live update under load, of more and larger versions than in the tests; and a crowd: a table in docs/reliability.md.
     """
     _install(session, "-e", ".[data]", "ray[serve]")
     session.run("python", "tests/soak.py", *session.posargs)
     session.run("python", "tests/live_update.py", "--versions", "60", "--width", "1024")
+    session.run("python", "tests/load_held.py", "--output", "docs/reliability.md")
 
 
 @nox.session

@@ -16,5 +16,5 @@ def held() -> Callable[[str], None]:
 
 
 @pytest.mark.parametrize("check", [name for name in vars(prefetching) if name.startswith("check_")])
-def test_on_three_nodes(check: str, held: Callable[[str], None]) -> None:
+def test_on_four_nodes(check: str, held: Callable[[str], None]) -> None:
     held(check)

@@ -14,6 +14,7 @@ PAGES = {
     "docs/guide.md": "shared once per node",
     "docs/migration.md": "torch.Size([1, 8])",
     "docs/names.md": "both have version 3",
+    "docs/nodes.md": "100%",
     "docs/seeing.md": "encoder is loaded 3 times and saves",
 }
 
