@@ -1,0 +1,109 @@
+"""Owners that end: the process that published, the driver, the registry. What is loaded goes on; a new load says why it cannot."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+from conftest import FOLDERS, ORDINARY, wait_until
+from registries import kill_registry
+from reliability import fault
+from versions import Asked, numbered
+
+import zerocopy
+from zerocopy.errors import PublicationLostError
+
+pytestmark = pytest.mark.usefixtures("cluster")
+KIND = "Publishers, drivers and the registry"
+LOST = "`PublicationLostError`"
+
+
+@ray.remote(num_cpus=0.1)
+class Publisher:
+    def publish(self, number: int) -> zerocopy.Publication:
+        self.publication = zerocopy.publish(numbered(number))
+        return self.publication
+
+    def pid(self) -> int:
+        return os.getpid()
+
+
+def test_the_process_that_published() -> None:
+    """What is loaded stays right. A load says that the owner ended, as soon as Ray knows; until then it may still succeed."""
+    publisher = Publisher.remote()
+    publication = ray.get(publisher.publish.remote(1))
+    loaded, pid = publication.load(), ray.get(publisher.pid.remote())
+    with fault(KIND, "The process is killed that published without a name; then `load()`, again and again") as told:
+        os.kill(pid, signal.SIGKILL)
+        with pytest.raises(PublicationLostError) as lost:
+            while True:
+                assert publication.load()() == 1
+                time.sleep(0.05)
+        told.result = f"{LOST} ({lost.value.reason}); before, right answers. What was loaded stays right"
+    assert lost.value.reason == "owner ended"
+    assert loaded() == 1
+    assert zerocopy.publish(loaded).load()() == 1
+
+
+DRIVER = """
+import sys, time
+import ray, zerocopy
+from versions import Asked, numbered
+ray.init(sys.argv[1], namespace=sys.argv[2], log_to_driver=False)
+unnamed, named = zerocopy.publish(numbered(1)), zerocopy.publish(numbered(2), name=sys.argv[2])
+for name, publication in (("unnamed", unnamed), ("named", named)):
+    actor = Asked.options(lifetime="detached", name=name).remote(publication)
+    ray.get(actor.ask.remote())
+open(sys.argv[3], "w").close()
+time.sleep(600)
+"""
+
+
+@pytest.fixture
+def driver(name: str, address: str, tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A driver that has published, and made detached actors that have loaded."""
+    sign, path = tmp_path / "ready", os.pathsep.join(FOLDERS)
+    command = [sys.executable, "-c", DRIVER, address, name, str(sign)]
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **ORDINARY}
+    with subprocess.Popen(command, env=environment) as process:
+        try:
+            assert wait_until(lambda: sign.exists() or process.poll() is not None)
+            assert process.poll() is None
+            yield process
+        finally:
+            process.kill()
+
+
+def test_the_driver(name: str, driver: subprocess.Popen[bytes]) -> None:
+    """Detached actors go on with what they have loaded; what has a name is found by others."""
+    actors = [ray.get_actor(one, name) for one in ("unnamed", "named")]
+    try:
+        with fault(KIND, "The driver is killed; detached actors have loaded what it published") as told:
+            driver.kill()
+            driver.wait()
+            assert ray.get([actor.ask.remote() for actor in actors]) == [1, 2]
+            assert zerocopy.lookup(name).load()() == 2
+            told.result = "they go on; what it published under a name is loaded by others"
+    finally:
+        for actor in actors:
+            ray.kill(actor)
+
+
+def test_the_registry_while_others_have_the_weights(name: str) -> None:
+    """It is made anew, and gets the weights from who has them mapped."""
+    publication = zerocopy.publish(numbered(3), name=name)
+    asked = Asked.remote(publication)
+    assert ray.get(asked.ask.remote()) == 3
+    publication.close()
+    with fault(KIND, "The registry is killed; one actor has the weights mapped") as told:
+        kill_registry()
+        assert ray.get(asked.ask.remote()) == 3
+        assert zerocopy.lookup(name).load(verify=True)() == 3
+        told.result = "the actor goes on; a new `load()` gets the weights that it gives back"
