@@ -1,4 +1,7 @@
-"""Owners that end: the process that published, the driver, the registry. What is loaded goes on; a new load says why it cannot."""
+"""Owners that end: the process that published, the driver. What is loaded goes on; a new load says why it cannot.
+
+Of the registry, and of publishers in the midst, see tests/cluster/test_losses.py.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +16,8 @@ from pathlib import Path
 import pytest
 import ray
 from conftest import FOLDERS, ORDINARY, wait_until
-from registries import kill_registry
 from reliability import fault
-from versions import Asked, numbered
+from versions import numbered
 
 import zerocopy
 from zerocopy.errors import PublicationLostError
@@ -55,7 +57,7 @@ def test_the_process_that_published() -> None:
 DRIVER = """
 import sys, time
 import ray, zerocopy
-from versions import Asked, numbered
+from versions import numbered
 ray.init(sys.argv[1], namespace=sys.argv[2], log_to_driver=False)
 unnamed, named = zerocopy.publish(numbered(1)), zerocopy.publish(numbered(2), name=sys.argv[2])
 for name, publication in (("unnamed", unnamed), ("named", named)):
@@ -94,16 +96,3 @@ def test_the_driver(name: str, driver: subprocess.Popen[bytes]) -> None:
     finally:
         for actor in actors:
             ray.kill(actor)
-
-
-def test_the_registry_while_others_have_the_weights(name: str) -> None:
-    """It is made anew, and gets the weights from who has them mapped."""
-    publication = zerocopy.publish(numbered(3), name=name)
-    asked = Asked.remote(publication)
-    assert ray.get(asked.ask.remote()) == 3
-    publication.close()
-    with fault(KIND, "The registry is killed; one actor has the weights mapped") as told:
-        kill_registry()
-        assert ray.get(asked.ask.remote()) == 3
-        assert zerocopy.lookup(name).load(verify=True)() == 3
-        told.result = "the actor goes on; a new `load()` gets the weights that it gives back"
