@@ -76,4 +76,6 @@ def write(page: Path, faults: list[Fault]) -> None:
 
 def _table(kind: str, faults: list[Fault]) -> str:
     rows = [f"| {one.what} | {one.result} | {one.seconds:.1f} |" for one in faults]
-    return "\n".join([f"### {kind}", "", "| what was done | what the reader got | seconds |", "| --- | --- | ---: |", *rows, ""])
+    return "\n".join(
+        [f"### {kind}", "", "| what was done | what the reader got | seconds |", "| --- | --- | ---: |", *rows, ""]
+    )

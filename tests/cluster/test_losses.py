@@ -146,7 +146,9 @@ def test_a_source_runs_once_for_all_who_ask(name: str, tmp_path: Path) -> None:
     handle = zerocopy.lookup(name)
     answers: list[Any] = []
     threads = [threading.Thread(target=lambda: answers.append(handle.load())) for _ in range(6)]
-    with fault(KIND, "The registry is killed; no process has the weights, they have a source, and six ask at once") as told:
+    with fault(
+        KIND, "The registry is killed; no process has the weights, they have a source, and six ask at once"
+    ) as told:
         kill_registry()
         for thread in threads:
             thread.start()

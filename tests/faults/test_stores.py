@@ -47,7 +47,9 @@ assert wait_until(lambda: files())
 time.sleep(2)
 """
 
-LOST_FILE = SPILLED + """
+LOST_FILE = (
+    SPILLED
+    + """
 for path in files():
     path.unlink()
 with fault(KIND, "Weights were written to disk, and the file is deleted; `load()`") as told:
@@ -57,6 +59,7 @@ with fault(KIND, "Weights were written to disk, and the file is deleted; `load()
         told.result = f"`PublicationLostError` ({error.reason})"
 ray.shutdown()
 """
+)
 
 FULL = """
 start(local_fs_capacity_threshold=0.0001)

@@ -41,7 +41,9 @@ class Batches:
         return {"id": batch["id"], "answer": [self.search()] * len(batch["id"])}
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning:ray", "ignore::FutureWarning:ray")  # Ray Data's, about its own settings
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning:ray", "ignore::FutureWarning:ray"
+)  # Ray Data's, about its own settings
 def test_a_worker_of_map_batches(tmp_path: Path) -> None:
     """Its batch is given to another one: each row comes once, with the right answer."""
     mark = tmp_path / "mark"
