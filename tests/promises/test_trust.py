@@ -283,7 +283,7 @@ print(ports() == before, any("memfd:zerocopy" in name for name in names), [one()
 
 
 def test_no_port_is_opened_and_nothing_is_left(name: str, address: str, tmp_path: Path) -> None:
-    """Publishing, loading and following listen nowhere, leave no temporary file, and close the memory that shards went through."""
+    """Publishing, loading and following listen nowhere, leave no file, and close the memory that shards went through."""
     done = run_python(LISTENING, "-", address, name, TMPDIR=str(tmp_path))
     assert done.stdout.split("\n")[0] == "True False [1, 2]", done.stderr
     assert list(tmp_path.iterdir()) == []
