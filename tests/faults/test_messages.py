@@ -1,4 +1,4 @@
-"""Messages of Ray that are lost: requests that do not arrive, replies that do not come back. Ray's own test switch loses them.
+"""Messages of Ray that are lost: requests do not arrive, replies do not come back. Ray has a switch of its own for such tests.
 
 Each process loses the first two messages of each kind. Meanwhile a publication of 20 MB is loaded by tasks and actors, then all of
 it is dropped, and the store is empty again.
