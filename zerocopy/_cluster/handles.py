@@ -10,7 +10,7 @@ import functools
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Self
 
 import attrs
@@ -43,7 +43,6 @@ class Version:
 
 
 ANSWER_SECONDS = 0.005  # that what the registry told a lookup is good for: enough for lookup(...).load()
-AGREE_SECONDS = 5.0  # until which a registry hears of a node that has ended, after others did
 
 # Of versions that live pipelines were published as. Nothing is asked again before the registry tells that one is gone.
 _found: weakref.WeakKeyDictionary[Tag, Followed] = weakref.WeakKeyDictionary()
@@ -234,19 +233,7 @@ class NamedPublication(Publication):
         try:
             return handle._load(device, fields, verify=verify)
         except PublicationLostError:
-            return handle._load_recovered(lambda found: found._load(device, fields, verify=verify))
-
-    def _load_recovered(self, load: Callable[[NamedPublication], Any]) -> Any:
-        """Load after a loss. The registry may not know yet what this process knows: then it names what is lost, once more."""
-        end = time.monotonic() + AGREE_SECONDS
-        while True:
-            found = self._recovered()
-            try:
-                return load(found)
-            except PublicationLostError:
-                if time.monotonic() > end:
-                    raise
-            time.sleep(AGREE_SECONDS / 50)
+            return handle._recovered()._load(device, fields, verify=verify)
 
     def _recovered(self) -> NamedPublication:
         """A handle of the same version after its weights were found again. What else uses this one finds them, too."""
