@@ -69,6 +69,14 @@ def coverage(session: nox.Session) -> None:
 
 
 @nox.session
+def faults(session: nox.Session) -> None:
+    """Every fault, really made. Writes the tables of docs/reliability.md anew, with the times of this machine."""
+    _install_tests(session)
+    files = ["tests/faults", "tests/cluster/test_losses.py"]
+    session.run("pytest", *files, "--faults-page", "docs/reliability.md", *session.posargs, env=OFFLINE)
+
+
+@nox.session
 def soak(session: nox.Session) -> None:
     """Sixty seconds of churn, in which every weight is checked again and again. `-- --seconds 600` for more.
 

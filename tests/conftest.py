@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import ray
+import reliability
 import torch
 from ray._private import internal_api, state
 
@@ -44,6 +45,17 @@ LONGEST = (
     "test_passing",
 )
 torch.set_num_threads(1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--faults-page", type=Path, help="the page that gets the tables of the faults that were measured")
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """Write what was measured, if it was asked for and nothing has failed."""
+    page = session.config.getoption("--faults-page")
+    if page is not None and exitstatus == 0:
+        reliability.write(page, reliability.measured)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

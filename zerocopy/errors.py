@@ -68,6 +68,10 @@ class StoreTooSmallError(ZeroCopyError, MemoryError):
     capacity: int
 
 
+class StoreFullError(ZeroCopyError, MemoryError):
+    """Neither the node's object store nor the disk behind it has room for the weights. Nothing of them stays."""
+
+
 class OutOfMemoryError(ZeroCopyError, MemoryError):
     """A pipeline would take more private memory than the node has left. Attributes: `needed`, `free` (bytes)."""
 

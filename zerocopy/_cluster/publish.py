@@ -90,6 +90,7 @@ def publish(
         IsolationError: `adopt` was asked for where private mappings are not possible.
         CannotTravelError: something inside cannot leave the process; the error names its path.
         StoreTooSmallError: the weights are larger than this node's object store.
+        StoreFullError: neither the store nor the disk behind it has room.
         RayClientError: this process is connected through Ray Client.
     """
     if name is None:

@@ -79,6 +79,8 @@ class _Staging:
                     f"The process that stores {self._nbytes:,} bytes of weights was killed, again and again.",
                     hint="see whether this node has memory left; Ray's logs tell what killed it.",
                 ) from error
+            if isinstance(error.cause, object_store.NO_ROOM):
+                raise object_store.store_full() from error
             if not isinstance(error.cause, OSError):
                 raise
             # The task may not look into this process: another user, another container, not Linux.

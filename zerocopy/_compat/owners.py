@@ -5,9 +5,11 @@ This file travels to them by value, and so imports nothing heavy.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import ray
+import ray.exceptions
 from ray._private import state, worker
 from ray.experimental import internal_kv, locations
 
@@ -58,7 +60,28 @@ def have_copies(refs: list[ray.ObjectRef[Any]]) -> list[bool]:
     """
     found = locations.get_local_object_locations(refs) if refs else {}
     told = [found.get(ref, {}) for ref in refs]
-    return [bool(location.get("node_ids") or location.get("did_spill")) for location in told]
+    return [
+        bool(location.get("node_ids") or location.get("did_spill")) and not _is_error(ref, location)
+        for ref, location in zip(refs, told, strict=True)
+    ]
+
+
+def _is_error(ref: ray.ObjectRef[Any], location: Mapping[str, Any]) -> bool:
+    """Whether Ray has put an error in the place of an object: in the store of its owner, a second after the last copy was lost.
+
+    Seen with Ray 2.60. Only what lies there alone is read, and nothing is fetched.
+    https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/_private/worker.py: `Worker.get_objects`
+    """
+    connected: Any = worker.global_worker  # of the process that runs this, which is the registry's
+    if list(location.get("node_ids", ())) != [connected.current_node_id.hex()]:
+        return False
+    try:
+        (value,) = connected.get_objects([ref], timeout=1)[0]
+    except ray.exceptions.GetTimeoutError:
+        return False
+    except ray.exceptions.RayError:
+        return True
+    return isinstance(value, ray.exceptions.RayError)
 
 
 def nodes_with(refs: list[ray.ObjectRef[Any]]) -> list[set[str]]:

@@ -104,6 +104,7 @@ def publish(pipeline: Any, *, adopt: bool = False) -> Publication:
         IsolationError: `adopt` was asked for where private mappings are not possible.
         CannotTravelError: something inside cannot leave the process; the error names its path.
         StoreTooSmallError: the weights are larger than this node's object store.
+        StoreFullError: neither the store nor the disk behind it has room.
         RayClientError: this process is connected through Ray Client.
     """
     check_pipeline(pipeline, "zerocopy.publish")

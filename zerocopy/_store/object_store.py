@@ -38,6 +38,7 @@ from zerocopy.errors import (
     OutOfBandError,
     PublicationLostError,
     RayClientError,
+    StoreFullError,
     StoreTooSmallError,
     ZeroCopyError,
 )
@@ -111,8 +112,25 @@ def put(value: object) -> ray.ObjectRef[Any]:
 
     A put while this thread serializes would count the references inside `value`, and its own, as captured out of band and
     never free them; the same put on another thread does not.
+
+    Raises:
+        StoreFullError: neither the store nor the disk has room.
     """
-    return in_background(lambda: ray.put(value))() if is_serializing() else ray.put(value)
+    try:
+        return in_background(lambda: ray.put(value))() if is_serializing() else ray.put(value)
+    except NO_ROOM as error:
+        raise store_full() from error
+
+
+NO_ROOM = (ray.exceptions.ObjectStoreFullError, ray.exceptions.OutOfDiskError)
+
+
+def store_full() -> StoreFullError:
+    """What to tell a user where Ray says `NO_ROOM`."""
+    return StoreFullError(
+        "The object store of this node is full, and so is the disk to which Ray would write what does not fit.",
+        hint="release what is not needed, free the disk, or raise `object_store_memory`; then publish again.",
+    )
 
 
 def get(ref: ray.ObjectRef[Any]) -> Any:

@@ -1,0 +1,105 @@
+"""Owners that end: the process that published, the driver. What is loaded goes on; a new load says why it cannot.
+
+Of the registry, and of publishers in the midst, see tests/cluster/test_losses.py.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+from conftest import FOLDERS, ORDINARY, wait_until
+from reliability import BOUND, fault
+from versions import numbered
+
+import zerocopy
+from zerocopy.errors import PublicationLostError
+
+pytestmark = pytest.mark.usefixtures("cluster")
+KIND = "Publishers, drivers and the registry"
+
+
+@ray.remote(num_cpus=0.1)
+class Publisher:
+    def publish(self, number: int) -> zerocopy.Publication:
+        self.kept = [*getattr(self, "kept", []), zerocopy.publish(numbered(number))]
+        return self.kept[-1]
+
+    def pid(self) -> int:
+        return os.getpid()
+
+
+def test_the_process_that_published() -> None:
+    """What is loaded stays right, and can be published again. What nobody has loaded is lost: its owner has ended."""
+    publisher = Publisher.remote()
+    used, unused = ray.get([publisher.publish.remote(1), publisher.publish.remote(2)])
+    loaded, pid = used.load(), ray.get(publisher.pid.remote())
+    with fault(KIND, "The process is killed that published without a name, and nobody has loaded it; `load()`") as told:
+        os.kill(pid, signal.SIGKILL)
+        told.result = f"`PublicationLostError` ({reason_of_loss(unused)})"
+    assert "owner ended" in told.result
+    with fault(KIND, "The same, and this process has loaded it") as told:
+        assert loaded() == zerocopy.publish(loaded).load()() == 1
+        told.result = "what is loaded stays right, and can be published again"
+
+
+def reason_of_loss(publication: zerocopy.Publication) -> str:
+    """Until Ray has seen that the owner ended, a load may still succeed."""
+    end = time.monotonic() + BOUND
+    while time.monotonic() < end:
+        try:
+            publication.load()
+        except PublicationLostError as error:
+            return error.reason
+    return "never"
+
+
+DRIVER = """
+import sys, time
+import ray, zerocopy
+from versions import Asked, numbered
+ray.init(sys.argv[1], namespace=sys.argv[2], log_to_driver=False)
+unnamed, named = zerocopy.publish(numbered(1)), zerocopy.publish(numbered(2), name=sys.argv[2])
+for name, publication in (("unnamed", unnamed), ("named", named)):
+    actor = Asked.options(lifetime="detached", name=name).remote(publication)
+    ray.get(actor.ask.remote())
+open(sys.argv[3], "w").close()
+time.sleep(600)
+"""
+
+
+@pytest.fixture
+def driver(name: str, address: str, tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A driver that has published, and made detached actors that have loaded."""
+    sign, path = tmp_path / "ready", os.pathsep.join(FOLDERS)
+    command = [sys.executable, "-c", DRIVER, address, name, str(sign)]
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **ORDINARY}
+    with subprocess.Popen(command, env=environment) as process:
+        try:
+            assert wait_until(lambda: sign.exists() or process.poll() is not None)
+            assert process.poll() is None
+            yield process
+        finally:
+            process.kill()
+
+
+def test_the_driver(name: str, driver: subprocess.Popen[bytes]) -> None:
+    """Detached actors go on with what they have loaded; what has a name is found by others."""
+    actors = [ray.get_actor(one, name) for one in ("unnamed", "named")]
+    try:
+        with fault(KIND, "The driver is killed; detached actors have loaded what it published") as told:
+            driver.kill()
+            driver.wait()
+            assert ray.get([actor.ask.remote() for actor in actors]) == [1, 2]
+            assert zerocopy.lookup(name).load()() == 2
+            told.result = "they go on; what it published under a name is loaded by others"
+    finally:
+        for actor in actors:
+            ray.kill(actor)
