@@ -147,6 +147,20 @@ def check_they_go_when_released_closed_or_dropped(nodes: Nodes) -> None:
         assert wait_until(lambda: len(holders()) == others, 10)
 
 
+def check_a_holder_that_was_killed(nodes: Nodes) -> None:
+    """The next prefetch makes another one, with a name and without."""
+    zerocopy.publish(two(11), name="killed")
+    for publication in (zerocopy.publish(two(12)), zerocopy.lookup("killed")):
+        earlier = set(holders())
+        second = nodes.id_of("second")
+        publication.prefetch([second])
+        for pid in set(holders()) - earlier or {max(holders())}:
+            os.kill(pid, signal.SIGKILL)
+        assert publication.prefetch([second]).complete == [second]
+        publication.release()
+    zerocopy.remove("killed")
+
+
 def check_under_a_name_until_it_is_superseded(nodes: Nodes) -> None:
     """Whoever prefetches, they stay when that process has ended; and go when the alias points elsewhere."""
     zerocopy.publish(two(3), name="search")

@@ -349,11 +349,12 @@ class _RegistrysHolders:
     def hold(self, node: str, refs: Sequence[ray.ObjectRef[Any]]) -> ray.ObjectRef[Any]:
         return client.submit(self._registry, "hold", *self._key, node, list(refs))
 
-    def check(self, reply: ray.ObjectRef[Any]) -> None:
-        client.await_reply(self._registry, reply)
-
-    def forget(self, node: str) -> None:
-        """The registry does."""
+    def outcome(self, reply: ray.ObjectRef[Any]) -> Exception | None:
+        try:
+            error: Exception | None = client.await_reply(self._registry, reply)
+        except client.RegistryLost as lost:
+            return client.unreachable(lost)
+        return error
 
 
 _following: weakref.WeakValueDictionary[Key, Followed] = weakref.WeakValueDictionary()

@@ -202,16 +202,20 @@ class Registry:
             if known.versions
         }
 
-    async def hold(self, name: str, which: str | int, number: int, node: str, refs: list[Ref]) -> None:
-        """Let a node hold objects of a version until it is superseded."""
+    async def hold(self, name: str, which: str | int, number: int, node: str, refs: list[Ref]) -> Exception | None:
+        """Let a node hold objects of a version until it is superseded. Returns what went wrong."""
         key = name, which, number
         self._held.add(key)
+        holder = self._holders.on(node)
         try:
-            await self._holders.hold(node, key, refs)
-        except ray.exceptions.ActorDiedError:
-            self._holders.forget(node)
-            raise
-        self._release_superseded()
+            await holder.hold.remote(key, refs)
+        except ray.exceptions.RayError as error:
+            if isinstance(error, ray.exceptions.ActorDiedError):
+                self._holders.forget(holder)
+            return error
+        finally:
+            self._release_superseded()
+        return None
 
     async def release(self, name: str) -> None:
         """Let all nodes go of a name."""

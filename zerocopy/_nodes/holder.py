@@ -48,21 +48,21 @@ class Holders:
     def __init__(self) -> None:
         self._actors: dict[str, Any] = {}
 
-    def hold(self, node: str, key: Hashable, refs: Sequence[Ref]) -> Ref:
-        """Let a node hold objects. The result is there when it does."""
+    def on(self, node: str) -> Any:
+        """The actor of a node."""
         if node not in self._actors:
             on_node = NodeAffinitySchedulingStrategy(node, soft=False)
             remote: Any = ray.remote(Holder)
             self._actors[node] = remote.options(
                 num_cpus=0, max_concurrency=AT_ONE_TIME, enable_task_events=False, scheduling_strategy=on_node
             ).remote()
-        return self._actors[node].hold.remote(key, list(refs))  # in a list, or Ray would get them as arguments
+        return self._actors[node]
 
     def release(self, key: Hashable) -> None:
         """Let all nodes go of what they keep for `key`."""
         for actor in self._actors.values():
             actor.release.remote(key)
 
-    def forget(self, node: str) -> None:
-        """Make another actor when one is needed: that of this node has ended."""
-        self._actors.pop(node, None)
+    def forget(self, actor: Any) -> None:
+        """It has ended: make another one when one is needed."""
+        self._actors = {node: other for node, other in self._actors.items() if other is not actor}

@@ -35,11 +35,8 @@ class Keeper(Protocol):
     def hold(self, node: str, refs: Sequence[ray.ObjectRef[Any]]) -> ray.ObjectRef[Any]:
         """Let a node hold objects."""
 
-    def check(self, reply: ray.ObjectRef[Any]) -> None:
-        """Raise what went wrong, when it has answered."""
-
-    def forget(self, node: str) -> None:
-        """The holder of a node has ended: another one is made next time."""
+    def outcome(self, reply: ray.ObjectRef[Any]) -> Exception | None:
+        """What went wrong, when it has answered."""
 
 
 class OwnHolders:
@@ -48,17 +45,24 @@ class OwnHolders:
     def __init__(self) -> None:
         self._holders = Holders()
         self._key = uuid.uuid4().hex
+        self._asked: dict[ray.ObjectRef[Any], Any] = {}
 
     def hold(self, node: str, refs: Sequence[ray.ObjectRef[Any]]) -> ray.ObjectRef[Any]:
         with pickled_by_value((holder, owners)):
-            reply: ray.ObjectRef[Any] = self._holders.hold(node, self._key, refs)
+            actor = self._holders.on(node)
+        reply: ray.ObjectRef[Any] = actor.hold.remote(self._key, list(refs))  # in a list, or Ray would fetch them here
+        self._asked[reply] = actor
         return reply
 
-    def check(self, reply: ray.ObjectRef[Any]) -> None:
-        object_store.await_reply(reply)
-
-    def forget(self, node: str) -> None:
-        self._holders.forget(node)
+    def outcome(self, reply: ray.ObjectRef[Any]) -> Exception | None:
+        actor = self._asked.pop(reply)
+        try:
+            object_store.await_reply(reply)
+        except ray.exceptions.RayError as error:
+            if isinstance(error, ray.exceptions.ActorDiedError):
+                self._holders.forget(actor)
+            return error
+        return None
 
 
 def prefetch(
@@ -137,6 +141,7 @@ class _Fetching:
         self._pending: dict[ray.ObjectRef[Any], tuple[str, list[int]]] = {}
         self.there = {node.id: 0 for node in nodes}
         self.failed: dict[str, str] = {}
+        self._again: set[tuple[Any, ...]] = set()  # nodes and positions that were asked for twice: a holder had ended
 
     def run(self, timeout: float | None, description: str, *, shown: bool) -> None:
         """Fetch everything."""
@@ -159,9 +164,12 @@ class _Fetching:
 
     def _start(self) -> bool:
         for node, positions in self._grouped(self._waves.start()):
-            reply = self._keeper.hold(node, [self._refs[position] for position in positions])
-            self._pending[reply] = node, positions
+            self._ask(node, positions)
         return bool(self._pending)
+
+    def _ask(self, node: str, positions: list[int]) -> None:
+        reply = self._keeper.hold(node, [self._refs[position] for position in positions])
+        self._pending[reply] = node, positions
 
     def _grouped(self, started: Iterable[tuple[str, int]]) -> Iterable[tuple[str, list[int]]]:
         """Each object by itself, so that others can pull it as soon as it is there. One node alone asks for many at a time."""
@@ -173,14 +181,16 @@ class _Fetching:
 
     def _take(self, reply: ray.ObjectRef[Any]) -> None:
         node, positions = self._pending.pop(reply)
-        try:
-            self._keeper.check(reply)
-        except ray.exceptions.RayError as error:
+        error = self._keeper.outcome(reply)
+        if isinstance(error, ray.exceptions.ActorDiedError) and (node, *positions) not in self._again:
+            self._again.add((node, *positions))  # the node may be well: its next holder tells
+            self._ask(node, positions)
+            return
+        if error is None:
+            self.there[node] += sum(self._sizes[position] for position in positions)
+        else:
             object_store.raise_if_lost(error)
             self._waves.give_up(node)
-            self._keeper.forget(node)
             self.failed[node] = str(error).strip().splitlines()[-1]
-        else:
-            self.there[node] += sum(self._sizes[position] for position in positions)
         for position in positions:
-            self._waves.finish(position, has_come=node not in self.failed)
+            self._waves.finish(position, has_come=error is None)
