@@ -62,7 +62,8 @@ def fault(kind: str, what: str, *, bound: float = BOUND) -> Iterator[Fault]:
     assert found.result, f"{what}: and then?"
     assert found.seconds < bound, f"{what}: {found.result} after {found.seconds:.1f} s"
     measured.append(found)
-    print(_MARK + json.dumps([found.kind, found.what, found.result, found.seconds]), flush=True)
+    line = _MARK + json.dumps([found.kind, found.what, found.result, found.seconds])
+    print(f"{line}\n", end="", flush=True)  # at once: other threads print as well
 
 
 def read(output: str) -> dict[str, str]:
