@@ -99,7 +99,7 @@ STOPPED = """
 cluster, other = start()
 publisher = Publisher.remote()
 publish = lambda number, **options: ray.get(publisher.publish.remote(number, **options))
-loaded_here = publish(2)
+unnamed, loaded_here = publish(1), publish(2)
 copied, alone = publish(3, name="copied"), publish(4, name="alone")
 source = publish(7, name="source", source=build)
 kept, _ = loaded_here.load(), copied.load()
@@ -108,6 +108,7 @@ try:
     at_once("Nodes", "A raylet is stopped (SIGSTOP)", lambda: os.kill(raylet.pid, signal.SIGSTOP), {
         "what was loaded from there": lambda: right(lambda: kept, 2),
         "`load()` of what a process there published, and this node has a copy": lambda: right(loaded_here.load, 2),
+        "`load()` of what a process there published": lambda: lost(unnamed.load),
         "`load()` by name, and this node has a copy": lambda: right(copied.load, 3),
         "`load()` by name, and no other node has a copy": lambda: lost(alone.load),
         "`load()` by name, and it has a source": lambda: right(lambda: zerocopy.lookup("source").load(), 7),
@@ -127,7 +128,7 @@ def test_a_node_that_is_killed() -> None:
 
 
 def test_a_raylet_that_is_stopped() -> None:
-    """Nobody can fetch anything from its node. What does not end then is in docs/reliability.md."""
+    """Its processes go on, and nobody can fetch anything from it."""
     done = run_python(START + STOPPED, "-", **ORDINARY)
     found = read(done.stdout)
-    assert len(found) == 5, done.stderr[-9000:]
+    assert len(found) == 6, done.stderr[-9000:]

@@ -158,9 +158,18 @@ def is_own(ref: ray.ObjectRef[Any]) -> bool:
 
     https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/_raylet.pyx: `CoreWorker.get_owner_address`
     """
+    return bool(_owner_of(ref).worker_id == _worker.worker_id)
+
+
+def owner_node(ref: ray.ObjectRef[Any]) -> str:
+    """The id of the node of the process that owns an object. In the same file."""
+    return str(_owner_of(ref).node_id.hex())
+
+
+def _owner_of(ref: ray.ObjectRef[Any]) -> Any:
     owner = common_pb2.Address()  # type: ignore[attr-defined]
     owner.ParseFromString(_worker.core_worker.get_owner_address(ref))
-    return bool(owner.worker_id == _worker.worker_id)
+    return owner
 
 
 def is_async_actor() -> bool:
@@ -171,12 +180,12 @@ def is_async_actor() -> bool:
     return hasattr(_worker, "core_worker") and bool(_worker.core_worker.current_actor_is_asyncio())
 
 
-def get_silently(refs: list[ray.ObjectRef[Any]]) -> list[Any]:
+def get_silently(refs: list[ray.ObjectRef[Any]], seconds: float | None = None) -> list[Any]:
     """As `ray.get`, but without that advice, which is given once in a process: the next `ray.get` of the author's is still told.
 
     In the same file: `Worker.get_objects`.
     """
-    values: list[Any] = _worker.get_objects(refs)[0]
+    values: list[Any] = _worker.get_objects(refs, timeout=seconds)[0]
     return values
 
 

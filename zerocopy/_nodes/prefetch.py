@@ -19,6 +19,7 @@ from zerocopy._nodes.waves import Waves
 from zerocopy._nodes.where import Node, NodeCopies, NodeCopy
 from zerocopy._progress import progress_bar
 from zerocopy._store import object_store
+from zerocopy._store.lost import raise_if_lost
 from zerocopy.errors import ArgumentError, PrefetchError, StoreTooSmallError
 
 # When nothing has come for so long, a node that pulls may not answer: others need not wait for it.
@@ -189,7 +190,7 @@ class _Fetching:
         if error is None:
             self.there[node] += sum(self._sizes[position] for position in positions)
         else:
-            object_store.raise_if_lost(error)
+            raise_if_lost(error)
             self._waves.give_up(node)
             self.failed[node] = str(error).strip().splitlines()[-1]
         for position in positions:

@@ -31,12 +31,10 @@ from zerocopy._compat.ray import (
     is_inherited,
     is_serializing,
     mode,
-    node_of_owner,
 )
+from zerocopy._store.lost import have_no_copy, lost, reason_of
 from zerocopy.errors import (
-    LostReason,
     OutOfBandError,
-    PublicationLostError,
     RayClientError,
     StoreFullError,
     StoreTooSmallError,
@@ -46,6 +44,8 @@ from zerocopy.errors import (
 R = TypeVar("R")
 
 OWNER_TIMEOUT_MS = 2000
+HERE_SECONDS = 1.0  # in which objects come that are on this node
+LOOK_SECONDS = 2.0  # between two looks at whether there are copies
 OWNER_SECONDS = 0.5  # that an owner is taken to live after it was asked
 
 
@@ -145,14 +145,45 @@ def get(ref: ray.ObjectRef[Any]) -> Any:
 def get_all(refs: list[ray.ObjectRef[Any]]) -> list[Any]:
     """The objects behind `refs`, in order; see `get`."""
     try:
-        # Whoever wrote an async actor did not write this call, and the bytes are here or under way.
-        return get_silently(refs) if is_async_actor() else ray.get(refs)
+        try:
+            return _get(refs, HERE_SECONDS)
+        except ray.exceptions.GetTimeoutError:  # under way from another node, or lost in a way that Ray does not see
+            return _get_while_there_are_copies(refs)
     except ray.exceptions.ObjectLostError as error:
-        raise _lost(_reason_of(error)) from error
+        raise lost(reason_of(error)) from error
     except ValueError as error:
         if OWNER_UNKNOWN not in str(error):
             raise
-        raise _lost("connection ended") from error
+        raise lost("connection ended") from error
+
+
+def _get(refs: list[ray.ObjectRef[Any]], seconds: float | None) -> list[Any]:
+    # Whoever wrote an async actor did not write this call, and the bytes are here or under way.
+    return get_silently(refs, seconds) if is_async_actor() else ray.get(refs, timeout=seconds)
+
+
+def _get_while_there_are_copies(refs: list[ray.ObjectRef[Any]]) -> list[Any]:
+    """Wait for objects on a thread of its own, and see now and then whether anybody can still give them.
+
+    Ray itself waits for ever where the raylet that had them is gone, but the process that owns them still answers.
+    """
+    wait = in_background(lambda: _get(refs, None), daemon=True)
+    missing = 0
+    while missing < 2:  # one that has just come may not be known yet
+        try:
+            return wait(LOOK_SECONDS)
+        except TimeoutError:
+            missing = missing + 1 if have_no_copy(_located(refs), refs) else 0
+    raise lost("node lost")
+
+
+def _located(refs: list[ray.ObjectRef[Any]]) -> dict[ray.ObjectRef[Any], dict[str, Any]] | None:
+    """What their owners tell of objects; None if those do not answer."""
+    try:
+        found: dict[ray.ObjectRef[Any], dict[str, Any]] = ray.experimental.get_object_locations(refs, OWNER_TIMEOUT_MS)
+    except ray.exceptions.GetTimeoutError:
+        return None
+    return found
 
 
 def put_plainly(value: object) -> ray.ObjectRef[Any]:
@@ -163,61 +194,6 @@ def put_plainly(value: object) -> ray.ObjectRef[Any]:
 def await_reply(ref: ray.ObjectRef[Any]) -> Any:
     """What a method of an actor returned."""
     return get_silently([ref])[0] if is_async_actor() else ray.get(ref)
-
-
-def raise_if_lost(error: Exception) -> None:
-    """Say what is lost, if an error of a task tells that.
-
-    Raises:
-        PublicationLostError: it does.
-    """
-    cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
-    if isinstance(cause, ray.exceptions.ObjectLostError):
-        raise _lost(_reason_of(cause)) from error
-
-
-_LOST: dict[LostReason, tuple[str, str]] = {
-    "owner ended": (
-        "the process that published them ended",
-        "publish from a process that lives as long as they are used, such as the driver or a detached actor.",
-    ),
-    "node lost": (
-        "the node of the process that published them, or the last one that held them, is down",
-        "publish the pipeline again from a node that is up; what was published under its process went with it.",
-    ),
-    "references dropped": (
-        "all references that Ray had counted were closed or dropped",
-        "keep the publication open as long as a plain pickle of it is used, or pass it as an argument, which Ray counts.",
-    ),
-    "not found in time": (
-        "Ray found no copy of them within its time limit",
-        "see whether the publication was closed, and whether the nodes that used it are up and can be reached.",
-    ),
-    "connection ended": (
-        "they belong to an earlier connection of this process to Ray",
-        "publish the pipeline again on this connection.",
-    ),
-}
-
-
-def _lost(reason: LostReason) -> PublicationLostError:
-    what, hint = _LOST[reason]
-    return PublicationLostError(f"The weights of this publication are gone: {what}.", hint=hint, reason=reason)
-
-
-def _reason_of(error: ray.exceptions.ObjectLostError) -> LostReason:
-    if isinstance(error, ray.exceptions.OwnerDiedError):
-        node = node_of_owner(error)
-        return "owner ended" if node is None or _is_up(node) else "node lost"
-    if isinstance(error, (ray.exceptions.ReferenceCountingAssertionError, ray.exceptions.ObjectFreedError)):
-        return "references dropped"
-    if isinstance(error, ray.exceptions.ObjectFetchTimedOutError):
-        return "not found in time"
-    return "node lost"  # also where Ray tried to make it again: nothing that was put can be
-
-
-def _is_up(node_id: str) -> bool:
-    return any(node["NodeID"] == node_id and node["Alive"] for node in ray.nodes())
 
 
 def with_owner(refs: Collection[ray.ObjectRef[Any]]) -> set[ray.ObjectRef[Any]]:
@@ -237,9 +213,9 @@ def locations(refs: Collection[ray.ObjectRef[Any]]) -> list[tuple[list[str], int
     try:
         found = ray.experimental.get_object_locations(list(refs), OWNER_TIMEOUT_MS) if refs else {}
     except ray.exceptions.GetTimeoutError as error:
-        raise _lost("not found in time") from error
+        raise lost("not found in time") from error
     if len(found) < len(set(refs)):
-        raise _lost("owner ended")
+        raise lost("owner ended")
     return [(found[ref]["node_ids"], found[ref]["object_size"] or 0) for ref in refs]
 
 
@@ -260,10 +236,10 @@ class Borrowed:
         return True
 
 
-def in_background(call: Callable[[], R]) -> Callable[[], R]:
+def in_background(call: Callable[[], R], *, daemon: bool = False) -> Callable[..., R]:
     """Start `call` on its own thread. The function returned waits for the result, or raises the error of `call`.
 
-    While the store copies bytes, other threads may run.
+    While the store copies bytes, other threads may run. If the function is given seconds, it raises TimeoutError after these.
     """
     results: list[R] = []
     errors: list[BaseException] = []
@@ -274,11 +250,13 @@ def in_background(call: Callable[[], R]) -> Callable[[], R]:
         except BaseException as error:
             errors.append(error)
 
-    thread = threading.Thread(target=run, name="zerocopy-put")
+    thread = threading.Thread(target=run, name="zerocopy-put", daemon=daemon)
     thread.start()
 
-    def wait() -> R:
-        thread.join()
+    def wait(seconds: float | None = None) -> R:
+        thread.join(seconds)
+        if thread.is_alive():
+            raise TimeoutError
         if errors:
             raise errors[0]
         return results[0]

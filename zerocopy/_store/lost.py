@@ -1,0 +1,85 @@
+"""Why can the weights of a publication not be reached, and what can one do?"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ray
+import ray.exceptions
+
+from zerocopy._compat.ray import node_of_owner, owner_node
+from zerocopy.errors import LostReason, PublicationLostError
+
+
+def raise_if_lost(error: Exception) -> None:
+    """Say what is lost, if an error of a task tells that.
+
+    Raises:
+        PublicationLostError: it does.
+    """
+    cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
+    if isinstance(cause, ray.exceptions.ObjectLostError):
+        raise lost(reason_of(cause)) from error
+
+
+_LOST: dict[LostReason, tuple[str, str]] = {
+    "owner ended": (
+        "the process that published them ended",
+        "publish from a process that lives as long as they are used, such as the driver or a detached actor.",
+    ),
+    "node lost": (
+        "the node of the process that published them, or the last one that held them, is down",
+        "publish the pipeline again from a node that is up; what was published under its process went with it.",
+    ),
+    "references dropped": (
+        "all references that Ray had counted were closed or dropped",
+        "keep the publication open as long as a plain pickle of it is used, or pass it as an argument, which Ray counts.",
+    ),
+    "not found in time": (
+        "Ray found no copy of them within its time limit",
+        "see whether the publication was closed, and whether the nodes that used it are up and can be reached.",
+    ),
+    "connection ended": (
+        "they belong to an earlier connection of this process to Ray",
+        "publish the pipeline again on this connection.",
+    ),
+}
+
+
+def lost(reason: LostReason) -> PublicationLostError:
+    """The error, in words."""
+    what, hint = _LOST[reason]
+    return PublicationLostError(f"The weights of this publication are gone: {what}.", hint=hint, reason=reason)
+
+
+def reason_of(error: ray.exceptions.ObjectLostError) -> LostReason:
+    """What an error of Ray's means."""
+    if isinstance(error, ray.exceptions.OwnerDiedError):
+        node = node_of_owner(error)
+        return "owner ended" if node is None or is_up(node) else "node lost"
+    if isinstance(error, (ray.exceptions.ReferenceCountingAssertionError, ray.exceptions.ObjectFreedError)):
+        return "references dropped"
+    if isinstance(error, ray.exceptions.ObjectFetchTimedOutError):
+        return "not found in time"
+    return "node lost"  # also where Ray tried to make it again: nothing that was put can be
+
+
+def is_up(node_id: str) -> bool:
+    """Whether a node is there."""
+    return any(node["NodeID"] == node_id and node["Alive"] for node in ray.nodes())
+
+
+def have_no_copy(located: dict[ray.ObjectRef[Any], dict[str, Any]] | None, refs: list[ray.ObjectRef[Any]]) -> bool:
+    """Whether nobody who is up can give one of these objects.
+
+    Args:
+        located: what their owners tell of them; None if those do not answer.
+    """
+    up = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+    if located is None:
+        return any(owner_node(ref) not in up for ref in refs)
+    return any(
+        not told.get("did_spill") and up.isdisjoint(told.get("node_ids", ()))
+        for told in map(located.get, refs)
+        if told is not None
+    )
