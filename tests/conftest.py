@@ -127,8 +127,13 @@ def run_as_main(
 
 
 def unnamed_actors() -> list[str]:
-    """Identifiers of the actors that live or are about to, except those of Ray itself, which have names."""
-    return [actor for actor, told in state.actors().items() if told["State"] != "DEAD" and not told["Name"]]
+    """Identifiers of the actors that live or are about to, except those of Ray itself and the registry, which
+    have names, and holders of weights, which belong to it."""
+    return [
+        actor
+        for actor, told in state.actors().items()
+        if told["State"] != "DEAD" and not told["Name"] and told["ActorClassName"] != "Holder"
+    ]
 
 
 def bytes_in_store() -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 
+import pytest
 from conftest import ORDINARY, run_python
 from reliability import read
 
@@ -53,6 +54,7 @@ ray.shutdown()
 """
 
 
+@pytest.mark.long
 def test_requests_are_lost() -> None:
     """Answers are right, and nothing stays in the store."""
     chances = {"req_failure_prob": 100, "resp_failure_prob": 0, "in_flight_failure_prob": 0}

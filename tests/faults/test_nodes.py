@@ -6,8 +6,11 @@ seconds. With its own settings it takes longer, and so does what waits for it: s
 
 from __future__ import annotations
 
+import pytest
 from conftest import ORDINARY, run_python
 from reliability import read
+
+pytestmark = pytest.mark.long
 
 START = """
 import contextlib, os, signal, sys, threading, warnings

@@ -19,6 +19,9 @@ import zerocopy
 
 pytestmark = pytest.mark.usefixtures("cluster")
 KIND = "Workers"
+STARTING = (
+    60.0  # seconds, where a process starts anew: on a busy machine to import torch takes longer than all the rest
+)
 
 
 def end_once(mark: Path) -> None:
@@ -54,7 +57,7 @@ def test_a_worker_of_map_batches(tmp_path: Path) -> None:
         batch_size=4,
         num_cpus=0.5,
     )
-    with fault(KIND, "A worker of `map_batches` is killed in the midst of a batch") as told:
+    with fault(KIND, "A worker of `map_batches` is killed in the midst of a batch", bound=STARTING) as told:
         found = rows.take_all()
         told.happened_at(float(mark.read_text()))
         told.result = "each row once, with the right answer"
@@ -83,7 +86,9 @@ def test_an_actor_in_the_midst_of_a_call(tmp_path: Path) -> None:
     with zerocopy.publish(numbered(4)) as publication:
         actor = Retried.remote(publication)
     ray.get(actor.pid.remote())
-    with fault(KIND, "An actor (`max_restarts=1, max_task_retries=1`) is killed in the midst of a call") as told:
+    with fault(
+        KIND, "An actor (`max_restarts=1, max_task_retries=1`) is killed in the midst of a call", bound=STARTING
+    ) as told:
         assert ray.get(actor.ask.remote(1, str(tmp_path / "mark"))) == (1, 4)
         told.result = "the right answer, of the restarted actor"
 
@@ -104,7 +109,9 @@ def test_a_pool(tmp_path: Path) -> None:
     """`map` goes on: each answer once, in order."""
     pool = Retried.pool(2, numbered(5))
     pids = ray.get([actor.pid.remote() for actor in pool])
-    with fault(KIND, "An actor of a pool (`max_restarts=1, max_task_retries=1`) is killed during `pool.map`") as told:
+    with fault(
+        KIND, "An actor of a pool (`max_restarts=1, max_task_retries=1`) is killed during `pool.map`", bound=STARTING
+    ) as told:
         answers = []
         for answer in pool.map("ask", range(40), max_in_flight=4):
             answers.append(answer)
@@ -123,7 +130,7 @@ def ask_and_end(search: Numbered, mark: str) -> int:
 def test_a_task(tmp_path: Path) -> None:
     """Tried again, also where the call named weights that its worker had loaded before."""
     search = numbered(6)
-    with fault(KIND, "The process of a task (`max_retries=1`) is killed") as told:
+    with fault(KIND, "The process of a task (`max_retries=1`) is killed", bound=STARTING) as told:
         assert ask_and_end(search, str(tmp_path / "mark")) == 6
         told.result = "the right answer, of another process"
     assert ask_and_end(search, str(tmp_path / "mark")) == 6
