@@ -112,7 +112,7 @@ def test_the_version_is_that_of_the_distribution() -> None:
 
 def test_importing_is_light_and_starts_nothing() -> None:
     """`import zerocopy` adds little to importing torch and Ray; it starts neither Ray nor CUDA, no thread and no process."""
-    done = run_python(
+    program = (
         "import ray, torch, threading, ray.actor, ray.cloudpickle, time\n"
         "before, start = threading.active_count(), time.process_time()\n"
         "import zerocopy\n"
@@ -124,5 +124,9 @@ def test_importing_is_light_and_starts_nothing() -> None:
         "assert 'rich' not in sys.modules\n"
         "assert 'ray.data' not in sys.modules\n"
     )
-    assert done.returncode == 0, done.stderr
-    assert float(done.stdout) < 0.4, "an import of something heavy crept in"
+    seconds = []
+    for _ in range(3):  # the other tests' work on the same cores makes it look longer
+        done = run_python(program)
+        assert done.returncode == 0, done.stderr
+        seconds.append(float(done.stdout))
+    assert min(seconds) < 0.4, "an import of something heavy crept in"
