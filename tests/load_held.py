@@ -83,7 +83,13 @@ def actors_at_once(count: int) -> Outcome:
     for actor in actors:
         ray.kill(actor)
     copies = shared / publication.shared_bytes
-    return Outcome(f"{count} actors load at one moment", count, wrong, seconds, f"{copies:.2f} copies in the store")
+    return Outcome(
+        f"{count} actors load at one moment",
+        count,
+        wrong,
+        seconds,
+        f"{copies:.2f} copies in the store; the time is that of starting the processes",
+    )
 
 
 def calls_in_flight(count: int) -> Outcome:
