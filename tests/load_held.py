@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import os
 import random
-import re
 import sys
 import threading
 import time
@@ -20,6 +19,7 @@ from pathlib import Path
 import attrs
 import ray
 import torch
+from pages import renew
 from versions import Asked, Following, Numbered, ask, ask_for_item, numbered
 
 import zerocopy
@@ -268,10 +268,7 @@ def main() -> int:
         print(outcome, flush=True)
         found.append(outcome)
     if options.output:
-        page = options.output.read_text()
-        others = re.split(rf"^{HEADING}\n(?:(?!## ).*\n?)*", page, flags=re.MULTILINE)
-        others = others if len(others) > 1 else [f"{page.rstrip()}\n\n", ""]
-        options.output.write_text(f"{section(found)}\n\n".join(others).rstrip("\n") + "\n")
+        renew(options.output, section(found))
     return int(any(one.wrong for one in found))
 
 

@@ -6,9 +6,9 @@ import argparse
 import json
 import os
 import platform
-import re
 import subprocess
 import sys
+import textwrap
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -21,6 +21,7 @@ import ray
 import torch
 from benchmarks.spreading import simulate
 from clusters import MB, Nodes
+from pages import renew
 from torch import nn
 
 import zerocopy
@@ -133,7 +134,7 @@ def section(priced: dict[str, Any], seen: dict[int, dict[str, float]], nbytes: i
     """The section of the page, line by line."""
     yield HEADING
     yield ""
-    yield (
+    yield wrapped(
         f"`nox -s nodes` writes this section. Measured on one machine ({os.cpu_count()} cores, {platform.machine()}, Ray "
         f"{ray.__version__}), whose nodes send to each other over the loopback device; weights of {nbytes / 1e6:.0f} MB."
     )
@@ -156,7 +157,7 @@ def section(priced: dict[str, Any], seen: dict[int, dict[str, float]], nbytes: i
         waves, at_once = (f"{median(those):.1f}" for those in simulated)
         yield f"| {count} | {told['waves']:.1f} | {waves} | {told['at once']:.1f} | {at_once} |"
     yield ""
-    yield (
+    yield wrapped(
         f"Computed, not measured: {LARGE / 1e9:.0f} GB in {PARTS} parts. A link of 10 Gbit/s for each node is assumed; the rate "
         f"of this machine's loopback, {priced['rate'] / 1e6:.0f} MB/s, is that of `ray.get` above."
     )
@@ -170,6 +171,11 @@ def section(priced: dict[str, Any], seen: dict[int, dict[str, float]], nbytes: i
             for waves in (True, False)
         ]
         yield f"| {count:,} | {' | '.join(map(duration, taken))} |"
+
+
+def wrapped(text: str) -> str:
+    """A paragraph in lines."""
+    return textwrap.fill(text, 128)
 
 
 def duration(seconds: float) -> str:
@@ -196,9 +202,7 @@ def main() -> None:
     text = "\n".join(section(priced, seen, nbytes))
     print(text)
     if options.output:
-        page = options.output.read_text()
-        others = re.split(rf"^{HEADING}\n(?:(?!## ).*\n)*", page, flags=re.MULTILINE)
-        options.output.write_text(f"\n{text}\n".join(others) if len(others) > 1 else f"{page}\n{text}\n")
+        renew(options.output, text)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,9 @@ def as_text(
     for row in rows:
         table.add_row(*row)
     target = io.StringIO()
-    Console(file=target, width=120, highlight=False, markup=False, emoji=False).print(table)
+    Console(
+        file=target, width=120, force_jupyter=False, force_terminal=False, highlight=False, markup=False, emoji=False
+    ).print(table)
     return "\n".join(line.rstrip() for line in target.getvalue().splitlines()).strip("\n")
 
 

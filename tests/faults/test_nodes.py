@@ -76,9 +76,6 @@ def at_once(kind, what, cause, cases):
     assert not failed
 
 warnings.simplefilter("ignore")
-"""
-
-GONE = """
 cluster, other = start()
 publisher = Publisher.remote()
 publish = lambda number, **options: ray.get(publisher.publish.remote(number, **options))
@@ -86,6 +83,9 @@ unnamed, loaded_here = publish(1), publish(2)
 copied, alone = publish(3, name="copied"), publish(4, name="alone")
 source = publish(7, name="source", source=build)
 kept, _ = loaded_here.load(), copied.load()
+"""
+
+GONE = """
 at_once("Nodes", "A node is killed", lambda: cluster.remove_node(other, allow_graceful=False), {
     "what was loaded from there": lambda: right(lambda: kept, 2),
     "`load()` of what a process there published": lambda: lost(unnamed.load),
@@ -99,13 +99,6 @@ cluster.shutdown()
 """
 
 STOPPED = """
-cluster, other = start()
-publisher = Publisher.remote()
-publish = lambda number, **options: ray.get(publisher.publish.remote(number, **options))
-unnamed, loaded_here = publish(1), publish(2)
-copied, alone = publish(3, name="copied"), publish(4, name="alone")
-source = publish(7, name="source", source=build)
-kept, _ = loaded_here.load(), copied.load()
 raylet = next(info.process for kind, infos in other.all_processes.items() if kind == "raylet" for info in infos)
 try:
     at_once("Nodes", "A raylet is stopped (SIGSTOP)", lambda: os.kill(raylet.pid, signal.SIGSTOP), {

@@ -14,7 +14,7 @@ import ray.cloudpickle
 import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from zerocopy._cluster import names, shards, stored
+from zerocopy._cluster import claims, names, shards, stored
 from zerocopy._cluster import registry as registry_module
 from zerocopy._compat import owners
 from zerocopy._compat.ray import head_node, is_serializing, pickled_by_value
@@ -36,7 +36,7 @@ SECONDS = 60.0  # that a call tries to reach a registry
 _lock = threading.Lock()
 _known: tuple[object, Any] | None = None  # a session, and the registry's handle in it
 # They travel to the registry's process, which then need not import torch.
-_BY_VALUE = (registry_module, names, shards, stored, holder, owners, object_store)
+_BY_VALUE = (registry_module, claims, names, shards, stored, holder, owners, object_store)
 
 
 class RegistryLost(Exception):

@@ -19,12 +19,12 @@ import torch
 
 from zerocopy._cluster import client
 from zerocopy._cluster.following import WATCHER, Followed, Key, Loaded
+from zerocopy._cluster.keeping import RegistrysHolders
 from zerocopy._cluster.names import LATEST
 from zerocopy._compat.ray import is_serializing
 from zerocopy._load import devices
 from zerocopy._load.publication import Closed, Lease, Open, Publication
 from zerocopy._nodes.prefetch import Keeper
-from zerocopy._nodes.where import NodeCopies
 from zerocopy._publish.passing import register_handle
 from zerocopy._store import object_store
 from zerocopy._store.manifest import Manifest, Outer, Versions
@@ -233,7 +233,7 @@ class NamedPublication(Publication):
             NotPublishedError: the version or the alias is gone; the error tells which versions there are.
             CorruptedError: `verify` found other bytes.
         """
-        return self._or_recovered(lambda handle: handle._load(device, fields, verify=verify))
+        return self._now(lambda handle: handle._load(device, fields, verify=verify))
 
     def _recovered(self) -> NamedPublication:
         """A handle of the same version after its weights were found again. What else uses this one finds them, too."""
@@ -241,24 +241,15 @@ class NamedPublication(Publication):
         self._state = found._state
         return found
 
-    def nodes(self) -> NodeCopies:
-        """As `Publication.nodes`."""
-        return self._or_recovered(Publication.nodes)
-
-    def prefetch(self, *args: Any, **kwargs: Any) -> NodeCopies:
-        return self._or_recovered(lambda handle: Publication.prefetch(handle, *args, **kwargs))
-
-    prefetch.__doc__ = Publication.prefetch.__doc__
-
     def release(self) -> None:
         """Let nodes go of what `prefetch` keeps there of this name."""
         client.ask("release", self.name)
 
-    def _holders(self) -> Keeper:
+    def _keeper(self) -> Keeper:
         which = (self.tag.alias if self.tag.follows else None) or self.tag.number
-        return _RegistrysHolders((self.name, which, self.tag.number))
+        return RegistrysHolders((self.name, which, self.tag.number))
 
-    def _or_recovered(self, call: Callable[[NamedPublication], R]) -> R:
+    def _now(self, call: Callable[[NamedPublication], R]) -> R:
         """What a call gives for the version of now. If its weights are lost, they are found again first."""
         handle = self.pinned()
         try:
@@ -337,24 +328,6 @@ class NamedPublication(Publication):
     def __reduce__(self) -> tuple[Any, ...]:
         state = self._state if isinstance(self._state, Closed) else Unresolved(self._own_outer())
         return NamedPublication, (state, *self._description())
-
-
-class _RegistrysHolders:
-    """Holders that the registry has: a `Keeper` of one version."""
-
-    def __init__(self, key: tuple[Any, ...]) -> None:
-        self._key = key
-        self._registry = client.registry()
-
-    def hold(self, node: str, refs: Sequence[ray.ObjectRef[Any]]) -> ray.ObjectRef[Any]:
-        return client.submit(self._registry, "hold", *self._key, node, list(refs))
-
-    def outcome(self, reply: ray.ObjectRef[Any]) -> Exception | None:
-        try:
-            error: Exception | None = client.await_reply(self._registry, reply)
-        except client.RegistryLost as lost:
-            return client.unreachable(lost)
-        return error
 
 
 _following: weakref.WeakValueDictionary[Key, Followed] = weakref.WeakValueDictionary()

@@ -20,6 +20,7 @@ import ray
 import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from zerocopy._cluster.claims import CLAIM_SECONDS, Claims
 from zerocopy._cluster.names import LATEST, Name, Refused, Version
 from zerocopy._cluster.shards import Given, Ref, Shards
 from zerocopy._cluster.stored import Packed, Source, nonce, run_source, store
@@ -33,12 +34,11 @@ from zerocopy._compat.owners import (
 from zerocopy._nodes.holder import Holders
 from zerocopy._store.object_store import put_plainly
 
-STORING = 4  # store tasks at a time
+STORING = 4  # store tasks at a time on each node
 STORE_TRIES = 3  # of each: its process may be killed, and Ray's own retries made a lost one hang
 POLL_SECONDS = 30.0
 JOB_SECONDS = 2.0  # between two looks at whether jobs have ended
 HOLDER_SECONDS = 8.0  # without progress, that recovery waits for processes which still hold what is lost
-CLAIM_SECONDS = 5.0  # without progress, after which another process is asked to upload the same
 
 Key: TypeAlias = tuple[str, int]  # a name and a number
 Followed: TypeAlias = tuple[str, str | int]  # a name, and an alias or a number
@@ -65,13 +65,13 @@ class Registry:
         self._shards = Shards()
         self._placed: dict[Key, Placed] = {}
         self._recoveries: dict[Key, asyncio.Task[None]] = {}
-        self._claims: dict[bytes, tuple[str, float]] = {}  # digests, who uploads them, and since when
-        self._progress = 0.0  # when something was stored or offered
+        self._claims = Claims()
         self._lacked: set[bytes] | None = None  # digests that versions lack; None if that has to be found out
         self._changed = asyncio.Event()
         self._holders = Holders()
         self._held: set[tuple[str, str | int, int]] = set()  # on nodes: name, what was followed, number
-        self._storing: asyncio.Semaphore = asyncio.Semaphore(STORING)
+        # By node: store tasks of one that hangs hold up no other.
+        self._storing: dict[str, asyncio.Semaphore] = collections.defaultdict(lambda: asyncio.Semaphore(STORING))
         self._jobs: asyncio.Task[None] | None = None
 
     async def answer(self, method: str, *args: Any) -> tuple[str, Any]:
@@ -110,7 +110,7 @@ class Registry:
         """Make a shard the registry's own, on the node that has it. Only the caller refers to the result."""
         remote: Any = ray.remote(num_cpus=0, max_retries=0, num_returns=2)(store)
         on_node = NodeAffinitySchedulingStrategy(node, soft=False)
-        async with self._storing:
+        async with self._storing[node]:
             tries = 0
             while True:
                 stored, receipt = remote.options(scheduling_strategy=on_node, name="zerocopy.store").remote(
@@ -123,7 +123,7 @@ class Registry:
                     if tries == STORE_TRIES:
                         raise
                 else:
-                    self._progress = time.monotonic()
+                    self._claims.note_progress()
                     return [stored], digests
 
     async def commit(
@@ -178,7 +178,7 @@ class Registry:
                     self._placed[name, version.number] = self._place(version, self._shards)
         for _, rows in shards:
             for digest, *_ in rows:
-                self._claims.pop(digest, None)
+                self._claims.drop(digest)
         self._forget_unused()
         self._announce()
 
@@ -204,6 +204,7 @@ class Registry:
 
     async def hold(self, name: str, which: str | int, number: int, node: str, refs: list[Ref]) -> Exception | None:
         """Let a node hold objects of a version until it is superseded. Returns what went wrong."""
+        self._find(name).find(number)
         key = name, which, number
         self._held.add(key)
         holder = self._holders.on(node)
@@ -258,7 +259,7 @@ class Registry:
         while True:
             numbers = {key: self._number_of(*key) for key in known}
             changed = {key: number for key, number in numbers.items() if number != known[key]}
-            wanted = self._claim(held, who)
+            wanted = self._claims.make(self._lacking(held), who)
             remaining = end - time.monotonic()
             if changed or wanted or remaining <= 0:
                 return changed, wanted
@@ -379,14 +380,6 @@ class Registry:
             self._lacked = {digest for _, version in self._unplaced() for digest in self._missing(version)}
         return [digest for digest in digests if digest in self._lacked]
 
-    def _claim(self, held: Sequence[bytes], who: str) -> list[bytes]:
-        """Which of the storages that a process holds it shall upload."""
-        now = time.monotonic()
-        claims = {digest: self._claims.get(digest, (who, now)) for digest in self._lacking(held)}
-        claimed = [digest for digest, (other, since) in claims.items() if other == who or not self._is_fresh(since)]
-        self._claims.update(dict.fromkeys(claimed, (who, now)))
-        return claimed
-
     def _is_lost(self, placed: Placed) -> bool:
         """Whether the store has no copy of something that a version needs. It is not known any more."""
         shards = list(placed.shards)
@@ -425,8 +418,8 @@ class Registry:
     async def wait_for_holders(self, version: Version) -> None:
         start = time.monotonic()
         while self._missing(version):
-            is_claimed = self._is_claimed(version)
-            end = max(start, self._progress) + CLAIM_SECONDS if is_claimed else start
+            is_claimed = self._claims.cover(self._missing(version))
+            end = max(start, self._claims.progress) + CLAIM_SECONDS if is_claimed else start
             if time.monotonic() > end + HOLDER_SECONDS:
                 break
             self._announce()  # who holds something may have come just now, and who claimed it may be gone
@@ -435,14 +428,6 @@ class Registry:
                 await asyncio.wait_for(event.wait(), 0.5)
             except TimeoutError:
                 continue
-
-    def _is_claimed(self, version: Version) -> bool:
-        claims = [self._claims.get(digest) for digest in self._missing(version)]
-        return all(claim is not None and self._is_fresh(claim[1]) for claim in claims)
-
-    def _is_fresh(self, since: float) -> bool:
-        """Whether a claim may still be fulfilled. Whatever is uploaded gives all of them more time."""
-        return max(since, self._progress) + CLAIM_SECONDS > time.monotonic()
 
     async def end_with_jobs(self) -> None:
         """Remove the names of jobs that have ended."""

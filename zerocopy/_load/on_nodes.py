@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal, TypeVar
 
 import ray
 
@@ -13,12 +13,14 @@ from zerocopy._nodes.prefetch import Keeper, OwnHolders, prefetch
 from zerocopy._nodes.where import NodeCopies, copies_of
 from zerocopy._store.manifest import Manifest, Outer
 
+R = TypeVar("R")
+
 
 class OnNodes:
     """The part of a publication that is about nodes."""
 
     kind: str
-    _keeper: OwnHolders | None  # of what was prefetched
+    _holders: OwnHolders | None  # of what was prefetched
 
     def nodes(self) -> NodeCopies:
         """What each node of the cluster that is up has of the weights in its store, as a table and by the node's id.
@@ -26,7 +28,7 @@ class OnNodes:
         Raises:
             As `load`.
         """
-        return copies_of(self._shards(None))
+        return self._now(lambda handle: copies_of(handle._shards(None)))
 
     def prefetch(
         self,
@@ -57,22 +59,25 @@ class OnNodes:
             PrefetchError: some nodes failed, or were not ready in time; the others keep what they have.
             As `load`.
         """
-        return prefetch(
-            self._shards(fields), nodes, self._holders(), timeout=timeout, progress=progress, what=f"{self.kind}"
-        )
+        options: dict[str, Any] = {"timeout": timeout, "progress": progress, "what": self.kind}
+        return self._now(lambda handle: prefetch(handle._shards(fields), nodes, handle._keeper(), **options))
 
     def release(self) -> None:
         """Let nodes go of what `prefetch` keeps there. They may evict it when they need room."""
-        self._keeper = None
+        self._holders = None
 
-    def _holders(self) -> Keeper:
-        if self._keeper is None:
-            self._keeper = OwnHolders()
-        return self._keeper
+    def _keeper(self) -> Keeper:
+        if self._holders is None:
+            self._holders = OwnHolders()
+        return self._holders
 
     def _shards(self, fields: Sequence[str] | None) -> list[ray.ObjectRef[Any]]:
         names = None if fields is None else partial.names_of(fields)
         return shards_of(*self._described(), names)
+
+    def _now(self, call: Callable[[Any], R]) -> R:
+        """What a call gives for the weights that the handle refers to now."""
+        return call(self)
 
     def _described(self) -> tuple[Manifest, Outer]:
         raise NotImplementedError

@@ -96,7 +96,7 @@ class Publication(OnNodes, Handle):
         self.cls = cls
         self._lease = lease
         self._current: tuple[torch.device, Any] | None = None
-        self._keeper = None
+        self._holders = None
 
     @property
     def closed(self) -> bool:
@@ -247,7 +247,7 @@ class Publication(OnNodes, Handle):
         """Let go of the weights. Loaded pipelines keep what they use; closing twice is fine."""
         state, self._state = self._state, Closed()
         lease, self._lease = self._lease, None
-        self._current = self._keeper = None
+        self._current = self._holders = None
         if isinstance(state, Open) and lease is not None:
             lease.close(state.reference)
 

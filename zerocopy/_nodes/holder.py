@@ -33,9 +33,8 @@ class Holder:
         held = self._held.setdefault(key, {})
         ray.wait(list(refs), num_returns=len(refs), timeout=0)  # all are pulled from now on, in this order
         for ref in refs:
-            for buffer in buffers_of_objects([ref]):
-                held[ref.binary()] = buffer
-                bytes(memoryview(buffer)[::PAGE])  # maps the pages
+            (held[ref.binary()],) = (buffer,) = buffers_of_objects([ref])
+            bytes(memoryview(buffer)[::PAGE])  # maps the pages
 
     def release(self, key: Hashable) -> None:
         """Let go of what is kept for `key`."""

@@ -16,7 +16,7 @@ from zerocopy._compat.ray import pickled_by_value
 from zerocopy._nodes import holder, where
 from zerocopy._nodes.holder import Holders
 from zerocopy._nodes.waves import Waves
-from zerocopy._nodes.where import Node, NodeCopies, NodeCopy
+from zerocopy._nodes.where import Location, Node, NodeCopies, NodeCopy
 from zerocopy._progress import progress_bar
 from zerocopy._store import object_store
 from zerocopy._store.lost import raise_if_lost
@@ -76,9 +76,9 @@ def prefetch(
     what: str,
 ) -> NodeCopies:
     """Bring objects to nodes; see `Publication.prefetch`."""
-    known, here = where.nodes(), where.copies_of(refs)
-    chosen = _chosen(wanted, known, here)
-    needed = max((copy.of for copy in here.copies), default=0)
+    located = object_store.locations(refs)
+    chosen = _chosen(wanted, where.nodes(), located)
+    needed = sum(size for _, size in located)
     for node in chosen:
         if needed > node.capacity:
             raise StoreTooSmallError(
@@ -87,7 +87,7 @@ def prefetch(
                 needed=needed,
                 capacity=node.capacity,
             )
-    fetching = _Fetching(refs, chosen, keeper)
+    fetching = _Fetching(refs, located, chosen, keeper)
     fetching.run(timeout, f"Prefetching {what}", shown=progress)
     copies = NodeCopies(tuple(NodeCopy(node.id, node.host, fetching.there[node.id], needed) for node in chosen))
     if fetching.failed:
@@ -101,7 +101,7 @@ def prefetch(
     return copies
 
 
-def _chosen(wanted: Wanted, known: dict[str, Node], here: NodeCopies) -> list[Node]:
+def _chosen(wanted: Wanted, known: dict[str, Node], located: Sequence[Location]) -> list[Node]:
     """The nodes that are asked for. Of a number of nodes, those that have most of it already."""
     workers = [node for node in known.values() if node.runs_tasks]
     if wanted == "all":
@@ -109,14 +109,14 @@ def _chosen(wanted: Wanted, known: dict[str, Node], here: NodeCopies) -> list[No
     if isinstance(wanted, int) and not isinstance(wanted, bool) and wanted > 0:
         if wanted > len(workers):
             raise ArgumentError(
-                f"nodes={wanted}, but {len(workers)} nodes are up that run tasks.", hint='write nodes="all".'
+                f"nodes={wanted}, but of the nodes that are up, {len(workers)} can run tasks.",
+                hint='write nodes="all".',
             )
-        has = {copy.node: copy.nbytes for copy in here.copies}
-        return sorted(workers, key=lambda node: has.get(node.id, 0), reverse=True)[:wanted]
-    ids = None if isinstance(wanted, (str, int)) else list(wanted)
+        return sorted(workers, key=lambda node: where.bytes_on(node.id, located), reverse=True)[:wanted]
+    ids = list(wanted) if isinstance(wanted, Iterable) and not isinstance(wanted, str) else []
     if not ids or not all(isinstance(node, str) for node in ids):
         raise ArgumentError(
-            f"nodes={wanted!r} are no nodes.", hint='give "all", a number of nodes, or a list of their ids.'
+            f"nodes={wanted!r} names no nodes.", hint='give "all", a number of nodes, or a list of their ids.'
         )
     unknown = [node for node in ids if node not in known]
     if unknown:
@@ -134,8 +134,9 @@ class _Fetching:
         failed: why a node has not all, by its id.
     """
 
-    def __init__(self, refs: Sequence[ray.ObjectRef[Any]], nodes: Sequence[Node], keeper: Keeper) -> None:
-        located = object_store.locations(refs)
+    def __init__(
+        self, refs: Sequence[ray.ObjectRef[Any]], located: Sequence[Location], nodes: Sequence[Node], keeper: Keeper
+    ) -> None:
         self._refs, self._keeper = refs, keeper
         self._sizes = [size for _, size in located]
         self._waves = Waves([ids for ids, _ in located], [node.id for node in nodes])

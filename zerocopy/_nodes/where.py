@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import attrs
 import ray
 
 from zerocopy._store import object_store
 from zerocopy._tables import as_html, as_text, format_bytes
+
+Location: TypeAlias = tuple[list[str], int]  # ids of the nodes that have an object, and its bytes
 
 
 @attrs.frozen
@@ -109,8 +111,10 @@ def copies_of(refs: Sequence[ray.ObjectRef[Any]]) -> NodeCopies:
     located = object_store.locations(refs)
     total = sum(size for _, size in located)
     return NodeCopies(
-        tuple(
-            NodeCopy(node.id, node.host, sum(size for ids, size in located if node.id in ids), total)
-            for node in nodes().values()
-        )
+        tuple(NodeCopy(node.id, node.host, bytes_on(node.id, located), total) for node in nodes().values())
     )
+
+
+def bytes_on(node: str, located: Sequence[Location]) -> int:
+    """Bytes of some objects that a node has."""
+    return sum(size for ids, size in located if node in ids)

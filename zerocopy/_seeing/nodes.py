@@ -17,6 +17,7 @@ from zerocopy._compat.ray import drivers_on, own_raylet, workers_of
 from zerocopy._seeing.accounts import Accounts, PublicationMemory
 from zerocopy._seeing.ledger import LEDGER, Told
 from zerocopy._seeing.processes import ProcessMemory, measure
+from zerocopy._store.lost import nodes_up
 
 
 @attrs.frozen
@@ -96,7 +97,7 @@ def measure_nodes(told: Mapping[str, Sequence[Told]], timeout: float) -> tuple[l
         timeout: seconds.
     """
     here = ray.get_runtime_context().get_node_id()
-    others = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["NodeID"] != here]
+    others = sorted(nodes_up() - {here})
     refs = {node: _task().options(scheduling_strategy=_on(node)).remote(told.get(node, ())) for node in others}
     replies = {node: ref.future() for node, ref in refs.items()}
     found, notes = [measure_here(told.get(here, ()))], []

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import ray
 import ray.exceptions
 
 from zerocopy._compat.ray import node_of_owner, owner_node
 from zerocopy.errors import LostReason, PublicationLostError
+
+Located: TypeAlias = dict[ray.ObjectRef[Any], dict[str, Any]]  # what `ray.experimental.get_object_locations` tells
 
 
 def raise_if_lost(error: Exception) -> None:
@@ -56,7 +58,7 @@ def reason_of(error: ray.exceptions.ObjectLostError) -> LostReason:
     """What an error of Ray's means."""
     if isinstance(error, ray.exceptions.OwnerDiedError):
         node = node_of_owner(error)
-        return "owner ended" if node is None or is_up(node) else "node lost"
+        return "owner ended" if node is None or node in nodes_up() else "node lost"
     if isinstance(error, (ray.exceptions.ReferenceCountingAssertionError, ray.exceptions.ObjectFreedError)):
         return "references dropped"
     if isinstance(error, ray.exceptions.ObjectFetchTimedOutError):
@@ -64,18 +66,18 @@ def reason_of(error: ray.exceptions.ObjectLostError) -> LostReason:
     return "node lost"  # also where Ray tried to make it again: nothing that was put can be
 
 
-def is_up(node_id: str) -> bool:
-    """Whether a node is there."""
-    return any(node["NodeID"] == node_id and node["Alive"] for node in ray.nodes())
+def nodes_up() -> set[str]:
+    """The ids of the nodes that Ray counts as alive."""
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
 
 
-def have_no_copy(located: dict[ray.ObjectRef[Any], dict[str, Any]] | None, refs: list[ray.ObjectRef[Any]]) -> bool:
+def have_no_copy(located: Located | None, refs: list[ray.ObjectRef[Any]]) -> bool:
     """Whether nobody who is up can give one of these objects.
 
     Args:
         located: what their owners tell of them; None if those do not answer.
     """
-    up = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+    up = nodes_up()
     if located is None:
         return any(owner_node(ref) not in up for ref in refs)
     return any(

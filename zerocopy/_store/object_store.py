@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import os
@@ -32,7 +33,7 @@ from zerocopy._compat.ray import (
     is_serializing,
     mode,
 )
-from zerocopy._store.lost import have_no_copy, lost, reason_of
+from zerocopy._store.lost import Located, have_no_copy, lost, reason_of
 from zerocopy.errors import (
     OutOfBandError,
     RayClientError,
@@ -44,8 +45,8 @@ from zerocopy.errors import (
 R = TypeVar("R")
 
 OWNER_TIMEOUT_MS = 2000
-HERE_SECONDS = 1.0  # in which objects come that are on this node
-LOOK_SECONDS = 2.0  # between two looks at whether there are copies
+HERE_SECONDS = 0.2  # in which objects come that are on this node. Meanwhile no other thread can get any
+LOOK_SECONDS = 1.0  # between two looks at whether there are copies
 OWNER_SECONDS = 0.5  # that an owner is taken to live after it was asked
 
 
@@ -157,30 +158,32 @@ def get_all(refs: list[ray.ObjectRef[Any]]) -> list[Any]:
         raise lost("connection ended") from error
 
 
-def _get(refs: list[ray.ObjectRef[Any]], seconds: float | None) -> list[Any]:
+def _get(refs: list[ray.ObjectRef[Any]], seconds: float) -> list[Any]:
     # Whoever wrote an async actor did not write this call, and the bytes are here or under way.
     return get_silently(refs, seconds) if is_async_actor() else ray.get(refs, timeout=seconds)
 
 
 def _get_while_there_are_copies(refs: list[ray.ObjectRef[Any]]) -> list[Any]:
-    """Wait for objects on a thread of its own, and see now and then whether anybody can still give them.
+    """Wait for objects, and see now and then whether anybody can still give them.
 
-    Ray itself waits for ever where the raylet that had them is gone, but the process that owns them still answers.
+    Ray itself waits for ever where the raylet that had them is gone, but the process that owns them still answers. To wait by
+    `ray.get` would hold up other threads, which cannot get what is here meanwhile.
     """
-    wait = in_background(lambda: _get(refs, None), daemon=True)
+    wanted = list(dict.fromkeys(refs))
     missing = 0
     while missing < 2:  # one that has just come may not be known yet
-        try:
-            return wait(LOOK_SECONDS)
-        except TimeoutError:
-            missing = missing + 1 if have_no_copy(_located(refs), refs) else 0
+        _, absent = ray.wait(wanted, num_returns=len(wanted), timeout=LOOK_SECONDS)
+        if not absent:
+            with contextlib.suppress(ray.exceptions.GetTimeoutError):  # it has been evicted again
+                return _get(refs, LOOK_SECONDS)
+        missing = missing + 1 if have_no_copy(_located(wanted), wanted) else 0
     raise lost("node lost")
 
 
-def _located(refs: list[ray.ObjectRef[Any]]) -> dict[ray.ObjectRef[Any], dict[str, Any]] | None:
-    """What their owners tell of objects; None if those do not answer."""
+def _located(refs: Collection[ray.ObjectRef[Any]]) -> Located | None:
+    """What their owners tell of objects, but for those whose owner has ended; None if one does not answer."""
     try:
-        found: dict[ray.ObjectRef[Any], dict[str, Any]] = ray.experimental.get_object_locations(refs, OWNER_TIMEOUT_MS)
+        found: Located = ray.experimental.get_object_locations(list(refs), OWNER_TIMEOUT_MS) if refs else {}
     except ray.exceptions.GetTimeoutError:
         return None
     return found
@@ -198,10 +201,8 @@ def await_reply(ref: ray.ObjectRef[Any]) -> Any:
 
 def with_owner(refs: Collection[ray.ObjectRef[Any]]) -> set[ray.ObjectRef[Any]]:
     """Those of `refs` whose owner lives. Others cannot be fetched by another node, even where this one has the object."""
-    try:
-        return set(ray.experimental.get_object_locations(list(refs), OWNER_TIMEOUT_MS)) if refs else set()
-    except ray.exceptions.GetTimeoutError:  # the owner is busy
-        return set(refs)
+    located = _located(refs)
+    return set(refs) if located is None else set(located)  # else an owner is busy
 
 
 def locations(refs: Collection[ray.ObjectRef[Any]]) -> list[tuple[list[str], int]]:
@@ -210,10 +211,9 @@ def locations(refs: Collection[ray.ObjectRef[Any]]) -> list[tuple[list[str], int
     Raises:
         PublicationLostError: the owner of one of them has ended, or does not answer.
     """
-    try:
-        found = ray.experimental.get_object_locations(list(refs), OWNER_TIMEOUT_MS) if refs else {}
-    except ray.exceptions.GetTimeoutError as error:
-        raise lost("not found in time") from error
+    found = _located(refs)
+    if found is None:
+        raise lost("not found in time")
     if len(found) < len(set(refs)):
         raise lost("owner ended")
     return [(found[ref]["node_ids"], found[ref]["object_size"] or 0) for ref in refs]
@@ -236,10 +236,10 @@ class Borrowed:
         return True
 
 
-def in_background(call: Callable[[], R], *, daemon: bool = False) -> Callable[..., R]:
+def in_background(call: Callable[[], R]) -> Callable[[], R]:
     """Start `call` on its own thread. The function returned waits for the result, or raises the error of `call`.
 
-    While the store copies bytes, other threads may run. If the function is given seconds, it raises TimeoutError after these.
+    While the store copies bytes, other threads may run.
     """
     results: list[R] = []
     errors: list[BaseException] = []
@@ -250,13 +250,11 @@ def in_background(call: Callable[[], R], *, daemon: bool = False) -> Callable[..
         except BaseException as error:
             errors.append(error)
 
-    thread = threading.Thread(target=run, name="zerocopy-put", daemon=daemon)
+    thread = threading.Thread(target=run, name="zerocopy-put")
     thread.start()
 
-    def wait(seconds: float | None = None) -> R:
-        thread.join(seconds)
-        if thread.is_alive():
-            raise TimeoutError
+    def wait() -> R:
+        thread.join()
         if errors:
             raise errors[0]
         return results[0]
