@@ -1,10 +1,14 @@
-"""`publish_checkpoint`: from safetensors files to the store."""
+"""`publish_checkpoint`: from files to the store."""
 
 from __future__ import annotations
 
+import functools
 import json
 import struct
+import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +18,7 @@ from torch import nn
 
 import zerocopy
 from zerocopy import copied, shared
-from zerocopy.errors import CheckpointError
+from zerocopy.errors import ArgumentError, CheckpointError
 from zerocopy.testing import assert_zero_copy
 
 pytestmark = pytest.mark.usefixtures("cluster")
@@ -62,18 +66,219 @@ def test_as_if_it_had_been_loaded(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").unlink()
     loaded = publication.load()
     assert_zero_copy(loaded)
-    assert loaded.training  # as `build` made it
     assert loaded.head.weight is loaded.embed.weight
     assert not loaded.scale.requires_grad
     assert loaded.embed.weight.requires_grad
-    assert torch.equal(loaded.eval()(INDEX), model(INDEX))
+    assert torch.equal(loaded(INDEX), model(INDEX))
     with torch.no_grad():
         loaded.embed.weight.zero_()
     assert publication.load().embed.weight.any()
 
 
+def test_eval_mode(tmp_path: Path) -> None:
+    """Two calls on one input agree: what is built for training arrives in eval mode, but with `train=True`."""
+    net = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5))
+    save(net, tmp_path / "model.safetensors")
+
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5))
+
+    ones = torch.ones(3, 4)
+    loaded = zerocopy.publish_checkpoint(build, tmp_path).load()
+    assert torch.equal(loaded(ones), loaded(ones))
+    assert all(module.training for module in zerocopy.publish_checkpoint(build, tmp_path, train=True).load().modules())
+
+
+def shards(folder: Path) -> Path:
+    """Two files and their index, as `save_pretrained` writes them."""
+    content = {name: tensor for name, tensor in made().state_dict().items() if name != "head.weight"}
+    names = sorted(content)
+    files = {"model-00001-of-00002.safetensors": names[:3], "model-00002-of-00002.safetensors": names[3:]}
+    for file, some in files.items():
+        safetensors.save_file({name: content[name] for name in some}, folder / file)
+    index = {"metadata": {}, "weight_map": {name: file for file, some in files.items() for name in some}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+SAVED: dict[str, Callable[[Path], Any]] = {
+    "a folder": shards,
+    "an index": lambda folder: shards(folder) / "model.safetensors.index.json",
+    "a pattern": lambda folder: str(shards(folder) / "model-*.safetensors"),
+    "several": lambda folder: sorted(shards(folder).glob("*.safetensors")),
+    "a state dict": lambda folder: torch_file(made().state_dict(), folder / "weights.pt"),
+    "a folder with a state dict": lambda folder: torch_file(made().state_dict(), folder / "model.bin").parent,
+    "a training checkpoint": lambda folder: torch_file(
+        {"epoch": torch.tensor(3), "model": made().state_dict(), "optimizer": {"state": {0: {"step": torch.ones(1)}}}},
+        folder / "last.ckpt",
+    ),
+    "a state dict of old": lambda folder: torch_file(made().state_dict(), folder / "weights.pth", zipped=False),
+    "of a wrapper": lambda folder: torch_file(nn.DataParallel(made()).state_dict(), folder / "weights.pt"),
+}
+
+
+def torch_file(content: Any, path: Path, zipped: bool = True) -> Path:
+    torch.save(content, path, _use_new_zipfile_serialization=zipped)
+    return path
+
+
+@pytest.mark.parametrize("form", SAVED)
+def test_files_as_people_have_them(form: str, tmp_path: Path) -> None:
+    """Folders, indices, patterns, state dicts alone and in checkpoints of a training: all give the model that was saved."""
+    loaded = zerocopy.publish_checkpoint(Model, SAVED[form](tmp_path)).load()
+    assert_zero_copy(loaded)
+    assert torch.equal(loaded(INDEX), made()(INDEX))
+    assert loaded.head.weight is loaded.embed.weight
+
+
+def test_which_state_dict(tmp_path: Path) -> None:
+    """Where a file has several, `key=` tells which; without it the usual one is taken, and a strange choice is refused."""
+    one, other = nn.Linear(3, 3), nn.Linear(3, 3)
+    path = torch_file({"model": one.state_dict(), "ema": other.state_dict()}, tmp_path / "last.ckpt")
+    build = functools.partial(nn.Linear, 3, 3)
+    assert torch.equal(zerocopy.publish_checkpoint(build, path).load().weight, one.weight)
+    assert torch.equal(zerocopy.publish_checkpoint(build, path, key="ema").load().weight, other.weight)
+    with pytest.raises(CheckpointError, match=r"no state dict under 'best'. Hint: key= takes one of 'model', 'ema'"):
+        zerocopy.publish_checkpoint(build, path, key="best")
+    torch_file({"first": one.state_dict(), "second": other.state_dict()}, path)
+    with pytest.raises(CheckpointError, match="2 state dicts .*key= takes"):
+        zerocopy.publish_checkpoint(build, path)
+
+
+def test_names_that_differ(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A head that all names have, or lack, is found and said; other names are changed by a mapping or a function."""
+
+    def build() -> nn.Module:
+        return nn.ModuleDict({"bert": nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 3)), "head": nn.Linear(3, 2)})
+
+    torch.manual_seed(0)
+    model = build()
+    inner = model["bert"]
+    save(inner, tmp_path / "inner.safetensors")
+    save(model, tmp_path / "whole.safetensors", prefix="module.")
+    loaded = zerocopy.publish_checkpoint(build, tmp_path / "whole.safetensors").load()
+    assert torch.equal(loaded["head"].weight, model["head"].weight)
+    assert "'module.'" in caplog.text
+    assert "rename={'module.': ''}" in caplog.text
+    caplog.clear()
+
+    def inside() -> nn.Module:
+        return nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 3))
+
+    ignore = "module.head.*"
+    loaded = zerocopy.publish_checkpoint(inside, tmp_path / "whole.safetensors", ignore=ignore).load()
+    assert torch.equal(loaded[1].weight, inner[1].weight)
+    assert "'module.bert.'" in caplog.text
+    caplog.clear()
+    loaded = zerocopy.publish_checkpoint(
+        inside, tmp_path / "whole.safetensors", ignore=ignore, rename={"module.bert.": ""}
+    ).load()
+    assert torch.equal(loaded[1].weight, inner[1].weight)
+    assert not caplog.text
+    loaded = zerocopy.publish_checkpoint(
+        inside,
+        tmp_path / "whole.safetensors",
+        rename=lambda name: None if "head" in name else name.removeprefix("module.bert."),
+    ).load()
+    assert torch.equal(loaded[0].bias, inner[0].bias)
+    with pytest.raises(CheckpointError) as caught:
+        zerocopy.publish_checkpoint(build, tmp_path / "inner.safetensors")
+    assert caught.value.missing == ["head.weight", "head.bias"]
+    assert "without the 'bert.'" in str(caught.value)
+    with pytest.raises(CheckpointError, match="two tensors"):
+        zerocopy.publish_checkpoint(inside, tmp_path / "inner.safetensors", rename=lambda name: "one")
+
+
+def test_two_heads_are_not_guessed(tmp_path: Path) -> None:
+    """Where names of two models fit one, nobody chooses silently."""
+    both = nn.ModuleDict({"query": nn.Linear(3, 3), "passage": nn.Linear(3, 3)})
+    save(both, tmp_path / "model.safetensors")
+    build = functools.partial(nn.Linear, 3, 3)
+    with pytest.raises(CheckpointError, match=r"4 names \("):
+        zerocopy.publish_checkpoint(build, tmp_path, strict=True)
+    with pytest.raises(CheckpointError, match="2 names"):
+        zerocopy.publish_checkpoint(build, tmp_path, rename={"query.": ""})
+    loaded = zerocopy.publish_checkpoint(build, tmp_path, rename={"query.": ""}, ignore="passage.*").load()
+    assert torch.equal(loaded.weight, both["query"].weight)
+
+
+def test_what_no_file_has(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """With `strict=False` a new head is what its own initialization gives, and the base comes from the files."""
+
+    class Net(nn.Module):
+        def __init__(self, classes: int) -> None:
+            super().__init__()
+            self.base = nn.Linear(4, 4)
+            self.again = self.base
+            self.head = nn.Linear(4, classes)
+            nn.init.constant_(self.head.weight, 0.5)
+            self.scale = nn.Parameter(torch.full((2,), 3.0))
+
+    net = Net(5)
+    content = {name: tensor for name, tensor in net.state_dict().items() if name.startswith("base")}
+    safetensors.save_file({**content, "old": torch.ones(1)}, tmp_path / "model.safetensors")
+    loaded = zerocopy.publish_checkpoint(lambda: Net(7), tmp_path, strict=False).load()
+    assert torch.equal(loaded.base.weight, net.base.weight)
+    assert loaded.again is loaded.base
+    assert loaded.head.weight.shape == (7, 4)
+    assert loaded.head.weight.eq(0.5).all()
+    assert loaded.scale.eq(3).all()
+    assert loaded.head.bias.isfinite().all()
+    assert "3 names (scale, head.weight, head.bias) missing" in caplog.text
+    assert "1 name (old) unknown" in caplog.text
+    with torch.device("meta"):
+        never = Net(7)
+    with pytest.raises(CheckpointError, match="on the meta device"):
+        zerocopy.publish_checkpoint(lambda: never, tmp_path, strict=False)
+
+
+def test_ties_are_those_of_the_model(tmp_path: Path) -> None:
+    """Two tensors of a file in one memory stay two, if the model has two; two values for tied tensors are refused."""
+
+    class Pair(nn.Module):
+        def __init__(self, tied: bool) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+            if tied:
+                self.two.weight = self.one.weight
+
+    torch.save(Pair(tied=True).state_dict(), tmp_path / "tied.pt")
+    loaded = zerocopy.publish_checkpoint(lambda: Pair(tied=False), tmp_path / "tied.pt").load()
+    with torch.no_grad():
+        loaded.one.weight.zero_()
+    assert loaded.two.weight.all()
+    torch.save(Pair(tied=False).state_dict(), tmp_path / "untied.pt")
+    with pytest.raises(CheckpointError, match=r"ties 'one.weight' and 'two.weight', but the files have two values"):
+        zerocopy.publish_checkpoint(lambda: Pair(tied=True), tmp_path / "untied.pt")
+    big = torch.arange(1000.0)
+    torch.save({"weight": big[:12].view(3, 4).t(), "bias": big[12:16]}, tmp_path / "views.pt")
+    publication = zerocopy.publish_checkpoint(lambda: nn.Linear(3, 4), tmp_path / "views.pt")
+    assert publication.shared_bytes == 16 * 4
+    assert torch.equal(publication.load().weight, big[:12].view(3, 4).t())
+
+
+def test_a_module_that_reads_its_state_in_its_own_way(tmp_path: Path) -> None:
+    """What `load_state_dict` of a module does to the tensors is done: here names and values of an older form."""
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(3))
+            self.register_load_state_dict_pre_hook(self._from_older)
+
+        @staticmethod
+        def _from_older(module: Any, state: Any, prefix: str, *rest: Any) -> None:
+            if prefix + "half" in state:
+                state[prefix + "weight"] = 2 * state.pop(prefix + "half")
+
+    safetensors.save_file({"0.half": torch.ones(3)}, tmp_path / "model.safetensors")
+    loaded = zerocopy.publish_checkpoint(lambda: nn.Sequential(Scaled()), tmp_path).load()
+    assert loaded[0].weight.eq(2).all()
+
+
 def test_several_files_and_a_pipeline(tmp_path: Path) -> None:
-    """A pattern, two models in a pipeline, each with its path before its names; copied fields stay."""
+    """Two models in a pipeline, each with its path before its names, or each with its own files; copied fields stay."""
 
     @zerocopy.pipeline
     class Pair:
@@ -84,10 +289,16 @@ def test_several_files_and_a_pipeline(tmp_path: Path) -> None:
     model = made()
     save(model, tmp_path / "1.safetensors", "first.", "head.weight")
     save(model, tmp_path / "2.safetensors", "second.", "head.weight")
-    publication = zerocopy.publish_checkpoint(lambda: Pair(Model(), Model(), ["a"]), str(tmp_path / "*.safetensors"))
-    loaded = publication.load()
-    assert loaded.names == ["a"]
-    assert torch.equal(loaded.second.eval()(INDEX), model(INDEX))
+    save(model, tmp_path / "alone.st", leave_out="head.weight")
+    build = lambda: Pair(Model(), Model(), ["a"])  # noqa: E731
+    for files in (
+        str(tmp_path / "*.safetensors"),
+        {"first": tmp_path / "alone.st", "second": [tmp_path / "alone.st"]},
+    ):
+        loaded = zerocopy.publish_checkpoint(build, files).load()
+        assert loaded.names == ["a"]
+        assert not loaded.first.training
+        assert torch.equal(loaded.second(INDEX), model(INDEX))
 
 
 def test_conversion(tmp_path: Path) -> None:
@@ -101,25 +312,31 @@ def test_conversion(tmp_path: Path) -> None:
 
 
 def test_what_does_not_fit_is_listed(tmp_path: Path) -> None:
-    """One error lists everything that is missing, unexpected or has another shape."""
+    """One short error counts what is missing, unexpected or has another shape, and its attributes list everything."""
     content = {name: tensor.clone() for name, tensor in made().state_dict().items()}
     del content["norm.weight"], content["norm.bias"]
-    content |= {"more": torch.ones(3), "low.bias": torch.ones(4)}
+    content |= {"low.bias": torch.ones(4), **{f"more.{n}": torch.ones(3) for n in range(200)}}
     safetensors.save_file(content, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError) as caught:
         zerocopy.publish_checkpoint(Model, tmp_path / "model.safetensors")
     assert caught.value.missing == ["norm.weight", "norm.bias"]
-    assert caught.value.unexpected == ["more"]
+    assert len(caught.value.unexpected) == 200
     assert caught.value.misshapen == ["low.bias is [4], not [16]"]
-    assert "missing: norm.weight, norm.bias; unexpected: more; misshapen: low.bias" in str(caught.value)
+    assert "2 names (norm.weight, norm.bias) missing from the files; 200 names (more." in str(caught.value)
+    assert "1 name (low.bias is [4], not [16]) of another shape" in str(caught.value)
+    assert len(str(caught.value)) < 500
+    # What the state dict does not have, but the model: `from_pretrained` ignores it too.
+    save(made(), tmp_path / "model.safetensors", leave_out="head.weight")
+    with_hidden = safetensors.load_file(tmp_path / "model.safetensors") | {"table": torch.zeros(16)}
+    safetensors.save_file(with_hidden, tmp_path / "model.safetensors")
+    assert zerocopy.publish_checkpoint(Model, tmp_path).load().table[3] == 3
 
 
 def test_files_that_are_none(tmp_path: Path) -> None:
-    """Each file that cannot be used is named."""
-    with pytest.raises(CheckpointError, match="No file matches"):
-        zerocopy.publish_checkpoint(Model, str(tmp_path / "*.safetensors"))
-    with pytest.raises(CheckpointError, match=r"none' cannot be read"):
-        zerocopy.publish_checkpoint(Model, tmp_path / "none")
+    """Each file that cannot be used is named, with the way out."""
+    refused(str(tmp_path / "*.safetensors"), "No file matches")
+    refused(tmp_path / "none", r"none' cannot be read.*snapshot_download")
+    refused(tmp_path, "has no weights: 0 entries")
     header = json.dumps({"a": {"dtype": "F32", "shape": [9], "data_offsets": [0, 36]}}).encode()
     for name, content in {
         "empty": b"",
@@ -127,13 +344,49 @@ def test_files_that_are_none(tmp_path: Path) -> None:
         "cut": struct.pack("<Q", len(header)) + header + b"\0" * 20,
     }.items():
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(CheckpointError, match=f"{name}' (is not a safetensors file|cannot be read)"):
-            zerocopy.publish_checkpoint(Model, tmp_path / name)
+        refused(tmp_path / name, f"{name}' (is not a safetensors file|cannot be read)")
+    (tmp_path / "lfs").write_text("version https://git-lfs.github.com/spec/v1\n")
+    refused(tmp_path / "lfs", "git lfs pull")
     save(made(), tmp_path / "one", leave_out="head.weight")
-    with pytest.raises(CheckpointError, match="again"):
-        zerocopy.publish_checkpoint(Model, [tmp_path / "one", tmp_path / "one"])
-    with pytest.raises(TypeError, match=r"expects a pipeline or an nn\.Module, got 'int'"):
-        zerocopy.publish_checkpoint(lambda: 3, tmp_path / "one")
+    refused([tmp_path / "one", tmp_path / "one"], "have the same .* names")
+    (tmp_path / "index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}')
+    refused(tmp_path / "index.json", "lists 1 file .*gone.safetensors.* that is not there")
+    (tmp_path / "config.json").write_text("{}")
+    refused(tmp_path / "config.json", "has no 'weight_map'")
+    torch.save(made(), tmp_path / "whole.pt")
+    refused(tmp_path / "whole.pt", "holds more than weights.*save its state dict alone")
+    (tmp_path / "whole.pt").write_bytes((tmp_path / "whole.pt").read_bytes()[:900])
+    refused(tmp_path / "whole.pt", "cannot be read by torch")
+    with warnings.catch_warnings(action="ignore"):  # TorchScript is deprecated
+        torch.jit.trace(nn.Linear(2, 2), torch.ones(2)).save(str(tmp_path / "script.pt"))
+    refused(tmp_path / "script.pt", "TorchScript.*torch.jit.load")
+    refused(tmp_path, "2 files .*name one of them")
+
+
+def refused(files: Any, words: str) -> None:
+    with pytest.raises(CheckpointError, match=words):
+        zerocopy.publish_checkpoint(Model, files)
+
+
+def test_arguments_of_another_kind(tmp_path: Path) -> None:
+    """An instance, a state dict or a number in the place of something else is told so, with what to write."""
+    path = tmp_path / "model.safetensors"
+    save(made(), path, leave_out="head.weight")
+    with pytest.raises(
+        ArgumentError, match=r"a function that makes the model, got a Model. Hint: write `lambda: Model"
+    ):
+        zerocopy.publish_checkpoint(made(), path)  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match=r"got a state dict with \d+ entries. Hint: .*load_state_dict"):
+        zerocopy.publish_checkpoint(Model, made().state_dict())
+    for wrong in (3, [3], torch.ones(2), {"first": 3}):
+        with pytest.raises(ArgumentError, match="expects paths of files"):
+            zerocopy.publish_checkpoint(Model, wrong)  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match="rename=3"):
+        zerocopy.publish_checkpoint(Model, path, rename=3)  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match="which is no name"):
+        zerocopy.publish_checkpoint(Model, path, rename=lambda name: 3)  # type: ignore[arg-type,return-value]
+    with pytest.raises(TypeError, match=r"got 'int'"):
+        zerocopy.publish_checkpoint(lambda: 3, path)
 
 
 PEAK = """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, overload
@@ -18,8 +17,9 @@ from zerocopy._cluster.refresh import tag_of
 from zerocopy._cluster.writing import Commit, Named
 from zerocopy._load.publication import Publication
 from zerocopy._publish import publish as unnamed
-from zerocopy._publish.checkpoint import Checkpoint, PathLike, paths_of
+from zerocopy._publish.checkpoint import Files, checkpoint_of
 from zerocopy._publish.checkpoint import publish_checkpoint as unnamed_checkpoint
+from zerocopy._publish.fit import Rename
 from zerocopy._split.introspect import Subject, check_pipeline
 from zerocopy._store import object_store
 from zerocopy.errors import ArgumentError
@@ -128,9 +128,14 @@ def publish_as(commit: Commit, publish_to: Callable[[Named], Any]) -> NamedPubli
 @overload
 def publish_checkpoint(
     build: Callable[[], Any],
-    files: PathLike | Iterable[PathLike],
+    files: Files,
     *,
     dtype: torch.dtype | None = ...,
+    strict: bool = ...,
+    ignore: str | Iterable[str] = ...,
+    rename: Rename | None = ...,
+    key: str | None = ...,
+    train: bool = ...,
     name: str,
     alias: str | None = ...,
     expect: int | None = ...,
@@ -140,9 +145,14 @@ def publish_checkpoint(
 @overload
 def publish_checkpoint(
     build: Callable[[], Any],
-    files: PathLike | Iterable[PathLike],
+    files: Files,
     *,
     dtype: torch.dtype | None = ...,
+    strict: bool = ...,
+    ignore: str | Iterable[str] = ...,
+    rename: Rename | None = ...,
+    key: str | None = ...,
+    train: bool = ...,
     name: str | None = ...,
     alias: str | None = ...,
     expect: int | None = ...,
@@ -151,24 +161,40 @@ def publish_checkpoint(
 ) -> Publication: ...
 def publish_checkpoint(
     build: Callable[[], Any],
-    files: PathLike | Iterable[PathLike],
+    files: Files,
     *,
     dtype: torch.dtype | None = None,
+    strict: bool = True,
+    ignore: str | Iterable[str] = (),
+    rename: Rename | None = None,
+    key: str | None = None,
+    train: bool = False,
     name: str | None = None,
     alias: str | None = None,
     expect: int | None = None,
     keep: int | None = None,
     lifetime: Literal["cluster", "job"] = "cluster",
 ) -> Publication:
-    """Publish a pipeline whose weights are in safetensors files, without a copy of them in this process.
+    """Publish a pipeline whose weights are in files, without a copy of them in this process.
 
     Args:
         build: makes the pipeline, as usual. While it runs, parameters are made on the meta device, where they take no
-            memory; buffers are made for real.
-        files: a path, a pattern such as `"model/*.safetensors"`, or several of them. Names are those of the module's
-            `state_dict()`; in a pipeline with several models each after the path of its model, as in
-            `encoder.layer.0.weight`. Of tied tensors one name is enough.
+            memory; buffers are made for real. It runs again if no file has some of the parameters.
+        files: a folder such as `from_pretrained` takes, an index, a file, a pattern such as `"model/*.safetensors"`, or several
+            of them; or a mapping from each model of the pipeline to one of these. Files are of safetensors, or state dicts
+            of `torch.save`, which are read with `weights_only=True`; those of torch before 1.6 pass through memory.
+            Names are those of the module's `state_dict()`; in a pipeline with several models each after the path of its
+            model, as in `encoder.layer.0.weight`. Of tied tensors one name is enough. Where all names differ by what they
+            begin with, such as `bert.` or `module.`, that is changed, and a log line says so.
         dtype: what floating-point tensors of the files are converted to, None for as they are.
+        strict: whether tensors that no file has, and names that the pipeline does not have, are errors. Else the former
+            stay as `build` makes them, and a log line tells how many.
+        ignore: a pattern, as of file names, or several, of names that may be missing or too many.
+        rename: what the names in the files are called in the pipeline: a function, which gives None for what is left out; or a
+            mapping from names, or from beginnings of names that end with a dot; `""` is the beginning of every name.
+        key: under which key a file of `torch.save` has the state dict. By default it is found: `state_dict`,
+            `model_state_dict`, `model`, `module`, or the only one that there is.
+        train: leave modules in the modes that `build` gave them. By default they are put into eval mode.
         name: as in `publish`. If the weights are lost, they are read from the files again, on any node that has them.
         alias: as in `publish`.
         expect: as in `publish`.
@@ -179,16 +205,17 @@ def publish_checkpoint(
         A publication of the pipeline. Nothing of it stays in this process.
 
     Raises:
-        CheckpointError: there is no such file, or it is not a safetensors file, or the names and shapes in the files are
-            not those of the pipeline: all that do not fit are listed.
-        ArgumentError: `build` does not make a pipeline or a module, or an argument makes no sense.
+        CheckpointError: there is no such file, or it cannot be read, or the names and shapes in the files are not those of
+            the pipeline: attributes list all that do not fit. Or the pipeline ties tensors that differ in the files.
+        ArgumentError: `build` does not make an object that holds models, or an argument makes no sense.
         VersionConflictError, CannotTravelError, StoreTooSmallError, RayClientError: as `publish`.
     """
+    checkpoint = checkpoint_of(
+        build, files, dtype=dtype, strict=strict, ignore=ignore, rename=rename, key=key, train=train
+    )
     if name is None:
         _check_unnamed(alias, None, expect, keep, lifetime)
-        return unnamed_checkpoint(build, files, dtype=dtype)
-    paths = tuple(os.path.abspath(path) for path in paths_of(files))  # noqa: PTH100 (patterns; other processes read them)
-    checkpoint = Checkpoint(build, paths, dtype)
+        return unnamed_checkpoint(checkpoint)
     commit = commit_of(name, packed_checkpoint(checkpoint), alias=alias, expect=expect, keep=keep, lifetime=lifetime)
     return publish_as(commit, lambda to: unnamed.put_once(checkpoint.open(), to))
 

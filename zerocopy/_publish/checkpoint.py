@@ -1,18 +1,19 @@
-"""How do weights go from safetensors files to the store without passing through private memory?
+"""How do weights go from files to the store without passing through private memory?
 
 The files are mapped; tensors over the mapping are published shard by shard, and the pages of a shard are dropped when it is
-written.
+written. Which tensor goes where is for each module to say, by its own `load_state_dict`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import glob
 import math
 import mmap
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeAlias
+import re
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import attrs
 import torch
@@ -20,34 +21,52 @@ from torch import nn
 
 from zerocopy._compat.linux import drop_pages
 from zerocopy._load.publication import Publication
+from zerocopy._publish import files
+from zerocopy._publish.files import Content
+from zerocopy._publish.fit import Misfit, Rename, Rules, find_head, told_of_head, with_head
 from zerocopy._publish.publish import put_once
 from zerocopy._publish.weights import Streamed
+from zerocopy._seeing.events import LOGGER
 from zerocopy._split.introspect import Subject, check_pipeline, introspect
-from zerocopy._split.models import models_of
+from zerocopy._split.models import models_in_train_mode, models_of
 from zerocopy._split.paths import is_module
 from zerocopy._store import object_store
 from zerocopy._store.storages import Storage, storage_of
 from zerocopy._store.tensors import like
-from zerocopy.errors import CheckpointError
+from zerocopy.errors import ArgumentError, CheckpointError
 
 PathLike: TypeAlias = str | os.PathLike[str]
-Tensors: TypeAlias = Mapping[str, torch.Tensor]  # of the files, by name: views of the mapped files
-Targets: TypeAlias = dict[str, tuple[dict[str, Any], str]]  # where a module holds what its state dict has under a name
+Files: TypeAlias = PathLike | Iterable[PathLike] | Mapping[str, PathLike | Iterable[PathLike]]
 
 
-@attrs.frozen
+class Member(NamedTuple):
+    """A tensor that a module holds, and where: the names of its state dict, and the dict with the key in it."""
+
+    name: str
+    held_in: dict[str, Any]
+    key: str
+    tensor: torch.Tensor
+
+
+@attrs.frozen(kw_only=True)
 class Checkpoint:
-    """A pipeline over files, and how to read them.
+    """A pipeline over files, and how to read them. Made by `checkpoint_of`.
 
     Attributes:
         build: as the argument of `publish_checkpoint`.
-        files: paths and patterns.
+        sources: what goes before the names, and where the files are.
         dtype: as the argument.
+        key: as the argument.
+        rules: on names.
+        train: as the argument.
     """
 
     build: Callable[[], Any]
-    files: tuple[str, ...]
+    sources: tuple[tuple[str, str], ...]
     dtype: torch.dtype | None
+    key: str | None
+    rules: Rules
+    train: bool
 
     def open(self) -> Streamed:
         """Map the files and make the pipeline over them.
@@ -55,144 +74,308 @@ class Checkpoint:
         Raises:
             CheckpointError, ArgumentError, CannotTravelError: as `publish_checkpoint`.
         """
-        tensors = _read(self.files)
-        with _parameters_on_meta():
-            pipeline = self.build()
-        check_pipeline(pipeline, "zerocopy.publish_checkpoint")
-        targets = _targets(pipeline, tensors)
-        _check_fit(targets, tensors)
-        pages = _Pages()
-        _attach(targets, tensors, self.dtype, pages)
+        content = files.read(self.sources, self.key)
+        pages = _Pages(content.mapped, self.dtype)
+        pipeline, missing, made = self._attached(content, pages, frozenset())
+        if missing:  # once more, with memory for those that no file gives
+            wanted = frozenset(made[id(member.tensor)] for member in missing if id(member.tensor) in made)
+            pages = _Pages(content.mapped, self.dtype)
+            pipeline, missing, _ = self._attached(content, pages, wanted)
+            if missing:
+                names = [member.name for member in missing]
+                raise CheckpointError(
+                    f"{type(pipeline).__name__}.{names[0]} is in no file, and is on the meta device when it is built.",
+                    hint="let the function that builds it make it of numbers alone, on the CPU.",
+                    missing=names,
+                )
+        if not self.train:
+            for module in models_in_train_mode(pipeline):
+                module.eval()
         return Streamed(introspect(Subject(pipeline)), pages.fill, pages.drop)
 
+    def _attached(
+        self, content: Content, pages: _Pages, real: frozenset[int]
+    ) -> tuple[Any, list[Member], dict[int, int]]:
+        """The pipeline over the files; what of it is still on the meta device; and which parameter was made when, by id."""
+        with _parameters_on_meta(real) as made:
+            pipeline = self.build()
+        check_pipeline(pipeline, "zerocopy.publish_checkpoint")
+        modules = _modules_of(pipeline, content.tensors)
+        members = _members_of(modules)
+        _load(type(pipeline).__name__, modules, members, content, self.rules, is_told=not real)
+        _settle(members, pages)
+        missing = [member for member in members if member.held_in[member.key].is_meta]
+        return pipeline, missing, {id(tensor): number for number, tensor in enumerate(made)}
 
-def publish_checkpoint(
-    build: Callable[[], Any], files: PathLike | Iterable[PathLike], *, dtype: torch.dtype | None = None
-) -> Publication:
+
+def checkpoint_of(
+    build: Callable[[], Any],
+    paths: Files,
+    *,
+    dtype: torch.dtype | None = None,
+    strict: bool = True,
+    ignore: str | Iterable[str] = (),
+    rename: Rename | None = None,
+    key: str | None = None,
+    train: bool = False,
+) -> Checkpoint:
+    """What a user asks for, checked.
+
+    Raises:
+        ArgumentError: an argument is of another kind.
+    """
+    if isinstance(build, nn.Module) or not callable(build):
+        kind = type(build).__name__
+        hint = f"write `lambda: {kind}(...)`: it is built again here, without memory for its parameters."
+        raise ArgumentError(f"publish_checkpoint() expects a function that makes the model, got a {kind}.", hint=hint)
+    if rename is not None and not callable(rename) and not isinstance(rename, Mapping):
+        raise ArgumentError(f"rename={rename!r} is neither a mapping nor a function.")
+    patterns = (ignore,) if isinstance(ignore, str) else tuple(ignore)
+    rules = Rules(strict, patterns, rename)
+    return Checkpoint(build=build, sources=tuple(_sources(paths)), dtype=dtype, key=key, rules=rules, train=train)
+
+
+def _sources(paths: Files) -> Iterator[tuple[str, str]]:
+    """What goes before the names in files, and where these are, as absolute paths: other processes may read them."""
+    by_model = paths if isinstance(paths, Mapping) else {"": paths}
+    for model, some in by_model.items():
+        every = [some] if isinstance(some, (str, os.PathLike)) else some
+        if isinstance(every, torch.Tensor) or not isinstance(every, Iterable):
+            raise _no_paths(paths)
+        for path in every:
+            if not isinstance(path, (str, os.PathLike)):
+                raise _no_paths(paths)
+            yield f"{model}." if model else "", os.path.abspath(path)  # noqa: PTH100 (they may be patterns)
+
+
+def _no_paths(given: object) -> ArgumentError:
+    if isinstance(given, Mapping) and any(isinstance(value, torch.Tensor) for value in given.values()):
+        return ArgumentError(
+            f"publish_checkpoint() expects paths of files, got a state dict with {len(given)} entries.",
+            hint="load it and publish the model: model.load_state_dict(state); zerocopy.publish(model, adopt=True).",
+        )
+    return ArgumentError(
+        f"publish_checkpoint() expects paths of files, got {type(given).__name__!r}.",
+        hint="give a folder, an index, a file, a pattern, or several of them.",
+    )
+
+
+def publish_checkpoint(checkpoint: Checkpoint) -> Publication:
     """As the public function, without a name."""
     object_store.require()
-    return put_once(Checkpoint(build, paths_of(files), dtype).open())
-
-
-def paths_of(files: PathLike | Iterable[PathLike]) -> tuple[str, ...]:
-    """Paths and patterns as text."""
-    every = [files] if isinstance(files, (str, os.PathLike)) else files
-    return tuple(os.fspath(path) for path in every)
-
-
-def _read(patterns: Sequence[str]) -> Tensors:
-    tensors: dict[str, torch.Tensor] = {}
-    for pattern in patterns:
-        paths = sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern]  # noqa: PTH207 (patterns may be absolute)
-        if not paths:
-            raise CheckpointError(f"No file matches {pattern!r}.")
-        for path in paths:
-            found = _read_one(path)
-            if twice := sorted(found.keys() & tensors.keys()):
-                raise CheckpointError(f"{path!r} has {', '.join(map(repr, twice))} again.")
-            tensors.update(found)
-    return tensors
-
-
-def _read_one(path: str) -> Tensors:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
-    except OSError as error:
-        raise CheckpointError(f"{path!r} cannot be read: {error}.") from None
-    except SafetensorError as error:
-        raise CheckpointError(f"{path!r} is not a safetensors file: {error}.") from None
+    return put_once(checkpoint.open())
 
 
 @contextlib.contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    """Send every parameter to the meta device as soon as a module registers it, as `accelerate.init_empty_weights` does."""
+def _parameters_on_meta(real: frozenset[int]) -> Iterator[list[nn.Parameter]]:
+    """Send parameters to the meta device as soon as a module registers them, as `accelerate.init_empty_weights` does.
+
+    Gives the list of them, which grows. Those whose numbers in it are in `real` keep their memory.
+    """
     register = nn.Module.register_parameter
+    made: list[nn.Parameter] = []
+    kept: list[nn.Parameter] = []  # they are registered again where they are tied
 
     def register_empty(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
         register(module, name, param)
-        if param is not None and not param.is_meta and type(param) is nn.Parameter:
+        if param is None or param.is_meta or type(param) is not nn.Parameter:
+            return
+        if any(param is one for one in kept):
+            return
+        if len(made) in real:
+            kept.append(param)
+        else:
             empty = torch.empty_like(param, device="meta")
-            module._parameters[name] = nn.Parameter(empty, requires_grad=param.requires_grad)
+            param = module._parameters[name] = nn.Parameter(empty, requires_grad=param.requires_grad)
+        made.append(param)
 
     nn.Module.register_parameter = register_empty  # type: ignore[method-assign,assignment]
     try:
-        yield
+        yield made
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
-def _targets(pipeline: Any, tensors: Tensors) -> Targets:
+def _modules_of(pipeline: Any, tensors: Mapping[str, torch.Tensor]) -> dict[str, nn.Module]:
+    """The models of a pipeline, by what their names begin with: nothing, where there is one that no name tells."""
     models = {"": pipeline} if is_module(pipeline) else models_of(pipeline)
-    if len(models) == 1 and not any(name.startswith(f"{path}.") for path in models for name in tensors):
-        models = dict(zip([""], models.values(), strict=True))
-    targets: Targets = {}
-    for path, model in models.items():
-        for below, module in model.named_modules(remove_duplicate=False):
-            start = "".join(f"{part}." for part in (path, below) if part)
-            hidden = module._non_persistent_buffers_set
-            for members in (module._parameters, module._buffers):
-                held = (name for name, tensor in members.items() if tensor is not None and name not in hidden)
-                targets.update({start + name: (members, name) for name in held})
-    return targets
+    modules = {path: model for path, model in models.items() if _takes_state(model)}
+    if len(modules) == 1 and not any(name.startswith(f"{path}.") for path in modules for name in tensors):
+        return dict(zip([""], modules.values(), strict=True))
+    return {f"{path}." if path else "": module for path, module in modules.items()}
 
 
-def _check_fit(targets: Targets, tensors: Tensors) -> None:
-    wanted = {name: members[key] for name, (members, key) in targets.items()}
-    present = {id(wanted[name]) for name in tensors.keys() & wanted.keys()}
-    missing = [name for name, tensor in wanted.items() if id(tensor) not in present]
-    unexpected = [name for name in tensors if name not in wanted]
-    misshapen = [
-        f"{name} is {list(tensor.shape)}, not {list(wanted[name].shape)}"
-        for name, tensor in tensors.items()
-        if name in wanted and wanted[name].shape != tensor.shape
+def _takes_state(model: Any) -> bool:
+    return is_module(model) and not isinstance(model, torch.jit.ScriptModule)  # which brings its own weights
+
+
+def _members_of(modules: Mapping[str, nn.Module]) -> list[Member]:
+    return [
+        Member(start + (f"{below}." if below else "") + key, held_in, key, tensor)
+        for start, module in modules.items()
+        for below, part in module.named_modules(remove_duplicate=False)
+        for held_in in (part._parameters, part._buffers)
+        for key, tensor in held_in.items()
+        if tensor is not None
     ]
-    if missing or unexpected or misshapen:
-        lists = (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen))
-        told = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in lists if names)
-        raise CheckpointError(
-            f"The files do not fit the pipeline. {told}.", missing=missing, unexpected=unexpected, misshapen=misshapen
+
+
+def _load(
+    kind: str,
+    modules: Mapping[str, nn.Module],
+    members: Sequence[Member],
+    content: Content,
+    rules: Rules,
+    *,
+    is_told: bool,
+) -> None:
+    """Let each module take its tensors from the files.
+
+    Raises:
+        CheckpointError: they do not fit.
+    """
+    states = {start: module.state_dict(keep_vars=True) for start, module in modules.items()}
+    wanted = {start + name: value for start, state in states.items() for name, value in state.items()}
+    shapes = {name: value.shape for name, value in wanted.items() if isinstance(value, torch.Tensor)}
+    given = rules.renamed(content.tensors)
+    head = None if given.keys() == wanted.keys() else find_head(given, shapes)
+    given = given if head is None else with_head(given, head, wanted)
+    others = [name for name in content.others if not rules.ignores(name)]
+    misfit = _without_what_may_be(_taken(kind, modules, given, shapes), modules, members, rules, others)
+    if misfit.misshapen or (misfit and rules.strict):
+        raise misfit.error(kind, head)
+    if is_told and head is not None:
+        LOGGER.warning("%s Hint: rename=%r says so without this line.", told_of_head(head), {head[0]: head[1]})
+    if is_told and misfit:
+        LOGGER.warning("The files do not fit this %s, which strict=False accepts: %s.", kind, misfit.told())
+
+
+def _taken(
+    kind: str,
+    modules: Mapping[str, nn.Module],
+    given: Mapping[str, torch.Tensor],
+    shapes: Mapping[str, torch.Size],
+) -> Misfit:
+    """Load what is given into the modules. Also what did not fit, as each module says."""
+    missing = list[str]()
+    unexpected = [name for name in given if not any(name.startswith(start) for start in modules)]
+    misshapen = [
+        f"{name} is {list(tensor.shape)}, not {list(shapes[name])}"
+        for name, tensor in given.items()
+        if name in shapes and tensor.shape != shapes[name]
+    ]
+    for start, module in modules.items():
+        own = {name.removeprefix(start): tensor for name, tensor in given.items() if name.startswith(start)}
+        try:
+            told = module.load_state_dict(own, strict=False, assign=True)
+            lacks, has = told.missing_keys, told.unexpected_keys
+        except RuntimeError as error:
+            if not misshapen:  # a module has a reason of its own
+                raise CheckpointError(f"The files do not fit this {kind}: {error}.") from error
+            state = module.state_dict()
+            lacks, has = [name for name in state if name not in own], [name for name in own if name not in state]
+        missing += [start + name for name in lacks]
+        unexpected += [start + name for name in has]
+    return Misfit(missing, unexpected, misshapen)
+
+
+def _without_what_may_be(
+    misfit: Misfit,
+    modules: Mapping[str, nn.Module],
+    members: Sequence[Member],
+    rules: Rules,
+    others: Sequence[str],
+) -> Misfit:
+    """What is left of a misfit without ties, buffers that no state dict has, and what the user or the model itself ignores.
+
+    Models of transformers say so by two attributes, as patterns:
+    https://github.com/huggingface/transformers/blob/main/src/transformers/modeling_utils.py.
+    """
+    satisfied = {id(member.tensor) for member in members if member.held_in[member.key] is not member.tensor}
+    tied = {member.name for member in members if id(member.tensor) in satisfied}
+    hidden = {member.name for member in members} - {
+        start + name for start, module in modules.items() for name in module.state_dict()
+    }
+
+    def is_ignored(name: str, attribute: str) -> bool:
+        patterns = (
+            (pattern, name.removeprefix(start))
+            for start, module in modules.items()
+            if name.startswith(start)
+            for pattern in getattr(module, attribute, None) or ()
         )
+        return rules.ignores(name) or any(re.search(pattern, below) for pattern, below in patterns)
+
+    missing = [name for name in misfit.missing if name not in tied]
+    unexpected = [name for name in misfit.unexpected if name not in hidden]
+    return Misfit(
+        [name for name in missing if not is_ignored(name, "_keys_to_ignore_on_load_missing")],
+        [name for name in unexpected if not is_ignored(name, "_keys_to_ignore_on_load_unexpected")] + list(others),
+        misfit.misshapen,
+    )
 
 
-def _attach(targets: Targets, tensors: Tensors, dtype: torch.dtype | None, pages: _Pages) -> None:
-    """Put tensors over the files in the place of the pipeline's, once for those that are tied."""
-    made: dict[int, tuple[Any, Any]] = {}  # with the old one, which stays alive: no id is used twice
-    for name in sorted(targets, key=lambda name: name not in tensors):
-        members, key = targets[name]
-        old = members[key]
-        if id(old) not in made:
-            made[id(old)] = like(old, pages.tensor(tensors[name], dtype)), old
-        members[key] = made[id(old)][0]
+def _settle(members: Sequence[Member], pages: _Pages) -> None:
+    """Let tensors over the files have the class and the attributes of those that they replace, and be tied as those were.
+
+    Raises:
+        CheckpointError: the files have two values for tied tensors.
+    """
+    ties: dict[int, list[Member]] = defaultdict(list)
+    for member in members:
+        ties[id(member.tensor)].append(member)
+    for tied in ties.values():
+        loaded = [member for member in tied if member.held_in[member.key] is not member.tensor]
+        if not loaded:
+            continue
+        first, *more = (member.held_in[member.key].detach() for member in loaded)
+        for member, other in zip(loaded[1:], more, strict=True):
+            if first.shape != other.shape or not torch.equal(first, other):
+                raise CheckpointError(
+                    f"The model ties {loaded[0].name!r} and {member.name!r}, but the files have two values for them.",
+                    hint="build a model that does not tie them (tie_word_embeddings=False in a config of transformers).",
+                )
+        made = like(loaded[0].tensor, pages.tensor(first))
+        for member in tied:
+            member.held_in[member.key] = made
 
 
 class _Pages:
     """Memory that is filled just before it is written to the store, and dropped afterwards."""
 
-    def __init__(self) -> None:
-        self._ours: set[object] = set()  # keys of the storages over files, and over memory to convert into
-        self._converted: dict[object, tuple[torch.Tensor, torch.Tensor]] = {}
+    def __init__(self, mapped: Collection[object], dtype: torch.dtype | None) -> None:
+        """`mapped`: keys of the storages over files. `dtype`: what floating-point tensors are converted to."""
+        self._mapped = mapped
+        self._dtype = dtype
+        self._used: set[object] = set()  # keys of storages that a tensor of the pipeline has
+        self._ours: set[object] = set()  # keys of those over files, and over memory to fill
+        self._to_fill: dict[object, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def tensor(self, source: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
-        """`source`, which is a view of a file, or a tensor that it will be converted into."""
-        if dtype in (None, source.dtype) or not source.is_floating_point() or not source.numel():
-            self._ours.add(storage_of(source).key)
+    def tensor(self, source: torch.Tensor) -> torch.Tensor:
+        """`source`, if it is a whole storage that no other tensor has; or a tensor that it will be copied into."""
+        storage = storage_of(source)
+        dtype = self._dtype if self._dtype is not None and source.is_floating_point() else source.dtype
+        is_whole = source.nbytes == storage.nbytes and storage.key not in self._used
+        self._used.add(storage.key)
+        if not source.numel() or (is_whole and dtype == source.dtype):
+            if storage.key in self._mapped:
+                self._ours.add(storage.key)
             return source
         memory = mmap.mmap(-1, math.prod(source.shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         tensor = torch.frombuffer(memory, dtype=dtype).view(source.shape)
         key = storage_of(tensor).key
         self._ours.add(key)
-        self._converted[key] = tensor, source
+        self._to_fill[key] = tensor, source
         return tensor
 
     def fill(self, storages: Sequence[Storage]) -> None:
         for storage in storages:
-            if storage.key in self._converted:
-                tensor, source = self._converted[storage.key]
+            if storage.key in self._to_fill:
+                tensor, source = self._to_fill[storage.key]
                 tensor.copy_(source)
-                drop_pages(source.data_ptr(), source.nbytes)
+                below = storage_of(source)
+                if below.key in self._mapped and below.address is not None:
+                    drop_pages(below.address, below.nbytes)
 
     def drop(self, storages: Sequence[Storage]) -> None:
         for storage in storages:
