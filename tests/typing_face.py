@@ -168,6 +168,10 @@ def naming(search: Search) -> None:
     files = zerocopy.publish_checkpoint(build, "dir/*.safetensors", dtype=torch.bfloat16, name="search", keep=1)
     assert_type(files, zerocopy.NamedPublication)
     assert_type(zerocopy.publish_checkpoint(build, ["file"]), zerocopy.Publication)
+    zerocopy.publish_checkpoint(
+        build, {"encoder": "dir"}, strict=False, ignore="*.bias", rename={"bert.": ""}, train=True
+    )
+    zerocopy.publish_checkpoint(build, "last.ckpt", key="ema", rename=lambda name: name if name else None)
     zerocopy.publish(search, name="search", lifetime="for ever")  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue, reportArgumentType]
 
 

@@ -22,10 +22,10 @@ from zerocopy._store.tensors import is_tensor_or_array
 def shares_memory(first: Any, second: Any) -> bool:
     """Whether two tensors, arrays, modules or pipelines of this process are views of the same physical memory.
 
-    Of a pipeline only the shared parts count, of anything else all tensors and arrays below it. Each tensor of the one is
-    compared with that of the other at the same place of the walk. They share memory when they start at the same byte of
-    the same file of the object store, in pages that nobody has written, or at the same address. Tensors over at most 16 bytes
-    count only where there are no larger ones: each load copies them.
+    Of a pipeline, or of an object that holds models, only the shared parts count; of anything else all tensors and arrays.
+    Each tensor of the one is compared with that of the other at the same place of the walk. They share memory when they
+    start at the same byte of the same file of the object store, in pages that nobody has written, or at the same address.
+    Tensors over at most 16 bytes count only where there are no larger ones: each load copies them.
     """
     ours, theirs = _tensors(first), _tensors(second)
     if len(ours) != len(theirs) or not ours:
@@ -61,9 +61,9 @@ def assert_zero_copy(pipeline: Any) -> None:
 def _tensors(obj: Any) -> list[Any]:
     if is_tensor_or_array(obj):
         return [obj]
-    parts = [obj]
-    if is_pipeline_class(type(obj)):
-        parts = strip([obj], zone=Zone.AUTO, split=Split.ROOTS).roots
+    parts = strip([obj], zone=Zone.AUTO, split=Split.ROOTS).roots
+    if not parts and not is_pipeline_class(type(obj)):
+        parts = [obj]
     stripped = strip(parts, zone=Zone.SHARED, split=Split.NOWHERE, within=obj)
     return [external for external in stripped.externals if is_tensor_or_array(external)]
 

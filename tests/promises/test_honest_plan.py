@@ -26,7 +26,7 @@ from torch.nn.utils import parametrizations
 import zerocopy
 from zerocopy import copied, shared
 from zerocopy._load import live
-from zerocopy._run import copies
+from zerocopy._run import copies, held_models
 from zerocopy.errors import CopyWarning
 from zerocopy.testing import assert_zero_copy
 
@@ -521,7 +521,7 @@ class Worker:
 @pytest.mark.usefixtures("cluster")
 def test_a_worker_warns_once_of_what_holds_models() -> None:
     """Each warning names the argument, the object, the bytes and the way out; once for each class of them."""
-    worker = Worker.remote(
+    worker = ray.remote(num_cpus=0.1)(Worker).remote(  # Ray's own, which publishes nothing
         TOLD,
         Holder(Net()),
         functools.partial(max, Net().forward),
@@ -540,8 +540,8 @@ def test_a_worker_warns_once_of_what_holds_models() -> None:
     ]
     assert heard[2] == (
         "Argument 'models' of Worker.__init__() holds a bare Net at \"models['draft']\" and 1 more, which Ray has pickled: "
-        "each worker copies 321.6 kB. Hint: pass zerocopy.publish(model) as an argument of its own, or an instance of a "
-        "class marked with @zerocopy.pipeline that holds it."
+        "each worker copies 321.6 kB. Hint: pass zerocopy.publish(models) in its place, or an instance of a class marked with "
+        "@zerocopy.pipeline that holds the model."
     )
     assert "at 'more[0].model', which" in heard[0]
     assert "at 'plain.parts[0]['model']', which" in heard[4].replace('"', "'")
@@ -550,12 +550,14 @@ def test_a_worker_warns_once_of_what_holds_models() -> None:
 
 @pytest.mark.usefixtures("cluster")
 def test_nothing_is_said_of_what_arrives_loaded() -> None:
-    """Pipelines, publications, bare modules that an actor publishes, and plain data: no warning."""
+    """Pipelines, publications, what an actor publishes because it is or holds a module, and plain data: no warning."""
     publication = zerocopy.publish(Net())
     loaded = pipelines.search()
     worker = Worker.remote(
         TOLD,
         Net(),
+        Holder(Net()),
+        {"draft": Net(), "final": [Net()]},
         publication,
         pipelines.search(),
         {"search": loaded, "publication": publication, "again": [loaded]},
@@ -569,11 +571,13 @@ def test_nothing_is_said_of_what_arrives_loaded() -> None:
 
 @zerocopy.task(num_cpus=0.1)
 def heard_by_task(told: Told, models: Any) -> list[str]:
+    assert_zero_copy(models)
     return [text for text in _heard() if "heard_by_task" in text]
 
 
 @zerocopy.task(num_cpus=0.1)
 def heard_by_generator(told: Told, models: Any) -> Iterator[list[str]]:
+    assert_zero_copy(models)
     yield [text for text in _heard() if "heard_by_generator" in text]
 
 
@@ -583,13 +587,11 @@ def keep(batch: dict[str, Any], told: Told, models: Any) -> dict[str, Any]:
 
 
 @pytest.mark.usefixtures("cluster")
-def test_tasks_warn_too() -> None:
-    """An argument of a task that holds a module is told of; a bare module arrives loaded."""
-    assert ray.get(heard_by_task.remote(TOLD, Fourth())) == []
-    (text,) = ray.get(heard_by_task.remote(TOLD, {"a": Fourth()}))
-    assert text.startswith("Argument 'models' of heard_by_task() holds a bare Fourth at \"models['a']\"")
-    (heard,) = [ray.get(ref) for ref in heard_by_generator.remote(TOLD, [Fourth()])]
-    assert len(heard) == 1
+def test_what_holds_a_module_arrives_loaded_in_tasks() -> None:
+    """A bare module, a dict, a list, an object of one's own: none is pickled by Ray, and nothing is said."""
+    for models in (Fourth(), {"a": Fourth()}, [Fourth()], Holder(Fourth()), Plain(Fourth())):
+        assert ray.get(heard_by_task.remote(TOLD, models)) == []
+    assert [ray.get(ref) for ref in heard_by_generator.remote(TOLD, [Fourth()])] == [[]]
 
 
 @pytest.mark.usefixtures("cluster")
@@ -632,7 +634,7 @@ def test_a_large_argument_is_not_walked() -> None:
             raise AttributeError(name)
 
     copies.warn_of_copies(test_a_large_argument_is_not_walked, (Counted([Slow()] * 1_000_000),), {})
-    assert 0 < len(looked_at) <= copies.LOOKED_AT + 1
+    assert 0 < len(looked_at) <= held_models.LOOKED_AT + 1
 
 
 def test_looking_breaks_nothing() -> None:
@@ -655,7 +657,7 @@ def test_the_driver_sees_the_warning(address: str) -> None:
         "    def __init__(self, models): pass\n"
         "    def ready(self): return True\n"
         "ray.init(sys.argv[1])\n"
-        "worker = Worker.remote({'draft': nn.Linear(200, 200)})\n"
+        "worker = ray.remote(Worker).remote({'draft': nn.Linear(200, 200)})\n"
         "assert ray.get(worker.ready.remote())\n"
         "time.sleep(3)\n",  # Ray brings what workers print some moments later
         "-",

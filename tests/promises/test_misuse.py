@@ -192,7 +192,7 @@ def map_without_bound() -> None:
 
 
 def publish_something_else() -> None:
-    zerocopy.publish({"encoder": nn.Linear(1, 1)})
+    zerocopy.publish({"encoder": torch.ones(1)})
 
 
 def publish_a_class() -> None:
@@ -368,7 +368,7 @@ MISUSES: list[tuple[Callable[[], object], type[Exception], str]] = [
     (
         publish_something_else,
         TypeError,
-        "zerocopy.publish expects a pipeline or an nn.Module, got 'dict'. Hint: ",
+        "zerocopy.publish found no model to share in this 'dict'. Hint: give an nn.Module, or an object that holds some; ",
     ),
     (
         publish_a_class,

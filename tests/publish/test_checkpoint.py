@@ -385,7 +385,7 @@ def test_arguments_of_another_kind(tmp_path: Path) -> None:
         zerocopy.publish_checkpoint(Model, path, rename=3)  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match="which is no name"):
         zerocopy.publish_checkpoint(Model, path, rename=lambda name: 3)  # type: ignore[arg-type,return-value]
-    with pytest.raises(TypeError, match=r"got 'int'"):
+    with pytest.raises(TypeError, match=r"no model to share in this 'int'"):
         zerocopy.publish_checkpoint(lambda: 3, path)
 
 

@@ -10,6 +10,8 @@ import attrs
 import ray
 import torch
 
+from zerocopy._declare.pipeline import is_pipeline_class
+from zerocopy._split import paths
 from zerocopy._store import object_store
 from zerocopy._store.mapping import PrivateMap, detach_all
 from zerocopy.errors import ArgumentError, IsolationError
@@ -71,12 +73,12 @@ class Entry:
     """What is known of one live pipeline.
 
     Attributes:
-        pipeline: gives it as long as it lives.
+        anchor: gives what it is recognized by, as long as that lives.
         origin: where it was loaded from, if it was loaded.
         published: as what it is published, if it is. Kept for `_publish`, which alone looks into it.
     """
 
-    pipeline: Callable[[], Any]
+    anchor: Callable[[], Any]
     origin: Origin | None = None
     published: Any = None
 
@@ -86,19 +88,33 @@ _entries: dict[_Key, Entry] = {}
 
 
 def entry_of(pipeline: Any, variant: tuple[str, ...] = ()) -> Entry:
-    """What is known of `pipeline`, published in the way `variant`. A dict, for example, is not remembered."""
-    key = id(pipeline), variant
+    """What is known of `pipeline`, published in the way `variant`."""
+    anchor, key = _anchored(pipeline, variant)
     entry = _entries.get(key)
-    if entry is None or entry.pipeline() is not pipeline:
-        if not type(pipeline).__weakrefoffset__:
-            return Entry(lambda: pipeline)
-        entry = _entries[key] = Entry(weakref.ref(pipeline, lambda ref: _remove(key, ref)))
+    if entry is None or entry.anchor() is not anchor:
+        if not type(anchor).__weakrefoffset__:  # it is not remembered
+            return Entry(lambda: anchor)
+        entry = _entries[key] = Entry(weakref.ref(anchor, lambda ref: _remove(key, ref)))
     return entry
+
+
+def _anchored(pipeline: Any, variant: tuple[str, ...] = ()) -> tuple[Any, _Key]:
+    """What a pipeline is recognized by, and the key of its entry.
+
+    A pipeline of a declared class and a model by themselves. Any other object by the first module in it: it may have been made
+    for one call, or be a dict, to which nothing can refer weakly.
+    """
+    cls = type(pipeline)
+    if is_pipeline_class(cls) or paths.is_module(pipeline):
+        return pipeline, (id(pipeline), variant)
+    modules = (obj for _, obj in paths.walk(pipeline, "") if paths.is_module(obj) and type(obj).__weakrefoffset__)
+    anchor = next(modules, pipeline)
+    return anchor, (id(anchor), (f"in {cls.__qualname__}", *variant))
 
 
 def _remove(key: _Key, ref: weakref.ref[Any]) -> None:
     entry = _entries.get(key)
-    if entry is not None and entry.pipeline is ref:
+    if entry is not None and entry.anchor is ref:
         del _entries[key]
 
 
@@ -114,7 +130,7 @@ def note_load(pipeline: Any, origin: Origin) -> None:
 
 def forget(pipeline: Any) -> None:
     """Drop what is known of a live pipeline, and with it the references to its weights."""
-    _entries.pop((id(pipeline), ()), None)
+    _entries.pop(_anchored(pipeline)[1], None)
 
 
 def unshare(pipeline: Any) -> None:
@@ -128,8 +144,8 @@ def unshare(pipeline: Any) -> None:
         IsolationError: it was loaded where private mappings are not possible; `copy.deepcopy` it instead.
         OutOfMemoryError: there is not enough memory. Nothing has happened.
     """
-    entry = _entries.get((id(pipeline), ()))
-    if entry is None or entry.pipeline() is not pipeline or entry.origin is None:
+    entry = entry_of(pipeline)
+    if entry.origin is None:
         raise ArgumentError(
             f"This {type(pipeline).__name__} was not loaded from a publication in this process.",
             hint="unshare() takes what publication.load() returned, or what arrived in a task or an actor.",

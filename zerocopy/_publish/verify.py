@@ -34,7 +34,7 @@ def plan(pipeline: Any, *, verify: bool = False) -> SharePlan:
             known of the pipeline stays as it is. Needs Ray, and Linux.
 
     Raises:
-        ArgumentError: `pipeline` is neither an instance of a pipeline class nor an `nn.Module`.
+        ArgumentError: `pipeline` is a class, or holds nothing to share.
         CannotTravelError: something inside cannot leave the process; the error names its path.
         ZeroCopyError: it is to be verified where the system does not tell what is mapped, or as `publish` and `load`.
     """

@@ -10,7 +10,6 @@ from typing import Any, TypeAlias, get_args, get_origin
 
 import ray
 import ray.cloudpickle
-from torch.export import ExportedProgram
 
 from zerocopy._cluster.following import Fixed, Live, OnDevice
 from zerocopy._declare.fields import is_unknown, resolve_names
@@ -18,24 +17,24 @@ from zerocopy._declare.pipeline import is_pipeline_class
 from zerocopy._load import devices
 from zerocopy._load.publication import Publication
 from zerocopy._publish.publish import publish_automatically
+from zerocopy._run.held_models import holds_models
 from zerocopy._run.short_calls import is_brief
-from zerocopy._split.paths import is_module
 from zerocopy._store import object_store
 
 Load: TypeAlias = Callable[[Publication, str | None], Any]
 
 
 def pack_argument(value: Any) -> Any:
-    """An argument as it is sent: a pipeline or a module becomes a publication, and a publication a handle of its own.
+    """An argument as it is sent: what is or holds a model becomes a publication, and a publication a handle of its own.
 
     Its caller may close the one that was given as soon as the call returns, or from another thread before.
 
     Raises:
         PublicationClosedError, PublicationLostError: it is a publication that cannot be loaded any more.
     """
-    if is_module(value) or isinstance(value, ExportedProgram) or is_pipeline_class(type(value)):
-        return publish_automatically(value)
-    return value.for_call() if isinstance(value, Publication) else value
+    if isinstance(value, Publication):
+        return value.for_call()
+    return publish_automatically(value) if is_pipeline_class(type(value)) or holds_models(value) else value
 
 
 def keep_argument(value: Any) -> Any:

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
-import itertools
-import types
 import warnings
-from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from zerocopy._compat.cpython import module_of_caller, slot_names
-from zerocopy._declare.pipeline import is_pipeline_class
-from zerocopy._load.publication import Publication
-from zerocopy._split.programs import PROGRAMS
+from zerocopy._compat.cpython import module_of_caller
+from zerocopy._run.held_models import Steps, models_in
 from zerocopy._store import object_store
 from zerocopy._store.mapping import around, store_files
 from zerocopy._store.storages import Storage, storage_of
@@ -27,17 +20,7 @@ from zerocopy._store.tensors import is_plain
 from zerocopy._tables import format_bytes
 from zerocopy.errors import CopyWarning
 
-LOOKED_AT = 64  # objects of an argument: a few microseconds
 NOT_WORTH_A_WORD = 4096  # bytes
-
-_PLAIN = frozenset(
-    {str, int, float, bool, type(None), bytes, complex, bytearray, type, np.ndarray, torch.Tensor, Publication}
-)
-_MODELS = (nn.Module, *PROGRAMS)
-_WITHOUT_ATTRIBUTES = frozenset({dict, list, tuple, set, frozenset, deque, types.MethodType})
-_DATA = frozenset({"numpy", "pandas", "pyarrow", "ray"})  # whose objects hold none
-
-_Steps: TypeAlias = tuple[tuple[str, Any], ...]  # each the form of a step, and what to fill in there
 
 _checked: set[tuple[str, ...]] = set()  # names of classes: of the argument, and of the first model in it
 
@@ -61,7 +44,7 @@ def warn_of_copies(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
     Once per process and class of argument and model. Only the first few objects of an argument are looked at.
     """
     for where, value in (*enumerate(args), *kwargs.items()):
-        if type(value) not in _PLAIN and (text := _text_on(function, where, value)):
+        if text := _text_on(function, where, value):
             code = function.__code__  # the line of the user's own code is shown
             warnings.warn_explicit(text, CopyWarning, code.co_filename, code.co_firstlineno)
 
@@ -69,7 +52,7 @@ def warn_of_copies(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
 def _text_on(function: Any, where: Any, argument: Any) -> str | None:
     """What to say of an argument, if there is anything."""
     try:
-        models = list(_models_in(argument))
+        models = list(models_in(argument))
         if not models or not _is_new(type(argument), type(models[0][1])):
             return None
         nbytes = _bytes_beside_store(model for _, model in models)
@@ -85,7 +68,7 @@ def _is_new(*classes: type) -> bool:
     return is_new
 
 
-def _text(function: Any, where: Any, argument: Any, models: Sequence[tuple[_Steps, Any]], nbytes: int) -> str:
+def _text(function: Any, where: Any, argument: Any, models: Sequence[tuple[Steps, Any]], nbytes: int) -> str:
     name = where if isinstance(where, str) else _parameter(function, where)
     steps, first = models[0]
     kind, path = type(first).__name__, name + "".join(form.format(key) for form, key in steps)
@@ -93,8 +76,8 @@ def _text(function: Any, where: Any, argument: Any, models: Sequence[tuple[_Step
     held = f"is a bare {kind}" if first is argument else f"holds a bare {kind} at {path!r}{more}"
     return (
         f"Argument {name!r} of {function.__qualname__}() {held}, which Ray has pickled: each worker copies "
-        f"{format_bytes(nbytes)}. Hint: pass zerocopy.publish(model) as an argument of its own, or an instance of a class "
-        "marked with @zerocopy.pipeline that holds it."
+        f"{format_bytes(nbytes)}. Hint: pass zerocopy.publish({name}) in its place, or an instance of a class marked with "
+        "@zerocopy.pipeline that holds the model."
     )
 
 
@@ -103,53 +86,6 @@ def _parameter(function: Any, position: int) -> str:
     names = [one.name for one in parameters if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)]
     variadic = [one.name for one in parameters if one.kind is one.VAR_POSITIONAL]
     return names[position] if position < len(names) else f"{variadic[0]}[{position - len(names)}]"
-
-
-def _models_in(argument: Any) -> Iterator[tuple[_Steps, Any]]:
-    """The models in an argument, with the steps to them, but not those in pipelines, which arrive loaded."""
-    queue: deque[tuple[_Steps, Any]] = deque([((), argument)])
-    looked_at = 0
-    while queue and looked_at < LOOKED_AT:
-        steps, obj = queue.popleft()
-        cls = type(obj)
-        if issubclass(cls, _MODELS) and not is_pipeline_class(cls):
-            yield steps, obj
-        elif not is_pipeline_class(cls) and cls.__module__.partition(".")[0] not in _DATA:
-            for form, key, value in itertools.islice(_children(obj), LOOKED_AT - looked_at):
-                looked_at += 1
-                if type(value) not in _PLAIN:
-                    queue.append(((*steps, (form, key)), value))
-
-
-def _children(obj: Any) -> Iterator[tuple[str, Any, Any]]:
-    """What an object holds: the form of the step to it, what to fill in there, and the value."""
-    cls = type(obj)
-    if issubclass(cls, dict):
-        yield from (("[{!r}]", key, value) for key, value in dict.items(obj))
-    elif issubclass(cls, (list, tuple, deque)):
-        yield from (("[{}]", position, value) for position, value in enumerate(obj))
-    elif issubclass(cls, (set, frozenset)):
-        yield from (("{{...}}", None, value) for value in obj)
-    elif issubclass(cls, functools.partial):
-        yield from ((".{}", name, getattr(obj, name)) for name in ("func", "args", "keywords"))
-    elif issubclass(cls, types.MethodType):
-        yield ".{}", "__self__", obj.__self__
-    elif issubclass(cls, types.FunctionType):
-        cells = zip(obj.__code__.co_freevars, obj.__closure__ or (), strict=True)
-        yield from ((".<closure {!r}>", name, value) for name, cell in cells for value in _content(cell))
-    if cls in _WITHOUT_ATTRIBUTES or issubclass(cls, (type, types.ModuleType)):
-        return
-    members = getattr(obj, "__dict__", None)
-    if isinstance(members, dict):
-        yield from ((".{}", name, value) for name, value in members.items())
-    yield from ((".{}", name, getattr(obj, name)) for name in slot_names(cls) if hasattr(obj, name))
-
-
-def _content(cell: types.CellType) -> list[Any]:
-    try:
-        return [cell.cell_contents]
-    except ValueError:  # it is empty
-        return []
 
 
 def _bytes_beside_store(models: Iterable[Any]) -> int:

@@ -14,6 +14,8 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import attrs
+import numpy as np
+import torch
 from torch import nn
 from torch.export import ExportedProgram
 
@@ -29,6 +31,7 @@ from zerocopy._store.tensors import TensorTable, is_tensor_or_array
 from zerocopy.errors import ArgumentError, CannotTravelError, DeviceError
 
 SMALL_COMPONENT = 4096  # bytes
+_HOLD_NOTHING = (str, bytes, int, float, complex, type(None), torch.Tensor, np.ndarray)
 
 
 @attrs.frozen(kw_only=True)
@@ -98,23 +101,6 @@ class UnknownRoot(Exception):
     """The pipeline has a shared root that its publication does not hold, or holds in another form."""
 
 
-def check_pipeline(obj: object, what: str) -> None:
-    """Check that `obj` can hold models by a declaration.
-
-    Raises:
-        ArgumentError: `obj` is neither an instance of a pipeline class nor an `nn.Module`.
-    """
-    if isinstance(obj, type):
-        raise ArgumentError(
-            f"{what} expects an instance, got the class {obj.__name__!r}.", hint="make an instance of it."
-        )
-    if not (is_pipeline_class(type(obj)) or paths.is_module(obj) or isinstance(obj, ExportedProgram)):
-        raise ArgumentError(
-            f"{what} expects a pipeline or an nn.Module, got {type(obj).__name__!r}.",
-            hint="mark its class with @zerocopy.pipeline, or hold it in a field of a class that is.",
-        )
-
-
 @attrs.frozen
 class Subject:
     """A pipeline, and how to publish it.
@@ -135,6 +121,27 @@ class Subject:
         objects = [self.pipeline, *([list(self.to_eval)] if self.to_eval else [])]
         copied = {id(self.pipeline): self.copied}
         return strip(objects, zone=Zone.AUTO, split=split, within=self.pipeline, copied=copied, replaced=self.replaced)
+
+
+def check_pipeline(obj: object, what: str) -> None:
+    """Check that `obj` can be published: its class declares what is shared, or it holds models anywhere.
+
+    Raises:
+        ArgumentError: `obj` is a class, or holds nothing to share.
+        CannotTravelError: something in it cannot leave the process; the error names its path.
+    """
+    if isinstance(obj, type):
+        raise ArgumentError(
+            f"{what} expects an instance, got the class {obj.__name__!r}.", hint="make an instance of it."
+        )
+    if is_pipeline_class(type(obj)) or paths.is_module(obj) or isinstance(obj, ExportedProgram):
+        return
+    if isinstance(obj, _HOLD_NOTHING) or not Subject(obj).strip(Split.ROOTS).roots:
+        raise ArgumentError(
+            f"{what} found no model to share in this {type(obj).__name__!r}.",
+            hint="give an nn.Module, or an object that holds some; tensors and arrays outside of modules are shared by the "
+            "shared() fields of a class marked with @zerocopy.pipeline.",
+        )
 
 
 def introspect(subject: Subject) -> Introspection:

@@ -78,9 +78,10 @@ def step(name: str) -> str:
 def _children(obj: object) -> Iterable[tuple[str, object]]:
     if isinstance(obj, types.FunctionType):
         return _children_of_function(obj)
-    if isinstance(obj, torch.jit.ScriptModule):
-        tensors = (*obj.named_parameters(recurse=False), *obj.named_buffers(recurse=False))
-        return [(step(name), value) for name, value in (*tensors, *obj.named_children())]
+    if issubclass(type(obj), torch.jit.ScriptModule):  # not what says so of itself
+        script: Any = obj
+        tensors = (*script.named_parameters(recurse=False), *script.named_buffers(recurse=False))
+        return [(step(name), value) for name, value in (*tensors, *script.named_children())]
     items = list(_items(obj))
     if type(obj) in _WITHOUT_ATTRIBUTES:
         return items

@@ -36,7 +36,7 @@ def prepare_for_actors(pipeline: Any, copied: Sequence[str]) -> tuple[Publicatio
     """
     models = models_of(pipeline, copied)
     subject = Subject(pipeline, copied, to_eval=models_in_train_mode(pipeline))
-    publication = publish_subject(subject, _anchor(pipeline, models), (type(pipeline).__name__, "actor", *copied))
+    publication = publish_subject(subject, pipeline, (type(pipeline).__name__, "actor", *copied))
     return publication, {path: ModelInfo(class_of(model).__name__, publication) for path, model in models.items()}
 
 
@@ -67,12 +67,7 @@ def prepare_for_tasks(
         if not any(id(part) in replaced for part in module.modules())
     ]
     subject = Subject(pipeline, copied, replaced, to_eval=staying)
-    return publish_subject(subject, _anchor(pipeline, models), (type(pipeline).__name__, "task", *copied)), info
-
-
-def _anchor(pipeline: Any, models: Mapping[str, Any]) -> Any:
-    """What a later publishing is recognized by: the pipeline, or its first model if nothing can refer to it weakly."""
-    return pipeline if type(pipeline).__weakrefoffset__ else next(iter(models.values()))
+    return publish_subject(subject, pipeline, (type(pipeline).__name__, "task", *copied)), info
 
 
 def attributes_to_copy(pipeline: Any, model_attr_names: Sequence[str] | None) -> list[str]:

@@ -1,0 +1,87 @@
+"""Which models does an argument of a call hold? Asked for each argument of each call, so that a few objects are looked at."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import types
+from collections import deque
+from collections.abc import Iterator
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import nn
+
+from zerocopy._compat.cpython import slot_names
+from zerocopy._declare.pipeline import is_pipeline_class
+from zerocopy._load.publication import Publication
+from zerocopy._split.programs import PROGRAMS
+
+LOOKED_AT = 64  # objects of an argument: a few microseconds
+
+_PLAIN = frozenset(
+    {str, int, float, bool, type(None), bytes, complex, bytearray, type, np.ndarray, torch.Tensor, Publication}
+)
+_MODELS = (nn.Module, *PROGRAMS)
+_WITHOUT_ATTRIBUTES = frozenset({dict, list, tuple, set, frozenset, deque, types.MethodType})
+_DATA = frozenset({"numpy", "pandas", "pyarrow", "ray"})  # whose objects hold none
+
+Steps: TypeAlias = tuple[tuple[str, Any], ...]  # each the form of a step, and what to fill in there
+
+
+def holds_models(argument: Any) -> bool:
+    """Whether an argument is or holds a model, as far as a few of its objects tell."""
+    if type(argument) in _PLAIN:
+        return False
+    try:
+        return next(models_in(argument), None) is not None
+    except Exception:  # of the user's classes, when they are looked at: pickle will meet it
+        return False
+
+
+def models_in(argument: Any) -> Iterator[tuple[Steps, Any]]:
+    """The models in an argument, with the steps to them, but not those in pipelines, which arrive loaded."""
+    queue: deque[tuple[Steps, Any]] = deque([((), argument)])
+    looked_at = 0
+    while queue and looked_at < LOOKED_AT:
+        steps, obj = queue.popleft()
+        cls = type(obj)
+        if issubclass(cls, _MODELS) and not is_pipeline_class(cls):
+            yield steps, obj
+        elif not is_pipeline_class(cls) and cls.__module__.partition(".")[0] not in _DATA:
+            for form, key, value in itertools.islice(_children(obj), LOOKED_AT - looked_at):
+                looked_at += 1
+                if type(value) not in _PLAIN:
+                    queue.append(((*steps, (form, key)), value))
+
+
+def _children(obj: Any) -> Iterator[tuple[str, Any, Any]]:
+    """What an object holds: the form of the step to it, what to fill in there, and the value."""
+    cls = type(obj)
+    if issubclass(cls, dict):
+        yield from (("[{!r}]", key, value) for key, value in dict.items(obj))
+    elif issubclass(cls, (list, tuple, deque)):
+        yield from (("[{}]", position, value) for position, value in enumerate(obj))
+    elif issubclass(cls, (set, frozenset)):
+        yield from (("{{...}}", None, value) for value in obj)
+    elif issubclass(cls, functools.partial):
+        yield from ((".{}", name, getattr(obj, name)) for name in ("func", "args", "keywords"))
+    elif issubclass(cls, types.MethodType):
+        yield ".{}", "__self__", obj.__self__
+    elif issubclass(cls, types.FunctionType):
+        cells = zip(obj.__code__.co_freevars, obj.__closure__ or (), strict=True)
+        yield from ((".<closure {!r}>", name, value) for name, cell in cells for value in _content(cell))
+    if cls in _WITHOUT_ATTRIBUTES or issubclass(cls, (type, types.ModuleType)):
+        return
+    members = getattr(obj, "__dict__", None)
+    if isinstance(members, dict):
+        yield from ((".{}", name, value) for name, value in members.items())
+    yield from ((".{}", name, getattr(obj, name)) for name in slot_names(cls) if hasattr(obj, name))
+
+
+def _content(cell: types.CellType) -> list[Any]:
+    try:
+        return [cell.cell_contents]
+    except ValueError:  # it is empty
+        return []
