@@ -171,7 +171,7 @@ def naming(search: Search) -> None:
     zerocopy.publish_checkpoint(
         build, {"encoder": "dir"}, strict=False, ignore="*.bias", rename={"bert.": ""}, train=True
     )
-    zerocopy.publish_checkpoint(build, "last.ckpt", key="ema", rename=lambda name: name if name else None)
+    zerocopy.publish_checkpoint(build, "last.ckpt", key="ema", rename=lambda name: name or None)
     zerocopy.publish(search, name="search", lifetime="for ever")  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue, reportArgumentType]
 
 
