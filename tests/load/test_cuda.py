@@ -180,9 +180,7 @@ def test_devices_of_fields() -> None:
 def test_a_gpu_that_is_not_there(name: Any) -> None:
     """It is refused by name, and the process can go on."""
     publication = zerocopy.publish(Search(net()))
-    with pytest.raises(
-        DeviceError, match="Device 'cuda:7' is not there in this process: .*ask Ray for one with num_gpus=1"
-    ):
+    with pytest.raises(DeviceError, match="This process has no device 'cuda:7': .*ask Ray for a GPU with num_gpus=1"):
         publication.load(device=name)
     assert devices_of(publication.load(device="cuda").encoder) == {"cuda:0"}
 

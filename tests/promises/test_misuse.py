@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import pipelines
 import pytest
@@ -191,6 +191,34 @@ def map_without_bound() -> None:
     pipelines.answer.map(pipelines.search(width=2), [1.0], max_in_flight=0)
 
 
+def policy_without_parentheses() -> None:
+    @zerocopy.pipeline
+    class Search:
+        encoder: nn.Module = zerocopy.shared
+
+
+def policy_without_parentheses_in_an_annotation() -> None:
+    @zerocopy.pipeline
+    class Search:
+        encoder: Annotated[nn.Module, zerocopy.shared]
+
+
+def annotation_without_policy() -> None:
+    @zerocopy.pipeline
+    class Search:
+        encoder: nn.Module = zerocopy.shared()
+        of_all: ClassVar[int] = 3
+        top_k: int = 5
+
+
+def missing_field() -> None:
+    pipelines.Search(index=torch.ones(1))
+
+
+def unknown_field() -> None:
+    pipelines.Search(encodr=nn.Linear(1, 1))
+
+
 def publish_something_else() -> None:
     zerocopy.publish({"encoder": torch.ones(1)})
 
@@ -347,7 +375,7 @@ MISUSES: list[tuple[Callable[[], object], type[Exception], str]] = [
     (
         missing_plain_argument,
         TypeError,
-        "answer() cannot be called so: missing a required argument: 'query'. Hint: its signature is "
+        "answer() was called with arguments that do not fit: missing a required argument: 'query'. Hint: its signature is "
         "answer(pipeline: 'Search', query: 'float') -> 'float'.",
     ),
     (
@@ -365,6 +393,31 @@ MISUSES: list[tuple[Callable[[], object], type[Exception], str]] = [
         "last; name the arguments after it.",
     ),
     (map_without_bound, TypeError, "max_in_flight=0 is not a positive number. Hint: leave it out, or give 1 or more."),
+    (
+        policy_without_parentheses,
+        TypeError,
+        "Field 'encoder' of Search has shared without parentheses. Hint: write shared().",
+    ),
+    (
+        policy_without_parentheses_in_an_annotation,
+        TypeError,
+        "Field 'encoder' of Search has shared without parentheses. Hint: write shared().",
+    ),
+    (
+        annotation_without_policy,
+        TypeError,
+        "'top_k' of Search has an annotation and no policy, so its __init__ would not take it. Hint: write copied(default=5)",
+    ),
+    (
+        missing_field,
+        TypeError,
+        "Search() is missing the fields 'encoder' and 'settings'. Hint: its fields are Search(encoder, index, settings, top_k=5).",
+    ),
+    (
+        unknown_field,
+        TypeError,
+        "Search has no field 'encodr'. Hint: did you mean 'encoder'?",
+    ),
     (
         publish_something_else,
         TypeError,

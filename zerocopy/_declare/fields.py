@@ -149,7 +149,8 @@ def _ours(name: str) -> Any:
     return {"Shared": Shared, "Copied": Copied, "shared": shared, "copied": copied, "Annotated": Annotated}.get(name)
 
 
-def _annotations(cls: type) -> Mapping[str, Any]:
+def own_annotations(cls: type) -> Mapping[str, Any]:
+    """The annotations in the body of `cls`, as text where they are text."""
     if sys.version_info >= (3, 14):
         import annotationlib
 
@@ -187,15 +188,23 @@ def declared_markers(cls: type) -> dict[str, Marker]:
     """The markers in the body of `cls` itself, by attribute name, in their order there.
 
     Raises:
-        DeclarationError: two policies for one field, or a policy on a property or a method.
+        DeclarationError: two policies for one field, a policy on a property or a method, or one that was not called.
     """
-    names = list(dict.fromkeys([*_annotations(cls), *vars(cls)]))
+    names = list(dict.fromkeys([*own_annotations(cls), *vars(cls)]))
     return {name: marker for name in names if (marker := _marker_of(cls, name)) is not None}
 
 
 def _marker_of(cls: type, name: str) -> Marker | None:
-    annotated = _annotated_marker(resolve_annotation(_annotations(cls).get(name), cls))
+    annotation = resolve_annotation(own_annotations(cls).get(name), cls)
+    annotated = _annotated_marker(annotation)
     value = vars(cls).get(name)
+    for policy in (shared, copied):
+        if value is policy or policy in get_args(annotation)[1:]:
+            raise DeclarationError(
+                f"Field {name!r} of {cls.__name__} has {policy.__name__} without parentheses.",
+                hint=f"write {policy.__name__}().",
+                field=name,
+            )
     assigned = value if isinstance(value, Marker) else None
     if annotated is None:
         return assigned

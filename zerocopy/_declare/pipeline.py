@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
 import inspect
 import types
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar, dataclass_transform, overload
+from typing import Any, ClassVar, TypeVar, dataclass_transform, get_origin, overload
 
 import attr
 import attrs
 from torch import nn
 
 from zerocopy._compat.cpython import is_init_of_protocol
-from zerocopy._declare.fields import Field, Marker, check_device_name, copied, declared_markers, shared
-from zerocopy.errors import DeclarationError
+from zerocopy._declare.fields import (
+    Field,
+    Marker,
+    check_device_name,
+    copied,
+    declared_markers,
+    own_annotations,
+    resolve_annotation,
+    shared,
+)
+from zerocopy.errors import ArgumentError, DeclarationError
 
 C = TypeVar("C", bound=type)
 
@@ -130,6 +140,7 @@ def _decorate(cls: Any, *, kw_only: bool) -> Any:
         if isinstance(value, Marker):
             delattr(cls, name)
     if init_class is None:
+        _check_annotations(cls, markers)
         not_defaults = (Marker, types.MemberDescriptorType)
         defaults = {name: value for name, value in values.items() if not isinstance(value, not_defaults)}
         _generate_init(cls, markers, defaults, kw_only)
@@ -189,6 +200,22 @@ def _check_init_options(cls: type, markers: Mapping[str, Marker], init_class: ty
         )
 
 
+def _check_annotations(cls: type, markers: Mapping[str, Marker]) -> None:
+    """Refuse what a dataclass would take for a field, and the `__init__` to be generated would not."""
+    for name, annotation in own_annotations(cls).items():
+        found = resolve_annotation(annotation, cls)
+        is_of_class = ClassVar in (found, get_origin(found)) or "ClassVar" in str(annotation)
+        if name in markers or is_of_class:
+            continue
+        value = vars(cls).get(name, attrs.NOTHING)
+        default = "" if value is attrs.NOTHING else f"default={value!r}"
+        raise DeclarationError(
+            f"{name!r} of {cls.__name__} has an annotation and no policy, so its __init__ would not take it.",
+            hint=f"write copied({default}) or shared({default}), or annotate it ClassVar[...] if all instances have one.",
+            field=name,
+        )
+
+
 def _initialize_module(self: nn.Module) -> None:
     nn.Module.__init__(self)
 
@@ -213,6 +240,49 @@ def _generate_init(cls: type, markers: Mapping[str, Marker], defaults: Mapping[s
             hint=f"declare {late!r} with kw_only=True, or all of them with @zerocopy.pipeline(kw_only=True).",
             field=late,
         ) from None
+    cls.__init__ = _with_fields_named(cls.__init__, cls)  # type: ignore[misc]
+
+
+def _with_fields_named(init: Callable[..., None], cls: type) -> Callable[..., None]:
+    """`init`, but a call that does not fit is refused in words of fields."""
+
+    @functools.wraps(init)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        try:
+            init(self, *args, **kwargs)
+        except TypeError:
+            problem = _misfit(inspect.signature(init), cls, (self, *args), kwargs)
+            if problem is None:  # it comes from a converter, a validator, or a class of the user's
+                raise
+            raise problem from None
+
+    return __init__
+
+
+def _misfit(
+    signature: inspect.Signature, cls: type, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> ArgumentError | None:
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        reason = str(error)
+    else:
+        return None
+    _, *parameters = signature.parameters.values()
+    shown = str(signature.replace(parameters=[one.replace(annotation=one.empty) for one in parameters]))
+    usage = f"its fields are {cls.__name__}{shown.partition(' -> ')[0]}."
+    names = [one.name for one in parameters]
+    if unknown := [name for name in kwargs if name not in names]:
+        close = difflib.get_close_matches(unknown[0], names, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else usage
+        return ArgumentError(f"{cls.__name__} has no field {unknown[0]!r}.", hint=hint, field=unknown[0])
+    given = {*names[: len(args) - 1], *kwargs}
+    lacking = [one.name for one in parameters if one.default is one.empty and one.name not in given]
+    if lacking:
+        listed = " and ".join(filter(None, [", ".join(map(repr, lacking[:-1])), repr(lacking[-1])]))
+        plural = "fields" if len(lacking) > 1 else "field"
+        return ArgumentError(f"{cls.__name__}() is missing the {plural} {listed}.", hint=usage, field=lacking[0])
+    return ArgumentError(f"{cls.__name__}(): {reason}.", hint=usage)
 
 
 def _first_mandatory_after_default(cls: type, these: Mapping[str, Any]) -> str:

@@ -25,9 +25,9 @@ def resolve(device: str | torch.device | None) -> torch.device:
             raise RuntimeError("it holds no data")
         return torch.empty(0, device=device).device  # under its full name: "cuda" and "cuda:0" may be one
     except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0].rstrip(".")
         raise DeviceError(
-            f"Device {str(device)!r} is not there in this process: {reason}.",
-            hint="device='auto' means the GPU that Ray assigned, else the CPU; ask Ray for one with num_gpus=1.",
+            f"This process has no device {str(device)!r}: {reason}.",
+            hint="ask Ray for a GPU with num_gpus=1, and use device='auto': the GPU that Ray assigned, else the CPU.",
             device=str(device),
         ) from None

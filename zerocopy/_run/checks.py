@@ -109,7 +109,7 @@ class Parameters:
                     f"{self._name}() is missing its pipeline argument {name!r}.",
                     hint=f"pass an instance of {_names_of(classes)}, or a publication of one; {usage}",
                 )
-        return ArgumentError(f"{self._name}() cannot be called so: {error}.", hint=usage)
+        return ArgumentError(f"{self._name}() was called with arguments that do not fit: {error}.", hint=usage)
 
     def _expected_classes(self) -> dict[str, tuple[type, ...]]:
         """The classes that parameters are annotated with, of those annotated with a pipeline class or a module class."""
