@@ -411,7 +411,7 @@ MISUSES: list[tuple[Callable[[], object], type[Exception], str]] = [
     (
         missing_field,
         TypeError,
-        "Search() is missing the fields 'encoder' and 'settings'. Hint: its fields are Search(encoder, index, settings, top_k=5).",
+        "Search() is missing the fields 'encoder' and 'settings'. Hint: its fields are Search(encoder, index, settings, ",
     ),
     (
         unknown_field,
