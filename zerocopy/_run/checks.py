@@ -14,7 +14,7 @@ import ray
 from torch import nn
 
 from zerocopy._compat.ray import OPTIONS, Kind, check_values
-from zerocopy._declare.pipeline import is_pipeline_class
+from zerocopy._declare.pipeline import is_pipeline_class, is_same_class
 from zerocopy._load.publication import Publication
 from zerocopy.errors import ArgumentError, DeclarationError
 
@@ -144,9 +144,15 @@ def _evaluate(annotation: str, target: Callable[..., Any]) -> Any:
 def _fits(value: Any, classes: tuple[type, ...]) -> bool:
     if isinstance(value, ray.ObjectRef):
         return True
-    if isinstance(value, Publication):
-        return value.cls is None or issubclass(value.cls, classes)
-    return isinstance(value, classes)
+    if not isinstance(value, Publication) and isinstance(value, classes):
+        return True
+    given = value.cls if isinstance(value, Publication) else type(value)
+    return given is None or issubclass(given, classes) or _was_defined_again(given, classes)
+
+
+def _was_defined_again(given: type, classes: Iterable[type]) -> bool:
+    """Whether `given`, or a class that it inherits from, is an older or newer definition of one of `classes`."""
+    return any(is_same_class(base, cls) for base in given.__mro__ for cls in classes)
 
 
 def _kind_of(value: Any) -> str:
