@@ -64,6 +64,9 @@ class Fixed(Generic[T_co]):
         """The pipeline."""
         return self._pipeline
 
+    def __repr__(self) -> str:
+        return f"<zerocopy.Live {type(self._pipeline).__name__}, which has one version>"
+
 
 class OnDevice:
     """A publication as a `Live` pipeline on the device of an actor or a task."""
@@ -77,7 +80,7 @@ class OnDevice:
         return self.publication.current(self.device)
 
     def __repr__(self) -> str:
-        return f"<zerocopy.Live {self.publication!r}>"
+        return f"<zerocopy.Live {repr(self.publication).removeprefix('<zerocopy.')}"
 
 
 class Key(NamedTuple):

@@ -16,7 +16,7 @@ from zerocopy._compat.ray import is_ray_actor_class
 from zerocopy._declare.fields import Marker, check_device_name
 from zerocopy._declare.pipeline import class_with_own_init, describe, is_pipeline_class
 from zerocopy._run.arguments import keep_arguments, live_parameters, load_arguments, load_publication
-from zerocopy._run.checks import Parameters, check_in_flight, check_options
+from zerocopy._run.checks import Parameters, check_in_flight, check_options, say_options
 from zerocopy._run.copies import warn_if_called_by_ray, warn_of_copies
 from zerocopy._run.following import (
     check_can_follow,
@@ -147,7 +147,8 @@ class Pool(Generic[T]):
         self.close()
 
     def __repr__(self) -> str:
-        return f"<zerocopy pool of {len(self)} {self._cls.__name__} actors>"
+        state = f"{len(self)} {self._cls.__name__} actors" if self.actors else f"{self._cls.__name__} actors: closed"
+        return f"<zerocopy.Pool of {state}>"
 
 
 class Launcher(Generic[P, T]):
@@ -169,6 +170,9 @@ class Launcher(Generic[P, T]):
                 hint=f"write {self._cls.__name__}.pool(4, ...).",
             )
         return Pool(self._cls, self._start(size, args, kwargs))
+
+    def __repr__(self) -> str:
+        return f"<zerocopy.Launcher of {self._cls.__name__}{say_options(self._options)}>"
 
     def _start(self, count: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Handle[T]]:
         cls: Any = self._cls

@@ -44,6 +44,11 @@ def check_options(options: Mapping[str, Any], kind: Kind, *, late: bool = False)
         raise DeclarationError(f"Ray refuses an option of this {kind}: {error}") from error
 
 
+def say_options(options: Mapping[str, Any]) -> str:
+    """Options at the end of a repr, empty if there are none."""
+    return "".join(f", {name}={value!r}" for name, value in options.items())
+
+
 def check_in_flight(max_in_flight: int | None) -> None:
     """Refuse a bound that lets no call run.
 

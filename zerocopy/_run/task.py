@@ -22,7 +22,7 @@ from zerocopy._run.arguments import (
     pack_arguments,
     resolve_references,
 )
-from zerocopy._run.checks import PLACEHOLDER, Parameters, check_in_flight, check_options
+from zerocopy._run.checks import PLACEHOLDER, Parameters, check_in_flight, check_options, say_options
 from zerocopy._run.copies import warn_if_called_by_ray
 from zerocopy._run.results import default_in_flight, in_order
 from zerocopy._run.worker import address_of, call, object_at, run, run_generator, run_short
@@ -93,6 +93,9 @@ class BoundTask(_BoundFunctionWrapper[P, R]):
         changed = self._self_parent.options(**options)
         bound: BoundTask[P, R] = changed.__get__(self._self_instance, type(self._self_instance))
         return bound
+
+    def __repr__(self) -> str:
+        return f"{self._self_parent!r}"[:-1] + f", bound to a {type(self._self_instance).__name__}>"
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The class holds a private method by a mangled name.
@@ -242,6 +245,11 @@ class Task(_FunctionWrapper[P, R]):
             remote = ray.remote(**options)(_named_after(function, runner))
         self._self_remotes[runs] = remote
         return remote
+
+    def __repr__(self) -> str:
+        return (
+            f"<zerocopy.Task {self.__qualname__}{inspect.signature(self.__wrapped__)}{say_options(self._self_options)}>"
+        )
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         address = address_of(self, self.__wrapped__.__module__, self.__wrapped__.__qualname__)
