@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar, overload
 
 import ray
-from ray.actor import ActorHandle, ActorMethod
+from ray.actor import ActorHandle
 
 from zerocopy._declare.pipeline import describe
 from zerocopy.errors import DeclarationError
@@ -74,7 +74,7 @@ if TYPE_CHECKING:
         def __call__(self, function: Callable[Concatenate[S, P], R], /) -> MarkedMethod[S, P, R, ray.ObjectRef[R]]: ...
 
 else:
-    Handle, RemoteMethod = ActorHandle, ActorMethod
+    Handle = ActorHandle
 
 
 @overload
