@@ -121,7 +121,8 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def typing(session: nox.Session) -> None:
-    """Types: the package strictly, and a file that uses the whole public face under two checkers."""
+    """Types: the package strictly; under two checkers a file that uses the whole public face, the README and the pages."""
     _install(session, "-e", ".[data]", group="typing")
     session.run("mypy")
     session.run("pyright")
+    session.run("python", "tests/typed_pages.py")

@@ -25,7 +25,7 @@ class Classifier:
 
 
 @zerocopy.actor(num_cpus=0.5)
-class Worker:
+class Worker(zerocopy.Actor):
     def __init__(self, classifier: Classifier) -> None:
         self.classifier = classifier  # arrives loaded
 

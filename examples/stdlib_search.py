@@ -92,7 +92,7 @@ def answer(search: Search, index: Index, query: str) -> list[tuple[float, Docume
 
 
 @zerocopy.actor
-class Worker:
+class Worker(zerocopy.Actor):
     """Embeds batches for Ray Data; `search` arrives loaded, its weights in the object store."""
 
     def __init__(self, search: Search, threads: int) -> None:

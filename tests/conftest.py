@@ -35,6 +35,7 @@ sys.path.extend(folder for folder in FOLDERS if folder not in sys.path)  # some 
 # Each process takes the next file when it is done with one: the longest start first, so that none is left at the end.
 LONGEST = (
     "test_examples",
+    "test_notebook",
     "test_docs",
     "test_bench",
     "test_actor",

@@ -7,7 +7,6 @@ from typing import Annotated, Any, assert_type
 
 import ray
 import torch
-from ray.actor import ActorHandle
 from torch import nn
 
 import zerocopy
@@ -119,15 +118,79 @@ def tasks(search: Search) -> None:
     search.rank()  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
 
 
+class Marked(zerocopy.Actor):
+    def ask(self, query: str, limit: int = 3) -> list[str]:
+        return [query] * limit
+
+    async def later(self, query: str) -> int:
+        return len(query)
+
+    @zerocopy.method
+    def rank(self, query: str, *, limit: int = 3) -> list[str]:
+        return [query] * limit
+
+    @zerocopy.method
+    async def soon(self, query: str) -> int:
+        return len(query)
+
+    @zerocopy.method
+    def stream(self, query: str) -> Iterator[str]:
+        yield query
+
+    @zerocopy.method(concurrency_group="io")
+    def grouped(self, query: str) -> bytes:
+        return query.encode()
+
+    @ray.method
+    def rays(self, query: str) -> int:
+        return len(query)
+
+
 def actors(search: Search) -> None:
     Worker(search).ask("q")
-    assert_type(Typed.remote(search, limit=3), ActorHandle[Typed])
-    assert_type(Typed.options(num_cpus=2).remote(search), ActorHandle[Typed])
+    assert_type(Typed.remote(search, limit=3), zerocopy.Handle[Typed])
+    assert_type(Typed.options(num_cpus=2).remote(search), zerocopy.Handle[Typed])
     assert_type(Typed.pool(4, search), zerocopy.Pool[Typed])
     with Typed.pool(4, search) as pool:
         for result in pool.map("ask", ["q"]):
             print(result)
     Typed.remote("search")  # pyright: ignore[reportArgumentType]
+
+
+def handles() -> None:
+    worker = Marked.remote()
+    assert_type(worker.ask.remote("q"), ray.ObjectRef[Any])
+    assert_type(worker.ask.options(num_returns=1).remote("q"), ray.ObjectRef[Any])
+    assert_type(ray.get(worker.ask.remote("q")), Any)
+    ray.kill(worker)
+    known = zerocopy.typed(worker)
+    assert_type(known.rank.remote("q", limit=2), ray.ObjectRef[list[str]])
+    assert_type(known.rank.options(num_returns=1).remote("q"), ray.ObjectRef[list[str]])
+    assert_type(known.soon.remote("q"), ray.ObjectRef[int])
+    assert_type(known.stream.remote("q"), ray.ObjectRefGenerator)
+    assert_type(known.grouped.remote("q"), ray.ObjectRef[bytes])
+    assert_type(known.rays.remote("q"), ray.ObjectRef[int])
+    assert_type(Marked().rank("q", limit=2), list[str])
+    known.rank.remote(3)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    known.rank.remote("q", most=3)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    known.rays.remote(3)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    known.nothing.remote("q")  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
+    known.ask.remote("q")  # type: ignore[attr-defined]  # pyright: ignore[reportFunctionMemberAccess]
+    Marked().rank(3)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+
+def pools() -> None:
+    pool = Marked.pool(2)
+    assert_type(pool[0], zerocopy.Handle[Marked])
+    assert_type([worker.ask.remote("q") for worker in pool], list[ray.ObjectRef[Any]])
+    assert_type(pool.map("ask", ["q"], progress=False), Iterator[Any])
+    assert_type(pool.map(Marked.ask, ["q"]), Iterator[list[str]])
+    assert_type(pool.map(Marked.later, ["q"], max_in_flight=2), Iterator[int])
+    assert_type(pool.map(Marked.rank, ["q"]), Iterator[list[str]])
+    assert_type(pool.map(Marked.soon, ["q"]), Iterator[int])
+    pool.map(Marked.ask, [3])  # type: ignore[arg-type]  # pyright: ignore[reportCallIssue, reportArgumentType]
+    pool.map(Marked.rank, [3])  # type: ignore[arg-type]  # pyright: ignore[reportCallIssue, reportArgumentType]
+    pool.map(Typed.ask, ["q"])  # type: ignore[arg-type]  # pyright: ignore[reportCallIssue, reportArgumentType]
 
 
 @zerocopy.actor(follow=True, num_cpus=1)

@@ -16,6 +16,7 @@ from zerocopy._nodes.where import NodeCopies, NodeCopy
 from zerocopy._publish.passing import install as _install
 from zerocopy._publish.verify import plan
 from zerocopy._run.actor import Actor, Launcher, Pool, actor
+from zerocopy._run.methods import Handle, method, typed
 from zerocopy._run.task import BoundTask, Task, task
 from zerocopy._split.plan import PlanEntry, SharePlan
 from zerocopy._wrap.extraction import extract_tensors, replace_tensors
@@ -41,6 +42,7 @@ __all__ = [
     "BoundTask",
     "Copied",
     "Field",
+    "Handle",
     "Launcher",
     "Live",
     "MemoryReport",
@@ -66,6 +68,7 @@ __all__ = [
     "fields",
     "lookup",
     "memory_report",
+    "method",
     "pipeline",
     "plan",
     "publications",
@@ -77,6 +80,7 @@ __all__ = [
     "shared",
     "task",
     "testing",
+    "typed",
     "unshare",
     "version_of",
 ]

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import html
+import time
 from collections.abc import Callable, Iterator
+from typing import Any
+
+from zerocopy._tables import format_bytes
 
 Bar = Callable[[float], None]
+
+REDRAW_SECONDS = 0.1  # between two drawings in a notebook
 
 
 @contextlib.contextmanager
@@ -18,10 +24,14 @@ def progress_bar(
 
     console = Console(stderr=True)
     if shown and console.is_jupyter:
-        yield _in_notebook(description, total)
-    elif shown and console.is_terminal:
-        with _on_terminal(console, description, total, is_bytes=is_bytes) as bar:
+        bar = _InNotebook(description, total, is_bytes=is_bytes)
+        try:
             yield bar
+        finally:
+            bar.end()
+    elif shown and console.is_terminal:
+        with _on_terminal(console, description, total, is_bytes=is_bytes) as on_terminal:
+            yield on_terminal
     else:
         yield None
 
@@ -37,13 +47,41 @@ def _on_terminal(console: object, description: str, total: float | None, *, is_b
         yield lambda done: shown.update(bar, completed=done)
 
 
-def _in_notebook(description: str, total: float | None) -> Bar:
-    """An element of HTML, which needs no widgets: Rich would."""
-    from IPython.display import HTML, display
+class _InNotebook:
+    """A bar of HTML, which needs no widgets: Rich would."""
 
-    def element(done: float) -> HTML:
-        most = "" if total is None else f' max="{total}"'
-        return HTML(f'{html.escape(description)} <progress value="{done}"{most}></progress>')
+    def __init__(self, description: str, total: float | None, *, is_bytes: bool) -> None:
+        from IPython.display import display
 
-    place = display(element(0), display_id=True)
-    return lambda done: place.update(element(done))
+        self._description = description
+        self._total = total
+        self._is_bytes = is_bytes
+        self._done = 0.0
+        self._start = self._drawn = time.monotonic()
+        show: Any = display  # it has no types
+        self._place = show(self._drawing(), raw=True, display_id=True)
+
+    def __call__(self, done: float) -> None:
+        self._done = done
+        if time.monotonic() - self._drawn > REDRAW_SECONDS:  # each drawing is a message to the browser
+            self._draw()
+
+    def end(self) -> None:
+        """Draw how far it has come: all of it, if nothing says how much that is."""
+        self._total = self._done if self._total is None else self._total
+        self._draw()
+
+    def _draw(self) -> None:
+        self._drawn = time.monotonic()
+        self._place.update(self._drawing(), raw=True)
+
+    def _drawing(self) -> dict[str, str]:
+        """As HTML and as text, by their kinds."""
+        bounds = "" if self._total is None else f' value="{self._done:.0f}" max="{max(self._total, 1):.0f}"'
+        counts = self._said(self._done) + ("" if self._total is None else f"/{self._said(self._total)}")
+        counts += f", {time.monotonic() - self._start:.0f} s"
+        page = f"{html.escape(self._description)} <progress{bounds}></progress> {counts}"
+        return {"text/html": page, "text/plain": f"{self._description}: {counts}"}
+
+    def _said(self, count: float) -> str:
+        return format_bytes(int(count)) if self._is_bytes else f"{count:.0f}"

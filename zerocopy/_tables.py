@@ -43,10 +43,31 @@ def as_text(
     return "\n".join(line.rstrip() for line in target.getvalue().splitlines()).strip("\n")
 
 
-def as_html(headers: Sequence[str], rows: Iterable[Sequence[str]], *, caption: str = "", row_class: str = "") -> str:
-    """The same table for a notebook. Rows may have a class, by which a style sheet finds them."""
+def as_html(
+    headers: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    *,
+    right: Iterable[str] = (),
+    caption: str = "",
+    row_class: str = "",
+) -> str:
+    """The same table for a notebook. Rows may have a class, by which a style sheet finds them.
+
+    Cells say how they are aligned, because notebooks differ in that.
+    """
     start = f'<tr class="{html.escape(row_class)}">' if row_class else "<tr>"
-    head = "".join(f"<th>{html.escape(header)}</th>" for header in headers)
-    body = "".join(start + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    top = f"<caption>{html.escape(caption)}</caption>" if caption else ""
-    return f"<table>{top}<thead>{start}{head}</tr></thead><tbody>{body}</tbody></table>"
+    numbers = set(right)
+    styles = [_NUMBER if header in numbers else _TEXT for header in headers]
+    head = "".join(f"<th{style}>{html.escape(header)}</th>" for header, style in zip(headers, styles, strict=True))
+    body = "".join(start + "".join(map(_cell, row, styles)) + "</tr>" for row in rows)
+    top = f'<caption style="text-align: left; caption-side: top">{html.escape(caption)}</caption>' if caption else ""
+    table = f"<table>{top}<thead>{start}{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f'<div style="overflow-x: auto">{table}</div>'
+
+
+_TEXT = ' style="text-align: left"'
+_NUMBER = ' style="text-align: right; white-space: nowrap"'
+
+
+def _cell(text: str, style: str) -> str:
+    return f"<td{style}>{html.escape(text)}</td>"

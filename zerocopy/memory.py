@@ -115,15 +115,15 @@ class MemoryReport:
         return figure
 
     def __str__(self) -> str:
-        publications = as_text(_OF_PUBLICATIONS, self._publication_rows(), right=_OF_PUBLICATIONS[4:])
-        processes = as_text(_OF_PROCESSES, self._process_rows(), right=_OF_PROCESSES[1:2] + _OF_PROCESSES[3:])
+        publications = as_text(_OF_PUBLICATIONS, self._publication_rows(), right=_COUNTS)
+        processes = as_text(_OF_PROCESSES, self._process_rows(), right=_COUNTS)
         return "\n".join([publications, "", processes, *self.notes])
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        publications = as_html(_OF_PUBLICATIONS, self._publication_rows(), row_class="publication")
-        processes = as_html(_OF_PROCESSES, self._process_rows())
+        publications = as_html(_OF_PUBLICATIONS, self._publication_rows(), right=_COUNTS, row_class="publication")
+        processes = as_html(_OF_PROCESSES, self._process_rows(), right=_COUNTS)
         return publications + processes + "".join(f"<p>{html.escape(note)}</p>" for note in self.notes)
 
     def _publication_rows(self) -> Iterator[tuple[str, ...]]:
@@ -150,6 +150,7 @@ _OF_PUBLICATIONS = (
     "publication", "version", "class", "node", "loads", "shared", "private", "dirtied", "plain copies", "saved"
 )  # fmt: skip
 _OF_PROCESSES = ("process", "pid", "node", "private", "dirtied", "mapped", "PSS")
+_COUNTS = (*_OF_PUBLICATIONS[4:], "pid", *_OF_PROCESSES[3:])
 
 
 def _title_of(one: PublicationMemory, *, several: bool) -> str:

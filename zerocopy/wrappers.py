@@ -205,7 +205,10 @@ class TaskWrapper(Generic[T]):
         delattr(vars(self)["_zerocopy_pipeline"], name)
 
     def __repr__(self) -> str:
-        return f"<zerocopy.{type(self).__name__} of {vars(self)['_zerocopy_pipeline']!r}>"
+        pipeline = vars(self)["_zerocopy_pipeline"]
+        cls: Any = type(pipeline)
+        has_no_repr = cls.__repr__ is object.__repr__
+        return f"<zerocopy.{type(self).__name__} of {cls.__name__ if has_no_repr else repr(pipeline)}>"
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild_task_wrapper, (type(self), vars(self)["_zerocopy_pipeline"], self.__doc__)

@@ -441,7 +441,7 @@ def test_the_table(name: str) -> None:
     assert all(0 <= one.age < 60 and one.shared_bytes > 250_000 for one in listed)
     table = str(zerocopy.publications())
     assert all(word in table for word in (name[:20], "canary, latest", "Numbered"))
-    assert "<td>Numbered</td>" in zerocopy.publications()._repr_html_()
+    assert ">Numbered</td>" in zerocopy.publications()._repr_html_()
 
 
 def test_verifying_what_is_loaded(name: str) -> None:

@@ -8,6 +8,7 @@ import copyreg
 import dataclasses
 import functools
 import io
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -392,8 +393,8 @@ def test_a_verified_plan_prints_what_it_found() -> None:
     assert "verified: 33.3 kB are views of the store" in text
     for word in ("views", "copied", "240.0 kB"):
         assert word in text
-    assert "<th>views</th><th>copied</th>" in page
-    assert "<th>views</th>" not in zerocopy.plan(search(CopyingState()))._repr_html_()
+    assert re.findall(">(views|copied)</th>", page) == ["views", "copied"]
+    assert ">views</th>" not in zerocopy.plan(search(CopyingState()))._repr_html_()
 
 
 def test_verifying_leaves_nothing(store_use: Callable[[], int], publishings: list[int]) -> None:

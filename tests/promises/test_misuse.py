@@ -47,6 +47,16 @@ def task_on_staticmethod() -> None:
         def answer() -> None: ...
 
 
+def method_with_an_option_unknown_to_ray() -> None:
+    class Worker(zerocopy.Actor):
+        @zerocopy.method(num_return=2)
+        def ask(self) -> None: ...
+
+
+def method_on_a_class() -> None:
+    zerocopy.method(nn.Linear)
+
+
 def task_on_an_object() -> None:
     zerocopy.task(SimpleNamespace())
 
@@ -268,6 +278,12 @@ MISUSES: list[tuple[Callable[[], object], type[Exception], str]] = [
         task_on_staticmethod,
         TypeError,
         "@zerocopy.task cannot wrap a staticmethod. Hint: write @staticmethod above @zerocopy.task.",
+    ),
+    (method_with_an_option_unknown_to_ray, TypeError, "Ray refuses an option of the method 'ask': "),
+    (
+        method_on_a_class,
+        TypeError,
+        "@zerocopy.method expects a method, got class 'Linear'. Hint: use it inside of a class that starts actors.",
     ),
     (task_on_an_object, TypeError, "@zerocopy.task expects a function, got SimpleNamespace 'namespace()'."),
     (

@@ -105,11 +105,15 @@ def test_pool() -> None:
         assert len(set(ray.get([actor.pid.remote() for actor in pool]))) == 3
         queries = [float(number) for number in range(10)]
         assert list(pool.map("ask", iter(queries))) == [search(query) for query in queries]
+        assert list(pool.map(pipelines.Worker.ask, queries)) == [search(query) for query in queries]
+        assert ray.get(zerocopy.typed(pool[0]).ask.remote(2.0)) == search(2.0)
         biases = ray.get([pool[0].bias.remote(5.0), pool[1].bias.remote(), pool[2].bias.remote()])
         assert biases[0] == pytest.approx(biases[1] + 5 * 64)
         assert biases[1] == biases[2]
         with pytest.raises(ArgumentError, match="Worker has no method 'asc'"):
             pool.map("asc", queries)
+        with pytest.raises(ArgumentError, match="Worker has no method '<lambda>'"):
+            pool.map(lambda worker, query: query, queries)
         with pytest.raises(ValueError, match="first"):
             list(pool.map("fail", ["first", "second"]))
         assert "3 Worker actors" in repr(pool)

@@ -55,7 +55,10 @@ def apply(model: nn.Module, change: Callable[[Any], Any]) -> None:
 @zerocopy.task
 def look(model: nn.Module) -> Any:
     first = model[0]
-    flags = [module.training for module in model.modules()], [p.requires_grad for p in model.parameters()]
+    flags = (
+        [(type(module), module.training) for module in model.modules()],
+        [p.requires_grad for p in model.parameters()],
+    )
     extra = len(model), len(list(model.buffers())), len(first._forward_hooks), getattr(first, "scale", None)
     weights = [float(tensor.detach().double().sum()) for tensor in model.state_dict().values()]
     return flags, extra, weights, first.weight.grad is None
@@ -159,6 +162,7 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "a buffer": lambda model: model.register_buffer("more", torch.ones(3)),
     "a hook": lambda model: model[0].register_forward_hook(print),
     "an attribute": lambda model: setattr(model[0], "scale", 3.0),
+    "a class": lambda model: setattr(model[0], "__class__", nn.Bilinear),
 }
 
 

@@ -176,6 +176,8 @@ def test_map_shows_progress_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsy
     shown = capsys.readouterr().err
     assert "answer" in shown
     assert "3/3" in shown
+    list(pipelines.answer.map(search, [1.0, 2.0, 3.0], progress=False))
+    assert capsys.readouterr().err == ""
 
 
 def test_map_stops_at_the_first_error(tmp_path: Path) -> None:

@@ -172,7 +172,7 @@ def test_a_report_as_data(cluster: None) -> None:
     assert repr(report) == str(report)
     for word in ("publication", "version", "shared", "private", "dirtied", "plain copies", "saved"):
         assert word in str(report)
-        assert f"<th>{word}</th>" in report._repr_html_()
+        assert f">{word}</th>" in report._repr_html_()
     assert report._repr_html_().count("<tr class=") == len(report.publications) + 2
     del loaded
 

@@ -38,6 +38,7 @@ class Kept:
         self._is_isolated = all(isinstance(one, PrivateMap) for one in memory)
         self._modules = list(paths.registered_below(paths.modules_among(roots)).values())
         self._tensors = _each_once([*tensors, *_tensors_of(self._modules)])
+        self._classes = list(map(type, self._modules))
         self._members = HeldMembers([vars(module) for module in self._modules if has_members(module)])
         self._without_members = [module for module in self._modules if not has_members(module)]
         self._references = self._count_references()
@@ -75,7 +76,7 @@ class Kept:
             return
         states, contents, modes, uses = self._recorded
         yield states.are_unchanged(self._tensors) and self._modes_without_members() == modes
-        yield all(tensor.grad is None for tensor in self._tensors)
+        yield all(tensor.grad is None for tensor in self._tensors) and list(map(type, self._modules)) == self._classes
         yield from self._members.parts_unchanged()
         yield self._count_references() == self._references and self._count_uses() == uses
         yield contents.are_unchanged()

@@ -33,7 +33,7 @@ def has_members(module: nn.Module) -> bool:
 
 
 class Members:
-    """Parameters, buffers, children, tensors in attributes, modes and hooks of some modules. Keeps none of them alive."""
+    """Classes, parameters, buffers, children, tensors in attributes, modes and hooks of some modules. Keeps none alive."""
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         module_vars = list(map(vars, modules))
@@ -44,6 +44,7 @@ class Members:
             for name, value in held.items()
             if type(value) in kinds
         ]
+        self._classes = _classes_of(modules)
         self._state, values = self._look(module_vars)
         self._tensors = [isinstance(value, TENSORS) for value in values]
         self._hooks = _Hooks(module_vars)
@@ -52,7 +53,7 @@ class Members:
         """The tensors that the same modules hold, in the same order at any time; None if they hold other things now."""
         module_vars = list(map(vars, modules))
         state, values = self._look(module_vars)
-        if state != self._state or not self._hooks.is_unchanged(module_vars):
+        if state != self._state or _classes_of(modules) != self._classes or not self._hooks.is_unchanged(module_vars):
             return None
         attributes = [module_vars[position][name] for position, name in self._attributes]
         return [*itertools.compress(values, self._tensors), *attributes]
@@ -70,6 +71,11 @@ class Members:
             list(map(id, values)),
             [id(module_vars[position].get(name)) for position, name in self._attributes],
         ), values
+
+
+def _classes_of(modules: Sequence[nn.Module]) -> list[int]:
+    """Notebooks give an object the class that was defined again, by `__class__`: `%autoreload` does so."""
+    return list(map(id, map(type, modules)))
 
 
 class HeldMembers:

@@ -23,6 +23,7 @@ from zerocopy._cluster import client
 from zerocopy._cluster.holding import Holdings
 from zerocopy._cluster.registry import POLL_SECONDS
 from zerocopy._compat.cpython import warn_caller
+from zerocopy._declare.pipeline import is_same_class
 from zerocopy._load.publication import Publication
 from zerocopy._seeing import events
 from zerocopy._store import object_store
@@ -63,6 +64,9 @@ class Fixed(Generic[T_co]):
         """The pipeline."""
         return self._pipeline
 
+    def __repr__(self) -> str:
+        return f"<zerocopy.Live {type(self._pipeline).__name__}, which has one version>"
+
 
 class OnDevice:
     """A publication as a `Live` pipeline on the device of an actor or a task."""
@@ -76,7 +80,7 @@ class OnDevice:
         return self.publication.current(self.device)
 
     def __repr__(self) -> str:
-        return f"<zerocopy.Live {self.publication!r}>"
+        return f"<zerocopy.Live {repr(self.publication).removeprefix('<zerocopy.')}"
 
 
 class Key(NamedTuple):
@@ -161,7 +165,7 @@ class Followed:
 
     def _take(self, loaded: Loaded) -> None:
         mine = self._newest()
-        if is_same_class(mine.pipeline, loaded.pipeline):
+        if is_same_class(type(mine.pipeline), type(loaded.pipeline)):
             self._loaded = loaded
             if self.key.device is not None:
                 events.refreshed(self.key.name)
@@ -171,12 +175,6 @@ class Followed:
             f"Version {loaded.number} of {self.key.name!r} is a {theirs}, not a {ours}. This process goes on with "
             f"version {mine.number}. Publish other classes under other names."
         )
-
-
-def is_same_class(one: Any, other: Any) -> bool:
-    """Whether two pipelines have one class, which may have been pickled by value."""
-    first, second = type(one), type(other)
-    return first is second or (first.__module__, first.__qualname__) == (second.__module__, second.__qualname__)
 
 
 class Watcher:

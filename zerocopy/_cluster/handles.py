@@ -302,8 +302,13 @@ class NamedPublication(Publication):
     def __repr__(self) -> str:
         if self.closed:
             return f"<zerocopy.Publication {self.name!r}: closed>"
-        which = f"version {self.tag.number}" if self.tag.number is not None else f"follows {self.tag.alias!r}"
-        return f"<zerocopy.Publication {self.name!r} of {self.kind}: {which}, {self.shared_bytes:,} bytes>"
+        return f"<zerocopy.Publication {self.name!r} of {self.kind}: {self._which()}, {self.shared_bytes:,} bytes>"
+
+    def _told(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        return ("name", "which"), (self.name, self._which())
+
+    def _which(self) -> str:
+        return f"version {self.tag.number}" if self.tag.number is not None else f"follows {self.tag.alias!r}"
 
     def _description(self) -> tuple[Any, ...]:
         return *super()._description(), self.tag

@@ -67,7 +67,7 @@ class Publications:
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        return as_html(_HEADERS, self._rows())
+        return as_html(_HEADERS, self._rows(), right=_NUMBERS) if self.versions else f"<p>{self}</p>"
 
     def _rows(self) -> Iterator[tuple[str, ...]]:
         for one in self.versions:

@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
-from zerocopy._cluster.following import is_same_class, warn_once
+from zerocopy._cluster.following import warn_once
 from zerocopy._cluster.handles import Tag, newest
+from zerocopy._declare.pipeline import is_same_class
 from zerocopy._load import devices, live
 from zerocopy._load.publication import Publication
 from zerocopy._seeing import events
@@ -80,7 +81,7 @@ def swap(pipeline: Any, handle: Publication, target: torch.device) -> None:
             hint="use a zerocopy.Live[...] parameter and its current().",
         )
     newer = handle.load(target)
-    if not is_same_class(pipeline, newer):
+    if not is_same_class(type(pipeline), type(newer)):
         raise ArgumentError(
             f"The newest version is a {type(newer).__qualname__}, not a {type(pipeline).__qualname__}.",
             hint="publish other classes under other names.",
@@ -106,8 +107,14 @@ def _parts_of(pipeline: Any) -> list[Any]:
 
 
 def _take_over(pipeline: Any, newer: Any) -> None:
-    if type(pipeline) is not type(newer):  # the same class, pickled by value by another process
-        object.__setattr__(pipeline, "__class__", type(newer))
+    if type(pipeline) is not type(newer):
+        try:
+            object.__setattr__(pipeline, "__class__", type(newer))
+        except TypeError as error:  # other slots
+            raise ArgumentError(
+                f"{type(newer).__qualname__} was defined again, in a way that objects of the old class cannot become: {error}.",
+                hint="load the newest version: zerocopy.lookup(...).load().",
+            ) from error
     for base in type(newer).__mro__:
         for name, slot in vars(base).items():
             if isinstance(slot, types.MemberDescriptorType) and name != "__weakref__":

@@ -75,6 +75,11 @@ def is_pipeline_class(cls: type) -> bool:
     return any(isinstance(vars(base).get(FOOTPRINT), Footprint) for base in cls.__mro__)
 
 
+def is_same_class(one: type, other: type) -> bool:
+    """Whether two are one class to whoever wrote it: it was defined again (a notebook's cell), or pickled by value."""
+    return one is other or (one.__module__, one.__qualname__) == (other.__module__, other.__qualname__)
+
+
 def fields(cls: type) -> Mapping[str, Field]:
     """The fields of a pipeline class by name, inherited ones first.
 

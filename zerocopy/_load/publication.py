@@ -25,6 +25,7 @@ from zerocopy._seeing.ledger import About
 from zerocopy._store import object_store
 from zerocopy._store.manifest import BESIDE, Handle, Manifest, Outer, Root, Versions
 from zerocopy._store.read import manifest_of
+from zerocopy._tables import as_html, format_bytes
 from zerocopy.errors import PublicationClosedError, PublicationLostError
 
 MOST_PACKED = 16 << 10  # bytes: larger ones are not worth a place in a cache
@@ -273,6 +274,15 @@ class Publication(OnNodes, Handle):
     def __repr__(self) -> str:
         state = "closed" if self.closed else f"{self.shared_bytes:,} bytes"
         return f"<zerocopy.Publication of {self.kind}: {state}>"
+
+    def _repr_html_(self) -> str:
+        headers, row = self._told()
+        shared = "closed" if self.closed else format_bytes(self.shared_bytes)
+        return as_html((*headers, "class", "shared"), [(*row, self.kind, shared)], right=["shared"])
+
+    def _told(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """More columns of the table in a notebook."""
+        return (), ()
 
     def check_agreement(self) -> None:
         """Refuse what this process would misread.

@@ -65,7 +65,7 @@ class NodeCopies(Mapping[str, NodeCopy]):
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        return as_html(_HEADERS, self._rows())
+        return as_html(_HEADERS, self._rows(), right=_HEADERS[2:])
 
     def _rows(self) -> Iterator[tuple[str, ...]]:
         for copy in self.copies:

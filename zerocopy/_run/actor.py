@@ -6,18 +6,17 @@ import functools
 import inspect
 import itertools
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar, cast, overload
 
 import attr
 import ray
-from ray.actor import ActorHandle
 
 from zerocopy._compat.ray import is_ray_actor_class
 from zerocopy._declare.fields import Marker, check_device_name
 from zerocopy._declare.pipeline import class_with_own_init, describe, is_pipeline_class
 from zerocopy._run.arguments import keep_arguments, live_parameters, load_arguments, load_publication
-from zerocopy._run.checks import Parameters, check_in_flight, check_options
+from zerocopy._run.checks import Parameters, check_in_flight, check_options, say_options
 from zerocopy._run.copies import warn_if_called_by_ray, warn_of_copies
 from zerocopy._run.following import (
     check_can_follow,
@@ -26,12 +25,15 @@ from zerocopy._run.following import (
     load_newest,
     start_following,
 )
+from zerocopy._run.methods import Handle
 from zerocopy._run.results import in_order
 from zerocopy._store import object_store
 from zerocopy.errors import ArgumentError, DeclarationError
 
 P = ParamSpec("P")
 T = TypeVar("T")
+R = TypeVar("R")
+Item = TypeVar("Item")
 C = TypeVar("C", bound=type)
 
 _SPEC = "__zerocopy_actor__"
@@ -61,32 +63,67 @@ class _Spec:
 class Pool(Generic[T]):
     """Actors of one class that share one copy of the weights. Made by `.pool`; `close()` ends them."""
 
-    def __init__(self, cls: type[T], actors: list[ActorHandle[T]]) -> None:
+    def __init__(self, cls: type[T], actors: list[Handle[T]]) -> None:
         self._cls = cls
         self.actors = actors
 
-    def map(self, method: str, items: Iterable[Any], *, max_in_flight: int | None = None) -> Iterator[Any]:
-        """Call `method` for each of `items`, which are iterated lazily, on one actor after the other.
+    @overload
+    def map(
+        self, method: str, items: Iterable[Any], *, max_in_flight: int | None = ..., progress: bool = ...
+    ) -> Iterator[Any]: ...
+    @overload
+    def map(
+        self,
+        method: Callable[[T, Item], Coroutine[Any, Any, R]],
+        items: Iterable[Item],
+        *,
+        max_in_flight: int | None = ...,
+        progress: bool = ...,
+    ) -> Iterator[R]: ...
+    @overload
+    def map(
+        self,
+        method: Callable[[T, Item], R],
+        items: Iterable[Item],
+        *,
+        max_in_flight: int | None = ...,
+        progress: bool = ...,
+    ) -> Iterator[R]: ...
+    def map(
+        self,
+        method: str | Callable[..., Any],
+        items: Iterable[Any],
+        *,
+        max_in_flight: int | None = None,
+        progress: bool = True,
+    ) -> Iterator[Any]:
+        """Call a method for each of `items`, which are iterated lazily, on one actor after the other.
 
-        Yields results in order, with at most `max_in_flight` calls under way (by default two for each actor). The first
-        error cancels the calls under way and is raised.
+        Yields results in order. The first error cancels the calls under way and is raised.
+
+        Args:
+            method: its name, or the method of the class (`Worker.ask`), whose types are checked then.
+            items: what it is called with, one by one.
+            max_in_flight: how many calls are under way at most; by default two for each actor.
+            progress: whether to show a bar on a terminal or in a notebook.
 
         Raises:
             ArgumentError: the class has no such method, or the pool is closed.
         """
         if not self.actors:
             raise ArgumentError(f"This pool of {self._cls.__name__} was closed.", hint="make another one.")
-        if not callable(getattr(self._cls, method, None)):
-            raise ArgumentError(f"{self._cls.__name__} has no method {method!r}.")
+        name = method if isinstance(method, str) else getattr(method, "__name__", repr(method))
+        if not callable(getattr(self._cls, name, None)):
+            raise ArgumentError(f"{self._cls.__name__} has no method {name!r}.")
         check_in_flight(max_in_flight)
         turns = itertools.cycle(self.actors)
         limit = max_in_flight or 2 * len(self.actors)
 
         def submit(item: Any) -> ray.ObjectRef[Any]:
-            ref: ray.ObjectRef[Any] = getattr(next(turns), method).remote(item)
+            ref: ray.ObjectRef[Any] = getattr(next(turns), name).remote(item)
             return ref
 
-        return in_order(submit, items, limit, f"{self._cls.__name__}.{method}")
+        return in_order(submit, items, limit, f"{self._cls.__name__}.{name}", progress=progress)
 
     def close(self) -> None:
         """End the actors. Closing twice is fine."""
@@ -97,10 +134,10 @@ class Pool(Generic[T]):
     def __len__(self) -> int:
         return len(self.actors)
 
-    def __iter__(self) -> Iterator[ActorHandle[T]]:
+    def __iter__(self) -> Iterator[Handle[T]]:
         return iter(self.actors)
 
-    def __getitem__(self, position: int) -> ActorHandle[T]:
+    def __getitem__(self, position: int) -> Handle[T]:
         return self.actors[position]
 
     def __enter__(self) -> Self:
@@ -110,7 +147,8 @@ class Pool(Generic[T]):
         self.close()
 
     def __repr__(self) -> str:
-        return f"<zerocopy pool of {len(self)} {self._cls.__name__} actors>"
+        state = f"{len(self)} {self._cls.__name__} actors" if self.actors else f"{self._cls.__name__} actors: closed"
+        return f"<zerocopy.Pool of {state}>"
 
 
 class Launcher(Generic[P, T]):
@@ -120,7 +158,7 @@ class Launcher(Generic[P, T]):
         self._cls = cls
         self._options = options
 
-    def remote(self, *args: P.args, **kwargs: P.kwargs) -> ActorHandle[T]:
+    def remote(self, *args: P.args, **kwargs: P.kwargs) -> Handle[T]:
         """Start one actor. Pipelines and modules among the arguments are published, and arrive loaded."""
         return self._start(1, args, kwargs)[0]
 
@@ -133,7 +171,10 @@ class Launcher(Generic[P, T]):
             )
         return Pool(self._cls, self._start(size, args, kwargs))
 
-    def _start(self, count: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[ActorHandle[T]]:
+    def __repr__(self) -> str:
+        return f"<zerocopy.Launcher of {self._cls.__name__}{say_options(self._options)}>"
+
+    def _start(self, count: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Handle[T]]:
         cls: Any = self._cls
         parameters, actor_class = getattr(cls, _SPEC).made_of(cls)
         parameters.check(args, kwargs)
@@ -154,7 +195,7 @@ def _do_nothing(*arguments: object) -> None: ...
 
 
 class _Remote:
-    def __get__(self, instance: object, owner: Callable[P, T]) -> Callable[P, ActorHandle[T]]:
+    def __get__(self, instance: object, owner: Callable[P, T]) -> Callable[P, Handle[T]]:
         if is_ray_actor_class(owner):
             # Ray derives a class of its own from each actor class, and warns if that has a `remote` already.
             raise AttributeError("remote")

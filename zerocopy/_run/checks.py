@@ -14,7 +14,7 @@ import ray
 from torch import nn
 
 from zerocopy._compat.ray import OPTIONS, Kind, check_values
-from zerocopy._declare.pipeline import is_pipeline_class
+from zerocopy._declare.pipeline import is_pipeline_class, is_same_class
 from zerocopy._load.publication import Publication
 from zerocopy.errors import ArgumentError, DeclarationError
 
@@ -42,6 +42,11 @@ def check_options(options: Mapping[str, Any], kind: Kind, *, late: bool = False)
         check_values(options, kind, late=late)
     except (ValueError, TypeError) as error:
         raise DeclarationError(f"Ray refuses an option of this {kind}: {error}") from error
+
+
+def say_options(options: Mapping[str, Any]) -> str:
+    """Options at the end of a repr, empty if there are none."""
+    return "".join(f", {name}={value!r}" for name, value in options.items())
 
 
 def check_in_flight(max_in_flight: int | None) -> None:
@@ -144,9 +149,15 @@ def _evaluate(annotation: str, target: Callable[..., Any]) -> Any:
 def _fits(value: Any, classes: tuple[type, ...]) -> bool:
     if isinstance(value, ray.ObjectRef):
         return True
-    if isinstance(value, Publication):
-        return value.cls is None or issubclass(value.cls, classes)
-    return isinstance(value, classes)
+    if not isinstance(value, Publication) and isinstance(value, classes):
+        return True
+    given = value.cls if isinstance(value, Publication) else type(value)
+    return given is None or issubclass(given, classes) or _was_defined_again(given, classes)
+
+
+def _was_defined_again(given: type, classes: Iterable[type]) -> bool:
+    """Whether `given`, or a class that it inherits from, is an older or newer definition of one of `classes`."""
+    return any(is_same_class(base, cls) for base in given.__mro__ for cls in classes)
 
 
 def _kind_of(value: Any) -> str:

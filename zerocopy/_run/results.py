@@ -1,4 +1,4 @@
-"""How do results of many calls come back: in order, with a bounded number of calls under way, and progress on a terminal."""
+"""How do results of many calls come back: in order, with a bounded number of calls under way, and a bar."""
 
 from __future__ import annotations
 
@@ -23,7 +23,12 @@ def default_in_flight() -> int:
 
 
 def in_order(
-    submit: Callable[[T], ray.ObjectRef[Any]], items: Iterable[T], max_in_flight: int, description: str
+    submit: Callable[[T], ray.ObjectRef[Any]],
+    items: Iterable[T],
+    max_in_flight: int,
+    description: str,
+    *,
+    progress: bool = True,
 ) -> Iterator[Any]:
     """Results in the order of `items`, with at most `max_in_flight` calls under way.
 
@@ -32,7 +37,7 @@ def in_order(
     pending: deque[ray.ObjectRef[Any]] = deque()
     try:
         total = len(items) if isinstance(items, Sized) else None
-        with progress_bar(description, total, shown=not object_store.is_worker()) as bar:
+        with progress_bar(description, total, shown=progress and not object_store.is_worker()) as bar:
             done = itertools.count(1)
 
             def next_result() -> Any:

@@ -22,7 +22,7 @@ from zerocopy._run.arguments import (
     pack_arguments,
     resolve_references,
 )
-from zerocopy._run.checks import PLACEHOLDER, Parameters, check_in_flight, check_options
+from zerocopy._run.checks import PLACEHOLDER, Parameters, check_in_flight, check_options, say_options
 from zerocopy._run.copies import warn_if_called_by_ray
 from zerocopy._run.results import default_in_flight, in_order
 from zerocopy._run.worker import address_of, call, object_at, run, run_generator, run_short
@@ -84,14 +84,18 @@ class BoundTask(_BoundFunctionWrapper[P, R]):
         result: R = self._self_parent.local(*self._arguments(args), **kwargs)
         return result
 
-    def map(self, *args: Any, max_in_flight: int | None = None, **kwargs: Any) -> Iterator[R]:
-        results: Iterator[R] = self._self_parent.map(*self._arguments(args), max_in_flight=max_in_flight, **kwargs)
+    def map(self, *args: Any, max_in_flight: int | None = None, progress: bool = True, **kwargs: Any) -> Iterator[R]:
+        bounds = {"max_in_flight": max_in_flight, "progress": progress}
+        results: Iterator[R] = self._self_parent.map(*self._arguments(args), **bounds, **kwargs)
         return results
 
     def options(self, **options: Any) -> BoundTask[P, R]:
         changed = self._self_parent.options(**options)
         bound: BoundTask[P, R] = changed.__get__(self._self_instance, type(self._self_instance))
         return bound
+
+    def __repr__(self) -> str:
+        return f"{self._self_parent!r}"[:-1] + f", bound to a {type(self._self_instance).__name__}>"
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The class holds a private method by a mangled name.
@@ -187,11 +191,16 @@ class Task(_FunctionWrapper[P, R]):
         values, named = copy_arguments(args, kwargs, self._self_device, live_parameters(self.__wrapped__))
         return self.__wrapped__(*values, **named)
 
-    def map(self, *args: Any, max_in_flight: int | None = None, **kwargs: Any) -> Iterator[R]:
+    def map(self, *args: Any, max_in_flight: int | None = None, progress: bool = True, **kwargs: Any) -> Iterator[R]:
         """Call for each item of the last positional argument, which is iterated lazily. The other arguments stay the same.
 
-        Yields results in order, with at most `max_in_flight` calls under way (by default twice the CPUs of the cluster).
-        The first error cancels the calls under way and is raised.
+        Yields results in order. The first error cancels the calls under way and is raised.
+
+        Args:
+            args: arguments of the function, and what to iterate as the last one.
+            max_in_flight: how many calls are under way at most; by default twice the CPUs of the cluster.
+            progress: whether to show a bar on a terminal or in a notebook.
+            kwargs: arguments of the function by name.
         """
         if not args:
             raise ArgumentError(f"{self.__name__}.map() needs something to iterate, as its last positional argument.")
@@ -211,7 +220,11 @@ class Task(_FunctionWrapper[P, R]):
         object_store.require()
         sent, named = keep_arguments(constant, kwargs)
         limit = max_in_flight or default_in_flight()
-        return in_order(lambda item: self._submit([*sent, pack_argument(item)], named), items, limit, self.__name__)
+
+        def submit(item: Any) -> Any:
+            return self._submit([*sent, pack_argument(item)], named)
+
+        return in_order(submit, items, limit, self.__name__, progress=progress)
 
     def _submit(self, args: list[Any], kwargs: dict[str, Any]) -> Any:
         object_store.require()
@@ -232,6 +245,11 @@ class Task(_FunctionWrapper[P, R]):
             remote = ray.remote(**options)(_named_after(function, runner))
         self._self_remotes[runs] = remote
         return remote
+
+    def __repr__(self) -> str:
+        return (
+            f"<zerocopy.Task {self.__qualname__}{inspect.signature(self.__wrapped__)}{say_options(self._self_options)}>"
+        )
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         address = address_of(self, self.__wrapped__.__module__, self.__wrapped__.__qualname__)

@@ -68,13 +68,13 @@ class SharePlan:
     written_bytes: int | None = None
 
     def __str__(self) -> str:
-        right = ("tensors", "bytes", *_VERIFIED)
-        return as_text(self._headers(), self._rows(), right=right, title=self._title(), caption=self._caption())
+        return as_text(self._headers(), self._rows(), right=_NUMBERS, title=self._title(), caption=self._caption())
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        return as_html(self._headers(), self._rows(), caption=f"{self._title()} {self._caption()}".strip())
+        caption = f"{self._title()}. {self._caption()}".strip()
+        return as_html(self._headers(), self._rows(), right=_NUMBERS, caption=caption)
 
     @property
     def _is_verified(self) -> bool:
@@ -118,3 +118,4 @@ class SharePlan:
 
 _HEADERS = ("path", "policy", "kind", "tensors", "bytes", "dtypes", "ties and notes")
 _VERIFIED = ("views", "copied")
+_NUMBERS = ("tensors", "bytes", *_VERIFIED)

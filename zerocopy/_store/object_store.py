@@ -6,6 +6,7 @@ import contextlib
 import functools
 import math
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Collection
@@ -78,6 +79,7 @@ def require() -> None:
         if os.environ.get("RAY_ENABLE_AUTO_CONNECT", "") == "0":
             raise ZeroCopyError("Ray is not running in this process.", hint="call ray.init() first.")
         ray.init()
+        _say_that_ray_was_started()
     if not is_running():
         raise ZeroCopyError(
             "This process was forked from one that is connected to Ray. Their connection is its parent's.",
@@ -88,6 +90,17 @@ def require() -> None:
             "zerocopy cannot work through Ray Client (ray://): it has no object store on this side.",
             hint="run the driver on a node of the cluster, with ray.init(address='auto'), or submit it as a Ray job.",
         )
+
+
+@functools.cache
+def _say_that_ray_was_started() -> None:
+    """In one line, once for each process. The logger is silent until somebody configures it."""
+    place = ray.get_runtime_context().gcs_address
+    print(
+        f"zerocopy has called ray.init(), since nobody had: Ray runs at {place}, with the CPUs and the memory that it chose. "
+        "Call ray.init(...) first to choose yourself, or to join a cluster.",
+        file=sys.stderr,
+    )
 
 
 def check_running(what: str) -> None:

@@ -1,0 +1,130 @@
+"""What do type checkers know of the handle of an actor, and of its methods? At run time both are Ray's own.
+
+No type can say "the methods of T, each with a `remote`". So a handle has any method, of which nothing is known; and the class
+itself stands for a handle, in which those methods are known that are marked. Ray has the same two: `ActorProxy[T]`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar, overload
+
+import ray
+from ray.actor import ActorHandle
+
+from zerocopy._declare.pipeline import describe
+from zerocopy.errors import DeclarationError
+
+P = ParamSpec("P")
+T = TypeVar("T")
+R = TypeVar("R")
+S = TypeVar("S")
+Sent = TypeVar("Sent")
+
+if TYPE_CHECKING:
+
+    class RemoteMethod:
+        """A method of an actor's handle, of which type checkers know nothing more."""
+
+        def remote(self, *args: Any, **kwargs: Any) -> ray.ObjectRef[Any]:
+            """Call it in the actor. Returns at once."""
+            ...
+
+        def options(self, **options: Any) -> RemoteMethod:
+            """The same method with options of Ray, such as `num_returns`."""
+            ...
+
+        def bind(self, *args: Any, **kwargs: Any) -> Any:
+            """A node of one of Ray's graphs."""
+            ...
+
+    class Handle(ActorHandle[T]):
+        """The handle of a running actor of class T: Ray's, which `ray.kill`, `ray.wait` and others take."""
+
+        def __getattr__(self, item: str) -> RemoteMethod: ...  # type: ignore[override]  # Ray says Never
+
+    class MarkedMethod(Generic[S, P, R, Sent]):
+        """A method marked with `zerocopy.method`: `remote` and `options` are for handles, a call is for the class itself."""
+
+        def __call__(self, instance: S, /, *args: P.args, **kwargs: P.kwargs) -> R: ...
+
+        def remote(self, *args: P.args, **kwargs: P.kwargs) -> Sent:
+            """Call it in the actor. Returns at once."""
+            ...
+
+        def options(self, **options: Any) -> MarkedMethod[S, P, R, Sent]:
+            """The same method with options of Ray."""
+            ...
+
+        @overload
+        def __get__(self, instance: None, owner: type) -> MarkedMethod[S, P, R, Sent]: ...
+        @overload
+        def __get__(self, instance: S, owner: type) -> Callable[P, R]: ...
+        def __get__(self, instance: Any, owner: type) -> Any: ...
+
+    class MethodDecorator(Protocol):
+        """What `method(...)` with options gives."""
+
+        @overload
+        def __call__(
+            self, function: Callable[Concatenate[S, P], Coroutine[Any, Any, R]], /
+        ) -> MarkedMethod[S, P, Coroutine[Any, Any, R], ray.ObjectRef[R]]: ...
+        @overload
+        def __call__(self, function: Callable[Concatenate[S, P], R], /) -> MarkedMethod[S, P, R, ray.ObjectRef[R]]: ...
+
+else:
+    Handle = ActorHandle
+
+
+@overload
+def method(
+    function: Callable[Concatenate[S, P], Coroutine[Any, Any, R]], /
+) -> MarkedMethod[S, P, Coroutine[Any, Any, R], ray.ObjectRef[R]]: ...
+@overload
+def method(
+    function: Callable[Concatenate[S, P], AsyncIterator[R]], /
+) -> MarkedMethod[S, P, AsyncIterator[R], ray.ObjectRefGenerator]: ...
+@overload
+def method(
+    function: Callable[Concatenate[S, P], Iterator[R]], /
+) -> MarkedMethod[S, P, Iterator[R], ray.ObjectRefGenerator]: ...
+@overload
+def method(function: Callable[Concatenate[S, P], R], /) -> MarkedMethod[S, P, R, ray.ObjectRef[R]]: ...
+@overload
+def method(**options: Any) -> MethodDecorator: ...
+def method(function: Any = None, /, **options: Any) -> Any:
+    """Mark a method of an actor, so that type checkers know its arguments and its result behind `typed(handle)`.
+
+    It stays the function that it is. With options it is `ray.method`.
+
+    Args:
+        options: Ray's options for a method, such as `num_returns` and `concurrency_group`.
+
+    Raises:
+        DeclarationError: not a function, or an option that Ray does not know.
+    """
+    if function is None:
+        return functools.partial(_mark, options=options)
+    return _mark(function, options)
+
+
+def _mark(function: Any, options: dict[str, Any]) -> Any:
+    if not callable(function) or isinstance(function, type):
+        raise DeclarationError(
+            f"@zerocopy.method expects a method, got {describe(function)}.",
+            hint="use it inside of a class that starts actors.",
+        )
+    try:
+        return ray.method(**options)(function) if options else function
+    except (AssertionError, TypeError, ValueError) as error:
+        raise DeclarationError(f"Ray refuses an option of the method {function.__name__!r}: {error}") from error
+
+
+def typed(handle: ActorHandle[T]) -> type[T]:
+    """The same handle, as type checkers see its marked methods: `typed(worker).ask.remote("a query")`.
+
+    Marked are those with `@zerocopy.method` or `@ray.method`. The others have no `remote` there. At run time it does nothing.
+    """
+    same: Any = handle
+    return same  # type: ignore[no-any-return]
