@@ -1,4 +1,4 @@
-"""How do records print: as a table on a terminal, as HTML in a notebook, bytes in units, long lists of names in short."""
+"""How do records print: as a table on a terminal, as HTML in a notebook, bytes in units."""
 
 from __future__ import annotations
 
@@ -13,12 +13,6 @@ def format_bytes(count: int) -> str:
     from rich.filesize import decimal
 
     return decimal(count)
-
-
-def counted(names: Sequence[str], noun: str, plural: str = "") -> str:
-    """How many names there are, and the first three: `203 names (a, b, c, ...)`."""
-    told = ", ".join([*names[:3], *(["..."] if len(names) > 3 else [])])
-    return f"{len(names)} {noun if len(names) == 1 else plural or noun + 's'} ({told})"
 
 
 def as_text(

@@ -32,7 +32,10 @@ class ModeError(ZeroCopyError, ValueError):
 
 
 class NotExposedError(ZeroCopyError, AttributeError):
-    """A model whose calls are tasks was asked for something else. Attribute: `attribute`."""
+    """A pool, or a model whose calls are tasks, was asked for something that only its actors or its loads have.
+
+    Attribute: `attribute`.
+    """
 
     attribute: str
 

@@ -18,6 +18,7 @@ PACKAGE = Path(zerocopy.__file__).parent
 # From the ground up: a file imports only from its own wing and from what stands above it in this list.
 WINGS = [
     "errors",
+    "_words",
     "_tables",
     "_progress",
     "_compat",

@@ -294,7 +294,7 @@ MISUSES: list[tuple[Callable[[], object], type[Exception], str]] = [
     (
         unknown_actor_option,
         TypeError,
-        "'color' is not an option of Ray for an actor. Hint: Ray knows accelerator_type, ",
+        "'color' is not an option of Ray for an actor. Hint: there are accelerator_type, ",
     ),
     (
         unknown_late_option,

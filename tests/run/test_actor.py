@@ -110,10 +110,13 @@ def test_pool() -> None:
         biases = ray.get([pool[0].bias.remote(5.0), pool[1].bias.remote(), pool[2].bias.remote()])
         assert biases[0] == pytest.approx(biases[1] + 5 * 64)
         assert biases[1] == biases[2]
-        with pytest.raises(ArgumentError, match="Worker has no method 'asc'"):
+        with pytest.raises(ArgumentError, match="Worker has no method 'asc'. Hint: did you mean 'ask'"):
             pool.map("asc", queries)
         with pytest.raises(ArgumentError, match="Worker has no method '<lambda>'"):
             pool.map(lambda worker, query: query, queries)
+        with pytest.raises(AttributeError, match=r"Hint: write pool.map\('ask', items\), or pool\[0\].ask.remote"):
+            pool.ask(2.0)
+        assert not hasattr(pool, "shape")
         with pytest.raises(ValueError, match="first"):
             list(pool.map("fail", ["first", "second"]))
         assert "3 Worker actors" in repr(pool)

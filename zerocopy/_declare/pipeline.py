@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import inspect
 import types
@@ -26,6 +25,7 @@ from zerocopy._declare.fields import (
     resolve_annotation,
     shared,
 )
+from zerocopy._words import nearest
 from zerocopy.errors import ArgumentError, DeclarationError
 
 C = TypeVar("C", bound=type)
@@ -278,8 +278,7 @@ def _misfit(
     usage = f"its fields are {cls.__name__}{shown.partition(' -> ')[0]}."
     names = [one.name for one in parameters]
     if unknown := [name for name in kwargs if name not in names]:
-        close = difflib.get_close_matches(unknown[0], names, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else usage
+        hint = nearest(unknown[0], names, usage)
         return ArgumentError(f"{cls.__name__} has no field {unknown[0]!r}.", hint=hint, field=unknown[0])
     given = {*names[: len(args) - 1], *kwargs}
     lacking = [one.name for one in parameters if one.default is one.empty and one.name not in given]

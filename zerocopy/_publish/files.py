@@ -18,7 +18,7 @@ import attrs
 import torch
 
 from zerocopy._store.storages import storage_of
-from zerocopy._tables import counted
+from zerocopy._words import counted
 from zerocopy.errors import CheckpointError
 
 KEYS = ("state_dict", "model_state_dict", "model", "module")  # where training frameworks put the state dict

@@ -14,7 +14,7 @@ from typing import TypeAlias, TypeVar
 import attrs
 import torch
 
-from zerocopy._tables import counted
+from zerocopy._words import counted
 from zerocopy.errors import ArgumentError, CheckpointError
 
 T = TypeVar("T")

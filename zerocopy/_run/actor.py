@@ -7,7 +7,7 @@ import inspect
 import itertools
 import weakref
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar, cast, overload
+from typing import Any, Concatenate, Generic, NoReturn, ParamSpec, Self, TypeVar, cast, overload
 
 import attr
 import ray
@@ -28,7 +28,8 @@ from zerocopy._run.following import (
 from zerocopy._run.methods import Handle
 from zerocopy._run.results import in_order
 from zerocopy._store import object_store
-from zerocopy.errors import ArgumentError, DeclarationError
+from zerocopy._words import nearest
+from zerocopy.errors import ArgumentError, DeclarationError, NotExposedError
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -114,7 +115,8 @@ class Pool(Generic[T]):
             raise ArgumentError(f"This pool of {self._cls.__name__} was closed.", hint="make another one.")
         name = method if isinstance(method, str) else getattr(method, "__name__", repr(method))
         if not callable(getattr(self._cls, name, None)):
-            raise ArgumentError(f"{self._cls.__name__} has no method {name!r}.")
+            methods = [one for one in dir(self._cls) if not one.startswith("_") and one not in _GENERATED]
+            raise ArgumentError(f"{self._cls.__name__} has no method {name!r}.", hint=nearest(name, methods))
         check_in_flight(max_in_flight)
         turns = itertools.cycle(self.actors)
         limit = max_in_flight or 2 * len(self.actors)
@@ -139,6 +141,16 @@ class Pool(Generic[T]):
 
     def __getitem__(self, position: int) -> Handle[T]:
         return self.actors[position]
+
+    def __getattr__(self, name: str) -> NoReturn:
+        cls = vars(self).get("_cls")
+        if cls is None or not callable(getattr(cls, name, None)):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        raise NotExposedError(
+            f"A pool has no method of its own for {name!r} of {cls.__name__}.",
+            hint=f"write pool.map({name!r}, items), or pool[0].{name}.remote(...) for one actor.",
+            attribute=name,
+        )
 
     def __enter__(self) -> Self:
         return self

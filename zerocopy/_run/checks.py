@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import sys
 import types
@@ -16,6 +15,7 @@ from torch import nn
 from zerocopy._compat.ray import OPTIONS, Kind, check_values
 from zerocopy._declare.pipeline import is_pipeline_class, is_same_class
 from zerocopy._load.publication import Publication
+from zerocopy._words import nearest
 from zerocopy.errors import ArgumentError, DeclarationError
 
 PLACEHOLDER: Any = object()  # stands for an argument whose value is not known yet
@@ -31,11 +31,10 @@ def check_options(options: Mapping[str, Any], kind: Kind, *, late: bool = False)
     known = OPTIONS[kind]
     for name in options:
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            public = ", ".join(sorted(option for option in known if not option.startswith("_")))
+            public = sorted(option for option in known if not option.startswith("_"))
             raise DeclarationError(
                 f"{name!r} is not an option of Ray for {'an actor' if kind == 'actor' else 'a task'}.",
-                hint=f"did you mean {close[0]!r}?" if close else f"Ray knows {public}.",
+                hint=nearest(name, public),
                 option=name,
             )
     try:

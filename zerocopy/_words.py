@@ -1,0 +1,20 @@
+"""How do errors tell of names: long lists in short, and the name that was probably meant?"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+
+
+def counted(names: Sequence[str], noun: str, plural: str = "") -> str:
+    """How many names there are, and the first three: `203 names (a, b, c, ...)`."""
+    told = ", ".join([*names[:3], *(["..."] if len(names) > 3 else [])])
+    return f"{len(names)} {noun if len(names) == 1 else plural or noun + 's'} ({told})"
+
+
+def nearest(name: str, known: Sequence[str], otherwise: str | None = None) -> str | None:
+    """A hint for somebody who wrote `name` where one of `known` was due. `otherwise`: where none of them is like it."""
+    close = difflib.get_close_matches(name, known, n=1)
+    if close:
+        return f"did you mean {close[0]!r}?"
+    return otherwise or (f"there are {', '.join(known)}." if known else None)
