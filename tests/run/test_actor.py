@@ -185,7 +185,7 @@ def test_device_of_the_actor(monkeypatch: pytest.MonkeyPatch) -> None:
 
         def ask(self) -> None: ...
 
-    with pytest.raises(ray.exceptions.ActorDiedError, match="Device 'cuda:7' is not there"):
+    with pytest.raises(ray.exceptions.ActorDiedError, match="This process has no device 'cuda:7'"):
         ray.get(Remote.remote(pipelines.search(width=8)).ask.remote())
 
 
