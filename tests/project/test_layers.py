@@ -36,6 +36,7 @@ WINGS = [
     "memory",
     "testing",
     "__init__",
+    "_cli",
 ]
 
 

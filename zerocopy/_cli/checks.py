@@ -75,13 +75,13 @@ def why_refused(trial: Trial) -> tuple[str, str]:
         )
     if own is None or raylet is None:
         return "no raylet can be seen from here", "Run it in the container of the raylet, in the same PID namespace."
-    if own.user != raylet.user:
-        return f"this process has the user id {own.user}, its raylet {raylet.user}", "Run both as the same user."
     if own.namespace != raylet.namespace:
         return (
             "the process is in another user namespace than its raylet; Ray's image_uri makes one",
             "Start the nodes from that image, in the place of image_uri.",
         )
+    if own.user != raylet.user:
+        return f"this process has the user id {own.user}, its raylet {raylet.user}", "Run both as the same user."
     if lacking := raylet.capabilities & ~own.capabilities:
         return (
             f"its raylet has capabilities that this process lacks (`capsh --decode={lacking:016x}` names them)",

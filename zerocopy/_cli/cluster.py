@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
+import socket
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -13,12 +13,14 @@ import click
 import ray
 
 from zerocopy._cli.failures import Failed, first_line
+from zerocopy._compat.ray import host_and_port
 from zerocopy._store import object_store
 from zerocopy.errors import RayClientError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 START = "start one with `ray start --head`, or name one with --address HOST:PORT."
+REACH_SECONDS = 5.0  # that the head node has to accept a connection
 _QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
 
 address_option = click.option(
@@ -54,18 +56,30 @@ def joined(address: str, **options: Any) -> Iterator[None]:
         raise RayClientError(
             "zerocopy cannot work through Ray Client (ray://).", hint="run the command on a node of the cluster."
         )
+    _check_reachable(address)
     try:
         _init(address, **options)
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
-        if isinstance(error, ConnectionError):
-            where = "on this machine" if address == "auto" else f"at {address!r}"
-            raise Failed(f"No Ray cluster can be reached {where}. Hint: {START}") from error
         raise Failed(f"The Ray cluster at {address!r} cannot be joined: {first_line(error)}") from error
     try:
         object_store.require()
         yield
     finally:
         ray.shutdown()
+
+
+def _check_reachable(address: str) -> None:
+    """Refuse an address where nobody listens. Ray would try it for minutes."""
+    try:
+        with socket.create_connection(host_and_port(address), REACH_SECONDS):
+            pass
+    except ValueError as error:
+        raise click.BadParameter(
+            f"{address!r} is no address. Hint: write HOST:PORT.", param_hint="--address"
+        ) from error
+    except OSError as error:  # a ConnectionError among them
+        where = "on this machine" if address == "auto" else f"at {address!r}"
+        raise Failed(f"No Ray cluster can be reached {where}. Hint: {START}") from error
 
 
 @contextlib.contextmanager
@@ -78,7 +92,6 @@ def started(nbytes: int, cpus: float | None = None) -> Iterator[None]:
     if object_store.is_running():
         yield
         return
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray tells of much on stderr that is no error
     try:
         _init("local", object_store_memory=nbytes, num_cpus=cpus, include_dashboard=False)
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:

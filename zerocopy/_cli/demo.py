@@ -49,10 +49,11 @@ def demo(
     address: str | None,
     shown_as: str,
 ) -> None:
-    """See it work: workers that share one model, and what they really take.
+    """See it work: workers that share one model.
 
-    By default MiniLM searches the docstrings of the standard library. Its libraries take more than it does; `--model large` is a
-    model whose copies hurt. Memory is measured for the workers that ran, and computed from that for 4 and 8; each bar says which.
+    By default MiniLM searches the docstrings of the standard library. Its libraries take more than it does; `--model large` is
+    a model whose copies hurt. Memory is measured for the workers that ran, and computed from that for 4 and 8; each bar
+    says which.
     Needs zerocopy-ray[demo].
 
     \b
@@ -107,6 +108,8 @@ def _search(
     pipeline = search.load_search()
     weights = plan(pipeline).shared_bytes
     _tell(f"{len(documents):,} documents, a model of {format_bytes(weights)}")
+    # Ray prints an error that is none for each actor of Ray Data: https://github.com/ray-project/ray/issues/53727
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     with joined_or_started(address, SEARCH_STORE, os.cpu_count()):
         search.keep_quiet()
         run = search.embed_shared(pipeline, documents, workers, _tell)

@@ -33,7 +33,9 @@ SECONDS = 60.0  # that a node has to start a worker and to look
 @units_option
 @click.pass_context
 def doctor(context: click.Context, address: str | None, report: bool, shown_as: str) -> None:
-    """Look for what is wrong: on this machine with a small cluster of its own, or in the cluster at --address on all nodes.
+    """Look for what is wrong here, or in a cluster.
+
+    It starts a small cluster of its own, or looks at all nodes of the one at --address.
 
     Tries a private mapping for real. Looks at the store, /dev/shm, the container's memory limit, versions on all nodes, settings
     of Ray, and its memory monitor. Each finding has a remedy. Ends with status 1 if one is a failure; a warning is none.

@@ -49,7 +49,9 @@ def memory(
     shown_as: str,
     sort_by: str,
 ) -> None:
-    """Show what publications and processes of the cluster really take, on all nodes, measured by their kernels.
+    """Show what publications and processes take.
+
+    Of all nodes of the cluster, as their kernels measure it.
 
     --watch prints a report after the other; as JSON one on each line. --plot is drawn of the last one. Rows are sorted within
     each node.

@@ -33,9 +33,10 @@ _ORDERS: dict[str, Any] = {
 @sort_option(*_ORDERS)
 @units_option
 def list_names(address: str, shown_as: str, sort_by: str) -> None:
-    """List the publications that have names: versions, aliases, bytes, nodes, age, source.
+    """List the publications that have names.
 
-    BYTES puts the largest first, AGE the newest. `source` says whether a version comes back by itself after a loss.
+    With versions, aliases, bytes, nodes, age and source. BYTES puts the largest first, AGE the newest. `source`
+    says whether a version comes back by itself after a loss.
 
     \b
     Examples:
@@ -85,7 +86,9 @@ def publish(
     address: str,
     shown_as: str,
 ) -> None:
-    """Publish what MODULE:OBJECT makes, under a name. It outlives this command.
+    """Publish what MODULE:OBJECT makes, under a name.
+
+    It outlives this command.
 
     OBJECT is a function or a class that is called without arguments, or a pipeline or module itself. Workers must be able to
     import its classes. Content that the name has already gives the version that exists.
@@ -135,7 +138,9 @@ def _published(pipeline: Any, options: dict[str, Any]) -> NamedPublication:
 @address_option
 @format_option
 def remove(name: str, version: int | None, address: str, shown_as: str) -> None:
-    """Remove a name, or one of its versions. Pipelines that were loaded keep what they use.
+    """Remove a name, or one of its versions.
+
+    Pipelines that were loaded keep what they use.
 
     \b
     Examples:
@@ -155,7 +160,9 @@ def remove(name: str, version: int | None, address: str, shown_as: str) -> None:
 @address_option
 @format_option
 def alias(name: str, alias: str, version: int, address: str, shown_as: str) -> None:
-    """Let ALIAS of NAME point at VERSION: to roll back, or forward. Whatever follows it changes.
+    """Let an alias of a name point at a version.
+
+    To roll back, or forward. Whatever follows it changes.
 
     \b
     Examples:

@@ -31,7 +31,9 @@ from zerocopy._tables import as_text, format_bytes
 @sort_option("BYTES", "NAME")
 @units_option
 def plan(target: str, workers: int | None, nodes: int, versions: int, shown_as: str, sort_by: str) -> None:
-    """Show what would be shared and copied, and which object store that needs. No cluster is needed.
+    """Show what would be shared and copied, and the store it needs.
+
+    No cluster is needed.
 
     MODULE:OBJECT is a pipeline or a module, or a function or class that makes one without arguments. Of a FOLDER of Hugging
     Face's (config.json, *.safetensors, also with an index) only the headers of the files are read; of such a folder all weights

@@ -190,16 +190,18 @@ def memory_limit(groups: Path = Path("/sys/fs/cgroup")) -> int | None:
 
 
 class Rights(NamedTuple):
-    """What Linux compares before it lets one process look into another: https://man7.org/linux/man-pages/man2/ptrace.2.html.
+    """What Linux compares before it lets one process look into another.
+
+    https://man7.org/linux/man-pages/man2/ptrace.2.html, https://man7.org/linux/man-pages/man7/user_namespaces.7.html
 
     Attributes:
         user: its user id.
-        namespace: identifies its user namespace; None where this process may not know.
+        namespace: how its user namespace maps ids, which any process may read: that of another one differs.
         capabilities: one bit for each: https://man7.org/linux/man-pages/man7/capabilities.7.html
     """
 
     user: int
-    namespace: str | None
+    namespace: str
     capabilities: int
 
 
@@ -211,10 +213,7 @@ def rights_of(pid: int) -> Rights:
     """
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     told = dict(line.split(":", 1) for line in lines if ":" in line)
-    try:
-        namespace = str(Path(f"/proc/{pid}/ns/user").readlink())
-    except OSError:
-        namespace = None
+    namespace = " ".join(Path(f"/proc/{pid}/uid_map").read_text().split())
     return Rights(int(told["Uid"].split()[0]), namespace, int(told.get("CapPrm", "0"), 16))
 
 

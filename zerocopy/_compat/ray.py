@@ -19,7 +19,7 @@ import ray.exceptions
 from ray._common import ray_option_utils
 from ray._common.constants import HEAD_NODE_RESOURCE_NAME
 from ray._common.utils import get_system_memory
-from ray._private import internal_api, ray_constants, serialization, state, worker
+from ray._private import internal_api, ray_constants, serialization, services, state, worker
 from ray._private.utils import get_used_memory
 from ray.cloudpickle import cloudpickle
 from ray.core.generated import common_pb2, gcs_pb2
@@ -97,6 +97,19 @@ def cluster_id() -> str:
     https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/includes/gcs_client.pxi
     """
     return str(_worker.gcs_client.cluster_id.hex())
+
+
+def host_and_port(address: str) -> tuple[str, int]:
+    """Where the control plane of the cluster at an address is; "auto" is the cluster that runs here, as `ray.init` finds it.
+
+    Raises:
+        ConnectionError: none runs here.
+        ValueError: this is no address.
+
+    https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/_private/services.py: `canonicalize_bootstrap_address`
+    """
+    host, _, port = str(services.canonicalize_bootstrap_address(address)).rpartition(":")
+    return host.strip("[]"), int(port)
 
 
 def head_node() -> str | None:
