@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,9 @@ def zerocopy_command() -> Callable[..., Result]:
     """Runs a command line in this process."""
 
     def run(*arguments: object) -> Result:
-        return CliRunner().invoke(cli, [*map(str, arguments)], prog_name="zerocopy", catch_exceptions=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what the interpreter would show, and go on
+            return CliRunner().invoke(cli, [*map(str, arguments)], prog_name="zerocopy", catch_exceptions=False)
 
     return run
 

@@ -149,14 +149,14 @@ def test_a_report_names_no_user(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "- **warning** store (node abababab): It is in ~/x. → Move it." in report
 
 
-WAYS: dict[str, tuple[str, int | None, str]] = {
-    "namespace": ("unshare --user --map-root-user", None, "another user namespace"),
-}
-if (
-    os.geteuid() == 0
-):  # nobody else's raylet has capabilities that a worker could lack, and no worker becomes another user
-    WAYS["capabilities"] = ("setpriv --bounding-set=-all --inh-caps=-all", None, "capabilities that this process lacks")
-    WAYS["user"] = ("", 65534, "the user id 65534, its raylet 0")
+WAYS: dict[str, tuple[str, int | None, str]] = (
+    {  # nobody else's raylet has capabilities that a worker could lack, and no worker becomes another user
+        "capabilities": ("setpriv --bounding-set=-all --inh-caps=-all", None, "capabilities that this process lacks"),
+        "user": ("", 65534, "the user id 65534, its raylet 0"),
+    }
+    if os.geteuid() == 0
+    else {"namespace": ("unshare --user --map-root-user", None, "another user namespace")}
+)
 
 
 def test_workers_that_may_not_map_say_why(cluster: None) -> None:

@@ -62,13 +62,15 @@ def bench(target: Target, input_: Target | None, workers: int, address: str | No
     end = time.monotonic() + SECONDS
     with joined_or_started(address, store_bytes(weights, workers, arguments_fraction()), os.cpu_count()):
         shared = _shared(Trial(workers, inputs, end), model)
+        start = time.monotonic()
         pickled, why = _pickled(model)
+        seconds = time.monotonic() - start
         del model
         gc.collect()
         give_back_heap()
         copies = None
         if pickled is not None:
-            copies, why = _copies(Trial(_fitting(workers, len(pickled[0])), inputs, end), pickled)
+            copies, why = _copies(Trial(_fitting(workers, len(pickled[0])), inputs, end), pickled, seconds)
     result = _Result(target.name, weights, workers, shared, copies, why)
     show(shown_as, result.to_dict(), result.text)
 
@@ -90,9 +92,9 @@ def _pickled(model: Any) -> tuple[list[bytes] | None, str]:
         return None, f"Plain copies were not measured: pickle says {first_line(error)}"
 
 
-def _copies(trial: Trial, pickled: list[bytes]) -> tuple[Figures | None, str]:
+def _copies(trial: Trial, pickled: list[bytes], seconds: float) -> tuple[Figures | None, str]:
     try:
-        return trial.copies(pickled.pop), ""
+        return trial.copies(pickled.pop, seconds), ""
     except Late:
         return None, "Plain copies were not measured: two minutes were over."
 

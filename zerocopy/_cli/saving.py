@@ -21,9 +21,9 @@ class Taken:
 
     Attributes:
         way: how they got the model.
-        store: pages of the store that they share; a page that was never touched counts not at all.
+        store: of the store what they have loaded, once.
         private: what each has as its own.
-        files: program files, which they share.
+        files: program files, which they share among themselves and with others.
     """
 
     way: str
@@ -35,8 +35,8 @@ class Taken:
     def of(cls, way: str, report: MemoryReport) -> Taken:
         """What a report on these workers alone tells."""
         private = tuple(process.private for process in report.processes)
-        store = max((process.mapped for process in report.processes), default=0)
-        return cls(way, store, private, max(report.total - report.private - report.shared, 0))
+        in_store = sum(process.share for process in report.processes)
+        return cls(way, report.shared, private, report.total - report.private - in_store)
 
     @property
     def total(self) -> int:

@@ -34,7 +34,7 @@ class Figures:
         workers: how many ran.
         memory: bytes that they took together, above what they took before they had the model: what each has as its own, and the
             store's pages once.
-        publish: seconds to put it into the store.
+        publish: seconds to put it into the store; of copies, to pickle it first.
         load: seconds until a worker had it; the median of all, which load at the same time.
         first: seconds of the first forward, None if nothing is known to run it with.
         steady: median seconds of those that follow.
@@ -120,13 +120,17 @@ class Trial:
         """
         return self._measure(lambda: [_published(model)])
 
-    def copies(self, pickled: Callable[[], bytes]) -> Figures:
+    def copies(self, pickled: Callable[[], bytes], seconds: float) -> Figures:
         """The same where each worker unpickles a copy.
+
+        Args:
+            seconds: that pickling has taken.
 
         Raises:
             Late: the time was over.
         """
-        return self._measure(lambda: [object_store.put(pickled())])
+        found = self._measure(lambda: [object_store.put(pickled())])
+        return attrs.evolve(found, publish=found.publish + seconds)
 
     def _measure(self, put: Callable[[], Handle]) -> Figures:
         cpus = ray.cluster_resources().get("CPU", 1.0)
