@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,28 +16,13 @@ from zerocopy._cli.inputs import inputs_of
 from zerocopy._cli.sizing import Weights
 from zerocopy._cli.trial import Figures, Late, Trial
 
-OWN = """
-import torch
-from torch import nn
-
-def build():
-    return nn.Sequential(*[nn.Linear(1500, 1500) for _ in range(6)])
-
-def batch():
-    return torch.ones(2, 1500)
-"""
 NBYTES = 6 * (1500 * 1500 + 1500) * 4
 FIGURES = Figures(workers=2, memory=100, publish=0.5, load=0.002, first=None, steady=None)
 
 
-def test_a_model_of_ones_own_is_measured(
-    cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: Callable[..., Any]
-) -> None:
+def test_a_model_of_ones_own_is_measured(cluster: None, told: Callable[..., Any]) -> None:
     """Two workers that share it take it once, two with copies take it twice; each figure is there."""
-    (tmp_path / "own_bench_for_cli.py").write_text(OWN)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-    found = told("bench", "own_bench_for_cli:build", "--input", "own_bench_for_cli:batch", "--workers", 2)
+    found = told("bench", "models_to_name:layers", "--input", "models_to_name:batch", "--workers", 2)
     assert found["shared_bytes"] == NBYTES
     assert (found["notes"], found["plain_memory_is_computed"]) == ([], False)
     assert NBYTES <= found["zerocopy"]["memory"] < 1.6 * NBYTES

@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 
 from zerocopy._cli.main import cli
 
-MODEL = "own_models_for_cli"
+MODEL = "models_to_name"
 
 
 @pytest.mark.parametrize(
@@ -22,7 +22,7 @@ MODEL = "own_models_for_cli"
         (["plan", f"{MODEL}:nothing"], 2, f"there is no '{MODEL}:nothing'"),
         (["plan", MODEL], 2, "names no object. Hint: give module:object"),
         (["plan", f"{MODEL}:wants"], 2, "needs arguments: missing a required argument: 'size'"),
-        (["plan", f"{MODEL}:broken"], 1, "raised ValueError (own_models_for_cli.py, line 23): no weights here"),
+        (["plan", f"{MODEL}:broken"], 1, "raised ValueError (models_to_name.py, line 32): no weights here"),
         (["plan", f"{MODEL}:number"], 1, "expects a pipeline or an nn.Module, got 'int'"),
         (
             ["plan", "broken_for_cli:build"],
@@ -38,10 +38,16 @@ MODEL = "own_models_for_cli"
     ],
 )
 def test_mistakes_are_told(
-    arguments: list[str], status: int, words: str, models: Path, zerocopy_command: Callable[..., Result]
+    arguments: list[str],
+    status: int,
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    zerocopy_command: Callable[..., Result],
 ) -> None:
     """Before anything starts."""
-    (models / "broken_for_cli.py").write_text("import no_such_package")
+    (tmp_path / "broken_for_cli.py").write_text("import no_such_package")
+    monkeypatch.syspath_prepend(tmp_path)
     done = zerocopy_command(*arguments)
     assert done.exit_code == status
     assert not done.stdout

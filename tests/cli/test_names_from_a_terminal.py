@@ -12,12 +12,12 @@ from click.testing import Result
 
 import zerocopy
 
-MODEL = "own_models_for_cli"
+MODEL = "models_to_name"
 NBYTES = (512 * 512 + 512) * (4 + 2)
 
 
 def test_a_name_from_its_first_version_to_its_end(
-    models: Path, name: str, told: Callable[..., Any], zerocopy_command: Callable[..., Result]
+    name: str, told: Callable[..., Any], zerocopy_command: Callable[..., Result]
 ) -> None:
     """What a function makes is published, listed, pointed at, and removed; refusals are those of the library."""
     first = told("publish", f"{MODEL}:instance", "--name", name, "--alias", "stable")

@@ -19,7 +19,7 @@ from zerocopy._compat.ray import LEAST_STORE
 from zerocopy._tables import bytes_in, format_bytes
 from zerocopy.errors import CheckpointError
 
-MODEL = "own_models_for_cli"
+MODEL = "models_to_name"
 NBYTES = (512 * 512 + 512) * (4 + 2)
 
 
@@ -36,7 +36,7 @@ def saved(folder: Path, *, dtype: torch.dtype = torch.bfloat16) -> Path:
     return folder
 
 
-def test_an_object_is_planned(models: Path, told: Callable[..., Any]) -> None:
+def test_an_object_is_planned(told: Callable[..., Any]) -> None:
     """By field and by dtype, with totals; what its function prints is no result."""
     plan = told("plan", f"{MODEL}:build", "--workers", 3, "--nodes", 2)
     assert plan["shared_bytes"] == NBYTES
@@ -51,7 +51,7 @@ def test_an_object_is_planned(models: Path, told: Callable[..., Any]) -> None:
     assert plan["object_store_memory"] == LEAST_STORE
 
 
-def test_a_table_says_what_to_set(models: Path, zerocopy_command: Callable[..., Result]) -> None:
+def test_a_table_says_what_to_set(zerocopy_command: Callable[..., Result]) -> None:
     """In the unit that was asked for, with the line to type."""
     done = zerocopy_command("plan", f"{MODEL}:instance", "--workers", 2, "--units", "KB")
     assert done.exit_code == 0

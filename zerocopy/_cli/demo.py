@@ -13,6 +13,7 @@ from zerocopy._cli.cluster import joined_or_started, own_address_option
 from zerocopy._cli.saving import Taken, bars_of, chart_of, data_of, table_of
 from zerocopy._cli.show import format_option, show, units_option
 from zerocopy._cli.sizing import Weights, store_bytes
+from zerocopy._publish.verify import plan
 from zerocopy._store.object_store import arguments_fraction
 from zerocopy._tables import format_bytes
 
@@ -77,7 +78,6 @@ def demo(
 
 
 def _large(workers: int, compare: bool, address: str | None) -> tuple[dict[str, Any], str, list[Taken], int]:
-    from zerocopy import plan
     from zerocopy._cli import encoder
 
     _tell("Making an encoder of 1 GB with random weights")
@@ -101,7 +101,6 @@ def _large(workers: int, compare: bool, address: str | None) -> tuple[dict[str, 
 def _search(
     workers: int, compare: bool, queries: list[str], file: Path | None, limit: int | None, address: str | None
 ) -> tuple[dict[str, Any], str, list[Taken], int]:
-    from zerocopy import plan
     from zerocopy._cli import search
 
     documents = search.documents_of(file, limit)

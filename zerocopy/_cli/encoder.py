@@ -19,10 +19,10 @@ from zerocopy.errors import MissingPackageError
 
 TOKENS = 32  # of each of the texts that a worker encodes
 TEXTS = 4
-LARGE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 18, "num_attention_heads": 16}
+LARGE: dict[str, Any] = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 18, "num_attention_heads": 16}
 
 
-def encoder(**shape: int) -> nn.Module:
+def encoder(**shape: Any) -> nn.Module:
     """A BERT of that shape; without one, of 1 GB.
 
     Raises:
@@ -36,8 +36,8 @@ def encoder(**shape: int) -> nn.Module:
             hint="pip install 'zerocopy-ray[demo]'.",
             package="transformers",
         ) from error
-    config: Any = BertConfig(**(shape or LARGE))  # type: ignore[arg-type]
-    return BertModel(config).train(False)
+    made: nn.Module = BertModel(BertConfig(**(shape or LARGE)))
+    return made.train(False)
 
 
 class Worker:

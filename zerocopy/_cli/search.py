@@ -24,8 +24,8 @@ import torch
 from torch import nn
 
 import zerocopy
-from zerocopy import copied, shared
 from zerocopy._cli.docstrings import stdlib_docstrings
+from zerocopy._declare.fields import copied, shared
 from zerocopy.errors import MissingPackageError
 from zerocopy.memory import MemoryReport
 
