@@ -68,7 +68,11 @@ def test_a_folder_is_planned_by_its_headers(tmp_path: Path, told: Callable[..., 
         (folder / file).write_bytes(content[:header])  # weights are not read
     plan = told("plan", folder, "--sort-by", "name")
     assert (plan["kind"], plan["files"]) == ("Llama", ["one.safetensors", "two.safetensors"])
-    assert {one["path"]: one["bytes"] for one in plan["entries"]} == {"lm_head": 8192, "model": 16384}
+    assert {one["path"]: one["bytes"] for one in plan["entries"]} == {
+        "lm_head": 8192,
+        "model.embed": 8192,
+        "model.layers": 8192,
+    }
     assert plan["dtypes"] == {"bfloat16": 3 * 8192}
     assert plan["notes"] == []
 
@@ -99,8 +103,10 @@ def test_folders_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
         folder_of(folder)
 
 
-def test_parts_are_as_deep_as_it_takes() -> None:
-    """A prefix that all names have says nothing."""
+def test_numbered_layers_are_one_part() -> None:
+    """Others are told by the modules around them."""
+    layers = {f"model.layers.{number}.mlp.weight": 2 for number in range(3)}
+    assert by_part({"model.embed.weight": 7, **layers}) == (("model.embed", 7), ("model.layers", 6))
     assert by_part({"model.a.x": 1, "model.a.y": 2, "model.b.x": 5}) == (("model.b", 5), ("model.a", 3))
     assert by_part({"weight": 4}) == (("weight", 4),)
     assert by_part({}) == ()

@@ -146,8 +146,8 @@ class _Result:
         """A table, and remarks."""
         title = f"{self.name}: {format_bytes(self.weights.shared)} shared, {format_bytes(self.weights.copied)} copied"
         headers = (f"{self.workers} workers" if self.workers > 1 else "1 worker", "zerocopy", "plain copies", "ratio")
-        table = as_text(headers, list(self._rows()), right=headers[1:], title=title)
-        return "\n".join([table, *(f"\n{note}" for note in self._notes())])
+        table = as_text(headers, list(self._rows()), right=headers[1:])
+        return "\n".join([f"{title}\n", table, *(f"\n{note}" for note in self._notes())])
 
     def _rows(self) -> Iterator[tuple[str, ...]]:
         plain, computed = self.memory_of_copies, " (computed)" if self.is_computed else ""

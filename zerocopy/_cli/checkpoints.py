@@ -5,6 +5,7 @@ Format: https://github.com/huggingface/safetensors#format: eight bytes with the 
 
 from __future__ import annotations
 
+import itertools
 import json
 import struct
 from collections import Counter
@@ -16,6 +17,7 @@ import attrs
 from zerocopy.errors import CheckpointError
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+DEPTH = 3  # of the names of parts
 MOST_HEADER = 100_000_000  # bytes, as in the library
 # What safetensors calls a dtype, and torch. Others are shown as they are called there.
 DTYPES = {
@@ -123,14 +125,12 @@ def header_of(file: Path) -> dict[str, tuple[str, int]]:
 
 
 def by_part(nbytes: dict[str, int]) -> tuple[tuple[str, int], ...]:
-    """Bytes of each part of a model, the most first: as deep as it takes until there are two."""
-    names = [name.split(".") for name in nbytes]
-    depth = 1
-    while len({tuple(name[:depth]) for name in names}) == 1 and any(len(name) > depth for name in names):
-        depth += 1
+    """Bytes of each part of a model, the most first: layers that are numbered are one part."""
     parts: Counter[str] = Counter()
-    for name, count in zip(names, nbytes.values(), strict=True):
-        parts[".".join(name[:depth])] += count
+    for name, count in nbytes.items():
+        *modules, parameter = name.split(".")
+        known = itertools.takewhile(lambda module: not module.isdigit(), modules)
+        parts[".".join(itertools.islice(known, DEPTH)) or parameter] += count
     return tuple(parts.most_common())
 
 

@@ -60,7 +60,10 @@ def joined(address: str, **options: Any) -> Iterator[None]:
     try:
         _init(address, **options)
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
-        raise Failed(f"The Ray cluster at {address!r} cannot be joined: {first_line(error)}") from error
+        raise Failed(
+            f"The Ray cluster at {address!r} cannot be joined: {first_line(error)} Hint: see whether it runs the same Ray and "
+            "Python, and whether it asks for a token (RAY_AUTH_MODE)."
+        ) from error
     try:
         object_store.require()
         yield

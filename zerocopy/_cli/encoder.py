@@ -19,7 +19,12 @@ from zerocopy.errors import MissingPackageError
 
 TOKENS = 32  # of each of the texts that a worker encodes
 TEXTS = 4
-LARGE: dict[str, Any] = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 18, "num_attention_heads": 16}
+LARGE: dict[str, Any] = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 18,
+    "num_attention_heads": 16,
+}
 
 
 def encoder(**shape: Any) -> nn.Module:

@@ -106,8 +106,10 @@ def _of_folder(folder: Folder, sort_by: str) -> _Planned:
         f"{folder.name}{f' ({folder.kind})' if folder.kind else ''}: {format_bytes(folder.nbytes)} shared, in {files}"
     )
     rows = [(path, "shared", format_bytes(nbytes)) for path, nbytes in fields]
-    text = as_text(("path", "policy", "bytes"), rows, right=("bytes",), title=title)
-    return _Planned(Weights(folder.nbytes, 0), data, text, folder.dtypes, tuple(_notes_on_folder(folder)))
+    text = as_text(("path", "policy", "bytes"), rows, right=("bytes",))
+    return _Planned(
+        Weights(folder.nbytes, 0), data, f"{title}\n\n{text}", folder.dtypes, tuple(_notes_on_folder(folder))
+    )
 
 
 def _notes_on_folder(folder: Folder) -> Iterator[str]:
