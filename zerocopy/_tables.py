@@ -25,6 +25,8 @@ def bytes_in(unit: str | None) -> Iterator[None]:
 
 def format_bytes(count: int) -> str:
     """`count` bytes in the largest decimal unit that leaves a number of at least one, unless `bytes_in` names a unit."""
+    if count < 0:
+        return f"-{format_bytes(-count)}"
     if (unit := _unit.get()) is not None:
         return f"{count:,} B" if unit == "B" else f"{count / UNITS[unit]:,.3f} {unit}"
     # Rich is imported where it is used: it would double the time that importing zerocopy takes.

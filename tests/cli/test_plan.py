@@ -137,4 +137,4 @@ def test_bytes_in_a_unit() -> None:
         assert (format_bytes(1_500_000), format_bytes(3_000_000_000)) == ("1.500 MB", "3,000.000 MB")
     with bytes_in("B"):
         assert format_bytes(1500) == "1,500 B"
-    assert format_bytes(1500) == "1.5 kB"
+    assert (format_bytes(1500), format_bytes(-1500)) == ("1.5 kB", "-1.5 kB")
