@@ -25,7 +25,7 @@ def _install_tests(session: nox.Session) -> None:
 def demo(session: nox.Session) -> None:
     """Semantic search over the standard library, over four workers that share one model."""
     _install(session, "-e", ".[demo]")
-    session.run("python", "examples/stdlib_search.py", *session.posargs, env=OFFLINE)
+    session.run("zerocopy", "demo", *session.posargs, env=OFFLINE)
 
 
 @nox.session

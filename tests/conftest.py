@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import inspect
+import json
 import os
 import runpy
 import subprocess
@@ -18,9 +19,11 @@ import pytest
 import ray
 import reliability
 import torch
+from click.testing import CliRunner, Result
 from ray._private import internal_api, state
 
 import zerocopy
+from zerocopy._cli.main import cli
 from zerocopy._cluster import following
 from zerocopy._publish import weights
 
@@ -124,6 +127,30 @@ def run_as_main(
 
     start = ray.init
     monkeypatch.setattr(ray, "init", init)
+    return run
+
+
+@pytest.fixture
+def zerocopy_command() -> Callable[..., Result]:
+    """Runs a command line of `zerocopy` in this process."""
+
+    def run(*arguments: object) -> Result:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what the interpreter would show, and go on
+            return CliRunner().invoke(cli, [*map(str, arguments)], prog_name="zerocopy", catch_exceptions=False)
+
+    return run
+
+
+@pytest.fixture
+def told(zerocopy_command: Callable[..., Result]) -> Callable[..., Any]:
+    """What a command of `zerocopy` that ends well tells as JSON, which stands alone on stdout."""
+
+    def run(*arguments: object) -> Any:
+        done = zerocopy_command(*arguments, "--format", "json")
+        assert done.exit_code == 0, done.output
+        return json.loads(done.stdout)
+
     return run
 
 

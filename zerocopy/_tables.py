@@ -2,13 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import html
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextvars import ContextVar
+
+UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+_unit: ContextVar[str | None] = ContextVar("unit", default=None)
+
+
+@contextlib.contextmanager
+def bytes_in(unit: str | None) -> Iterator[None]:
+    """Let all bytes be shown in one of `UNITS` meanwhile; None for the one that fits each."""
+    token = _unit.set(unit)
+    try:
+        yield
+    finally:
+        _unit.reset(token)
 
 
 def format_bytes(count: int) -> str:
-    """`count` bytes in the largest decimal unit that leaves a number of at least one."""
+    """`count` bytes in the largest decimal unit that leaves a number of at least one, unless `bytes_in` names a unit."""
+    if count < 0:
+        return f"-{format_bytes(-count)}"
+    if (unit := _unit.get()) is not None:
+        return f"{count:,} B" if unit == "B" else f"{count / UNITS[unit]:,.3f} {unit}"
     # Rich is imported where it is used: it would double the time that importing zerocopy takes.
     from rich.filesize import decimal
 

@@ -12,9 +12,10 @@ import attrs
 import torch
 from torch import nn
 
+from zerocopy._cli.inputs import Inputs, inputs_of
+from zerocopy._cli.inputs import run as call
 from zerocopy.errors import ArgumentError
 
-TOKENS = 16  # of each row that a language model is given
 STATED = re.compile(r"llama(\d+)")  # a depth is part of the name
 
 
@@ -64,16 +65,12 @@ def find(name: str) -> Model:
 def run(model: nn.Module, rows: int = 1) -> bool:
     """Run the model on `rows` rows, if it tells what its input looks like; whether it did.
 
-    `example_inputs(rows)` is the models' here, `dummy_inputs` that of transformers, `example_input_array` that of Lightning.
+    As `zerocopy bench` knows it, and TorchScript, which keeps but a width.
     """
     inputs = _inputs(model, rows)
     if inputs is None:
         return False
-    with torch.inference_mode():
-        if isinstance(inputs, dict):
-            model(**inputs)
-        else:
-            model(*inputs)
+    call(model, inputs)
     return True
 
 
@@ -83,17 +80,11 @@ def storages(model: nn.Module) -> list[torch.UntypedStorage]:
     return list({tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in tensors}.values())
 
 
-def _inputs(model: nn.Module, rows: int) -> Any:
+def _inputs(model: nn.Module, rows: int) -> Inputs | None:
     width = getattr(model, "width", None)
     if isinstance(model, Perceptron | torch.jit.ScriptModule) and width:
         return (torch.ones(rows, width),)
-    if hasattr(model, "example_inputs"):
-        example: Any = model.example_inputs
-        return example(rows)
-    if getattr(model, "dummy_inputs", None) is not None:
-        return {"input_ids": torch.ones(rows, TOKENS, dtype=torch.long)}
-    array = getattr(model, "example_input_array", None)
-    return array if array is None or isinstance(array, tuple | dict) else (array,)
+    return inputs_of(model, rows)
 
 
 def _built(name: str) -> nn.Module:

@@ -37,6 +37,7 @@ WINGS = [
     "memory",
     "testing",
     "__init__",
+    "_cli",
 ]
 
 
@@ -115,15 +116,16 @@ def test_importing_is_light_and_starts_nothing() -> None:
     """`import zerocopy` adds little to importing torch and Ray; it starts neither Ray nor CUDA, no thread and no process."""
     program = (
         "import ray, torch, threading, ray.actor, ray.cloudpickle, time\n"
-        "before, start = threading.active_count(), time.process_time()\n"
+        "import sys\n"
+        "before, before_modules, start = threading.active_count(), set(sys.modules), time.process_time()\n"
         "import zerocopy\n"
         "print(time.process_time() - start)\n"
         "assert not ray.is_initialized()\n"
         "assert not torch.cuda.is_initialized()\n"
         "assert threading.active_count() == before\n"
-        "import sys\n"
         "assert 'rich' not in sys.modules\n"
         "assert 'ray.data' not in sys.modules\n"
+        "assert not {'click', 'packaging', 'zerocopy._cli'} & sys.modules.keys() - before_modules\n"
     )
     seconds = []
     for _ in range(3):  # the other tests' work on the same cores makes it look longer

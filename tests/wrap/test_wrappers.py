@@ -409,14 +409,14 @@ def test_devices() -> None:
     wrapper = ActorWrapper(Pipeline(), device="cpu")
     assert wrapper.load().encoder.linear.weight.device.type == "cpu"
     for load in (wrapper.load, ModelWrapper.from_model(Model()).load):
-        with pytest.raises(ValueError, match="Device 'cuda:77' is not there"):
+        with pytest.raises(ValueError, match="This process has no device 'cuda:77'"):
             load(device="cuda:77")
-    with pytest.raises(DeviceError, match="Device 'cuda:77' is not there"):
+    with pytest.raises(DeviceError, match="This process has no device 'cuda:77'"):
         ActorWrapper(Pipeline(), device="cuda:77").load()
     with pytest.raises(DeviceError, match="does not know"):
         ActorWrapper(Pipeline(), device="nonsense")
     tasks = ModelWrapper.from_model(Pipeline(), mode="task").load(device="cuda:77")
-    with pytest.raises(DeviceError, match="Device 'cuda:77' is not there"):
+    with pytest.raises(DeviceError, match="This process has no device 'cuda:77'"):
         tasks(INPUT)
 
 

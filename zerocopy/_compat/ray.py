@@ -19,7 +19,7 @@ import ray.exceptions
 from ray._common import ray_option_utils
 from ray._common.constants import HEAD_NODE_RESOURCE_NAME
 from ray._common.utils import get_system_memory
-from ray._private import internal_api, serialization, state, worker
+from ray._private import internal_api, ray_constants, serialization, services, state, worker
 from ray._private.utils import get_used_memory
 from ray.cloudpickle import cloudpickle
 from ray.core.generated import common_pb2, gcs_pb2
@@ -97,6 +97,19 @@ def cluster_id() -> str:
     https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/includes/gcs_client.pxi
     """
     return str(_worker.gcs_client.cluster_id.hex())
+
+
+def host_and_port(address: str) -> tuple[str, int]:
+    """Where the control plane of the cluster at an address is; "auto" is the cluster that runs here, as `ray.init` finds it.
+
+    Raises:
+        ConnectionError: none runs here.
+        ValueError: this is no address.
+
+    https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/_private/services.py: `canonicalize_bootstrap_address`
+    """
+    host, _, port = str(services.canonicalize_bootstrap_address(address)).rpartition(":")
+    return host.strip("[]"), int(port)
 
 
 def head_node() -> str | None:
@@ -210,6 +223,19 @@ def node_of_owner(error: ray.exceptions.ObjectLostError) -> str | None:
 # https://github.com/ray-project/ray/blob/ray-2.60.0/src/ray/common/ray_config_def.h
 ARGUMENTS_FRACTION_VARIABLE = "RAY_max_task_args_memory_fraction"
 ARGUMENTS_FRACTION = 0.7
+
+# How much of a node's memory Ray gives its store if nobody says so, and the smallest store that it makes, in bytes.
+# https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/_private/ray_constants.py
+STORE_FRACTION: float = ray_constants.DEFAULT_OBJECT_STORE_MEMORY_PROPORTION
+LEAST_STORE: int = ray_constants.OBJECT_STORE_MINIMUM_MEMORY_BYTES
+
+# When Ray begins to kill workers: at which part of the memory, and how often it looks; 0 for never.
+# https://github.com/ray-project/ray/blob/ray-2.60.0/src/ray/common/ray_config_def.h
+MEMORY_THRESHOLD_VARIABLE, MEMORY_THRESHOLD = "RAY_memory_usage_threshold", 0.95
+MEMORY_REFRESH_VARIABLE, MEMORY_REFRESH_MS = "RAY_memory_monitor_refresh_ms", 250
+
+# How variables start that let Ray drop messages or wait, for its own tests. In the same file.
+TESTING_VARIABLES = "RAY_testing_"
 
 # Each buffer of at least 2048 bytes starts at a multiple of so many in its object: `kMajorBufferAlign`.
 # https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/includes/serialization.pxi
@@ -339,6 +365,15 @@ def own_raylet() -> psutil.Process | None:
     """
     option = f"--store_socket_name={store_socket()}"
     return next((found for found in raylets() if option in _words_of(found)), None)
+
+
+def option_of(raylet: psutil.Process, option: str) -> str | None:
+    """What an option on a raylet's command line says, such as `plasma_directory`; None where it is not told.
+
+    In the same file: `start_raylet`.
+    """
+    start = f"--{option}="
+    return next((word.removeprefix(start) for word in _words_of(raylet) if word.startswith(start)), None)
 
 
 def drivers_on(node_id: str) -> list[int]:

@@ -57,6 +57,7 @@ class SharePlan:
             call loads such a pipeline whole.
         view_bytes: of `shared_bytes` those that a loaded pipeline has as views of the store; None if the plan was not verified.
         written_bytes: bytes of views that loading writes to, in whole pages, which each load copies; None as above.
+        dtype_bytes: of `shared_bytes`, the bytes of each dtype, the most first; a storage counts by its first tensor.
     """
 
     name: str
@@ -66,6 +67,7 @@ class SharePlan:
     entangled: str | None = None
     view_bytes: int | None = None
     written_bytes: int | None = None
+    dtype_bytes: tuple[tuple[str, int], ...] = ()
 
     def __str__(self) -> str:
         return as_text(self._headers(), self._rows(), right=_NUMBERS, title=self._title(), caption=self._caption())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -56,7 +56,19 @@ def plan_of(found: Introspection, measure: Callable[[str], Measured] | None = No
         max(found.outer.nbytes - beside, 0) + copied,
         found.entangled,
         None if measure is None else sum(entry.views or 0 for entry in shared),
+        dtype_bytes=_dtype_bytes(found),
     )
+
+
+def _dtype_bytes(found: Introspection) -> tuple[tuple[str, int], ...]:
+    """The bytes of each dtype, the most first."""
+    dtypes: dict[int, str] = {}
+    for spec in found.table.specs:
+        dtypes.setdefault(spec.storage, _dtype_name(spec.dtype))
+    nbytes: Counter[str] = Counter()
+    for index, storage in enumerate(found.table.storages):
+        nbytes[dtypes[index]] += storage.nbytes
+    return tuple(nbytes.most_common())
 
 
 def _shared_entries(found: Introspection, measure: Callable[[str], Measured] | None) -> Iterator[PlanEntry]:

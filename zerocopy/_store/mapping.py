@@ -177,6 +177,21 @@ def is_isolation_possible() -> bool:
     return bool(shared)
 
 
+def why_not_private(stored: np.ndarray[Any, Any]) -> str | None:
+    """Why this process cannot map an object of the store privately; None where it can: it is mapped, and written to.
+
+    Args:
+        stored: bytes as `ray.get` gave them, which no other object has.
+    """
+    start = start_of(stored)
+    try:
+        memory, first = _map_checked(start, start + stored.nbytes, True, start, stored.tobytes())
+    except (MappingImpossible, OSError, ValueError) as error:
+        return str(error)
+    memory[start - first] ^= 0xFF
+    return None if memory[start - first] != stored[0] else "a write to a private mapping reached the store"
+
+
 def map_if_in_store(arrays: Sequence[np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
     """Writable twins of `arrays`, private to this process. Arrays in the object store are mapped, others are copied.
 

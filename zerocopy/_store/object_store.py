@@ -333,6 +333,11 @@ def check_room(needed: int, what: str) -> None:
         )
 
 
+def arguments_fraction() -> float:
+    """How much of the store the arguments of the calls that run on a node may take; further calls wait, and Ray is silent."""
+    return float(os.environ.get(ARGUMENTS_FRACTION_VARIABLE, ARGUMENTS_FRACTION))
+
+
 _warned: set[str] = set()
 
 
@@ -344,7 +349,7 @@ def warn_of_crowding(shared: int, copied: int, what: str) -> None:
         copied: bytes of the copied part, which each call carries.
     """
     size = capacity() or math.inf
-    fraction = float(os.environ.get(ARGUMENTS_FRACTION_VARIABLE, ARGUMENTS_FRACTION))
+    fraction = arguments_fraction()
     rule = (
         f"Calls whose own arguments take more than {fraction:.0%} of the object store together wait for each other, which Ray "
         f"does not say; {ARGUMENTS_FRACTION_VARIABLE} sets another limit when the cluster is started"

@@ -1,4 +1,4 @@
-"""The docstrings of the Python standard library, which `stdlib_search.py` searches. Run it to read them."""
+"""What do the docstrings of the Python standard library say? The demo searches them."""
 
 from __future__ import annotations
 
@@ -29,61 +29,57 @@ def stdlib_docstrings() -> list[tuple[str, str]]:
     found: dict[str, str] = {}
     for name, docstring in (*docstrings_in_source(), *docstrings_in_c()):
         found.setdefault(docstring, name)
-    return [(name, first_paragraph(name, docstring)) for docstring, name in found.items()]
+    return [(name, _first_paragraph(name, docstring)) for docstring, name in found.items()]
 
 
 def docstrings_in_source() -> Iterator[tuple[str, str]]:
-    """Parses the modules and imports none."""
+    """Those of Python code. Parses the modules and imports none."""
     left_out = set(NOT_A_LIBRARY.split())
     root = Path(sysconfig.get_path("stdlib"))
     for name in sorted(sys.stdlib_module_names):
         for file in (root / f"{name}.py", *sorted((root / name).rglob("*.py"))):
             parts = [part for part in file.relative_to(root).with_suffix("").parts if part != "__init__"]
-            if file.is_file() and not set(parts) & left_out and all(map(is_public, parts)):
-                yield from docstrings_below(ast.parse(file.read_bytes()), ".".join(parts))
+            if file.is_file() and not set(parts) & left_out and all(map(_is_public, parts)):
+                yield from _docstrings_below(ast.parse(file.read_bytes()), ".".join(parts))
 
 
-def docstrings_below(parent: ast.Module | ast.ClassDef, prefix: str) -> Iterator[tuple[str, str]]:
+def _docstrings_below(parent: ast.Module | ast.ClassDef, prefix: str) -> Iterator[tuple[str, str]]:
     for node in parent.body:
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and is_public(node.name):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and _is_public(node.name):
             name = f"{prefix}.{node.name}"
             if text := ast.get_docstring(node):
                 yield name, text
             if isinstance(node, ast.ClassDef):
-                yield from docstrings_below(node, name)
+                yield from _docstrings_below(node, name)
 
 
 def docstrings_in_c() -> Iterator[tuple[str, str]]:
+    """Those of what is written in C."""
     for module_name in COMPILED.split():
         try:
             module = importlib.import_module(module_name)
         except ImportError:  # this Python was built without it
             continue
         prefix = "" if module_name == "builtins" else f"{module_name}."
-        for name, member in public_members(module):
+        for name, member in _public_members(module):
             yield f"{prefix}{name}", inspect.cleandoc(member.__doc__)
-            for method_name, method in public_members(member) if inspect.isclass(member) else ():
+            for method_name, method in _public_members(member) if inspect.isclass(member) else ():
                 yield f"{prefix}{name}.{method_name}", inspect.cleandoc(method.__doc__)
 
 
-def public_members(owner: Any) -> Iterator[tuple[str, Any]]:
-    for name in filter(is_public, getattr(owner, "__all__", vars(owner))):
+def _public_members(owner: Any) -> Iterator[tuple[str, Any]]:
+    for name in filter(_is_public, getattr(owner, "__all__", vars(owner))):
         member = getattr(owner, name, None)
         if (inspect.isroutine(member) or inspect.isclass(member)) and member.__doc__:
             yield name, member
 
 
-def is_public(name: str) -> bool:
+def _is_public(name: str) -> bool:
     return not name.startswith("_")
 
 
-def first_paragraph(name: str, docstring: str) -> str:
+def _first_paragraph(name: str, docstring: str) -> str:
     """The first that is not merely a signature, on one line."""
     first, *others = docstring.split("\n\n")
     is_signature = others and first.startswith(f"{name.rpartition('.')[2]}(")
     return " ".join((others[0] if is_signature else first).split())
-
-
-if __name__ == "__main__":
-    for qualified_name, paragraph in stdlib_docstrings():
-        print(f"{qualified_name}: {paragraph}")

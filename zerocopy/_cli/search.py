@@ -1,17 +1,11 @@
-"""Semantic search over the Python standard library, embedded by Ray Data workers that share one copy of a model.
+"""Semantic search over texts, embedded by Ray Data workers that share one copy of MiniLM.
 
-    pip install zerocopy-ray[demo]
-    python examples/stdlib_search.py --query "parse a date from a string" --compare
-
-Collects the docstrings of the standard library, embeds them with MiniLM in four workers that read the same weights,
-answers queries with the best matches, and shows what the worker processes took of memory. `--compare` embeds once more
-with plain Ray, which gives each worker a copy of the model. With RAY_ADDRESS set it uses that cluster, else it starts
-Ray on this machine. Six thousand texts take about a minute on two cores; `--limit` embeds fewer.
+Collects the docstrings of the standard library, or the lines of a file, embeds them in workers that read the same weights, and
+answers queries with the best matches. Six thousand texts take about a minute on two cores.
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import logging
 import math
@@ -19,18 +13,20 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
+import click
 import numpy as np
 import ray
 import torch
-from stdlib_docstrings import stdlib_docstrings
 from torch import nn
 
 import zerocopy
-from zerocopy import copied, shared
+from zerocopy._cli.docstrings import stdlib_docstrings
+from zerocopy._declare.fields import copied, shared
+from zerocopy.errors import MissingPackageError
 from zerocopy.memory import MemoryReport
 
 try:
@@ -39,9 +35,15 @@ try:
     from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
     from transformers.utils.logging import disable_progress_bar
 except ImportError as error:
-    sys.exit(f"{error}. Hint: pip install zerocopy-ray[demo]")
+    raise MissingPackageError(
+        f"The demo's search needs more packages: {error}.",
+        hint="pip install 'zerocopy-ray[demo]'.",
+        package=error.name,
+    ) from error
 
-Batch = dict[str, np.ndarray]
+Batch: TypeAlias = dict[str, np.ndarray[Any, Any]]
+Tell: TypeAlias = Callable[..., None]
+Answers: TypeAlias = list[tuple[str, list[tuple[float, "Document"]]]]  # of each query its matches, with cosines
 
 QUERIES = [
     "parse a date from a string",
@@ -55,6 +57,11 @@ class Document(NamedTuple):
 
     name: str
     text: str
+    is_named: bool = True
+
+    def searched(self) -> str:
+        """What is embedded: a name says something, unless it is a number of a line."""
+        return f"{self.name}: {self.text}" if self.is_named else self.text
 
 
 @zerocopy.pipeline
@@ -67,6 +74,7 @@ class Search:
 
     @torch.inference_mode()
     def embed(self, texts: list[str]) -> torch.Tensor:
+        """A row for each text."""
         tokens = self.tokenizer(texts, padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt")
         mask = tokens["attention_mask"].unsqueeze(-1)
         hidden = self.encoder(**tokens).last_hidden_state
@@ -129,19 +137,33 @@ def load_search() -> Search:
     return Search(encoder, AutoTokenizer.from_pretrained(MODEL_DIR, local_files_only=True))
 
 
-def file_documents(file: Path) -> list[Document]:
+def documents_of(file: Path | None, limit: int | None) -> list[Document]:
+    """The lines of a file, or the docstrings of the standard library; some of them, evenly spread, with a limit.
+
+    Raises:
+        click.BadParameter: the file cannot be read, or has no text.
+    """
+    try:
+        found = _lines_of(file) if file else list(itertools.starmap(Document, stdlib_docstrings()))
+    except (OSError, UnicodeDecodeError) as error:
+        raise click.BadParameter(
+            f"cannot read {file or 'the standard library'}: {error}", param_hint="--file"
+        ) from error
+    if not found:
+        raise click.BadParameter(f"there is no text in {file}", param_hint="--file")
+    count = min(limit or len(found), len(found))
+    return [found[position * len(found) // count] for position in range(count)]
+
+
+def _lines_of(file: Path) -> list[Document]:
     lines = file.read_text(encoding="utf-8").splitlines()
-    return [Document(f"{file.name}:{number}", line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
+    return [
+        Document(f"{file.name}:{number}", line.strip(), False) for number, line in enumerate(lines, 1) if line.strip()
+    ]
 
 
-def start_ray() -> None:
-    # Ray prints an error that is none for each actor of Ray Data: https://github.com/ray-project/ray/issues/53727
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
-    if "RAY_ADDRESS" in os.environ:
-        ray.init(**quiet)
-    else:
-        ray.init("local", num_cpus=os.cpu_count(), object_store_memory=500_000_000, include_dashboard=False, **quiet)
+def keep_quiet() -> None:
+    """Let Ray Data say nothing, and wait for its workers."""
     context = ray.data.DataContext.get_current()
     context.print_on_execution_start = context.enable_progress_bars = False
     context.wait_for_min_actors_s = 300  # every worker is up before the first batch, and so gets its part
@@ -156,13 +178,25 @@ class Run(NamedTuple):
     memory: MemoryReport
 
 
-def embed(texts: list[str], worker: type, arguments: dict[str, Any], workers: int) -> Run:
+def embed_shared(search: Search, documents: list[Document], workers: int, tell: Tell) -> Run:
+    """Embed with workers that share the model."""
+    return _embed(documents, Worker, {"search": search}, workers, tell)
+
+
+def embed_with_copies(search: Search, documents: list[Document], workers: int, tell: Tell) -> Run:
+    """Embed with a copy in each worker."""
+    arguments = {"encoder": search.encoder, "tokenizer": search.tokenizer}
+    return _embed(documents, PlainWorker, arguments, workers, tell)
+
+
+def _embed(documents: list[Document], worker: type, arguments: dict[str, Any], workers: int, tell: Tell) -> Run:
     """Embed with a pool of workers, and measure them now and then while they work."""
     here = ray.get_runtime_context().get_node_id()
     batches: list[Batch] = []
     pids: set[int] = set()
     peak, measured = zerocopy.memory_report([]), 0.0
-    for batch in telling(embedded_batches(texts, worker, arguments, workers), worker.__name__, len(texts)):
+    found = _embedded_batches([document.searched() for document in documents], worker, arguments, workers)
+    for batch in _telling(found, worker.__name__, len(documents), tell):
         batches.append(batch)
         new = set(batch["pid"][batch["node"] == here].tolist()) - pids
         if new or time.monotonic() - measured > 2:
@@ -173,7 +207,7 @@ def embed(texts: list[str], worker: type, arguments: dict[str, Any], workers: in
     return Run(torch.from_numpy(np.concatenate([batch["vector"] for batch in batches])[order]), peak)
 
 
-def embedded_batches(texts: list[str], worker: type, arguments: dict[str, Any], workers: int) -> Iterable[Batch]:
+def _embedded_batches(texts: list[str], worker: type, arguments: dict[str, Any], workers: int) -> Iterable[Batch]:
     cpus = ray.cluster_resources()["CPU"]
     batch_size = max(1, min(32, len(texts) // (4 * workers)))
     by_length = sorted(range(len(texts)), key=lambda row: -len(texts[row]))  # like lengths need little padding
@@ -188,91 +222,35 @@ def embedded_batches(texts: list[str], worker: type, arguments: dict[str, Any], 
     return dataset.iter_batches(batch_size=None, prefetch_batches=0)
 
 
-def telling(batches: Iterable[Batch], label: str, total: int) -> Iterator[Batch]:
+def _telling(batches: Iterable[Batch], label: str, total: int, tell: Tell) -> Iterator[Batch]:
     """The batches, while telling how many documents are done: on one line of a terminal, else on many."""
-    print(f"{label}: starting processes", flush=True)
+    tell(f"{label}: starting processes")
     done = first = 0
     began = told = time.monotonic()
     for batch in batches:
         yield batch
         now = time.monotonic()
         if not done:
-            print(f"{label}: the first batch came after {now - began:.0f} s", flush=True)
+            tell(f"{label}: the first batch came after {now - began:.0f} s")
             first, began, told = len(batch["row"]), now, now
         done += len(batch["row"])
-        if done == total or now - told > (0.2 if sys.stdout.isatty() else 5):
+        if done == total or now - told > (0.2 if sys.stderr.isatty() else 5):
             told = now
             speed = f", {(done - first) / (now - began):.0f} a second" if done > first else ""
-            end = "\r" if sys.stdout.isatty() and done < total else "\n"
-            print(f"{label}: {done:,} of {total:,} documents{speed} ", end=end, flush=True)
+            end = "\r" if sys.stderr.isatty() and done < total else "\n"
+            tell(f"{label}: {done:,} of {total:,} documents{speed} ", end=end)
 
 
-def print_answers(search: Search, index: Index, queries: list[str]) -> None:
+def answers_of(search: Search, index: Index, queries: list[str]) -> Answers:
+    """The best matches of each query."""
+    return list(zip(queries, answer.map(search, index, queries), strict=True))
+
+
+def text_of(answers: Answers) -> str:
+    """A line for each match."""
     width = shutil.get_terminal_size((120, 24)).columns
-    answers = list(answer.map(search, index, queries))
-    for query, matches in zip(queries, answers, strict=True):
-        print(f"\n{query}")
-        for score, document in matches:
-            print(f"  {score:.2f}  {document.name}  {document.text}"[:width])
-
-
-def memory_rows(report: MemoryReport) -> dict[str, int]:
-    """Bytes that the workers of this machine take; a page that they share counts once, one never touched not at all."""
-    rows = {"object store, shared": max((process.mapped for process in report.processes), default=0)}
-    rows |= {f"private to worker {number}": process.private for number, process in enumerate(report.processes, 1)}
-    rows["program files, shared"] = report.total - report.private - report.shared
-    return {**rows, "total": sum(rows.values())}
-
-
-def print_memory(columns: dict[str, dict[str, int]]) -> None:
-    print(f"\n{'memory of the workers':24}" + "".join(f"{title:>16}" for title in columns))
-    for label in next(iter(columns.values())):
-        counts = (rows.get(label) for rows in columns.values())
-        print(f"{label:24}" + "".join(f"{'':>16}" if count is None else f"{count / 1e6:13,.0f} MB" for count in counts))
-
-
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
-    return int(text)
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--query", action="append", help="what to look for; may be given several times")
-    parser.add_argument("--workers", type=positive, default=4, help="how many processes embed (default: 4)")
-    parser.add_argument("--limit", type=positive, help="embed that many documents, evenly spread (default: all)")
-    parser.add_argument("--file", type=Path, help="search this text file, a line a document, not the standard library")
-    parser.add_argument("--compare", action="store_true", help="embed again, with a copy of the model in each worker")
-    args = parser.parse_args()
-    try:
-        documents = file_documents(args.file) if args.file else list(itertools.starmap(Document, stdlib_docstrings()))
-    except (OSError, UnicodeDecodeError) as error:
-        parser.error(f"cannot read {args.file or 'the standard library'}: {error}")
-    if not documents:
-        parser.error(f"there is no text in {args.file}")
-    count = min(args.limit or len(documents), len(documents))
-    args.documents = [documents[position * len(documents) // count] for position in range(count)]
-    return args
-
-
-def main() -> None:
-    args = parse_arguments()
-    search = load_search()
-    print(
-        f"{len(args.documents):,} documents, a model of {zerocopy.plan(search).shared_bytes / 1e6:.0f} MB", flush=True
-    )
-    start_ray()
-    texts = [text if args.file else f"{name}: {text}" for name, text in args.documents]
-    run = embed(texts, Worker, {"search": search}, args.workers)
-    print_answers(search, Index(run.vectors, args.documents), args.query or QUERIES)
-    columns = {"zerocopy": memory_rows(run.memory)}
-    if args.compare:
-        print()
-        plain = embed(texts, PlainWorker, {"encoder": search.encoder, "tokenizer": search.tokenizer}, args.workers)
-        columns["plain copies"] = memory_rows(plain.memory)
-    print_memory(columns)
-
-
-if __name__ == "__main__":
-    main()
+    lines: list[str] = []
+    for query, matches in answers:
+        lines += ["", query]
+        lines += [f"  {score:.2f}  {document.name}  {document.text}"[:width] for score, document in matches]
+    return "\n".join(lines)

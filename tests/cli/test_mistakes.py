@@ -1,0 +1,79 @@
+"""A user's mistake ends a command with a sentence on stderr, a status that says whose fault it is, and no traceback."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from zerocopy._cli.main import cli
+
+MODEL = "models_to_name"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "words"),
+    [
+        (["plan", "nowhere:build"], 2, "there is no 'nowhere:build': No module named 'nowhere'"),
+        (["plan", f"{MODEL}:nothing"], 2, f"there is no '{MODEL}:nothing'"),
+        (["plan", MODEL], 2, "names no object. Hint: give module:object"),
+        (["plan", f"{MODEL}:wants"], 2, "needs arguments: missing a required argument: 'size'"),
+        (["plan", f"{MODEL}:broken"], 1, "raised ValueError (models_to_name.py, line 32): no weights here"),
+        (["plan", f"{MODEL}:number"], 1, "expects a pipeline or an nn.Module, got 'int'"),
+        (
+            ["plan", "broken_for_cli:build"],
+            1,
+            "importing 'broken_for_cli' raised ModuleNotFoundError (broken_for_cli.py, line 1)",
+        ),
+        (["plan", f"{MODEL}:build", "--workers", "0"], 2, "0 is not in the range x>=1"),
+        (["publish", f"{MODEL}:instance", "--name", "x", "--source"], 2, "--source needs a function"),
+        (["publish", f"{MODEL}:build"], 2, "Missing option '--name'"),
+        (["memory", "--times", "2"], 2, "--times is for --watch"),
+        (["demo", "--model", "large", "--query", "x"], 2, "are for --model minilm"),
+        (["list", "--format", "yaml"], 2, "'yaml' is not one of 'table', 'json'"),
+    ],
+)
+def test_mistakes_are_told(
+    arguments: list[str],
+    status: int,
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    zerocopy_command: Callable[..., Result],
+) -> None:
+    """Before anything starts."""
+    (tmp_path / "broken_for_cli.py").write_text("import no_such_package")
+    monkeypatch.syspath_prepend(tmp_path)
+    done = zerocopy_command(*arguments)
+    assert done.exit_code == status
+    assert not done.stdout
+    assert words in " ".join(done.stderr.split())
+
+
+def test_without_a_cluster_the_way_to_one_is_told(tmp_path: Path) -> None:
+    """The installed program, as a process of its own: its help, and what needs a cluster where there is none."""
+    program = Path(sys.executable).parent / "zerocopy"
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [program, *arguments], capture_output=True, text=True, timeout=120, check=False, cwd=tmp_path
+        )
+
+    done = run("list", "--address", "127.0.0.1:1", "--format", "json")
+    assert done.returncode == 1
+    assert not done.stdout
+    assert "No Ray cluster can be reached at '127.0.0.1:1'. Hint: start one with `ray start --head`" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_every_command_has_help_with_examples() -> None:
+    """And so does the program."""
+    assert set(cli.commands) == {"plan", "doctor", "list", "publish", "remove", "alias", "memory", "bench", "demo"}
+    for command in ([], *([name] for name in cli.commands)):
+        done = CliRunner().invoke(cli, [*command, "--help"], prog_name="zerocopy")
+        assert done.exit_code == 0
+        assert "  Examples:\n    zerocopy" in done.output

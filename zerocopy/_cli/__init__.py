@@ -1,0 +1,1 @@
+"""How is zerocopy used from a terminal?"""

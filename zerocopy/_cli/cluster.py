@@ -1,0 +1,118 @@
+"""How does a command join the cluster that runs, or start one of its own?"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import socket
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import click
+import ray
+
+from zerocopy._cli.failures import Failed, first_line
+from zerocopy._compat.ray import host_and_port
+from zerocopy._store import object_store
+from zerocopy.errors import RayClientError
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+START = "start one with `ray start --head`, or name one with --address HOST:PORT."
+REACH_SECONDS = 5.0  # that the head node has to accept a connection
+_QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+
+address_option = click.option(
+    "--address",
+    metavar="HOST:PORT",
+    default="auto",
+    show_default=True,
+    envvar="RAY_ADDRESS",
+    show_envvar=True,
+    help="The cluster to join: by default the one that runs here.",
+)
+
+
+def own_address_option(what: str) -> Callable[[F], F]:
+    """Of commands that start a small cluster of their own if none is named."""
+    text = f"The cluster {what}; 'auto' is the one that runs here. Default: a small one is started for it."
+    return click.option("--address", metavar="HOST:PORT", envvar="RAY_ADDRESS", show_envvar=True, help=text)
+
+
+@contextlib.contextmanager
+def joined(address: str, **options: Any) -> Iterator[None]:
+    """Be connected to a cluster meanwhile. A connection that there is already, made by a module of the user's, is kept.
+
+    Raises:
+        Failed: none runs there, or it cannot be joined.
+        RayClientError: the address is Ray Client's.
+    """
+    if object_store.is_running():
+        object_store.require()
+        yield
+        return
+    if address.startswith("ray://"):
+        raise RayClientError(
+            "zerocopy cannot work through Ray Client (ray://).", hint="run the command on a node of the cluster."
+        )
+    _check_reachable(address)
+    try:
+        _init(address, **options)
+    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+        raise Failed(
+            f"The Ray cluster at {address!r} cannot be joined: {first_line(error)} Hint: see whether it runs the same Ray and "
+            "Python, and whether it asks for a token (RAY_AUTH_MODE)."
+        ) from error
+    try:
+        object_store.require()
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _check_reachable(address: str) -> None:
+    """Refuse an address where nobody listens. Ray would try it for minutes."""
+    try:
+        with socket.create_connection(host_and_port(address), REACH_SECONDS):
+            pass
+    except ValueError as error:
+        raise click.BadParameter(
+            f"{address!r} is no address. Hint: write HOST:PORT.", param_hint="--address"
+        ) from error
+    except OSError as error:  # a ConnectionError among them
+        where = "on this machine" if address == "auto" else f"at {address!r}"
+        raise Failed(f"No Ray cluster can be reached {where}. Hint: {START}") from error
+
+
+@contextlib.contextmanager
+def started(nbytes: int, cpus: float | None = None) -> Iterator[None]:
+    """Have a cluster of one's own on this machine meanwhile, with so large a store; or the connection that there is.
+
+    Raises:
+        Failed: Ray cannot start one.
+    """
+    if object_store.is_running():
+        yield
+        return
+    try:
+        _init("local", object_store_memory=nbytes, num_cpus=cpus, include_dashboard=False)
+    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+        raise Failed(f"Ray cannot start a cluster here: {first_line(error)}") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextlib.contextmanager
+def joined_or_started(address: str | None, nbytes: int, cpus: float | None = None) -> Iterator[None]:
+    """The cluster at an address, or one of one's own."""
+    with started(nbytes, cpus) if address is None else joined(address):
+        yield
+
+
+def _init(address: str, **options: Any) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Ray's, about itself
+        ray.init(address, **_QUIET, **options)

@@ -1,0 +1,169 @@
+"""What does doctor look at on a node? It is gathered there, by a worker, and judged elsewhere."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import attrs
+import numpy as np
+import psutil
+
+from zerocopy._compat import linux
+from zerocopy._compat.ray import TESTING_VARIABLES, allows_out_of_band, option_of, own_raylet, raylets
+from zerocopy._store import object_store
+from zerocopy._store.mapping import why_not_private
+
+PACKAGES = ("zerocopy-ray", "torch", "ray", "numpy", "click", "protobuf")
+TRIED = 1 << 18  # bytes of the object that is mapped: more than Ray keeps in a heap
+
+
+@attrs.frozen
+class Place:
+    """A folder, and what kind of file system it is on; both empty where that is not told."""
+
+    folder: str
+    filesystem: str
+
+
+@attrs.frozen
+class Trial:
+    """How the trial of a private mapping went, and what Linux compared.
+
+    Attributes:
+        reason: why it is not possible; None where it is.
+        system: such as "linux".
+        is_gvisor: whether gVisor is the kernel.
+        own: the rights of the process that tried, None where they are not told.
+        raylet: those of its raylet, None where that is not seen.
+    """
+
+    reason: str | None
+    system: str
+    is_gvisor: bool
+    own: linux.Rights | None
+    raylet: linux.Rights | None
+
+
+@attrs.frozen
+class Facts:
+    """What was found on a node.
+
+    Attributes:
+        node: its id.
+        mapping: of a worker there.
+        versions: of packages that are installed, and of `python`.
+        system: operating system and release of its kernel.
+        store: bytes of its object store.
+        store_place: where that is.
+        spill_place: where Ray writes what does not fit.
+        shared_memory: bytes of /dev/shm, None where there is none.
+        limit: bytes of memory that the container may take, None without a limit.
+        memory: bytes of memory of the machine.
+        used: the part of the memory that is in use, 0 to 1.
+        huge_pages: bytes of huge pages that are free.
+        allows_out_of_band: what RAY_allow_out_of_band_object_ref_serialization says.
+        variables: those of Ray's that are set in its workers.
+        tells_mappings: whether the kernel tells what each mapping takes.
+    """
+
+    node: str
+    mapping: Trial
+    versions: Mapping[str, str]
+    system: tuple[str, str]
+    store: int
+    store_place: Place
+    spill_place: Place
+    shared_memory: int | None
+    limit: int | None
+    memory: int
+    used: float
+    huge_pages: int
+    allows_out_of_band: bool
+    variables: Mapping[str, str]
+    tells_mappings: bool
+
+
+def facts_here() -> Facts:
+    """Look at the node that this process is connected to."""
+    memory = psutil.virtual_memory()
+    raylet = _raylet()
+    return Facts(
+        node=object_store.node(),
+        mapping=mapping_here(),
+        versions=versions_here(),
+        system=(platform.system(), platform.release()),
+        store=object_store.capacity() or 0,
+        store_place=place_of(None if raylet is None else option_of(raylet, "plasma_directory")),
+        spill_place=place_of(None if raylet is None else option_of(raylet, "fallback_directory")),
+        shared_memory=_size_of(linux.SHARED_MEMORY),
+        limit=linux.memory_limit(),
+        memory=memory.total,
+        used=memory.percent / 100,
+        huge_pages=linux.free_huge_pages(),
+        allows_out_of_band=allows_out_of_band(),
+        variables={name: value for name, value in os.environ.items() if name.startswith("RAY_")},
+        tells_mappings=Path("/proc/self/smaps").exists(),
+    )
+
+
+def mapping_here() -> Trial:
+    """Try a private mapping in this process: for real, with an object that is put for it."""
+    ref = object_store.put(np.frombuffer(os.urandom(TRIED), np.uint8))
+    reason = why_not_private(object_store.get(ref))
+    raylet = _raylet()
+    own, others = _rights(os.getpid()), None if raylet is None else _rights(raylet.pid)
+    return Trial(reason, sys.platform, linux.is_gvisor(), own, others)
+
+
+def _raylet() -> psutil.Process | None:
+    return own_raylet() or next(raylets(), None)
+
+
+def _rights(pid: int) -> linux.Rights | None:
+    try:
+        return linux.rights_of(pid)
+    except OSError:
+        return None
+
+
+def versions_here() -> dict[str, str]:
+    """What is installed here, of what matters."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def place_of(folder: str | None) -> Place:
+    """The file system of a folder: that of the longest mount point above it."""
+    if not folder:
+        return Place("", "")
+    resolved = Path(folder).resolve()
+    found: tuple[int, str] = (-1, "")
+    for mount in psutil.disk_partitions(all=True):
+        point = Path(mount.mountpoint)
+        if point == resolved or point in resolved.parents:
+            found = max(found, (len(point.parts), mount.fstype), key=lambda one: one[0])
+    return Place(folder, found[1])
+
+
+def _size_of(folder: Path) -> int | None:
+    try:
+        status: Any = os.statvfs(folder)
+    except OSError:
+        return None
+    return int(status.f_blocks * status.f_frsize)
+
+
+def left_set(variables: Mapping[str, str]) -> list[str]:
+    """Those variables that belong to Ray's own tests."""
+    return sorted(name for name in variables if name.startswith(TESTING_VARIABLES))

@@ -1,0 +1,116 @@
+"""What does `module:object` name, and what does it give when it is called?"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+from zerocopy._cli.failures import code_of
+
+FORM = "give module:object, such as my_models:build for `build` in my_models.py of this folder."
+
+
+class Target:
+    """An object that the user has named.
+
+    Attributes:
+        name: as it was given.
+        value: the object.
+    """
+
+    def __init__(self, name: str, value: Any) -> None:
+        self.name = name
+        self.value = value
+
+    @property
+    def is_maker(self) -> bool:
+        """Whether it is called to give what is meant: a function, a method, a class or a partial of one."""
+        return inspect.isroutine(self.value) or inspect.isclass(self.value) or isinstance(self.value, functools.partial)
+
+    def made(self) -> Any:
+        """What it gives when it is called without arguments; itself, where it is an instance.
+
+        Raises:
+            click.BadParameter: it needs arguments.
+            Failed: it raised an error.
+        """
+        return self.build()() if self.is_maker else self.value
+
+    def build(self) -> Callable[[], Any]:
+        """It, as a function without arguments whose output stays away from stdout.
+
+        Raises:
+            click.BadParameter: it cannot be called so.
+        """
+        if not self.is_maker:
+            raise click.BadParameter(
+                f"{self.name!r} is {_kind(self.value)}, which cannot be called. Hint: give a function."
+            )
+        with contextlib.suppress(ValueError):  # of a class in C that does not tell
+            try:
+                inspect.signature(self.value).bind()
+            except TypeError as error:
+                raise click.BadParameter(
+                    f"{self.name!r} needs arguments: {error}. Hint: give a function that needs none."
+                ) from error
+        return self._call
+
+    def _call(self) -> Any:
+        with code_of(self.name), quiet():
+            return self.value()
+
+
+def named(_: click.Context, __: click.Parameter, name: str | None) -> Target | None:
+    """The callback of a parameter that names an object."""
+    return None if name is None else found(name)
+
+
+def found(name: str) -> Target:
+    """The object with a name.
+
+    Raises:
+        click.BadParameter: there is none.
+        Failed: its module raised an error.
+    """
+    module, _, path = name.partition(":")
+    if not module or not path:
+        raise click.BadParameter(f"{name!r} names no object. Hint: {FORM}")
+    here = str(Path.cwd())
+    if here not in sys.path:  # Ray lets workers look there too
+        sys.path.insert(0, here)
+    try:
+        with code_of(f"importing {module!r}"), quiet():
+            value = importlib.import_module(module)
+            for part in path.split("."):
+                value = getattr(value, part)
+    except click.ClickException as failed:
+        if isinstance(failed.__cause__, (ImportError, AttributeError)) and _is_about(failed.__cause__, module, path):
+            raise click.BadParameter(f"there is no {name!r}: {failed.__cause__}. Hint: {FORM}") from failed
+        raise
+    return Target(name, value)
+
+
+def _is_about(error: BaseException, module: str, path: str) -> bool:
+    """Whether the error says that what was named is missing, and not that something in the module is wrong."""
+    if isinstance(error, ImportError):
+        return error.name is not None and f"{module}.".startswith(f"{error.name}.")
+    return getattr(error, "name", None) in path.split(".")
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """What the user's code prints goes to stderr: stdout is for the command's result."""
+    with contextlib.redirect_stdout(sys.stderr):
+        yield
+
+
+def _kind(value: object) -> str:
+    return f"an instance of {type(value).__name__}"

@@ -1,0 +1,53 @@
+"""How does a command show what it found: as a table or as JSON, and bytes in which unit?"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import click
+
+from zerocopy._tables import UNITS, bytes_in
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+JSON = "json"
+
+
+def _use_units(context: click.Context, _: click.Parameter, unit: str | None) -> None:
+    context.with_resource(bytes_in(unit))
+
+
+format_option = click.option(
+    "--format",
+    "shown_as",
+    type=click.Choice(["table", JSON], case_sensitive=False),
+    default="table",
+    show_default=True,
+    help="How to print. JSON stands alone on stdout, and counts plain bytes.",
+)
+units_option = click.option(
+    "--units",
+    type=click.Choice(list(UNITS), case_sensitive=False),
+    callback=_use_units,
+    expose_value=False,
+    help="Unit of bytes in tables, decimal (1 KB is 1000 B). Default: the one that fits each number.",
+)
+
+
+def sort_option(*keys: str) -> Callable[[F], F]:
+    """By what the rows of a table can be sorted."""
+    return click.option(
+        "--sort-by", type=click.Choice(keys, case_sensitive=False), default=keys[0], show_default=True, help="Order."
+    )
+
+
+def show(shown_as: str, data: Any, text: Callable[[], str]) -> None:
+    """Print `data` as JSON, or the text."""
+    click.echo(json.dumps(data, indent=2) if shown_as == JSON else text())
+
+
+def in_bytes_first(rows: Sequence[tuple[str, int]]) -> list[tuple[str, int]]:
+    """Rows, the one with the most bytes first."""
+    return sorted(rows, key=lambda row: -row[1])
