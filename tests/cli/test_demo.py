@@ -35,6 +35,7 @@ needs_transformers = pytest.mark.skipif(
 
 
 @needs_search
+@pytest.mark.long
 def test_search_finds_the_right_document_and_shows_what_sharing_saves(
     cluster: None, tmp_path: Path, told: Callable[..., Any]
 ) -> None:

@@ -8,6 +8,7 @@ import pytest
 from conftest import HERE, ORDINARY, run_python
 
 
+@pytest.mark.long
 @pytest.mark.alone
 def test_a_live_update_under_load() -> None:
     """Nothing fails, no answer is of two versions, all follow to the last one, and the store returns to what is kept."""

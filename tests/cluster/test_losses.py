@@ -27,7 +27,7 @@ from zerocopy._cluster import client, writing
 from zerocopy._compat.linux import SharedMemory
 from zerocopy.errors import NotPublishedError, PublicationLostError
 
-pytestmark = pytest.mark.usefixtures("cluster")
+pytestmark = [pytest.mark.usefixtures("cluster"), pytest.mark.long]
 KIND = "Publishers, drivers and the registry"
 
 KILLED = """

@@ -25,6 +25,8 @@ from versions import numbered
 
 import zerocopy
 
+pytestmark = pytest.mark.long
+
 R = TypeVar("R")
 HOST = "127.0.0.1"
 PAGE = Path(__file__).parents[2] / "docs" / "serve.md"

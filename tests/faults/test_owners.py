@@ -22,7 +22,7 @@ from versions import numbered
 import zerocopy
 from zerocopy.errors import PublicationLostError
 
-pytestmark = pytest.mark.usefixtures("cluster")
+pytestmark = [pytest.mark.usefixtures("cluster"), pytest.mark.long]
 KIND = "Publishers, drivers and the registry"
 
 

@@ -8,6 +8,8 @@ import pytest
 from conftest import ORDINARY, run_python
 from reliability import read
 
+pytestmark = pytest.mark.long
+
 START = """
 import gc, os, pathlib, sys, time, warnings
 import numpy as np, ray, zerocopy

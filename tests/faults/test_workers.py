@@ -17,7 +17,7 @@ from versions import Numbered, numbered
 
 import zerocopy
 
-pytestmark = pytest.mark.usefixtures("cluster")
+pytestmark = [pytest.mark.usefixtures("cluster"), pytest.mark.long]
 KIND = "Workers"
 STARTING = (
     60.0  # seconds, where a process starts anew: on a busy machine to import torch takes longer than all the rest

@@ -9,6 +9,8 @@ import prefetching
 import pytest
 from clusters import outcomes
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def held() -> Callable[[str], None]:

@@ -170,6 +170,7 @@ def test_a_model_that_cannot_be_made_ends_the_command(
     assert "'own_models:wrong' returned int, not an nn.Module" in refused(capsys, "own_models:wrong")
 
 
+@pytest.mark.long
 @pytest.mark.alone  # beside others Ray may need longer than the 30 s that it gives a node to start
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="memory is asked of Linux")
 def test_a_model_of_ones_own_is_measured(tmp_path: Path) -> None:
@@ -211,6 +212,7 @@ def test_a_model_of_ones_own_is_measured(tmp_path: Path) -> None:
     assert str(tmp_path) not in page
 
 
+@pytest.mark.long
 @pytest.mark.alone
 def test_names_and_versions_are_measured(tmp_path: Path) -> None:
     """A quick run of them writes its own section of a page, in which sizes meet their goals, and leaves the others."""

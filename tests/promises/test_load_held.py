@@ -5,7 +5,7 @@ from __future__ import annotations
 import load_held
 import pytest
 
-pytestmark = pytest.mark.usefixtures("cluster")
+pytestmark = [pytest.mark.usefixtures("cluster"), pytest.mark.long]
 
 
 def test_a_crowd_gets_right_answers() -> None:

@@ -232,6 +232,7 @@ cluster.shutdown()
 """
 
 
+@pytest.mark.long
 def test_what_is_lost_says_why(tmp_path: Path) -> None:
     """Each way to lose weights is named, in words and as `reason`, with a way out that fits, also where a task says it."""
     pickled = tmp_path / "publication.pickle"
