@@ -35,9 +35,9 @@ def plan(target: str, workers: int | None, nodes: int, versions: int, shown_as: 
 
     No cluster is needed.
 
-    MODULE:OBJECT is a pipeline or a module, or a function or class that makes one without arguments. Of a FOLDER of Hugging
-    Face's (config.json, *.safetensors, also with an index) only the headers of the files are read; of such a folder all weights
-    are shared, and what a pipeline holds besides, such as a tokenizer, is not counted.
+    MODULE:OBJECT is a pipeline or a module, or a function or class that makes one without arguments. A FOLDER of
+    Hugging Face's (config.json, *.safetensors or *.bin, also with an index) is looked at without reading its weights. They are
+    all shared, and what a pipeline holds besides, such as a tokenizer, is not counted.
 
     The object_store_memory of a node is what lies in its store at a time, over 0.7, rounded up to 1 MB: the shared bytes
     (for each of --versions), and the copied bytes once per worker, since each call carries them. Arguments of calls that run

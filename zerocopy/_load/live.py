@@ -134,7 +134,9 @@ def forget(pipeline: Any) -> None:
 
 
 def unshare(pipeline: Any) -> None:
-    """Give a loaded pipeline its own private memory. It no longer needs the object store.
+    """Copy the weights of a loaded pipeline into memory of its own, so that it no longer needs the object store.
+
+    `publication.load()` made the pipeline; `publication.close()` only lets go of a handle, and copies nothing.
 
     Tensors and arrays keep their identity, their ties and their contents, and other threads may use them meanwhile. Takes the
     bytes of the weights in memory. No pipeline needs it to stay right: it lets the store have its memory back.

@@ -116,7 +116,9 @@ class Publication(OnNodes, Handle):
     def load(
         self, device: str | torch.device | None = None, fields: Sequence[str] | None = None, *, verify: bool = False
     ) -> Any:
-        """Make a live pipeline whose tensors are views of the store, private to this process when written.
+        """Make a live pipeline over the weights in the store: in milliseconds, without a copy, and private when written.
+
+        `close()` lets go of the weights in the store; `zerocopy.unshare()` gives what was loaded memory of its own.
 
         Args:
             device: where every tensor goes: a torch device, `"auto"` for the GPU that Ray assigned (else the CPU), or
@@ -245,7 +247,7 @@ class Publication(OnNodes, Handle):
             )
 
     def close(self) -> None:
-        """Let go of the weights. Loaded pipelines keep what they use; closing twice is fine."""
+        """Let go of the weights in the store; pipelines that were loaded keep what they use. Closing twice is fine."""
         state, self._state = self._state, Closed()
         lease, self._lease = self._lease, None
         self._current = self._holders = None
