@@ -347,7 +347,7 @@ MISUSES: list[tuple[Callable[[], object], type[Exception], str]] = [
         "Field 'encoder' of Search is mandatory, but a field before it has a default. Hint: declare 'encoder' with "
         "kw_only=True, or all of them with @zerocopy.pipeline(kw_only=True).",
     ),
-    (decorated_twice, TypeError, "Search is a pipeline already. Hint: decorate it once."),
+    (decorated_twice, TypeError, "Search is marked with @zerocopy.pipeline already. Hint: decorate it once."),
     (
         marker_taken_by_a_dataclass,
         TypeError,
@@ -357,8 +357,8 @@ MISUSES: list[tuple[Callable[[], object], type[Exception], str]] = [
     (
         actor_of_a_pipeline,
         TypeError,
-        "Search is a pipeline, which cannot be an actor as well. Hint: write an actor class that takes the pipeline as an "
-        "argument.",
+        "Search is marked with @zerocopy.pipeline, so it cannot be an actor as well. Hint: write an actor class that takes it "
+        "as an argument.",
     ),
     (
         slots_without_weakref,
@@ -379,13 +379,13 @@ MISUSES: list[tuple[Callable[[], object], type[Exception], str]] = [
     (
         missing_pipeline,
         TypeError,
-        "answer() is missing its pipeline argument 'pipeline'. Hint: pass an instance of pipelines.Search, or a "
+        "answer() is missing its argument 'pipeline'. Hint: pass an instance of pipelines.Search, or a "
         "publication of one; its signature is answer(pipeline: 'Search', query: 'float') -> 'float'.",
     ),
     (
         missing_pipeline_of_an_actor,
         TypeError,
-        "Worker() is missing its pipeline argument 'pipeline'. Hint: pass an instance of pipelines.Search, or a "
+        "Worker() is missing its argument 'pipeline'. Hint: pass an instance of pipelines.Search, or a "
         "publication of one; its signature is Worker(pipeline: 'Search', limit: 'int' = 10)",
     ),
     (
@@ -447,7 +447,7 @@ MISUSES: list[tuple[Callable[[], object], type[Exception], str]] = [
     (
         fields_of_another_class,
         TypeError,
-        "<class 'dict'> is not a pipeline class. Hint: mark it with @zerocopy.pipeline.",
+        "class 'dict' is not marked with @zerocopy.pipeline. Hint: decorate the class itself.",
     ),
     (
         lock_in_a_copied_field,

@@ -87,7 +87,9 @@ def fields(cls: type) -> Mapping[str, Field]:
         DeclarationError: `cls` is not a pipeline class, or an undecorated subclass declares fields of its own.
     """
     if not isinstance(cls, type) or not is_pipeline_class(cls):
-        raise DeclarationError(f"{cls!r} is not a pipeline class.", hint="mark it with @zerocopy.pipeline.")
+        raise DeclarationError(
+            f"{describe(cls)} is not marked with @zerocopy.pipeline.", hint="decorate the class itself."
+        )
     known = _fields_of.get(cls)
     if known is None:
         known = _fields_of[cls] = _collect(cls)
@@ -167,7 +169,7 @@ def _check_class(cls: Any) -> None:
             hint="add '__weakref__' to __slots__, or leave __slots__ out.",
         )
     if isinstance(vars(cls).get(FOOTPRINT), Footprint):
-        raise DeclarationError(f"{cls.__name__} is a pipeline already.", hint="decorate it once.")
+        raise DeclarationError(f"{cls.__name__} is marked with @zerocopy.pipeline already.", hint="decorate it once.")
     if dataclasses.is_dataclass(cls) and (taken := [n for n, value in vars(cls).items() if isinstance(value, Marker)]):
         raise DeclarationError(
             f"Field {taken[0]!r} of {cls.__name__} was taken by @dataclass as a default value.",

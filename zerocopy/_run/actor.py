@@ -307,8 +307,8 @@ def _prepare(cls: type) -> None:
             )
     if is_pipeline_class(cls):
         raise DeclarationError(
-            f"{cls.__name__} is a pipeline, which cannot be an actor as well.",
-            hint="write an actor class that takes the pipeline as an argument.",
+            f"{cls.__name__} is marked with @zerocopy.pipeline, so it cannot be an actor as well.",
+            hint="write an actor class that takes it as an argument.",
         )
     for name, value in vars(cls).items():
         if isinstance(value, Marker):

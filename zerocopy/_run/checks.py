@@ -110,7 +110,7 @@ class Parameters:
         for name, classes in self._expected_classes().items():
             if name not in given and self._signature.parameters[name].default is inspect.Parameter.empty:
                 return ArgumentError(
-                    f"{self._name}() is missing its pipeline argument {name!r}.",
+                    f"{self._name}() is missing its argument {name!r}.",
                     hint=f"pass an instance of {_names_of(classes)}, or a publication of one; {usage}",
                 )
         return ArgumentError(f"{self._name}() was called with arguments that do not fit: {error}.", hint=usage)
