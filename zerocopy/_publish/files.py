@@ -179,6 +179,12 @@ def _state_dict_at(path: str, key: str | None, mapped: set[object]) -> tuple[dic
         raise CheckpointError(f"{path!r} cannot be read by torch: {_reason(error)}") from None
     state = _state_dict_in(saved, key, path)
     tensors = {name: value.detach() for name, value in state.items() if isinstance(value, torch.Tensor)}
+    strange = [name for name, tensor in tensors.items() if tensor.layout is not torch.strided or tensor.is_quantized]
+    if strange:
+        raise CheckpointError(
+            f"{path!r} has {counted(strange, 'sparse or quantized tensor')}, which cannot be read from a file here.",
+            hint="load the model with torch, and use zerocopy.publish(model, adopt=True).",
+        )
     if is_zip:
         mapped.update(storage_of(tensor).key for tensor in tensors.values())
     return tensors, [str(name) for name in state if name not in tensors]
