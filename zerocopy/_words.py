@@ -6,6 +6,12 @@ import difflib
 from collections.abc import Sequence
 
 
+def first_line(error: BaseException) -> str:
+    """The first line that an error says; its class where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 def counted(names: Sequence[str], noun: str, plural: str = "") -> str:
     """How many names there are, and the first three: `203 names (a, b, c, ...)`."""
     told = ", ".join([*names[:3], *(["..."] if len(names) > 3 else [])])

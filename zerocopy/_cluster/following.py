@@ -28,6 +28,7 @@ from zerocopy._load.publication import Publication
 from zerocopy._seeing import events
 from zerocopy._store import object_store
 from zerocopy._store.manifest import Manifest
+from zerocopy._words import first_line
 from zerocopy.errors import FollowWarning, NotPublishedError, PublicationLostError, ZeroCopyError
 
 T_co = TypeVar("T_co", covariant=True)
@@ -237,8 +238,11 @@ class Watcher:
             except Exception as error:  # also what users' pipelines raise when they are given back
                 failures += 1
                 if failures == WORTH_A_WARNING and session is object_store.session():
-                    reason = str(error).splitlines()[0]
-                    warn_later(f"zerocopy cannot follow publications now, and goes on with what is loaded: {reason}")
+                    reason = first_line(error)
+                    warn_later(
+                        f"zerocopy cannot ask for newer versions now. It tries again, and this process goes on with what it "
+                        f"has loaded: {reason}"
+                    )
                 time.sleep(PAUSE_SECONDS * random.uniform(0.5, 1.5))  # noqa: S311 (many shall not ask at one moment)
 
     def _has_work(self, session: object) -> bool:
