@@ -19,6 +19,7 @@ from zerocopy._seeing.plot import draw
 from zerocopy._seeing.processes import ProcessMemory
 from zerocopy._store import object_store
 from zerocopy._tables import as_html, as_text, format_bytes
+from zerocopy._words import check_seconds
 from zerocopy.errors import ArgumentError
 
 __all__ = ["MemoryReport", "NodeMemory", "ProcessMemory", "PublicationMemory", "memory_report", "private_bytes"]
@@ -176,8 +177,9 @@ def memory_report(pids: Iterable[int] | None = None, *, timeout: float = SECONDS
         timeout: seconds that other nodes have to answer. A note tells which did not.
 
     Raises:
-        ArgumentError: `pids` are not numbers.
+        ArgumentError: `pids` are not numbers, or `timeout` is none.
     """
+    check_seconds(timeout)
     if pids is not None:
         pids = _checked(pids)
         return MemoryReport.of_nodes([measure_processes(pids, object_store.node())])

@@ -522,6 +522,8 @@ def test_other_mistakes(name: str) -> None:
     with pytest.raises(NotPublishedError, match="publish it with zerocopy.publish\\(..., name='nobody'\\)"):
         zerocopy.lookup("nobody")
     zerocopy.publish(numbered(1), name=name)
+    with pytest.raises(ArgumentError, match=f"has positions, not the key '{name}'.*lookup"):
+        zerocopy.publications()[name]
     with pytest.raises(NotPublishedError, match="has no alias 'canary'"):
         zerocopy.lookup(name, alias="canary")
     with pytest.raises(ArgumentError, match="an alias or a version, got both"):

@@ -675,6 +675,16 @@ def test_a_publication_in_the_place_of_its_pipeline(cluster: None) -> None:
     for use in (zerocopy.publish, zerocopy.plan, zerocopy.version_of, assert_zero_copy):
         with pytest.raises(errors.ArgumentError, match="got a publication. Hint: "):
             use(publication)
+    with pytest.raises(
+        errors.ArgumentError, match=r"zerocopy.publish expects .* got an ObjectRef. Hint: pass what ray.get"
+    ):
+        zerocopy.publish(publication.reference)
+    with pytest.raises(
+        errors.NotExposedError, match=r"A publication of Search has no attribute 'encoder'. .*load\(\).encoder"
+    ):
+        publication.encoder
+    with pytest.raises(errors.NotExposedError, match=r"has no attribute 'version'. .*publish\(..., name=...\)"):
+        publication.version
 
 
 def test_copied_annotation_is_a_policy() -> None:

@@ -14,7 +14,7 @@ import time
 import uuid
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, NoReturn, Protocol, TypeVar
 
 import ray
 import torch
@@ -29,7 +29,7 @@ from zerocopy._seeing import events
 from zerocopy._store import object_store
 from zerocopy._store.manifest import Manifest
 from zerocopy._words import first_line
-from zerocopy.errors import FollowWarning, NotPublishedError, PublicationLostError, ZeroCopyError
+from zerocopy.errors import FollowWarning, NotExposedError, NotPublishedError, PublicationLostError, ZeroCopyError
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -55,7 +55,20 @@ class Live(Protocol[T_co]):
         ...
 
 
-class Fixed(Generic[T_co]):
+class _ToBeLoaded:
+    """What a user may take for the pipeline itself."""
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("_"):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        raise NotExposedError(
+            f"What arrives for a zerocopy.Live[...] parameter has no attribute {name!r}.",
+            hint=f"its current() gives the pipeline: write .current().{name}.",
+            attribute=name,
+        )
+
+
+class Fixed(_ToBeLoaded, Generic[T_co]):
     """A pipeline that has no other versions, as a `Live` one."""
 
     def __init__(self, pipeline: T_co) -> None:
@@ -69,7 +82,7 @@ class Fixed(Generic[T_co]):
         return f"<zerocopy.Live {type(self._pipeline).__name__}, which has one version>"
 
 
-class OnDevice:
+class OnDevice(_ToBeLoaded):
     """A publication as a `Live` pipeline on the device of an actor or a task."""
 
     def __init__(self, publication: Publication, device: str | None) -> None:

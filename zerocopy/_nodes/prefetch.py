@@ -20,6 +20,7 @@ from zerocopy._nodes.where import Location, Node, NodeCopies, NodeCopy
 from zerocopy._progress import progress_bar
 from zerocopy._store import object_store
 from zerocopy._store.lost import raise_if_lost
+from zerocopy._words import check_seconds
 from zerocopy.errors import ArgumentError, PrefetchError, StoreTooSmallError
 
 # When nothing has come for so long, a node that pulls may not answer: others need not wait for it.
@@ -76,8 +77,8 @@ def prefetch(
     what: str,
 ) -> NodeCopies:
     """Bring objects to nodes; see `Publication.prefetch`."""
-    if timeout is not None and not isinstance(timeout, (int, float)):
-        raise ArgumentError(f"timeout={timeout!r} is not a number of seconds.", hint="give a number, or None.")
+    if timeout is not None:
+        check_seconds(timeout)
     located = object_store.locations(refs)
     chosen = _chosen(wanted, where.nodes(), located)
     needed = sum(size for _, size in located)

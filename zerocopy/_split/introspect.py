@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import attrs
 import numpy as np
+import ray
 import torch
 from torch import nn
 from torch.export import ExportedProgram
@@ -133,6 +134,10 @@ def check_pipeline(obj: object, what: str) -> None:
     if isinstance(obj, type):
         raise ArgumentError(
             f"{what} expects an instance, got the class {obj.__name__!r}.", hint="make an instance of it."
+        )
+    if isinstance(obj, ray.ObjectRef):
+        raise ArgumentError(
+            f"{what} expects a pipeline or a model, got an ObjectRef.", hint="pass what ray.get() gives."
         )
     if isinstance(obj, Handle):
         raise ArgumentError(
