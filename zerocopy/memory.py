@@ -177,7 +177,7 @@ def memory_report(pids: Iterable[int] | None = None, *, timeout: float = SECONDS
         timeout: seconds that other nodes have to answer. A note tells which did not.
 
     Raises:
-        ArgumentError: `pids` are not numbers, or `timeout` is none.
+        ArgumentError: `pids` or `timeout` are not numbers.
     """
     check_seconds(timeout)
     if pids is not None:

@@ -552,8 +552,7 @@ MISUSES: list[tuple[Callable[[], object], type[Exception], str]] = [
     (
         the_pipeline_as_its_source,
         TypeError,
-        "source= got a Search, not a function that makes it. Hint: give a function without arguments that makes the pipeline "
-        "again.",
+        "source= got a Search, not a function that makes it. Hint: give a function without arguments that makes it again.",
     ),
     (
         a_source_with_arguments,

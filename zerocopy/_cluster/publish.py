@@ -246,7 +246,7 @@ def commit_of(
 
 def _check_source(source: Any) -> None:
     """Refuse what could not make the pipeline when its weights are lost: then nobody is there to read the error."""
-    hint = "give a function without arguments that makes the pipeline again."
+    hint = "give a function without arguments that makes it again."
     if isinstance(source, nn.Module) or is_pipeline_class(type(source)):
         raise ArgumentError(f"source= got a {type(source).__name__}, not a function that makes it.", hint=hint)
     if not callable(source):

@@ -71,7 +71,7 @@ def measure_processes(
     publications, notes = accounts.publications(node), list(measured.notes)
     if not all(one.kind for one in publications):
         notes.append(
-            "No process tells what the rows without a class are: something else than zerocopy maps the store, or just now."
+            "No process tells what the rows without a class are: something other than zerocopy maps the store, or just now."
         )
     return NodeMemory(node, accounts.objects(), tuple(measured.processes), tuple(publications), tuple(notes))
 

@@ -96,7 +96,7 @@ class StoredMemory:
         if wrong:
             raise CorruptedError(
                 f"{len(wrong)} of {len(self._needed)} storages have other bytes than were published.",
-                hint="something else than zerocopy has written to the object store. Publish again.",
+                hint="something other than zerocopy has written to the object store. Publish again.",
                 storages=wrong,
             )
 
