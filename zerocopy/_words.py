@@ -1,9 +1,17 @@
-"""How do errors tell of names: long lists in short, and the name that was probably meant?"""
+"""What do errors of many places say: lists in short, the name that was probably meant, the first line of another error?"""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
+
+from zerocopy.errors import ArgumentError
+
+
+def first_line(error: BaseException) -> str:
+    """The first line that an error says; its class where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def counted(names: Sequence[str], noun: str, plural: str = "") -> str:
@@ -18,3 +26,13 @@ def nearest(name: str, known: Sequence[str], otherwise: str | None = None) -> st
     if close:
         return f"did you mean {close[0]!r}?"
     return otherwise or (f"there are {', '.join(known)}." if known else None)
+
+
+def check_seconds(timeout: object) -> None:
+    """Refuse what is not a number of seconds.
+
+    Raises:
+        ArgumentError: it is not.
+    """
+    if not isinstance(timeout, (int, float)):
+        raise ArgumentError(f"timeout={timeout!r} is not a number of seconds.", hint="write timeout=30, say.")

@@ -32,7 +32,7 @@ class ModeError(ZeroCopyError, ValueError):
 
 
 class NotExposedError(ZeroCopyError, AttributeError):
-    """A pool, or a model whose calls are tasks, was asked for something that only its actors or its loads have.
+    """A pool, a publication or a model whose calls are tasks was asked for what only its actors or its loads have.
 
     Attribute: `attribute`.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import operator
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -18,6 +19,8 @@ from zerocopy._seeing.plot import draw
 from zerocopy._seeing.processes import ProcessMemory
 from zerocopy._store import object_store
 from zerocopy._tables import as_html, as_text, format_bytes
+from zerocopy._words import check_seconds
+from zerocopy.errors import ArgumentError
 
 __all__ = ["MemoryReport", "NodeMemory", "ProcessMemory", "PublicationMemory", "memory_report", "private_bytes"]
 
@@ -172,15 +175,28 @@ def memory_report(pids: Iterable[int] | None = None, *, timeout: float = SECONDS
     Args:
         pids: processes of this machine.
         timeout: seconds that other nodes have to answer. A note tells which did not.
+
+    Raises:
+        ArgumentError: `pids` or `timeout` are not numbers.
     """
+    check_seconds(timeout)
     if pids is not None:
-        return MemoryReport.of_nodes([measure_processes(list(pids), object_store.node())])
+        pids = _checked(pids)
+        return MemoryReport.of_nodes([measure_processes(pids, object_store.node())])
     if not object_store.is_running() or object_store.is_client():
-        note = "This process is not connected to Ray on its node: it alone was measured."
+        note = "Only this process was measured, because it is not connected to Ray on its node."
         return MemoryReport.of_nodes([measure_processes([os.getpid()])], [note])
     told, notes = told_versions(timeout)
     nodes, missing = measure_nodes(told, timeout)
     return MemoryReport.of_nodes(nodes, [*notes, *missing])
+
+
+def _checked(pids: object) -> list[int]:
+    """Process ids, each a number. NumPy's are numbers, too."""
+    found = list(pids) if isinstance(pids, Iterable) else [pids]
+    if not isinstance(pids, Iterable) or not all(hasattr(pid, "__index__") for pid in found):
+        raise ArgumentError(f"pids={pids!r} is not a list of process ids.", hint="write pids=[os.getpid()], say.")
+    return [operator.index(pid) for pid in found]
 
 
 def private_bytes(pid: int | None = None) -> int:

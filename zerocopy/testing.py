@@ -14,9 +14,11 @@ from zerocopy._declare.pipeline import is_pipeline_class
 from zerocopy._split import paths
 from zerocopy._split.skeleton import Split, strip
 from zerocopy._split.zones import Zone
+from zerocopy._store.manifest import Handle
 from zerocopy._store.mapping import around, store_files
 from zerocopy._store.storages import COPIED, storage_of
 from zerocopy._store.tensors import is_tensor_or_array
+from zerocopy.errors import ArgumentError
 
 
 def shares_memory(first: Any, second: Any) -> bool:
@@ -27,6 +29,8 @@ def shares_memory(first: Any, second: Any) -> bool:
     start at the same byte of the same file of the object store, in pages that nobody has written, or at the same address.
     Tensors over at most 16 bytes count only where there are no larger ones: each load copies them.
     """
+    for obj in (first, second):
+        _check_live(obj, "shares_memory")
     ours, theirs = _tensors(first), _tensors(second)
     if len(ours) != len(theirs) or not ours:
         return False
@@ -42,8 +46,10 @@ def assert_zero_copy(pipeline: Any) -> None:
     Tensors over at most 16 bytes do not count: each load copies them.
 
     Raises:
+        ArgumentError: it is a publication, not what its `load()` returned.
         AssertionError: a tensor has memory of its own; the message says which, and how much.
     """
+    _check_live(pipeline, "assert_zero_copy")
     files = store_files()
     for tensor in _tensors(pipeline):
         own = 0 if _is_tiny(tensor) else _own_bytes(tensor, files)
@@ -56,6 +62,14 @@ def assert_zero_copy(pipeline: Any) -> None:
             else:
                 where = f"{own:,} of its {tensor.nbytes:,} bytes are memory of this process"
             raise AssertionError(f"{path} is not a view of the object store: {where}")
+
+
+def _check_live(obj: object, what: str) -> None:
+    """Refuse a publication: it holds no tensors, so nothing would be looked at."""
+    if isinstance(obj, Handle):
+        raise ArgumentError(
+            f"{what}() expects a loaded pipeline, got a publication.", hint="pass what its load() returns."
+        )
 
 
 def _tensors(obj: Any) -> list[Any]:

@@ -31,11 +31,17 @@ class ModelWrapper(Generic[T]):
     def __init__(
         self,
         skeleton: Publication | RemoteModel,
-        model_info: Mapping[str, ModelInfo],
+        model_info: Mapping[str, ModelInfo] | None = None,
         is_standalone_module: bool = False,
         mode: Mode = "actor",
         doc: str | None = None,
     ) -> None:
+        name = type(self).__name__
+        if not isinstance(skeleton, (Publication, RemoteModel)) or model_info is None:
+            raise ArgumentError(
+                f"{name}() takes what serialize() gave, got {type(skeleton).__name__!r}.",
+                hint=f"for a model or an object with models write {name}.from_model(...).",
+            )
         self._skeleton = skeleton
         self._model_info = dict(model_info)
         self._is_standalone_module = is_standalone_module
@@ -68,7 +74,7 @@ class ModelWrapper(Generic[T]):
             StoreTooSmallError: the weights are larger than this node's object store.
         """
         if mode not in ("actor", "task"):
-            raise ModeError(f"mode={mode!r} is neither 'actor' nor 'task'.", mode=mode)
+            raise ModeError(f"mode={mode!r} is neither 'actor' nor 'task'.", hint="use one of these.", mode=mode)
         pipeline: Any = model_or_pipeline
         copied = attributes_to_copy(pipeline, model_attr_names)
         cls._check_models(pipeline, models_of(pipeline, copied))
@@ -319,7 +325,7 @@ def load_pipeline_in_actor(
         As `Publication.load`.
     """
     wrapper = _wrapper_of(skeleton, "load_pipeline_in_actor", "rewrite_pipeline_for_actors")
-    if dict(model_refs) != wrapper.model_refs:
+    if not isinstance(model_refs, Mapping) or dict(model_refs) != wrapper.model_refs:
         raise ArgumentError(
             "load_pipeline_in_actor got references that are not those of this skeleton.",
             hint="pass both results of one call of rewrite_pipeline_for_actors.",

@@ -24,7 +24,7 @@ SHM, DISK, NFS = Place("/dev/shm", "tmpfs"), Place("/var/ray", "ext4"), Place("/
 HUGE = Place("/mnt/hugepages", "hugetlbfs")
 OWN = Rights(1000, "0 0 4294967295", 0b1)
 WELL = Trial(None, "linux", False, OWN, OWN)
-REFUSED = attrs.evolve(WELL, reason="it can open the store's file through no raylet")
+REFUSED = attrs.evolve(WELL, reason="it cannot open the store's file through a raylet")
 
 
 @pytest.mark.parametrize(

@@ -20,10 +20,10 @@ MODEL = "models_to_name"
     [
         (["plan", "nowhere:build"], 2, "there is no 'nowhere:build': No module named 'nowhere'"),
         (["plan", f"{MODEL}:nothing"], 2, f"there is no '{MODEL}:nothing'"),
-        (["plan", MODEL], 2, "names no object. Hint: give module:object"),
+        (["plan", MODEL], 2, "does not name an object. Hint: give module:object"),
         (["plan", f"{MODEL}:wants"], 2, "needs arguments: missing a required argument: 'size'"),
         (["plan", f"{MODEL}:broken"], 1, "raised ValueError (models_to_name.py, line 32): no weights here"),
-        (["plan", f"{MODEL}:number"], 1, "expects a pipeline or an nn.Module, got 'int'"),
+        (["plan", f"{MODEL}:number"], 1, "zerocopy.plan found no model to share in this 'int'"),
         (
             ["plan", "broken_for_cli:build"],
             1,

@@ -583,7 +583,7 @@ print("other cluster", following.load()())
 try:
     publication.load()
 except zerocopy.errors.NotPublishedError as error:
-    print("other cluster", "is not the one that this handle was made for" in str(error))
+    print("other cluster", "has other content here than this publication" in str(error))
 """
 
 

@@ -213,9 +213,7 @@ def test_what_no_version_needs_goes(name: str, store_use: Callable[[], int]) -> 
     zerocopy.publish(numbered(6), name=name, keep=0)
     assert numbers(name) == [4, 6]
     assert (reader(), zerocopy.lookup(name, alias="stable").load()()) == (3, 4)
-    with pytest.raises(
-        NotPublishedError, match=r"has no version 3. Hint: there are the versions 4 \(stable\), 6 \(latest\)"
-    ):
+    with pytest.raises(NotPublishedError, match=r"has no version 3. Hint: its versions are 4 \(stable\), 6 \(latest\)"):
         zerocopy.lookup(name, version=3)
     del reader
     zerocopy.remove(name)
@@ -246,7 +244,7 @@ def test_expecting_a_version(name: str) -> None:
     """`expect` refuses what was made for another state, and changes nothing. Of two at one moment, one is refused."""
     zerocopy.publish(numbered(1), name=name, expect=0)
     with pytest.raises(
-        VersionConflictError, match="expected to have version 0 as the latest, but it has version 1"
+        VersionConflictError, match="has version 1 as 'latest', but expect=0 asks for no version"
     ) as refused:
         zerocopy.publish(numbered(2), name=name, expect=0)
     assert (refused.value.expected, refused.value.found) == (0, 1)
@@ -449,7 +447,7 @@ def test_verifying_what_is_loaded(name: str) -> None:
     publication = zerocopy.publish(numbered(1), name=name)
     assert publication.load(verify=True)() == 1
     assert publication.load(fields=["encoder"], verify=True).encoder[0].weight[0, 0] == 1
-    with pytest.raises(ArgumentError, match="no digests"):
+    with pytest.raises(ArgumentError, match="verify=True needs digests"):
         zerocopy.publish(numbered(1)).load(verify=True)
     import ctypes
 
@@ -506,6 +504,9 @@ def test_closing_a_named_handle_removes_nothing(name: str) -> None:
         ({"name": "n", "expect": "1"}, "expect='1' is not the number of a version"),
         ({"name": "n", "lifetime": "for ever"}, "lifetime='for ever' is unknown"),
         ({"name": "n", "source": "build"}, "source='build' cannot be called"),
+        ({"name": "n", "source": nn.Linear(1, 1)}, "source= got a Linear, not a function that makes it"),
+        ({"name": "n", "source": nn.Linear}, "needs arguments: missing a required argument: 'in_features'"),
+        ({"adopt": "no"}, "adopt='no' is neither True nor False"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
@@ -518,15 +519,24 @@ def test_arguments_that_make_no_sense(arguments: dict[str, Any], words: str) -> 
 
 def test_other_mistakes(name: str) -> None:
     """Looking up and pointing at what is not there, or at two things at once; what cannot travel."""
-    with pytest.raises(NotPublishedError, match="publish\\(..., name='nobody'\\) makes it"):
+    with pytest.raises(NotPublishedError, match="publish it with zerocopy.publish\\(..., name='nobody'\\)"):
         zerocopy.lookup("nobody")
     zerocopy.publish(numbered(1), name=name)
+    with pytest.raises(ArgumentError, match=f"has positions, not the key '{name}'.*lookup"):
+        zerocopy.publications()[name]
     with pytest.raises(NotPublishedError, match="has no alias 'canary'"):
         zerocopy.lookup(name, alias="canary")
     with pytest.raises(ArgumentError, match="an alias or a version, got both"):
         zerocopy.lookup(name, alias="canary", version=1)
-    with pytest.raises(ArgumentError, match="a version or an alias to point at"):
+    with pytest.raises(ArgumentError, match="a version or an alias to point at, got none"):
         zerocopy.set_alias(name, "canary")
+    for wrong in (
+        lambda: zerocopy.lookup(name, version="1"),  # type: ignore[call-overload]
+        lambda: zerocopy.set_alias(name, "canary", version="1"),  # type: ignore[arg-type]
+        lambda: zerocopy.remove(name, version="1"),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(ArgumentError, match="version='1' is not the number of a version"):
+            wrong()
     with pytest.raises(NotPublishedError, match="has no version 9") as missing:
         zerocopy.set_alias(name, "canary", version=9)
     assert (missing.value.name, missing.value.versions) == (name, [1])

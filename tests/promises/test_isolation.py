@@ -171,7 +171,7 @@ def test_fallback_and_the_setting_against_it(address: str) -> None:
     assert fell_back == "['IsolationWarning']", done.stderr
     assert seen == "seen by others: True"
     assert refused.startswith(
-        "refused: The object store cannot be mapped privately in this process: it can open the store's file through no raylet"
+        "refused: The object store cannot be mapped privately in this process: it cannot open the store's file through a raylet"
     )
     assert "unset ZEROCOPY_REQUIRE_ISOLATION" in refused
 
@@ -196,4 +196,4 @@ def test_the_publisher_may_require_isolation_of_others(monkeypatch: pytest.Monke
             mapping.raylets = found
         return "loaded"
 
-    assert "it can open the store's file through no raylet" in ray.get(load_without_raylet.remote(publication))
+    assert "it cannot open the store's file through a raylet" in ray.get(load_without_raylet.remote(publication))

@@ -141,7 +141,7 @@ def test_a_pipeline_outlives_its_connection_and_its_children() -> None:
         "a child drops everything 0",
         "the parent keeps it True True True",
         "PublicationLostError This publication of Linear belongs to a connection to Ray th",
-        "ZeroCopyError This process was forked from one that is connected to Ray. T",
+        "ZeroCopyError This process was forked from one that is connected to Ray, a",
         "a child uses Ray 0 True",
         "the connection is kept 1",
         "the connection is closed 0",

@@ -18,6 +18,7 @@ from torch import nn
 import zerocopy
 from zerocopy import Copied, Shared, copied, errors, shared
 from zerocopy._store import object_store
+from zerocopy.testing import assert_zero_copy
 
 
 def actor_on_a_function() -> None:
@@ -241,6 +242,84 @@ def fields_of_another_class() -> None:
     zerocopy.fields(dict)
 
 
+def fields_of_an_instance() -> None:
+    zerocopy.fields(pipelines.search(width=2))
+
+
+def default_and_factory() -> None:
+    copied(default=[], factory=list)
+
+
+def factory_that_is_a_value() -> None:
+    copied(factory=[])
+
+
+def size_of_a_pool_as_text() -> None:
+    pipelines.Worker.pool("4", pipelines.search(width=2))
+
+
+def adopt_in_words() -> None:
+    zerocopy.publish(nn.Linear(1, 1), adopt="yes")
+
+
+def the_pipeline_as_its_source() -> None:
+    search = pipelines.search(width=2)
+    zerocopy.publish(search, name="search", source=search)
+
+
+def a_source_with_arguments() -> None:
+    zerocopy.publish(nn.Linear(1, 1), name="linear", source=nn.Linear)
+
+
+def lookup_of_a_number() -> None:
+    zerocopy.lookup(3)
+
+
+def version_as_text() -> None:
+    zerocopy.set_alias("search", "latest", version="1")
+
+
+def alias_of_nothing() -> None:
+    zerocopy.set_alias("search", "latest")
+
+
+def refresh_of_what_was_never_loaded() -> None:
+    zerocopy.refresh(nn.Linear(1, 1))
+
+
+def unshare_of_what_was_never_loaded() -> None:
+    zerocopy.unshare(nn.Linear(1, 1))
+
+
+def files_before_the_function() -> None:
+    zerocopy.publish_checkpoint("model/", nn.Linear)
+
+
+def dtype_as_text() -> None:
+    zerocopy.publish_checkpoint(nn.Linear, "model/", dtype="bfloat16")
+
+
+def one_process_id() -> None:
+    zerocopy.memory_report(3)
+
+
+def wrapper_without_from_model() -> None:
+    zerocopy.ModelWrapper(nn.Linear(1, 1))
+
+
+def attribute_names_as_a_number() -> None:
+    zerocopy.ActorWrapper(pipelines.search(width=2), model_attr_names=[3])
+
+
+def extracted_in_the_wrong_order() -> None:
+    skeleton, tensors = zerocopy.extract_tensors(nn.Linear(1, 1))
+    zerocopy.replace_tensors(tensors, skeleton)
+
+
+def state_dict_instead_of_tensors() -> None:
+    zerocopy.replace_tensors(nn.Linear(1, 1), nn.Linear(1, 1).state_dict())
+
+
 def lock_in_a_copied_field() -> None:
     zerocopy.plan(pipelines.search(width=2, settings={"deep": [SimpleNamespace(guard=threading.Lock())]}))
 
@@ -285,7 +364,11 @@ MISUSES: list[tuple[Callable[[], object], type[Exception], str]] = [
         TypeError,
         "@zerocopy.method expects a method, got class 'Linear'. Hint: use it inside of a class that starts actors.",
     ),
-    (task_on_an_object, TypeError, "@zerocopy.task expects a function, got SimpleNamespace 'namespace()'."),
+    (
+        task_on_an_object,
+        TypeError,
+        "@zerocopy.task expects a function, got SimpleNamespace 'namespace()'. Hint: decorate a function or a method.",
+    ),
     (
         unknown_task_option,
         TypeError,
@@ -363,8 +446,8 @@ MISUSES: list[tuple[Callable[[], object], type[Exception], str]] = [
     (
         slots_without_weakref,
         TypeError,
-        "Search has __slots__ without '__weakref__', so its instances cannot be followed. Hint: add '__weakref__' to "
-        "__slots__, or leave __slots__ out.",
+        "Search has __slots__ without '__weakref__', so zerocopy cannot recognize its instances again. Hint: add '__weakref__' "
+        "to __slots__, or leave __slots__ out.",
     ),
     (
         device_that_no_torch_knows,
@@ -450,6 +533,78 @@ MISUSES: list[tuple[Callable[[], object], type[Exception], str]] = [
         "class 'dict' is not marked with @zerocopy.pipeline. Hint: decorate the class itself.",
     ),
     (
+        fields_of_an_instance,
+        TypeError,
+        "zerocopy.fields expects a class, got an instance of Search. Hint: write zerocopy.fields(Search).",
+    ),
+    (default_and_factory, TypeError, "copied() takes default= or factory=, got both. Hint: leave one out."),
+    (
+        factory_that_is_a_value,
+        TypeError,
+        "factory=[] of copied() cannot be called. Hint: write factory=list, or use default=.",
+    ),
+    (
+        size_of_a_pool_as_text,
+        TypeError,
+        "Worker.pool() expects a number of actors first, got '4'. Hint: write Worker.pool(4, ...).",
+    ),
+    (adopt_in_words, TypeError, "adopt='yes' is neither True nor False."),
+    (
+        the_pipeline_as_its_source,
+        TypeError,
+        "source= got a Search, not a function that makes it. Hint: give a function without arguments that makes it again.",
+    ),
+    (
+        a_source_with_arguments,
+        TypeError,
+        "source=<class 'torch.nn.modules.linear.Linear'> needs arguments: missing a required argument: 'in_features'. Hint: ",
+    ),
+    (lookup_of_a_number, TypeError, "name=3 is not a name. Hint: give a string that is not empty."),
+    (version_as_text, TypeError, "version='1' is not the number of a version. Hint: write version=1, say."),
+    (
+        alias_of_nothing,
+        TypeError,
+        "set_alias() takes a version or an alias to point at, got none. Hint: write version=1 or to='latest', say.",
+    ),
+    (
+        refresh_of_what_was_never_loaded,
+        TypeError,
+        "This Linear was not loaded from a publication with a name. Hint: refresh() takes what zerocopy.lookup(...).load() "
+        "returned.",
+    ),
+    (
+        unshare_of_what_was_never_loaded,
+        TypeError,
+        "This Linear was not loaded from a publication in this process. Hint: unshare() takes what publication.load() "
+        "returned, ",
+    ),
+    (
+        files_before_the_function,
+        TypeError,
+        "publish_checkpoint() expects a function that makes the model, got a str. Hint: write publish_checkpoint(build, files), "
+        "where build() makes the model.",
+    ),
+    (dtype_as_text, TypeError, "dtype='bfloat16' is not a dtype of torch. Hint: write dtype=torch.bfloat16, say."),
+    (one_process_id, TypeError, "pids=3 is not a list of process ids. Hint: write pids=[os.getpid()], say."),
+    (
+        wrapper_without_from_model,
+        TypeError,
+        "ModelWrapper() takes what serialize() gave, got 'Linear'. Hint: for a model or an object with models write "
+        "ModelWrapper.from_model(...).",
+    ),
+    (attribute_names_as_a_number, TypeError, "model_attr_names=[3] is not a list of names. Hint: "),
+    (
+        extracted_in_the_wrong_order,
+        TypeError,
+        "replace_tensors expects an nn.Module first, got 'list'. Hint: pass both results of one call of extract_tensors: "
+        "replace_tensors(skeleton, tensors).",
+    ),
+    (
+        state_dict_instead_of_tensors,
+        TypeError,
+        "replace_tensors expects a list of {'params': {name: array}, 'buffers': {name: array}}, one for each module. Hint: ",
+    ),
+    (
         lock_in_a_copied_field,
         TypeError,
         "\"search.settings['deep'][0].guard\" is a 'lock', which cannot leave its process: cannot pickle "
@@ -511,6 +666,24 @@ def test_closed_publication(cluster: None) -> None:
     ):
         with pytest.raises(errors.PublicationClosedError, match="This publication of Search was closed"):
             use()
+
+
+def test_a_publication_in_the_place_of_its_pipeline(cluster: None) -> None:
+    """It is published already, and holds no tensors: what asks for a live pipeline says so."""
+    publication = zerocopy.publish(pipelines.search(width=2))
+    for use in (zerocopy.publish, zerocopy.plan, zerocopy.version_of, assert_zero_copy):
+        with pytest.raises(errors.ArgumentError, match="got a publication. Hint: "):
+            use(publication)
+    with pytest.raises(
+        errors.ArgumentError, match=r"zerocopy.publish expects .* got an ObjectRef. Hint: pass what ray.get"
+    ):
+        zerocopy.publish(publication.reference)
+    with pytest.raises(
+        errors.NotExposedError, match=r"A publication of Search has no attribute 'encoder'. .*load\(\).encoder"
+    ):
+        publication.encoder
+    with pytest.raises(errors.NotExposedError, match=r"has no attribute 'version'. .*publish\(..., name=...\)"):
+        publication.version
 
 
 def test_copied_annotation_is_a_policy() -> None:

@@ -75,7 +75,7 @@ def test_a_kernel_that_tells_less(tmp_path: Path) -> None:
         "True | True |  | False 0",
         f"True | True | {NO_SHARES} | True 1",
         " | The memory of process {own} is not told: there is no /proc/self here. | "
-        "Nothing is told of any process: there is no /proc/self here. | True 1",
+        "No process can be measured: there is no /proc/self here. | True 1",
     ], done.stderr
 
 

@@ -185,7 +185,7 @@ def test_names_that_differ(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> 
     with pytest.raises(CheckpointError) as caught:
         zerocopy.publish_checkpoint(build, tmp_path / "inner.safetensors")
     assert caught.value.missing == ["head.weight", "head.bias"]
-    assert "without the 'bert.'" in str(caught.value)
+    assert "Names in the model begin with 'bert.', and names in the files do not" in str(caught.value)
     with pytest.raises(CheckpointError, match="two tensors"):
         zerocopy.publish_checkpoint(inside, tmp_path / "inner.safetensors", rename=lambda name: "one")
 
@@ -363,7 +363,7 @@ def test_files_that_are_none(tmp_path: Path) -> None:
     with warnings.catch_warnings(action="ignore"):  # TorchScript is deprecated
         torch.jit.trace(nn.Linear(2, 2), torch.ones(2)).save(str(tmp_path / "script.pt"))
     refused(tmp_path / "script.pt", "TorchScript.*torch.jit.load")
-    refused(tmp_path, "2 files .*name one of them")
+    refused(tmp_path, "2 files .*give one of them")
 
 
 def refused(files: Any, words: str) -> None:
@@ -386,7 +386,13 @@ def test_arguments_of_another_kind(tmp_path: Path) -> None:
             zerocopy.publish_checkpoint(Model, wrong)  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match="rename=3"):
         zerocopy.publish_checkpoint(Model, path, rename=3)  # type: ignore[arg-type]
-    with pytest.raises(ArgumentError, match="which is no name"):
+    with pytest.raises(ArgumentError, match=r"rename={'head': None} is neither .* or None to leave it out"):
+        zerocopy.publish_checkpoint(Model, path, rename={"head": None})  # type: ignore[dict-item]
+    with pytest.raises(ArgumentError, match=r"dtype='bfloat16' is not a dtype of torch. Hint: write dtype=torch"):
+        zerocopy.publish_checkpoint(Model, path, dtype="bfloat16")  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match=r"got a str. Hint: write publish_checkpoint\(build, files\)"):
+        zerocopy.publish_checkpoint(str(path), Model)  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match="which is not a name"):
         zerocopy.publish_checkpoint(Model, path, rename=lambda name: 3)  # type: ignore[arg-type,return-value]
     with pytest.raises(TypeError, match=r"no model to share in this 'int'"):
         zerocopy.publish_checkpoint(lambda: 3, path)

@@ -114,6 +114,10 @@ def test_pool() -> None:
             pool.map("asc", queries)
         with pytest.raises(ArgumentError, match="Worker has no method '<lambda>'"):
             pool.map(lambda worker, query: query, queries)
+        with pytest.raises(
+            ArgumentError, match=r"pool.map\('ask', items\) iterates `items`, which is 'str'. Hint: pass a list"
+        ):
+            pool.map("ask", "queries")
         with pytest.raises(AttributeError, match=r"Hint: write pool.map\('ask', items\), or pool\[0\].ask.remote"):
             pool.ask(2.0)
         assert not hasattr(pool, "shape")

@@ -14,7 +14,6 @@ import click
 import psutil
 
 from zerocopy._cli.cluster import joined_or_started, own_address_option
-from zerocopy._cli.failures import first_line
 from zerocopy._cli.inputs import as_inputs
 from zerocopy._cli.objects import Target, named
 from zerocopy._cli.show import format_option, show, units_option
@@ -24,6 +23,7 @@ from zerocopy._compat.linux import give_back_heap
 from zerocopy._publish.verify import plan
 from zerocopy._store.object_store import arguments_fraction
 from zerocopy._tables import as_text, format_bytes
+from zerocopy._words import first_line
 
 SECONDS = 115.0  # in which all is measured
 SPARE = 0.8  # of the memory that is free, for copies
@@ -80,7 +80,7 @@ def _shared(trial: Trial, model: Any) -> Figures:
         return trial.shared(model)
     except Late as error:
         raise click.ClickException(
-            "Sharing it was not measured within two minutes. Hint: take fewer --workers."
+            "The workers that share the model did not finish within two minutes. Hint: use fewer --workers."
         ) from error
 
 

@@ -12,9 +12,10 @@ from typing import Any, TypeVar
 import click
 import ray
 
-from zerocopy._cli.failures import Failed, first_line
+from zerocopy._cli.failures import Failed
 from zerocopy._compat.ray import host_and_port
 from zerocopy._store import object_store
+from zerocopy._words import first_line
 from zerocopy.errors import RayClientError
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -78,7 +79,7 @@ def _check_reachable(address: str) -> None:
             pass
     except ValueError as error:
         raise click.BadParameter(
-            f"{address!r} is no address. Hint: write HOST:PORT.", param_hint="--address"
+            f"{address!r} is not an address. Hint: write HOST:PORT.", param_hint="--address"
         ) from error
     except OSError as error:  # a ConnectionError among them
         where = "on this machine" if address == "auto" else f"at {address!r}"

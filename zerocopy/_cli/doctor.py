@@ -17,11 +17,11 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from zerocopy._cli.checks import check_agreement, check_mapping, checks_of
 from zerocopy._cli.cluster import joined_or_started, own_address_option
 from zerocopy._cli.facts import Facts, facts_here, mapping_here, versions_here
-from zerocopy._cli.failures import first_line
 from zerocopy._cli.findings import Finding, failure, has_failed, report_of, text_of
 from zerocopy._cli.show import format_option, show, units_option
 from zerocopy._compat.ray import LEAST_STORE
 from zerocopy._store.lost import nodes_up
+from zerocopy._words import first_line
 
 SECONDS = 60.0  # that a node has to start a worker and to look
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import click
 import ray.exceptions
 
+from zerocopy._words import first_line
 from zerocopy.errors import ZeroCopyError
 
 
@@ -43,9 +44,3 @@ def code_of(what: str) -> Iterator[None]:
         frame = [frame for frame in frames if not frame.filename.startswith("<")][-1]  # importlib is frozen
         where = f"{Path(frame.filename).name}, line {frame.lineno}"
         raise Failed(f"{what} raised {type(error).__name__} ({where}): {first_line(error)}") from error
-
-
-def first_line(error: BaseException) -> str:
-    """The first line that an error says; its class where it says nothing."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

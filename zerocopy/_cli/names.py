@@ -100,7 +100,8 @@ def publish(
     """
     if source and not target.is_maker:
         raise click.UsageError(
-            f"--source needs a function that makes the pipeline again, but {target.name!r} is {type(target.value).__name__}."
+            f"--source needs a function that makes the pipeline again, but {target.name!r} is an instance of "
+            f"{type(target.value).__name__}."
         )
     pipeline = target.made()
     options = {"name": name, "alias": alias, "keep": keep, "expect": expect, "source": target.value if source else None}
@@ -110,7 +111,7 @@ def publish(
         version = publication.version
         found = [one for one in publications() if one.version == version]
     if not found:
-        raise Failed(f"Version {version} was removed right after it was published.")
+        raise Failed(f"Version {version.number} of {name!r} was removed by somebody else right after it was published.")
     (one,) = found
     pointing = f", {', '.join(one.aliases)}" if one.aliases else ""
     text = f"Published {name!r} version {one.version.number} ({one.kind}): {format_bytes(one.shared_bytes)}{pointing}"

@@ -82,7 +82,7 @@ def found(name: str) -> Target:
     """
     module, _, path = name.partition(":")
     if not module or not path:
-        raise click.BadParameter(f"{name!r} names no object. Hint: {FORM}")
+        raise click.BadParameter(f"{name!r} does not name an object. Hint: {FORM}")
     here = str(Path.cwd())
     if here not in sys.path:  # Ray lets workers look there too
         sys.path.insert(0, here)

@@ -20,6 +20,7 @@ from zerocopy._compat import owners
 from zerocopy._compat.ray import head_node, is_serializing, pickled_by_value
 from zerocopy._nodes import holder
 from zerocopy._store import object_store
+from zerocopy._words import first_line, nearest
 from zerocopy.errors import (
     NotPublishedError,
     PublicationLostError,
@@ -77,8 +78,8 @@ def ask(method: str, *args: Any, may_be_gone: bool = False) -> Any:
 def unreachable(error: RegistryLost) -> RegistryUnreachable:
     """What to tell a user then."""
     return RegistryUnreachable(
-        f"The registry of named publications cannot be reached: {str(error).splitlines()[0]}",
-        hint="see whether the head node of the cluster is up.",
+        f"The registry, the Ray actor that knows all publications with a name, cannot be reached: {first_line(error)}",
+        hint="see with `ray status` whether the head node of the cluster is up.",
     )
 
 
@@ -186,10 +187,11 @@ def _found_or_made() -> Any:
 
 
 def _unknown_name(name: str = "", names: list[str] | None = None) -> Exception:
-    known = ", ".join(map(repr, names or [])) or "nothing"
+    listed = ", ".join(map(repr, names or []))
+    there = f"The names here are {listed}." if listed else "There is no name here yet: is this the right cluster?"
     return NotPublishedError(
         f"No publication has the name {name!r} in this cluster.",
-        hint=f"publish(..., name={name!r}) makes it. There is {known}.",
+        hint=nearest(name, names or [], f"publish it with zerocopy.publish(..., name={name!r}). {there}"),
         name=name,
         versions=[],
     )
@@ -199,7 +201,7 @@ def _unknown_version(name: str, which: int | str, versions: list[int], aliases: 
     what = f"alias {which!r}" if isinstance(which, str) else f"version {which}"
     there = ", ".join(f"{number}{_aliases_of(number, aliases)}" for number in versions)
     return NotPublishedError(
-        f"{name!r} has no {what}.", hint=f"there are the versions {there}.", name=name, versions=versions
+        f"{name!r} has no {what}.", hint=f"its versions are {there}.", name=name, versions=versions
     )
 
 
@@ -209,10 +211,10 @@ def _aliases_of(number: int, aliases: dict[str, int]) -> str:
 
 
 def _other_version(name: str, expected: int, found: int) -> Exception:
-    there = f"version {found}" if found else "no version"
+    wanted, there = (f"version {number}" if number else "no version" for number in (expected, found))
     return VersionConflictError(
-        f"{name!r} was expected to have version {expected} as the latest, but it has {there}.",
-        hint=f"look at what was published meanwhile, and publish again with expect={found}.",
+        f"{name!r} has {there} as 'latest', but expect={expected} asks for {wanted}. Nothing was published.",
+        hint=f"look at what others have published or removed, and publish again with expect={found}.",
         name=name,
         expected=expected,
         found=found,
@@ -222,8 +224,9 @@ def _other_version(name: str, expected: int, found: int) -> Exception:
 def _aliased(name: str, number: int, aliases: list[str], versions: list[int]) -> Exception:
     pointing = " and ".join(map(repr, aliases))
     return VersionInUseError(
-        f"Version {number} of {name!r} cannot be removed: {pointing} points at it.",
-        hint=f"let it point elsewhere with set_alias (there are {versions}), or remove the whole name.",
+        f"Version {number} of {name!r} cannot be removed: {pointing} {'points' if len(aliases) == 1 else 'point'} at it.",
+        hint=f"first point at another version with zerocopy.set_alias({name!r}, {aliases[0]!r}, version=...), or remove the "
+        f"whole name. Its versions are {', '.join(map(str, versions))}.",
         name=name,
         aliases=aliases,
     )
@@ -232,7 +235,7 @@ def _aliased(name: str, number: int, aliases: list[str], versions: list[int]) ->
 def _lost(name: str, number: int, reason: str) -> Exception:
     return PublicationLostError(
         f"The weights of version {number} of {name!r} are gone: {reason}.",
-        hint="publish it again. With source=, or by publish_checkpoint, it comes back by itself.",
+        hint="publish it again. What is published with source=, or by publish_checkpoint(), comes back by itself.",
         reason="no source",
     )
 

@@ -14,7 +14,7 @@ import time
 import uuid
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, NoReturn, Protocol, TypeVar
 
 import ray
 import torch
@@ -28,7 +28,8 @@ from zerocopy._load.publication import Publication
 from zerocopy._seeing import events
 from zerocopy._store import object_store
 from zerocopy._store.manifest import Manifest
-from zerocopy.errors import FollowWarning, NotPublishedError, PublicationLostError, ZeroCopyError
+from zerocopy._words import first_line
+from zerocopy.errors import FollowWarning, NotExposedError, NotPublishedError, PublicationLostError, ZeroCopyError
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -54,7 +55,20 @@ class Live(Protocol[T_co]):
         ...
 
 
-class Fixed(Generic[T_co]):
+class _ToBeLoaded:
+    """What a user may take for the pipeline itself."""
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("_"):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        raise NotExposedError(
+            f"What arrives for a zerocopy.Live[...] parameter has no attribute {name!r}.",
+            hint=f"its current() gives the pipeline: write .current().{name}.",
+            attribute=name,
+        )
+
+
+class Fixed(_ToBeLoaded, Generic[T_co]):
     """A pipeline that has no other versions, as a `Live` one."""
 
     def __init__(self, pipeline: T_co) -> None:
@@ -68,7 +82,7 @@ class Fixed(Generic[T_co]):
         return f"<zerocopy.Live {type(self._pipeline).__name__}, which has one version>"
 
 
-class OnDevice:
+class OnDevice(_ToBeLoaded):
     """A publication as a `Live` pipeline on the device of an actor or a task."""
 
     def __init__(self, publication: Publication, device: str | None) -> None:
@@ -237,8 +251,11 @@ class Watcher:
             except Exception as error:  # also what users' pipelines raise when they are given back
                 failures += 1
                 if failures == WORTH_A_WARNING and session is object_store.session():
-                    reason = str(error).splitlines()[0]
-                    warn_later(f"zerocopy cannot follow publications now, and goes on with what is loaded: {reason}")
+                    reason = first_line(error)
+                    warn_later(
+                        f"zerocopy cannot ask for newer versions now. It tries again, and this process goes on with what it "
+                        f"has loaded: {reason}"
+                    )
                 time.sleep(PAUSE_SECONDS * random.uniform(0.5, 1.5))  # noqa: S311 (many shall not ask at one moment)
 
     def _has_work(self, session: object) -> bool:

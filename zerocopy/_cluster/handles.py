@@ -204,8 +204,9 @@ class NamedPublication(Publication):
         tag, digest = self.tag, told["digest"].hex()
         if told["number"] == tag.number and tag.digest not in (None, digest):
             raise NotPublishedError(
-                f"Version {tag.number} of {tag.name!r} is not the one that this handle was made for, in another cluster.",
-                hint="look it up again.",
+                f"Version {tag.number} of {tag.name!r} has other content here than this publication, which comes from another "
+                "cluster.",
+                hint=f"look it up in this cluster: zerocopy.lookup({tag.name!r}).",
                 name=tag.name,
                 versions=[told["number"]],
             )

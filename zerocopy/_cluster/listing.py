@@ -15,7 +15,7 @@ from zerocopy._cluster.handles import Version
 from zerocopy._seeing.ledger import About, Told
 from zerocopy._store.read import manifest_in
 from zerocopy._tables import as_html, as_text, format_bytes
-from zerocopy.errors import ZeroCopyError
+from zerocopy.errors import ArgumentError, ZeroCopyError
 
 
 @attrs.frozen
@@ -54,6 +54,11 @@ class Publications:
         return len(self.versions)
 
     def __getitem__(self, position: int) -> Published:
+        if isinstance(position, str):
+            raise ArgumentError(
+                f"zerocopy.publications() has positions, not the key {position!r}.",
+                hint=f"zerocopy.lookup({position!r}) gives the publication with a name.",
+            )
         return self.versions[position]
 
     @property

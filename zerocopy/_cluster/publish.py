@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, overload
 
 import ray
 import torch
+from torch import nn
 
 from zerocopy._cluster import client, handles, names
 from zerocopy._cluster.following import WATCHER
@@ -15,6 +17,7 @@ from zerocopy._cluster.handles import NamedPublication, Tag, Unresolved, Version
 from zerocopy._cluster.recovery import offer_pipeline, packed_checkpoint, packed_source
 from zerocopy._cluster.refresh import tag_of
 from zerocopy._cluster.writing import Commit, Named
+from zerocopy._declare.pipeline import is_pipeline_class
 from zerocopy._load.publication import Publication
 from zerocopy._publish import publish as unnamed
 from zerocopy._publish.checkpoint import Files, checkpoint_of
@@ -93,12 +96,14 @@ def publish(
         StoreFullError: neither the store nor the disk behind it has room.
         RayClientError: this process is connected through Ray Client.
     """
+    if not isinstance(adopt, bool):
+        raise ArgumentError(f"adopt={adopt!r} is neither True nor False.")
     if name is None:
         _check_unnamed(alias, source, expect, keep, lifetime)
         return unnamed.publish(pipeline, adopt=adopt)
     check_pipeline(pipeline, "zerocopy.publish")
-    if source is not None and not callable(source):
-        raise ArgumentError(f"source={source!r} cannot be called.", hint="give a function that makes the pipeline.")
+    if source is not None:
+        _check_source(source)
     packed = None if source is None else packed_source(source)
     commit = commit_of(name, packed, alias=alias, expect=expect, keep=keep, lifetime=lifetime)
     subject = Subject(pipeline)
@@ -239,10 +244,30 @@ def commit_of(
     return Commit(name=name, aliases=aliases, expect=expect, keep=keep, job=job, source=source)
 
 
+def _check_source(source: Any) -> None:
+    """Refuse what could not make the pipeline when its weights are lost: then nobody is there to read the error."""
+    hint = "give a function without arguments that makes it again."
+    if isinstance(source, nn.Module) or is_pipeline_class(type(source)):
+        raise ArgumentError(f"source= got a {type(source).__name__}, not a function that makes it.", hint=hint)
+    if not callable(source):
+        raise ArgumentError(f"source={source!r} cannot be called.", hint=hint)
+    try:
+        inspect.signature(source).bind()
+    except ValueError:  # of C, which does not tell
+        return
+    except TypeError as error:
+        raise ArgumentError(f"source={source!r} needs arguments: {error}.", hint=hint) from None
+
+
 def _check_name(name: object, what: str) -> None:
     if not isinstance(name, str) or not name:
         article = "an" if what == "alias" else "a"
         raise ArgumentError(f"{what}={name!r} is not {article} {what}.", hint="give a string that is not empty.")
+
+
+def _check_number(version: object) -> None:
+    if version is not None and (not isinstance(version, int) or isinstance(version, bool)):
+        raise ArgumentError(f"version={version!r} is not the number of a version.", hint="write version=1, say.")
 
 
 def _check_unnamed(alias: object, source: object, expect: object, keep: object, lifetime: str) -> None:
@@ -263,12 +288,15 @@ def lookup(name: str, *, alias: str | None = None, version: int | None = None) -
         version: the number of one version, for good.
 
     Raises:
-        ArgumentError: both are given.
+        ArgumentError: both are given, or one is of another kind.
         NotPublishedError: there is none; the error tells which there are.
     """
     _check_name(name, "name")
     if alias is not None and version is not None:
         raise ArgumentError("lookup() takes an alias or a version, got both.", hint="leave one out.")
+    if alias is not None:
+        _check_name(alias, "alias")
+    _check_number(version)
     object_store.require()
     which = version if version is not None else alias or names.LATEST
     changes = WATCHER.changes
@@ -288,13 +316,20 @@ def set_alias(name: str, alias: str, *, version: int | None = None, to: str | No
         to: another alias, whose version it is.
 
     Raises:
-        ArgumentError: neither or both are given.
+        ArgumentError: neither or both are given, or one is of another kind.
         NotPublishedError: there is no such version or name.
     """
     _check_name(name, "name")
     _check_name(alias, "alias")
     if (version is None) == (to is None):
-        raise ArgumentError("set_alias() takes a version or an alias to point at.", hint="write version=1, say.")
+        got = "none" if to is None else "both"
+        raise ArgumentError(
+            f"set_alias() takes a version or an alias to point at, got {got}.",
+            hint="write version=1 or to='latest', say.",
+        )
+    if to is not None:
+        _check_name(to, "alias")
+    _check_number(version)
     told = client.ask("point", name, alias, version if version is not None else to)
     WATCHER.note_here(name)
     return Version(name, told["number"], told["digest"].hex())
@@ -310,11 +345,20 @@ def remove(name: str, *, version: int | None = None) -> None:
         VersionInUseError: an alias points at this version.
     """
     _check_name(name, "name")
+    _check_number(version)
     client.ask("remove", name, version, may_be_gone=True)
     WATCHER.note_here(name)
 
 
 def version_of(pipeline: Any) -> Version | None:
-    """Which version a live pipeline was loaded from, or published as. None without a name."""
+    """Which version a live pipeline was loaded from, or published as. None without a name.
+
+    Raises:
+        ArgumentError: it is a publication, whose `version` tells that.
+    """
+    if isinstance(pipeline, Publication):
+        raise ArgumentError(
+            "version_of() expects a loaded pipeline, got a publication.", hint="use its attribute `version`."
+        )
     tag = tag_of(pipeline)
     return None if tag is None else tag.version

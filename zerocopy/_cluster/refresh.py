@@ -58,7 +58,8 @@ def refresh(pipeline: Any) -> bool:
         )
     if origin.fields is not None:
         raise ArgumentError(
-            f"This {type(pipeline).__name__} was loaded in part.", hint="load it again, with the same fields."
+            f"This {type(pipeline).__name__} was loaded with fields={list(origin.fields)!r} only, and cannot change in place.",
+            hint=f"load it again: zerocopy.lookup({tag.name!r}).load(fields={list(origin.fields)!r}).",
         )
     if tag.alias is None:
         return False
@@ -77,8 +78,8 @@ def swap(pipeline: Any, handle: Publication, target: torch.device) -> None:
     """
     if isinstance(pipeline, _CONTAINERS):
         raise ArgumentError(
-            f"This {type(pipeline).__name__} cannot get another version in place, because it is a container itself.",
-            hint="use a zerocopy.Live[...] parameter and its current().",
+            f"This {type(pipeline).__name__} cannot become another version in place: it is itself a dict, list, tuple or set.",
+            hint="call current() of the publication for each use; in an actor or a task take a zerocopy.Live[...] parameter.",
         )
     newer = handle.load(target)
     if not is_same_class(type(pipeline), type(newer)):
@@ -112,7 +113,7 @@ def _take_over(pipeline: Any, newer: Any) -> None:
             object.__setattr__(pipeline, "__class__", type(newer))
         except TypeError as error:  # other slots
             raise ArgumentError(
-                f"{type(newer).__qualname__} was defined again, in a way that objects of the old class cannot become: {error}.",
+                f"{type(newer).__qualname__} was defined again, and objects of the old class cannot become the new one: {error}.",
                 hint="load the newest version: zerocopy.lookup(...).load().",
             ) from error
     for base in type(newer).__mro__:
@@ -140,8 +141,9 @@ def _warn_of_holder(pipeline: Any, parts: list[Any]) -> None:
     else:
         who = "Something" if holder is None else f"An object of the class {type(holder).__qualname__!r}"
     warn_once(
-        f"{who} still holds a part of an older version of {type(pipeline).__name__}, and goes on with that: only the pipeline "
-        "itself was replaced. Make such objects anew in the actor's on_version(self, pipeline)."
+        f"{who} still holds a part of an older version of {type(pipeline).__name__}, and keeps using it: only the attributes of "
+        "the pipeline itself were replaced. Make such objects again after each new version: an actor with follow=True in its "
+        "method on_version(self, pipeline), other code after refresh()."
     )
 
 

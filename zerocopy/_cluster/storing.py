@@ -76,7 +76,7 @@ class _Staging:
         except ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError)):
                 raise ZeroCopyError(
-                    f"The process that stores {self._nbytes:,} bytes of weights was killed, again and again.",
+                    f"The process that stores {self._nbytes:,} bytes of weights was killed several times.",
                     hint="see whether this node has memory left; Ray's logs tell what killed it.",
                 ) from error
             if isinstance(error.cause, object_store.NO_ROOM):

@@ -79,6 +79,7 @@ def shared(
     `device` is where the field is loaded (`"cpu"`, `"cuda:0"`, `"auto"`); it wins over the device of `load`, of an actor or
     of a task. The other options are those of `attrs.field` and need a class without an `__init__` of its own.
     """
+    _check_default("shared", default, factory)
     return Marker("shared", device, default, factory, validator, converter, kw_only)
 
 
@@ -104,7 +105,19 @@ def copied(
 
     The options are those of `attrs.field` and need a class without an `__init__` of its own.
     """
+    _check_default("copied", default, factory)
     return Marker("copied", None, default, factory, validator, converter, kw_only)
+
+
+def _check_default(policy: Policy, default: object, factory: object) -> None:
+    if factory is None:
+        return
+    if default is not _NOTHING:
+        raise DeclarationError(f"{policy}() takes default= or factory=, got both.", hint="leave one out.")
+    if not callable(factory):
+        raise DeclarationError(
+            f"factory={factory!r} of {policy}() cannot be called.", hint="write factory=list, or use default=."
+        )
 
 
 Shared: TypeAlias = Annotated[T, Marker("shared")]

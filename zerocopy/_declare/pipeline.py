@@ -86,6 +86,11 @@ def fields(cls: type) -> Mapping[str, Field]:
     Raises:
         DeclarationError: `cls` is not a pipeline class, or an undecorated subclass declares fields of its own.
     """
+    if is_pipeline_class(type(cls)):
+        name = type(cls).__name__
+        raise DeclarationError(
+            f"zerocopy.fields expects a class, got an instance of {name}.", hint=f"write zerocopy.fields({name})."
+        )
     if not isinstance(cls, type) or not is_pipeline_class(cls):
         raise DeclarationError(
             f"{describe(cls)} is not marked with @zerocopy.pipeline.", hint="decorate the class itself."
@@ -165,7 +170,7 @@ def _check_class(cls: Any) -> None:
         )
     if not cls.__weakrefoffset__:
         raise DeclarationError(
-            f"{cls.__name__} has __slots__ without '__weakref__', so its instances cannot be followed.",
+            f"{cls.__name__} has __slots__ without '__weakref__', so zerocopy cannot recognize its instances again.",
             hint="add '__weakref__' to __slots__, or leave __slots__ out.",
         )
     if isinstance(vars(cls).get(FOOTPRINT), Footprint):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from zerocopy._store import object_store
@@ -20,6 +22,7 @@ def resolve(device: str | torch.device | None) -> torch.device:
         return CPU
     if device == "auto":
         device = "cuda:0" if object_store.assigned_gpu() else "cpu"
+    _check_known(device)
     try:
         if torch.device(device).type == "meta":
             raise RuntimeError("it holds no data")
@@ -29,5 +32,19 @@ def resolve(device: str | torch.device | None) -> torch.device:
         raise DeviceError(
             f"This process has no device {str(device)!r}: {reason}.",
             hint="ask Ray for a GPU with num_gpus=1, and use device='auto': the GPU that Ray assigned, else the CPU.",
+            device=str(device),
+        ) from None
+
+
+def _check_known(device: Any) -> None:
+    """Refuse what is a device nowhere, such as the name of a field."""
+    if isinstance(device, int):  # torch asks for an accelerator at once
+        return
+    try:
+        torch.device(device)
+    except (RuntimeError, TypeError):
+        raise DeviceError(
+            f"device={device!r} is not a device that torch knows.",
+            hint="use 'auto', 'cpu', or a name such as 'cuda:0'.",
             device=str(device),
         ) from None

@@ -155,7 +155,7 @@ def unshare(pipeline: Any) -> None:
     memories = entry.origin.memory()
     if not all(isinstance(memory, PrivateMap) for memory in memories):
         raise IsolationError(
-            f"This {type(pipeline).__name__} uses Ray's own mapping, which cannot be taken over.",
+            f"This {type(pipeline).__name__} was loaded where private mappings are not possible, so unshare() cannot copy it.",
             hint="use copy.deepcopy(pipeline).",
         )
     detach_all(memories)

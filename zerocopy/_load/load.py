@@ -158,7 +158,8 @@ def _one_device(declared: Sequence[str | None], target: torch.device) -> torch.d
     if len(wanted) > 1:
         names = " and ".join(sorted(map(str, wanted)))
         raise DeviceError(
-            f"Fields that share memory would be loaded on {names}.", hint="give tied fields one device, or load on it."
+            f"Fields that share memory would be loaded on different devices: {names}.",
+            hint="give these fields one device=, or load the pipeline on the device that they declare.",
         )
     return wanted.pop()
 

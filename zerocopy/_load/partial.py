@@ -12,6 +12,7 @@ from zerocopy._split.skeleton import Split, strip
 from zerocopy._split.zones import Zone
 from zerocopy._store.storages import storage_of
 from zerocopy._store.tensors import is_tensor_or_array
+from zerocopy._words import nearest
 from zerocopy.errors import ArgumentError
 
 _lock = threading.RLock()  # reentrant: the collector may end an instance in a thread that holds the lock
@@ -35,22 +36,27 @@ class NotLoaded:
         text = f"{kind} has no attribute {self.name!r}"
         fields = self.fields.get(id(instance))
         if fields is not None:
-            text += f": it was loaded with fields={list(fields)!r} only"
+            text += (
+                f": it was loaded with fields={list(fields)!r} only. Hint: load it with {self.name!r} among the fields."
+            )
         raise AttributeError(text, name=self.name, obj=instance)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return NotLoaded, (self.name,)  # a class that is pickled by value takes it along, without the instances
 
 
-def names_of(fields: Iterable[str]) -> tuple[str, ...]:
-    """The names in `fields`, each once.
+def names_of(names: Iterable[str], argument: str = "fields") -> tuple[str, ...]:
+    """The names in an argument of a call, each once.
 
     Raises:
-        ArgumentError: it is a string.
+        ArgumentError: it is a string, or not a list of names.
     """
-    if isinstance(fields, str):
-        raise ArgumentError(f"fields={fields!r} is a string.", hint=f"write fields=[{fields!r}].")
-    return tuple(dict.fromkeys(fields))
+    if isinstance(names, str):
+        raise ArgumentError(f"{argument}={names!r} is a string.", hint=f"write {argument}=[{names!r}].")
+    found = tuple(names) if isinstance(names, Iterable) else (names,)
+    if not isinstance(names, Iterable) or not all(isinstance(name, str) for name in found):
+        raise ArgumentError(f"{argument}={names!r} is not a list of names.", hint=f"write {argument}=['encoder'], say.")
+    return tuple(dict.fromkeys(found))
 
 
 def values_of(pipeline: Any, fields: Sequence[str]) -> list[Any]:
@@ -62,9 +68,10 @@ def values_of(pipeline: Any, fields: Sequence[str]) -> list[Any]:
     attributes = paths.attributes_of(pipeline)
     for name in fields:
         if name not in attributes:
-            known = ", ".join(map(repr, attributes))
+            known = ", ".join(map(repr, attributes)) or "none"
             raise ArgumentError(
-                f"{type(pipeline).__name__} has no attribute {name!r} to load.", hint=f"it has {known}."
+                f"{type(pipeline).__name__} has no attribute {name!r} to load.",
+                hint=nearest(name, list(attributes), f"its attributes are {known}."),
             )
     return [attributes[name] for name in fields]
 

@@ -9,7 +9,7 @@ import time
 import weakref
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, Self
 
 import attrs
 import ray
@@ -26,7 +26,7 @@ from zerocopy._store import object_store
 from zerocopy._store.manifest import BESIDE, Handle, Manifest, Outer, Root, Versions
 from zerocopy._store.read import manifest_of
 from zerocopy._tables import as_html, format_bytes
-from zerocopy.errors import PublicationClosedError, PublicationLostError
+from zerocopy.errors import NotExposedError, PublicationClosedError, PublicationLostError
 
 MOST_PACKED = 16 << 10  # bytes: larger ones are not worth a place in a cache
 MOST_REMEMBERED = 256  # loads
@@ -272,6 +272,18 @@ class Publication(OnNodes, Handle):
     def for_call(self) -> Publication:
         """A handle for one call, which is closed on its own. Of a name it is one of the newest version."""
         return self.__copy__()
+
+    if not TYPE_CHECKING:  # for type checkers it would have any attribute
+
+        def __getattr__(self, name: str) -> NoReturn:
+            if name.startswith("_"):
+                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+            if name in ("name", "alias", "version"):
+                hint = "only a publication with a name has it: zerocopy.publish(..., name=...)."
+            else:
+                hint = f"what belongs to the pipeline is there when it is loaded: publication.load().{name}."
+            kind = vars(self).get("kind")
+            raise NotExposedError(f"A publication of {kind} has no attribute {name!r}.", hint=hint, attribute=name)
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else f"{self.shared_bytes:,} bytes"

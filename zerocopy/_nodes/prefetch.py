@@ -20,6 +20,7 @@ from zerocopy._nodes.where import Location, Node, NodeCopies, NodeCopy
 from zerocopy._progress import progress_bar
 from zerocopy._store import object_store
 from zerocopy._store.lost import raise_if_lost
+from zerocopy._words import check_seconds
 from zerocopy.errors import ArgumentError, PrefetchError, StoreTooSmallError
 
 # When nothing has come for so long, a node that pulls may not answer: others need not wait for it.
@@ -76,6 +77,8 @@ def prefetch(
     what: str,
 ) -> NodeCopies:
     """Bring objects to nodes; see `Publication.prefetch`."""
+    if timeout is not None:
+        check_seconds(timeout)
     located = object_store.locations(refs)
     chosen = _chosen(wanted, where.nodes(), located)
     needed = sum(size for _, size in located)
@@ -83,7 +86,7 @@ def prefetch(
         if needed > node.capacity:
             raise StoreTooSmallError(
                 f"{what} takes {needed:,} bytes, but the object store of node {node.id} ({node.host}) has {node.capacity:,}.",
-                hint="prefetch to other nodes, or start it with a larger `--object-store-memory`.",
+                hint="prefetch to other nodes, or start that node with a larger `--object-store-memory`.",
                 needed=needed,
                 capacity=node.capacity,
             )
@@ -109,19 +112,20 @@ def _chosen(wanted: Wanted, known: dict[str, Node], located: Sequence[Location])
     if isinstance(wanted, int) and not isinstance(wanted, bool) and wanted > 0:
         if wanted > len(workers):
             raise ArgumentError(
-                f"nodes={wanted}, but of the nodes that are up, {len(workers)} can run tasks.",
-                hint='write nodes="all".',
+                f"nodes={wanted} was asked for, but {len(workers)} of the nodes that are up can run tasks.",
+                hint=f'write nodes="all", or a number up to {len(workers)}.',
             )
         return sorted(workers, key=lambda node: where.bytes_on(node.id, located), reverse=True)[:wanted]
     ids = list(wanted) if isinstance(wanted, Iterable) and not isinstance(wanted, str) else []
     if not ids or not all(isinstance(node, str) for node in ids):
         raise ArgumentError(
-            f"nodes={wanted!r} names no nodes.", hint='give "all", a number of nodes, or a list of their ids.'
+            f"nodes={wanted!r} does not name any nodes.",
+            hint='give "all", a number of nodes, or a list of the ids that ray.nodes() tells.',
         )
     unknown = [node for node in ids if node not in known]
     if unknown:
         raise ArgumentError(
-            f"No node with the id {unknown[0]!r} is up.", hint=f"there are {', '.join(known)}.", nodes=unknown
+            f"No node with the id {unknown[0]!r} is up.", hint=f"the ids are {', '.join(known)}.", nodes=unknown
         )
     return [known[node] for node in dict.fromkeys(ids)]
 

@@ -20,10 +20,11 @@ import torch
 from torch import nn
 
 from zerocopy._compat.linux import drop_pages
+from zerocopy._load.partial import names_of
 from zerocopy._load.publication import Publication
 from zerocopy._publish import files
 from zerocopy._publish.files import Content
-from zerocopy._publish.fit import Misfit, Rename, Rules, find_head, told_of_head, with_head
+from zerocopy._publish.fit import Misfit, Rename, Rules, check_rename, find_head, told_of_head, with_head
 from zerocopy._publish.publish import put_once
 from zerocopy._publish.weights import Streamed
 from zerocopy._seeing.events import LOGGER
@@ -84,8 +85,9 @@ class Checkpoint:
             if missing:
                 names = [member.name for member in missing]
                 raise CheckpointError(
-                    f"{type(pipeline).__name__}.{names[0]} is in no file, and is on the meta device when it is built.",
-                    hint="let the function that builds it make it of numbers alone, on the CPU.",
+                    f"{names[0]!r} of {type(pipeline).__name__} is in no file, and the function that builds the model leaves "
+                    "it on the meta device, where it has no values.",
+                    hint="compute it there on the CPU from plain numbers, not from parameters of the model.",
                     missing=names,
                 )
         if not self.train:
@@ -126,11 +128,16 @@ def checkpoint_of(
     """
     if isinstance(build, nn.Module) or not callable(build):
         kind = type(build).__name__
-        hint = f"write `lambda: {kind}(...)`: it is built again here, without memory for its parameters."
+        hint = (
+            f"write `lambda: {kind}(...)`: it is built again here, without memory for its parameters."
+            if isinstance(build, nn.Module)
+            else "write publish_checkpoint(build, files), where build() makes the model."
+        )
         raise ArgumentError(f"publish_checkpoint() expects a function that makes the model, got a {kind}.", hint=hint)
-    if rename is not None and not callable(rename) and not isinstance(rename, Mapping):
-        raise ArgumentError(f"rename={rename!r} is neither a mapping nor a function.")
-    patterns = (ignore,) if isinstance(ignore, str) else tuple(ignore)
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise ArgumentError(f"dtype={dtype!r} is not a dtype of torch.", hint="write dtype=torch.bfloat16, say.")
+    check_rename(rename)
+    patterns = (ignore,) if isinstance(ignore, str) else names_of(ignore, "ignore")
     rules = Rules(strict, patterns, rename)
     return Checkpoint(build=build, sources=tuple(_sources(paths)), dtype=dtype, key=key, rules=rules, train=train)
 
@@ -245,7 +252,7 @@ def _load(
     if misfit.misshapen or (misfit and rules.strict):
         raise misfit.error(kind, head)
     if is_told and head is not None:
-        LOGGER.warning("%s Hint: rename=%r says so without this line.", told_of_head(head), {head[0]: head[1]})
+        LOGGER.warning("%s Hint: with rename=%r you say so yourself.", told_of_head(head), {head[0]: head[1]})
     if is_told and misfit:
         LOGGER.warning("The files do not fit this %s, which strict=False accepts: %s.", kind, misfit.told())
 

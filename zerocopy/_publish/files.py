@@ -21,6 +21,8 @@ from zerocopy._store.storages import storage_of
 from zerocopy._words import counted
 from zerocopy.errors import CheckpointError
 
+_MAY_BE_CUT = "the file may be incomplete or damaged: download or copy it again."
+_HOW_TO_SAVE = "save it with torch.save(model.state_dict(), path)."
 KEYS = ("state_dict", "model_state_dict", "model", "module")  # where training frameworks put the state dict
 # As `from_pretrained` of transformers and of diffusers look for them, in this order. Then whatever is there.
 _IN_FOLDERS = (
@@ -83,7 +85,10 @@ def files_at(source: str) -> list[str]:
     if not path.exists() and glob.has_magic(source):
         found = sorted(glob.glob(source))  # noqa: PTH207 (patterns may be absolute)
         if not found:
-            raise CheckpointError(f"No file matches {source!r}.")
+            raise CheckpointError(
+                f"No file matches {source!r}.",
+                hint="give a folder, a file, or a pattern such as 'model/*.safetensors'.",
+            )
         return found
     return _in_index(path) if path.suffix == ".json" else [source]
 
@@ -107,7 +112,8 @@ def _only(found: list[Path]) -> Path:
     if len(found) > 1:
         names = [path.name for path in found]
         raise CheckpointError(
-            f"The folder {str(found[0].parent)!r} has {counted(names, 'file')} with weights.", hint="name one of them."
+            f"The folder {str(found[0].parent)!r} has {counted(names, 'file')} with weights.",
+            hint="give one of them, not the folder.",
         )
     return found[0]
 
@@ -142,7 +148,7 @@ def _read_one(path: str, key: str | None, mapped: set[object]) -> tuple[dict[str
         raise CheckpointError(f"{path!r} cannot be read: {error}.", hint=hint) from None
     if start.startswith(b"version https:"):
         raise CheckpointError(
-            f"{path!r} is not the file itself but a pointer to it, of Git LFS.", hint="run `git lfs pull`."
+            f"{path!r} is a pointer of Git LFS, not the file with the weights.", hint="run `git lfs pull`."
         )
     if start.startswith(b"PK") or (start.startswith(b"\x80") and start[8:9] != b"{"):
         return _state_dict_at(path, key, mapped)
@@ -158,7 +164,9 @@ def _safetensors_at(path: str, mapped: set[object]) -> dict[str, torch.Tensor]:
     except OSError as error:
         raise CheckpointError(f"{path!r} cannot be read: {error}.") from None
     except SafetensorError as error:
-        raise CheckpointError(f"{path!r} is not a safetensors file, nor one of torch.save: {error}.") from None
+        raise CheckpointError(
+            f"{path!r} is not a safetensors file, nor one of torch.save: {error}.", hint=_MAY_BE_CUT
+        ) from None
     mapped.update(storage_of(tensor).key for tensor in tensors.values())
     return tensors
 
@@ -176,7 +184,7 @@ def _state_dict_at(path: str, key: str | None, mapped: set[object]) -> tuple[dic
             hint="if you trust it, read it with torch.load(..., weights_only=False), and save its state dict alone.",
         ) from None
     except (RuntimeError, EOFError, ValueError, OSError) as error:
-        raise CheckpointError(f"{path!r} cannot be read by torch: {_reason(error)}") from None
+        raise CheckpointError(f"{path!r} cannot be read by torch: {_reason(error)}", hint=_MAY_BE_CUT) from None
     state = _state_dict_in(saved, key, path)
     tensors = {name: value.detach() for name, value in state.items() if isinstance(value, torch.Tensor)}
     strange = [name for name, tensor in tensors.items() if tensor.layout is not torch.strided or tensor.is_quantized]
@@ -213,7 +221,7 @@ def _state_dict_in(saved: Any, key: str | None, path: str) -> Mapping[Any, Any]:
             raise CheckpointError(f"{path!r} has no state dict under {key!r}.", hint=_keys_hint(saved))
         return saved[key]  # type: ignore[no-any-return]
     if not isinstance(saved, Mapping):
-        raise CheckpointError(f"{path!r} holds {type(saved).__name__!r}, not a state dict.")
+        raise CheckpointError(f"{path!r} holds {type(saved).__name__!r}, not a state dict.", hint=_HOW_TO_SAVE)
     below = [name for name in saved if _has_tensors(saved[name])]
     for name in KEYS:
         if name in below:
@@ -234,4 +242,4 @@ def _has_tensors(value: Any) -> bool:
 
 def _keys_hint(saved: Any) -> str:
     below = [repr(name) for name, value in saved.items() if _has_tensors(value)] if isinstance(saved, Mapping) else []
-    return f"key= takes one of {', '.join(below)}." if below else "no value in it is a dict of tensors."
+    return f"key= takes one of {', '.join(below)}." if below else _HOW_TO_SAVE

@@ -55,7 +55,10 @@ class Rules:
             if new is None or self.ignores(name) or self.ignores(new):
                 continue
             if new in found:
-                raise CheckpointError(f"rename= gives two tensors of the files the name {new!r}; one is {name!r}.")
+                raise CheckpointError(
+                    f"rename= gives two tensors of the files the name {new!r}; one is {name!r}.",
+                    hint="give each a name of its own, or None to leave one out.",
+                )
             found[new] = tensor
         return found
 
@@ -66,7 +69,8 @@ class Rules:
             new = self.rename(name)
             if new is not None and not isinstance(new, str):
                 raise ArgumentError(
-                    f"rename= gave {new!r} for {name!r}, which is no name.", hint="return a str or None."
+                    f"rename= gave {new!r} for {name!r}, which is not a name.",
+                    hint="return a str, or None to leave it out.",
                 )
             return new
         starts = (
@@ -74,6 +78,22 @@ class Rules:
         )
         longest = max(starts, key=len, default=None)
         return name if longest is None else self.rename[longest] + name[len(longest) :]
+
+
+def check_rename(rename: object) -> None:
+    """Refuse what cannot rename anything.
+
+    Raises:
+        ArgumentError: it is neither a function nor a mapping from str to str.
+    """
+    if rename is None or (callable(rename) and not isinstance(rename, Mapping)):
+        return
+    if isinstance(rename, Mapping) and all(isinstance(name, str) for pair in rename.items() for name in pair):
+        return
+    raise ArgumentError(
+        f"rename={rename!r} is neither a mapping from str to str nor a function.",
+        hint="write rename={'bert.': ''}, say; a function takes a name and returns the new one, or None to leave it out.",
+    )
 
 
 @attrs.frozen
@@ -114,9 +134,9 @@ def told_of_head(head: Head) -> str:
     """One sentence on a head that was changed."""
     old, new = head
     if not old:
-        return f"Names of the files were taken to be without the {new!r} that the model's begin with."
+        return f"Names in the model begin with {new!r}, and names in the files do not: it was added to these."
     changed = f"replaced by {new!r}" if new else "left out"
-    return f"The {old!r} that names of the files begin with was {changed}."
+    return f"Names in the files begin with {old!r}, and names in the model do not: it was {changed}."
 
 
 def find_head(given: Mapping[str, torch.Tensor], shapes: Mapping[str, torch.Size]) -> Head | None:

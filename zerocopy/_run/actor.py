@@ -16,7 +16,7 @@ from zerocopy._compat.ray import is_ray_actor_class
 from zerocopy._declare.fields import Marker, check_device_name
 from zerocopy._declare.pipeline import class_with_own_init, describe, is_pipeline_class
 from zerocopy._run.arguments import keep_arguments, live_parameters, load_arguments, load_publication
-from zerocopy._run.checks import Parameters, check_in_flight, check_options, say_options
+from zerocopy._run.checks import Parameters, check_in_flight, check_items, check_options, say_options
 from zerocopy._run.copies import warn_if_called_by_ray, warn_of_copies
 from zerocopy._run.following import (
     check_can_follow,
@@ -112,11 +112,14 @@ class Pool(Generic[T]):
             ArgumentError: the class has no such method, or the pool is closed.
         """
         if not self.actors:
-            raise ArgumentError(f"This pool of {self._cls.__name__} was closed.", hint="make another one.")
+            cls = self._cls.__name__
+            raise ArgumentError(f"This pool of {cls} was closed.", hint=f"start another one with {cls}.pool(...).")
         name = method if isinstance(method, str) else getattr(method, "__name__", repr(method))
         if not callable(getattr(self._cls, name, None)):
             methods = [one for one in dir(self._cls) if not one.startswith("_") and one not in _GENERATED]
             raise ArgumentError(f"{self._cls.__name__} has no method {name!r}.", hint=nearest(name, methods))
+        hint = f"pass a list, or any other iterable; for one call write pool[0].{name}.remote(...)."
+        check_items(items, f"pool.map({name!r}, items) iterates `items`", hint)
         check_in_flight(max_in_flight)
         turns = itertools.cycle(self.actors)
         limit = max_in_flight or 2 * len(self.actors)

@@ -60,6 +60,17 @@ def check_in_flight(max_in_flight: int | None) -> None:
         )
 
 
+def check_items(items: object, what: str, hint: str) -> None:
+    """Refuse what a `map` is not meant to go through.
+
+    Raises:
+        ArgumentError: it cannot be iterated, or it is a string, which would give its letters.
+    """
+    can_be_iterated = isinstance(items, Iterable) or hasattr(type(items), "__getitem__")  # as a dataset of torch
+    if isinstance(items, (str, bytes)) or not can_be_iterated:
+        raise ArgumentError(f"{what}, which is {type(items).__name__!r}.", hint=hint)
+
+
 class Parameters:
     """The parameters of a function or an `__init__`, checked where it is called instead of where it runs."""
 

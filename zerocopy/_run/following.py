@@ -44,7 +44,7 @@ def check_can_follow(cls: type, options: Mapping[str, Any]) -> None:
     is_async = next((n for n, f in functions if inspect.iscoroutinefunction(f) or inspect.isasyncgenfunction(f)), None)
     if is_async is not None:
         raise DeclarationError(
-            f"{cls.__name__} has follow=True and the async method {is_async!r}, during which other calls run.",
+            f"follow=True is for actors that run one call at a time, but {cls.__name__} has the async method {is_async!r}.",
             hint=_WAY_OUT,
         )
     check_options_can_follow(cls, options)
@@ -55,7 +55,8 @@ def check_options_can_follow(cls: type, options: Mapping[str, Any]) -> None:
     concurrent = [name for name in ("max_concurrency", "concurrency_groups") if options.get(name) not in (None, 1)]
     if concurrent:
         raise DeclarationError(
-            f"{cls.__name__} has follow=True and {concurrent[0]}={options[concurrent[0]]!r}: several calls run at a time.",
+            f"follow=True is for actors that run one call at a time, but {cls.__name__} has "
+            f"{concurrent[0]}={options[concurrent[0]]!r}.",
             hint=_WAY_OUT,
         )
 
@@ -106,7 +107,8 @@ def start_following(actor: Any, values: Iterable[Any]) -> None:
             followed.append(_Pipeline(pipeline, tag))
     if followed and is_async_actor():
         raise DeclarationError(
-            f"{type(actor).__name__} has follow=True, but runs where several calls run at a time.", hint=_WAY_OUT
+            f"follow=True is for actors that run one call at a time, but this {type(actor).__name__} runs several.",
+            hint=_WAY_OUT,
         )
     object.__setattr__(actor, _FOLLOWER, _Follower(followed))
 
@@ -141,8 +143,8 @@ class _Pipeline:
             hook(self.pipeline)
         elif changed is not None:
             warn_once(
-                f"{type(actor).__name__} got a new version, to which this is not done again: {changed}. Do so in a method "
-                f"{HOOK}(self, pipeline)."
+                f"{type(actor).__name__} got a new version. What was done to the old one is not done again: {changed}. Do it in "
+                f"a method {HOOK}(self, pipeline) of {type(actor).__name__}."
             )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, TypeVar, cast, overload
 
 import ray
@@ -22,7 +22,7 @@ from zerocopy._run.arguments import (
     pack_arguments,
     resolve_references,
 )
-from zerocopy._run.checks import PLACEHOLDER, Parameters, check_in_flight, check_options, say_options
+from zerocopy._run.checks import PLACEHOLDER, Parameters, check_in_flight, check_items, check_options, say_options
 from zerocopy._run.copies import warn_if_called_by_ray
 from zerocopy._run.results import default_in_flight, in_order
 from zerocopy._run.worker import address_of, call, object_at, run, run_generator, run_short
@@ -59,6 +59,9 @@ else:
 
     class _FunctionWrapper(_Subscriptable, wrapt.FunctionWrapper):
         pass
+
+
+_ITEMS_LAST = "pass a list, or any other iterable, last; name the arguments after it."
 
 
 class BoundTask(_BoundFunctionWrapper[P, R]):
@@ -203,13 +206,12 @@ class Task(_FunctionWrapper[P, R]):
             kwargs: arguments of the function by name.
         """
         if not args:
-            raise ArgumentError(f"{self.__name__}.map() needs something to iterate, as its last positional argument.")
-        *constant, items = args
-        if isinstance(items, (str, bytes)) or not isinstance(items, Iterable):
             raise ArgumentError(
-                f"{self.__name__}.map() iterates its last positional argument, which is {type(items).__name__!r}.",
-                hint="pass a list, or any other iterable, last; name the arguments after it.",
+                f"{self.__name__}.map() needs something to iterate, as its last positional argument.",
+                hint=_ITEMS_LAST,
             )
+        *constant, items = args
+        check_items(items, f"{self.__name__}.map() iterates its last positional argument", _ITEMS_LAST)
         if inspect.isgeneratorfunction(self.__wrapped__):
             raise ArgumentError(
                 f"{self.__name__} is a generator function, whose results map() cannot put in one order.",
@@ -309,7 +311,9 @@ def _decorate(function: Any, options: dict[str, Any], device: str | None, reuse:
             f"@zerocopy.task expects a function, got {describe(function)}.", hint="use @zerocopy.actor."
         )
     if not inspect.isfunction(function):
-        raise DeclarationError(f"@zerocopy.task expects a function, got {describe(function)}.")
+        raise DeclarationError(
+            f"@zerocopy.task expects a function, got {describe(function)}.", hint="decorate a function or a method."
+        )
     if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
         raise DeclarationError(
             f"@zerocopy.task cannot run the async function {function.__name__!r}: Ray's tasks are not async.",

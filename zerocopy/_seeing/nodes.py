@@ -71,7 +71,7 @@ def measure_processes(
     publications, notes = accounts.publications(node), list(measured.notes)
     if not all(one.kind for one in publications):
         notes.append(
-            "Of publications without a class no process tells: something maps the store past zerocopy, or just now."
+            "No process tells what the rows without a class are: something other than zerocopy maps the store, or just now."
         )
     return NodeMemory(node, accounts.objects(), tuple(measured.processes), tuple(publications), tuple(notes))
 
@@ -84,7 +84,7 @@ def measure_here(told: Sequence[Told] = (), *, is_here: bool = True) -> NodeMemo
     pids = [*([os.getpid()] if is_here else []), *workers, *drivers_on(node)]
     found = measure_processes(pids, node, told, is_whole_node=True, is_here=is_here)
     if raylet is None:
-        note = f"The raylet of node {node[:8]} and its workers are not seen from here."
+        note = f"The raylet of node {node[:8]} and its workers are left out: this process cannot see them."
         found = attrs.evolve(found, notes=(*found.notes, note))
     return found
 

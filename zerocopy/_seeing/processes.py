@@ -87,7 +87,7 @@ def measure(pids: Iterable[int], node: str, *, is_here: bool = True) -> Measured
     if untold:
         notes[f"Left out, because this process may not look into them: {', '.join(map(str, untold))}."] = None
     if (reason := linux.why_nothing_is_told()) is not None:
-        notes[f"Nothing is told of any process: {reason}."] = None
+        notes[f"No process can be measured: {reason}."] = None
     found.notes.extend(notes)
     return found
 

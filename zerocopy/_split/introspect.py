@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import attrs
 import numpy as np
+import ray
 import torch
 from torch import nn
 from torch.export import ExportedProgram
@@ -25,7 +26,7 @@ from zerocopy._split import paths
 from zerocopy._split.ordinary import Stripped
 from zerocopy._split.skeleton import Split, strip
 from zerocopy._split.zones import Zone
-from zerocopy._store.manifest import Outer, Root, Skeleton
+from zerocopy._store.manifest import Handle, Outer, Root, Skeleton
 from zerocopy._store.storages import storage_of
 from zerocopy._store.tensors import TensorTable, is_tensor_or_array
 from zerocopy.errors import ArgumentError, CannotTravelError, DeviceError
@@ -133,6 +134,15 @@ def check_pipeline(obj: object, what: str) -> None:
     if isinstance(obj, type):
         raise ArgumentError(
             f"{what} expects an instance, got the class {obj.__name__!r}.", hint="make an instance of it."
+        )
+    if isinstance(obj, ray.ObjectRef):
+        raise ArgumentError(
+            f"{what} expects a model or an object that holds some, got an ObjectRef.", hint="pass what ray.get() gives."
+        )
+    if isinstance(obj, Handle):
+        raise ArgumentError(
+            f"{what} expects a model or an object that holds some, got a publication.",
+            hint="pass what its load() returns, or use it as it is.",
         )
     if is_pipeline_class(type(obj)) or paths.is_module(obj) or isinstance(obj, ExportedProgram):
         return
@@ -329,5 +339,5 @@ def _check_one_device(by_field: dict[str, str | None], name: str) -> None:
         (one, first), (two, second), *_ = declared.items()
         raise DeviceError(
             f"Fields {first!r} and {second!r} of {name} share memory but declare the devices {one!r} and {two!r}.",
-            hint="give tied fields one device.",
+            hint="give these fields one device=.",
         )

@@ -27,11 +27,13 @@ def raise_if_lost(error: Exception) -> None:
 _LOST: dict[LostReason, tuple[str, str]] = {
     "owner ended": (
         "the process that published them ended",
-        "publish from a process that lives as long as they are used, such as the driver or a detached actor.",
+        "publish from a process that lives as long as they are used, such as the driver or a detached actor; or under a name, "
+        "which needs no process: zerocopy.publish(pipeline, name=...).",
     ),
     "node lost": (
         "the node of the process that published them, or the last one that held them, is down",
-        "publish the pipeline again from a node that is up; what was published under its process went with it.",
+        "publish the pipeline again from a node that is up. What is published with name= and source=, or by "
+        "publish_checkpoint() with name=, comes back by itself.",
     ),
     "references dropped": (
         "all references that Ray had counted were closed or dropped",

@@ -210,7 +210,7 @@ class Versions:
                 raise VersionError(
                     f"This publication was written with {name} {theirs}, but this process has {ours} "
                     f"(zerocopy {self.zerocopy} there, {here.zerocopy} here).",
-                    hint="install the same versions on every node.",
+                    hint="install the same versions on every node, or publish again with these.",
                 )
 
 

@@ -97,8 +97,8 @@ def detach_all(memories: Sequence[PrivateMap]) -> None:
     needed, free = sum(memory.shown_bytes() for memory in memories), available_memory()
     if needed > free:
         raise OutOfMemoryError(
-            f"{needed:,} bytes of private memory are needed, but {free:,} are free.",
-            hint="free some memory, or leave the pipeline as it is: it stays right.",
+            f"unshare() needs {needed:,} bytes of private memory, but {free:,} are free.",
+            hint="free some memory, or leave the pipeline shared: nothing has changed, and it works as before.",
             needed=needed,
             free=free,
         )
@@ -231,13 +231,15 @@ def _report(reason: str, required: bool) -> None:
     if required or os.environ.get(REQUIRE_ISOLATION, "0") not in ("", "0"):
         raise IsolationError(
             f"The object store cannot be mapped privately in this process: {reason}.",
-            hint=f"unset {REQUIRE_ISOLATION} to accept that writes to a loaded pipeline reach every worker.",
+            hint=f"`zerocopy doctor` tells why. Or leave adopt=True out, and unset {REQUIRE_ISOLATION} here and where it was "
+            "published, to accept that writes to a loaded pipeline reach every worker.",
         )
     if reason not in _warned:
         _warned.add(reason)
         warn_caller(
             f"zerocopy cannot map the object store privately in this process: {reason}. Loaded pipelines still share "
-            f"their weights, but a write to them reaches every worker. Set {REQUIRE_ISOLATION}=1 to refuse instead.",
+            f"their weights, but a write to them reaches every worker. `zerocopy doctor` tells what to change; set "
+            f"{REQUIRE_ISOLATION}=1 to get an error instead.",
             IsolationWarning,
         )
 
@@ -316,6 +318,6 @@ def _open(interval: linux.Mapping) -> int:
             return descriptor
         os.close(descriptor)
     raise MappingImpossible(
-        "it can open the store's file through no raylet, for which Linux asks for the raylet's user, its user namespace, and all "
-        "capabilities that it has"
+        "it cannot open the store's file through a raylet, the process of Ray that has it open: for that, Linux asks for the "
+        "raylet's user, its user namespace, and all capabilities that it has"
     )

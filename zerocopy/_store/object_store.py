@@ -82,7 +82,7 @@ def require() -> None:
         _say_that_ray_was_started()
     if not is_running():
         raise ZeroCopyError(
-            "This process was forked from one that is connected to Ray. Their connection is its parent's.",
+            "This process was forked from one that is connected to Ray, and cannot use the connection of its parent.",
             hint="start it with multiprocessing's 'spawn' method, or let Ray start it.",
         )
     if is_client():
@@ -357,14 +357,14 @@ def warn_of_crowding(shared: int, copied: int, what: str) -> None:
     if shared > fraction * size:
         _warn_once(
             "shared",
-            f"The weights of {what} take {shared:,} of {size:,} bytes of this node's object store. Ray writes what else does not "
-            f"fit to disk. {rule}; `object_store_memory` makes the store larger.",
+            f"The weights of {what} take {shared:,} of {size:,} bytes of this node's object store. Ray writes other objects that "
+            f"do not fit to disk. {rule}; `object_store_memory` makes the store larger.",
         )
     if 2 * copied > fraction * size:
         _warn_once(
             "copied",
-            f"Each call with {what} among its arguments carries a copy of {copied:,} bytes. {rule}; better share what is large "
-            "among these bytes.",
+            f"Each call with {what} among its arguments carries a copy of {copied:,} bytes. {rule}. To avoid that, put what is "
+            "large in it into shared() fields.",
         )
 
 

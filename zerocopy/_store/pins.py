@@ -56,7 +56,7 @@ def _connection() -> Connection | None:
     if original is None:
         warn_caller(
             "zerocopy does not find this process' connection to the object store. Loaded and adopted pipelines may change after "
-            "ray.shutdown(): zerocopy.unshare them first.",
+            "ray.shutdown(). Call zerocopy.unshare(pipeline) before it.",
             IsolationWarning,
         )
         return None

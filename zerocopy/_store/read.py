@@ -89,13 +89,14 @@ class StoredMemory:
         digests = self._manifest.digests
         if len(digests) < len(self._locations):
             raise ArgumentError(
-                "This publication has no digests to verify.", hint="publish it under a name: publish(..., name=...)."
+                "verify=True needs digests (checksums), which only publications with a name have.",
+                hint="publish it under a name: zerocopy.publish(..., name=...).",
             )
         wrong = [storage for storage in self._needed if self._digest(storage) not in (None, digests[storage])]
         if wrong:
             raise CorruptedError(
                 f"{len(wrong)} of {len(self._needed)} storages have other bytes than were published.",
-                hint="something has written to the object store past zerocopy. Publish again.",
+                hint="something other than zerocopy has written to the object store. Publish again.",
                 storages=wrong,
             )
 

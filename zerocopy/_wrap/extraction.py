@@ -13,7 +13,7 @@ from zerocopy._split.paths import is_module
 from zerocopy._split.skeleton import Split, graft, strip
 from zerocopy._split.zones import Zone
 from zerocopy._store.mapping import map_if_in_store
-from zerocopy._store.tensors import is_plain, like
+from zerocopy._store.tensors import is_plain, is_tensor_or_array, like
 from zerocopy.errors import ArgumentError
 
 Tensors: TypeAlias = list[dict[str, dict[str, Any]]]
@@ -63,15 +63,24 @@ def replace_tensors(skeleton: nn.Module, tensors: Sequence[Mapping[str, Mapping[
         ArgumentError: `tensors` are not those of this skeleton: another number of modules, or an unknown name.
     """
     if not is_module(skeleton):
-        raise ArgumentError(f"replace_tensors expects an nn.Module, got {type(skeleton).__name__!r}.")
+        raise ArgumentError(
+            f"replace_tensors expects an nn.Module first, got {type(skeleton).__name__!r}.", hint=_AS_EXTRACTED
+        )
+    if not _are_tensors(tensors):
+        raise ArgumentError(
+            "replace_tensors expects a list of {'params': {name: array}, 'buffers': {name: array}}, one for each module.",
+            hint=_AS_EXTRACTED,
+        )
     modules = list(_members(skeleton))
     if len(modules) != len(tensors):
         raise ArgumentError(
             f"{type(skeleton).__name__} has {len(modules)} modules, but there are tensors for {len(tensors)}.",
-            hint="pass both results of one call of extract_tensors.",
+            hint=_AS_EXTRACTED,
         )
     if misfits := [text for pair in zip(modules, tensors, strict=True) for text in _misfits(*pair)]:
-        raise ArgumentError(f"{type(skeleton).__name__} cannot take these tensors: {'; '.join(misfits)}.")
+        raise ArgumentError(
+            f"{type(skeleton).__name__} cannot take these tensors: {'; '.join(misfits)}.", hint=_AS_EXTRACTED
+        )
     arrays = {id(value): value for entry in tensors for contents in entry.values() for value in contents.values()}
     live = _live_tensors([value for value in arrays.values() if isinstance(value, np.ndarray)])
     filled: dict[int, tuple[Any, Any]] = {}
@@ -82,6 +91,17 @@ def replace_tensors(skeleton: nn.Module, tensors: Sequence[Mapping[str, Mapping[
                 if id(blank) not in filled:  # the blank one stays alive, so that its id means it
                     filled[id(blank)] = like(blank, content) if is_plain(blank) else content, blank
                 members[kind][name] = filled[id(blank)][0]
+
+
+_AS_EXTRACTED = "pass both results of one call of extract_tensors: replace_tensors(skeleton, tensors)."
+
+
+def _are_tensors(tensors: Any) -> bool:
+    """Whether this has the form of what `extract_tensors` gives, whatever the names are."""
+    if not isinstance(tensors, Sequence) or not all(isinstance(entry, Mapping) for entry in tensors):
+        return False
+    groups = [group for entry in tensors for group in entry.values()]
+    return all(isinstance(group, Mapping) and all(map(is_tensor_or_array, group.values())) for group in groups)
 
 
 def _misfits(members: Mapping[str, Mapping[str, Any]], entry: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:

@@ -8,6 +8,7 @@ from typing import Any
 import attrs
 from torch.export import ExportedProgram
 
+from zerocopy._load.partial import names_of
 from zerocopy._load.publication import Publication
 from zerocopy._publish.publish import publish_subject
 from zerocopy._split import paths
@@ -77,13 +78,13 @@ def attributes_to_copy(pipeline: Any, model_attr_names: Sequence[str] | None) ->
         ArgumentError: `pipeline` is a class, or it has no such attribute, or the attribute holds no model.
     """
     if isinstance(pipeline, type):
-        raise ArgumentError(f"Got the class {pipeline.__name__!r}.", hint="make an instance of it.")
+        raise ArgumentError(
+            f"A model or an object with models is expected, got the class {pipeline.__name__!r}.",
+            hint="make an instance of it.",
+        )
     if model_attr_names is None:
         return []
-    if isinstance(model_attr_names, str):
-        raise ArgumentError(
-            f"model_attr_names={model_attr_names!r} is a string.", hint=f"write [{model_attr_names!r}]."
-        )
+    model_attr_names = names_of(model_attr_names, "model_attr_names")
     held = paths.attributes_of(pipeline)
     holding = [name for name, value in held.items() if models_of(value)]
     for name in model_attr_names:
@@ -99,9 +100,7 @@ def attributes_to_copy(pipeline: Any, model_attr_names: Sequence[str] | None) ->
 
 def _check_methods(pipeline: Any, models: Mapping[str, Any], method_names: Sequence[str] | None) -> None:
     """Refuse names that nothing has. A method of the pipeline runs where it is called, and the models that it calls in tasks."""
-    if isinstance(method_names, str):
-        raise ArgumentError(f"method_names={method_names!r} is a string.", hint=f"write [{method_names!r}].")
-    for name in method_names or ():
+    for name in () if method_names is None else names_of(method_names, "method_names"):
         if not _has_method(pipeline, name) and not any(_has_method(model, name) for model in models.values()):
             kinds = ", ".join(dict.fromkeys(class_of(model).__name__ for model in models.values()))
             raise ArgumentError(
