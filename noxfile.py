@@ -51,12 +51,12 @@ def tests_lowest(session: nox.Session) -> None:
     _run_tests(session, "--ignore", "tests/timed")
 
 
-def _run_tests(session: nox.Session, *arguments: str) -> None:
+def _run_tests(session: nox.Session, *arguments: str, which: str = "not long") -> None:
     """Two processes, each with a cluster where references out of band are forbidden; then what needs to be alone."""
     two = ["-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]
     forbidden = {"RAY_allow_out_of_band_object_ref_serialization": "0"}
-    session.run("pytest", *two, "-m", "not alone and not long", *arguments, env={**OFFLINE, **forbidden})
-    session.run("pytest", "-m", "alone and not long", *arguments, env=OFFLINE)
+    session.run("pytest", *two, "-m", f"not alone and {which}", *arguments, env={**OFFLINE, **forbidden})
+    session.run("pytest", "-m", f"alone and {which}", *arguments, env=OFFLINE)
 
 
 @nox.session
@@ -81,13 +81,13 @@ def soak(session: nox.Session) -> None:
     """Sixty seconds of churn, in which every weight is checked again and again. `-- --seconds 600` for more.
 
     Then a live update under load, of more and larger versions than in the tests; and a crowd: a table in docs/reliability.md.
-    Then the tests that are too long for each change.
+    Then the tests that are too long for each change, but for faults.
     """
     _install_tests(session)
     session.run("python", "tests/soak.py", *session.posargs)
     session.run("python", "tests/live_update.py", "--versions", "60", "--width", "1024")
     session.run("python", "tests/load_held.py", "--output", "docs/reliability.md")
-    session.run("pytest", "-m", "long", env=OFFLINE)
+    _run_tests(session, "--ignore", "tests/faults", "--ignore", "tests/cluster/test_losses.py", which="long")
 
 
 @nox.session

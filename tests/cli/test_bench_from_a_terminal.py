@@ -20,6 +20,7 @@ NBYTES = 6 * (1500 * 1500 + 1500) * 4
 FIGURES = Figures(workers=2, memory=100, publish=0.5, load=0.002, first=None, steady=None)
 
 
+@pytest.mark.long
 def test_a_model_of_ones_own_is_measured(cluster: None, told: Callable[..., Any]) -> None:
     """Two workers that share it take it once, two with copies take it twice; each figure is there."""
     found = told("bench", "models_to_name:layers", "--input", "models_to_name:batch", "--workers", 2)

@@ -56,6 +56,7 @@ def test_search_finds_the_right_document_and_shows_what_sharing_saves(
     assert not totals[("plain copies", 8)]
 
 
+@pytest.mark.long
 @needs_transformers
 def test_a_larger_encoder_is_shared(
     cluster: None, zerocopy_command: Callable[..., Result], monkeypatch: pytest.MonkeyPatch

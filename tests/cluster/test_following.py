@@ -398,12 +398,14 @@ print(handle.current()())
 """
 
 
+@pytest.mark.long
 def test_forks_and_other_connections(name: str, address: str) -> None:
     """Without a connection of its own a process goes on with what is loaded. On a new one it follows again."""
     done = run_python(ELSEWHERE, "-", address, name)
     assert done.stdout.split() == ["1", "1", "1", "1", "1", "1", "2"], done.stderr
 
 
+@pytest.mark.long
 def test_following_leaks_nothing(name: str, store_use: Callable[[], int]) -> None:
     """What nobody asks for any more is dropped, and old versions with it; the thread ends."""
     zerocopy.publish(numbered(0, width=400), name=name)

@@ -222,6 +222,7 @@ def test_equal_storages_after_a_recovery(name: str) -> None:
 # Losses
 
 
+@pytest.mark.long
 def test_calls_and_actors_after_a_loss(name: str) -> None:
     """A handle whose references have died with the registry is as good as before, also as an argument."""
     publication = zerocopy.publish(numbered(7), name=name, source=build_seven)
@@ -279,6 +280,7 @@ def test_an_instance_whose_name_is_removed(name: str) -> None:
     assert [versions.ask(search), versions.ask(publication)] == [3, 3]
 
 
+@pytest.mark.long
 def test_holders_of_several_versions_give_back_all(name: str) -> None:
     """Versions share shards, and a process that has loaded two brings back both."""
     for order in ([1, 2], [2, 1]):

@@ -457,6 +457,7 @@ def is_free(store_use: Callable[[], int]) -> bool:
     return wait_until(lambda: store_use() <= 0, 30)
 
 
+@pytest.mark.long
 def test_nothing_is_left(name: str, store_use: Callable[[], int]) -> None:
     """Tasks, a closure, `map`, containers, plain and generated actors, pools, `Live`: when they and the name are gone."""
     search = pipelines.search(width=1024)
@@ -496,6 +497,7 @@ def closure_over(handle: Any) -> Any:
     return captured
 
 
+@pytest.mark.long
 def test_nothing_is_left_of_changes(name: str, store_use: Callable[[], int]) -> None:
     """An adopted instance that is passed, trained, passed and published again keeps one set besides what versions keep."""
     search = pipelines.search(width=1024)
@@ -587,6 +589,7 @@ except zerocopy.errors.NotPublishedError as error:
 """
 
 
+@pytest.mark.long
 def test_connections_that_end(name: str, address: str) -> None:
     """A handle by name works again after connecting to the same cluster; forks and other clusters are refused in words."""
     done = run_python(CONNECTIONS, "-", address, name)

@@ -107,6 +107,7 @@ print(zerocopy.publish(search, name=sys.argv[2]).version.number)
 """
 
 
+@pytest.mark.long
 def test_equal_content_of_other_processes(name: str, address: str) -> None:
     """Sets are pickled in another order by each process, and classes by value with another id: they are equal all the same."""
     source = "class Code: top = 5\ncompute = Code()\n" + SET
@@ -322,6 +323,7 @@ print(version, zerocopy.lookup(sys.argv[2]).load()())
 """
 
 
+@pytest.mark.long
 def test_classes_of_main(name: str, address: str) -> None:
     """Two drivers publish classes of their `__main__`: each is a version of its own, and either process loads both."""
     first = run_python(MAIN, "-", address, name, "2", "")
@@ -341,6 +343,7 @@ print(zerocopy.lookup(sys.argv[2]).load()())
 """
 
 
+@pytest.mark.long
 def test_a_name_can_end_with_its_job(name: str, address: str, store_use: Callable[[], int]) -> None:
     """`lifetime="job"` ties it to the publisher's job."""
     tied = run_python(TIED, "-", address, name)

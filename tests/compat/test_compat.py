@@ -93,6 +93,7 @@ except ValueError as error:
 """
 
 
+@pytest.mark.long
 def test_connections_and_clusters_are_told_apart(address: str) -> None:
     """Connection and cluster stay the same until Ray is shut down, and are others afterwards; objects of before have an unknown
     owner. What is kept while connected is dropped in between. Whether references may be pickled out of band is what the
@@ -297,6 +298,7 @@ def test_reducers_of_users_are_told() -> None:
     assert told(Registered) is None
 
 
+@pytest.mark.long
 def test_async_actors_are_told_and_get_silently(cluster: None) -> None:
     """Only an actor with an async method is one. There `ray.get` gives its advice, once, and what the package uses does not."""
 

@@ -35,6 +35,7 @@ def test_the_readme_runs(tmp_path: Path) -> None:
     assert "shared once per node" in done.stdout
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("page", PAGES)
 def test_code_runs(page: str, tmp_path: Path, run_as_main: Callable[..., str]) -> None:
     """What a page shows is a program that runs."""

@@ -115,11 +115,11 @@ def test_the_version_is_that_of_the_distribution() -> None:
 def test_importing_is_light_and_starts_nothing() -> None:
     """`import zerocopy` adds little to importing torch and Ray; it starts neither Ray nor CUDA, no thread and no process."""
     program = (
-        "import ray, torch, threading, ray.actor, ray.cloudpickle, time\n"
-        "import sys\n"
+        "import sys, threading, time\n"
+        "import ray, torch, ray.actor, ray.cloudpickle\n"
         "before, before_modules, start = threading.active_count(), set(sys.modules), time.process_time()\n"
         "import zerocopy\n"
-        "print(time.process_time() - start)\n"
+        "print((time.process_time() - start) / start)\n"
         "assert not ray.is_initialized()\n"
         "assert not torch.cuda.is_initialized()\n"
         "assert threading.active_count() == before\n"
@@ -127,9 +127,6 @@ def test_importing_is_light_and_starts_nothing() -> None:
         "assert 'ray.data' not in sys.modules\n"
         "assert not {'click', 'packaging', 'zerocopy._cli'} & sys.modules.keys() - before_modules\n"
     )
-    seconds = []
-    for _ in range(3):  # the other tests' work on the same cores makes it look longer
-        done = run_python(program)
-        assert done.returncode == 0, done.stderr
-        seconds.append(float(done.stdout))
-    assert min(seconds) < 0.4, "an import of something heavy crept in"
+    done = run_python(program)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 0.25, "an import of something heavy crept in"

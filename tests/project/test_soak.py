@@ -6,6 +6,7 @@ import pytest
 import soak
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("cluster")
 def test_weights_stay_what_they_are_under_churn() -> None:
     """No reader finds another weight than that of its version, whatever others load, write, hand on, adopt, fork and close."""

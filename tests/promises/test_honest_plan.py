@@ -648,6 +648,7 @@ def test_looking_breaks_nothing() -> None:
     copies.warn_of_copies(lambda: None, (Raising(), [Raising()], {"model": Fifth()}), {"more": Raising()})
 
 
+@pytest.mark.long
 def test_the_driver_sees_the_warning(address: str) -> None:
     """What a worker says reaches the user's terminal."""
     done = run_python(

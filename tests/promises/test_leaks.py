@@ -28,6 +28,7 @@ def is_free(store_use: Callable[[], int]) -> bool:
     return wait_until(lambda: store_use() <= 0)
 
 
+@pytest.mark.long
 def test_automatic_publishing(store_use: Callable[[], int]) -> None:
     """After the pipeline and its results are dropped, nothing is left of it, however often it was passed and changed."""
     search = pipelines.search(width=1024)

@@ -129,6 +129,7 @@ cluster.shutdown()
 """
 
 
+@pytest.mark.long
 def test_a_pipeline_outlives_its_connection_and_its_children() -> None:
     """Loaded and adopted pipelines keep their bytes after `ray.shutdown()`, when another session fills the store, and when
     forked children have dropped their copies. A child cannot use its parent's connection, and says so."""

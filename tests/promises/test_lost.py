@@ -61,6 +61,7 @@ def restarted(actor: Any) -> None:
     assert wait_until(is_new)
 
 
+@pytest.mark.long
 def test_a_restarted_actor_has_its_weights_whatever_became_of_its_arguments(store_use: Callable[[], int]) -> None:
     """Closed, dropped or changed after the call: an actor finds what it was given as long as its handle lives, and no longer."""
     search, passed, wrapped = (pipelines.search(width=64, top_k=number) for number in (1, 2, 3))
@@ -100,6 +101,7 @@ def answer_at_the_second_try(*given: Any, marks: str) -> list[float]:
     return [_answer(value) for value in given]
 
 
+@pytest.mark.long
 def test_a_retried_task_has_its_weights(store_use: Callable[[], int], tmp_path: Path) -> None:
     """Closed while the call waits, runs or is tried again: a task finds what it was given until its result is there."""
     search = pipelines.search(width=64)
@@ -123,6 +125,7 @@ def answer_each(pipeline: pipelines.Search, nested: list[Any], number: float) ->
     return pipeline(number) + nested[0].load()(number)
 
 
+@pytest.mark.long
 def test_a_map_has_its_weights_to_its_end(store_use: Callable[[], int]) -> None:
     """What is given to `map` may be closed, dropped or emptied while it runs."""
     search = pipelines.search(width=64)

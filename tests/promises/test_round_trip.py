@@ -164,6 +164,7 @@ def test_what_comes_out_is_what_went_in(pipeline: Random) -> None:
         assert (pickled.label, repr(pickled.parts)) == (loaded.label, repr(loaded.parts))
 
 
+@pytest.mark.long
 @CHECKS
 @given(pipelines(), st.data())
 def test_writes_change_nothing_elsewhere(pipeline: Random, data: st.DataObject) -> None:

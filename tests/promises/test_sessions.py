@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from conftest import run_python
 
 PROGRAM = """
@@ -43,6 +44,7 @@ assert_zero_copy(zerocopy.publish(search).load())
 """
 
 
+@pytest.mark.long
 def test_crowded_stores_and_ended_sessions(address: str) -> None:
     """A model beyond the free memory of the store lies in a file, mapped the same way; after `ray.shutdown()` a publication is
     lost, in words, what was loaded goes on, and a new session publishes anew."""

@@ -86,6 +86,7 @@ def elsewhere(cluster: None) -> Any:
     return Elsewhere.remote()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", RUNS)
 def test_runs_elsewhere_over_shared_weights(kind: str, elsewhere: Any) -> None:
     """It gives the same in another process, where every weight is a view of the store."""

@@ -117,6 +117,7 @@ if (
     WAYS["of another user"] = ("", 65534)
 
 
+@pytest.mark.long
 def test_workers_that_may_not_open_the_store(cluster: None) -> None:
     """In another user namespace, with fewer capabilities or of another user a worker loads right values, warns once, naming the
     condition, and refuses where isolation is required. A report says whose memory it may not see."""

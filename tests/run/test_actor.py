@@ -73,6 +73,7 @@ def test_generated_init_and_typed_spelling() -> None:
     assert ray.get(louder.told.remote()) == ("Search", 99)
 
 
+@pytest.mark.long
 def test_inherited_inits_load_too() -> None:
     """An `__init__` that a base class brings, decorated or not, gets its arguments loaded."""
 
@@ -164,6 +165,7 @@ def test_ray_data() -> None:
         assert answers == pytest.approx(sorted(search(float(number)) for number in range(8)))
 
 
+@pytest.mark.long
 def test_subclasses_and_errors_of_init() -> None:
     """What goes wrong in the worker's `__init__` stands inside Ray's error."""
 
@@ -193,6 +195,7 @@ def test_device_of_the_actor(monkeypatch: pytest.MonkeyPatch) -> None:
         ray.get(Remote.remote(pipelines.search(width=8)).ask.remote())
 
 
+@pytest.mark.long
 def test_what_was_looked_up_arrives_with_its_version(name: str) -> None:
     """An actor that is given the handle of a name has a pipeline that knows the name, number and digest it came from."""
     version = zerocopy.publish(pipelines.search(width=64), name=name).version
@@ -245,6 +248,7 @@ def test_serve(address: str) -> None:
     assert done.stdout.splitlines()[:2] == ["True", "True"], done.stdout + done.stderr
 
 
+@pytest.mark.long
 def test_serve_where_references_are_forbidden(address: str) -> None:
     """Where references out of band are forbidden a deployment's arguments are refused in our words."""
     done = run_python(SERVE, "-", address, RAY_allow_out_of_band_object_ref_serialization="0")

@@ -386,6 +386,7 @@ with Worker.pool(1, search) as pool:
 """
 
 
+@pytest.mark.long
 def test_everything_in_main(address: str) -> None:
     """Pipelines, tasks and actors defined in `__main__`, without a file as in a notebook, work."""
     done = run_python(MAIN, "-", address)

@@ -97,6 +97,7 @@ def test_calls_that_reuse_a_load_tell_nothing(cluster: None) -> None:
     assert counts[-1] <= 4
 
 
+@pytest.mark.long
 def test_nothing_is_printed_by_default() -> None:
     """Whoever configures no logging sees no line."""
     done = run_python(

@@ -83,6 +83,7 @@ ray.shutdown()
 """
 
 
+@pytest.mark.long
 def test_figures_are_scraped() -> None:
     """All counters and gauges have the figures of what was done, on the second connection of a process."""
     done = run_python(SCRAPED, **ORDINARY)

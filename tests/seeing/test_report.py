@@ -64,6 +64,7 @@ def test_a_publication_of_this_process_is_told(cluster: None) -> None:
     assert wait_until(lambda: not of_kind(zerocopy.memory_report(), "Mine"), 20)
 
 
+@pytest.mark.long
 def test_loads_and_writes_of_busy_processes_are_told(cluster: None, name: str) -> None:
     """Each load counts as a plain copy less; what was written since counts as its writer's own; a process need not answer."""
     publication = zerocopy.publish(weights(), name=name)
@@ -92,6 +93,7 @@ def test_loads_and_writes_of_busy_processes_are_told(cluster: None, name: str) -
     assert wait_until(is_used_by_one, 20)
 
 
+@pytest.mark.long
 def test_shared_is_never_below_one_copy(cluster: None) -> None:
     """Also of a report on one of many processes, whose proportional share is less."""
     publication = zerocopy.publish(weights())
@@ -244,6 +246,7 @@ cluster.shutdown()
 """
 
 
+@pytest.mark.long
 def test_all_nodes_of_this_cluster_and_no_other(cluster: None) -> None:
     """Two nodes share a host with another cluster: each process is told once, on its node; one that stands still is left out."""
     other_cluster = own_raylet()

@@ -131,6 +131,7 @@ def expected(pipeline: Any) -> torch.Tensor:
 # In actors.
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")  # Ray Data's, about its own settings
 @pytest.mark.parametrize(("wrap", "actors"), [(ModelWrapper.from_model, 2), (ActorWrapper, 1)])
 def test_ray_data(wrap: Callable[[Any], Any], actors: int) -> None:
@@ -148,6 +149,7 @@ def test_ray_data(wrap: Callable[[Any], Any], actors: int) -> None:
     np.testing.assert_allclose([row["sum"] for row in answers], float(expected(pipeline)[0].sum()), rtol=1e-4)
 
 
+@pytest.mark.long
 def test_four_actors_share_one_copy_and_no_write() -> None:
     """Four plain Ray actors given one wrapper read one copy of the weights, and none sees what another writes."""
 
@@ -525,6 +527,7 @@ def test_exported_programs() -> None:
     torch.testing.assert_close(ModelWrapper.for_tasks(program)(INPUT), program.module()(INPUT).detach())
 
 
+@pytest.mark.long
 def test_actors_that_hold_every_cpu() -> None:
     """A call from an actor finds room: it takes the place of its caller, who waits."""
 
@@ -605,6 +608,7 @@ class Wide(nn.Module):
         return self.layers(value)
 
 
+@pytest.mark.long
 def test_torchscript_is_zero_copy() -> None:
     """A worker's private memory grows by less than 2 % of the weights when it loads and runs a program, frozen or not."""
 
@@ -649,6 +653,7 @@ def test_functions_for_models() -> None:
         torch.testing.assert_close(answer, model.eval()(INPUT).detach())
 
 
+@pytest.mark.long
 def test_functions_for_pipelines() -> None:
     """A skeleton and its references, by hand and from `constructor_kwargs`."""
     pipeline = Pipeline()
@@ -740,6 +745,7 @@ def test_what_cannot_travel_is_named() -> None:
         ModelWrapper.from_model(pipeline)
 
 
+@pytest.mark.long
 def test_without_ray_and_after_it(tmp_path: Path) -> None:
     """A wrapper that plain pickle brought to a process without Ray says so; one whose cluster is gone does not hang."""
     content = tmp_path / "wrapper.pickle"

@@ -108,7 +108,7 @@ def facts_here() -> Facts:
         huge_pages=linux.free_huge_pages(),
         allows_out_of_band=allows_out_of_band(),
         variables={name: value for name, value in os.environ.items() if name.startswith("RAY_")},
-        tells_mappings=Path("/proc/self/smaps").exists(),
+        tells_mappings=linux.usage(os.getpid()) is not None,
     )
 
 
