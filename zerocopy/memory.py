@@ -193,7 +193,7 @@ def memory_report(pids: Iterable[int] | None = None, *, timeout: float = SECONDS
 
 def _checked(pids: object) -> list[int]:
     """Process ids, each a number. NumPy's are numbers, too."""
-    found = list(pids) if isinstance(pids, Iterable) else [pids]
+    found: Any = list(pids) if isinstance(pids, Iterable) else [pids]
     if not isinstance(pids, Iterable) or not all(hasattr(pid, "__index__") for pid in found):
         raise ArgumentError(f"pids={pids!r} is not a list of process ids.", hint="write pids=[os.getpid()], say.")
     return [operator.index(pid) for pid in found]
