@@ -40,7 +40,7 @@ def test_a_name_from_its_first_version_to_its_end(
     assert told("remove", name, "--version", 1) == {"name": name, "version": 1}
     refused = zerocopy_command("remove", name, "--version", 2)
     assert refused.exit_code == 1
-    assert "points at it. Hint:" in refused.stderr
+    assert "point at it. Hint:" in refused.stderr
     assert zerocopy_command("remove", name).output == f"Removed {name!r}.\n"
     gone = zerocopy_command("alias", name, "stable", 2)
     assert gone.exit_code == 1

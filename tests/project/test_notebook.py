@@ -10,6 +10,8 @@ import nbclient
 import nbformat
 import pytest
 
+pytestmark = pytest.mark.long
+
 NOTEBOOK = Path(__file__).parents[2] / "examples" / "notebook.ipynb"
 
 
@@ -28,7 +30,6 @@ TABLES = {  # what the only table of a cell has in its first column; a report ha
 }
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("cell", TABLES)
 def test_tables_show_once(cell: str, outputs: dict[str, list[Any]]) -> None:
     """One output, which has a text and one table, and neither is empty."""

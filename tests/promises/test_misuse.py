@@ -271,6 +271,16 @@ def a_source_with_arguments() -> None:
     zerocopy.publish(nn.Linear(1, 1), name="linear", source=nn.Linear)
 
 
+def source_that_brings_the_weights() -> None:
+    model = nn.Linear(2000, 2000)
+    zerocopy.publish(model, name="linear", source=lambda: model)
+
+
+def source_that_cannot_be_pickled() -> None:
+    lock = threading.Lock()
+    zerocopy.publish(nn.Linear(1, 1), name="linear", source=lambda: lock)
+
+
 def lookup_of_a_number() -> None:
     zerocopy.lookup(3)
 
@@ -559,6 +569,12 @@ MISUSES: list[tuple[Callable[[], object], type[Exception], str]] = [
         TypeError,
         "source=<class 'torch.nn.modules.linear.Linear'> needs arguments: missing a required argument: 'in_features'. Hint: ",
     ),
+    (
+        source_that_brings_the_weights,
+        TypeError,
+        "source=<function source_that_brings_the_weights.<locals>.<lambda> at ",
+    ),
+    (source_that_cannot_be_pickled, TypeError, "source=<function source_that_cannot_be_pickled.<locals>.<lambda> at "),
     (lookup_of_a_number, TypeError, "name=3 is not a name. Hint: give a string that is not empty."),
     (version_as_text, TypeError, "version='1' is not the number of a version. Hint: write version=1, say."),
     (

@@ -301,14 +301,18 @@ def test_several_files_and_a_pipeline(tmp_path: Path) -> None:
         assert torch.equal(loaded.second(INDEX), model(INDEX))
 
 
-def test_conversion(tmp_path: Path) -> None:
-    """Floating-point tensors are converted on the way, others stay."""
+def test_conversion(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Floating-point tensors are converted on the way, others stay. Without `dtype=` a difference is said."""
     model = made()
-    save(model, tmp_path / "model.safetensors", leave_out="head.weight")
+    save(model.double(), tmp_path / "model.safetensors", leave_out="head.weight")
+    assert zerocopy.publish_checkpoint(Model, tmp_path).load().embed.weight.dtype is torch.float64
+    assert "are torch.float64, as in the files; it was built with torch.float32" in caplog.text
+    caplog.clear()
     loaded = zerocopy.publish_checkpoint(Model, tmp_path / "model.safetensors", dtype=torch.float16).load()
     assert loaded.embed.weight.dtype is loaded.low.weight.dtype is torch.float16
     assert loaded.norm.num_batches_tracked.dtype is torch.int64
     assert torch.equal(loaded.embed.weight, model.embed.weight.half())
+    assert not caplog.text
 
 
 def test_what_does_not_fit_is_listed(tmp_path: Path) -> None:

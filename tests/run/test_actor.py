@@ -241,6 +241,7 @@ serve.shutdown()
 """
 
 
+@pytest.mark.long
 @pytest.mark.alone  # the controller pickles references too
 def test_serve(address: str) -> None:
     """A deployment's arguments arrive loaded."""

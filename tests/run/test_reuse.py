@@ -283,6 +283,7 @@ def test_arrays_are_loaded_afresh(process: Any) -> None:
 def test_a_worker_keeps_few_and_not_for_long(empty_process: Any, store_use: Callable[[], int]) -> None:
     """A worker keeps loads of four publications at most, and frees those of a closed publication after a while."""
     process = empty_process
+    ray.get(process.keep_for.remote(60.0))  # longer than a busy machine needs for the calls
     publications = [zerocopy.publish(modules()) for _ in range(6)]
     for publication in publications:
         call(process, place, publication)

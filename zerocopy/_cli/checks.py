@@ -89,7 +89,7 @@ def why_refused(trial: Trial) -> tuple[str, str]:
         )
     return (
         f"{trial.reason}. A security module (SELinux, AppArmor) may forbid it",
-        f"Let it read /proc/<raylet>/fd. {instead}",
+        f"Let it read the files that the raylet has open. {instead}",
     )
 
 

@@ -7,6 +7,7 @@ would be the result. What a source gives is taken only where its digests are tho
 from __future__ import annotations
 
 import functools
+import pickle
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,11 +21,31 @@ from zerocopy._publish.weights import Streamed
 from zerocopy._split.introspect import Subject, check_pipeline, introspect
 from zerocopy._store.storages import Storage
 from zerocopy._store.write import STREAMED, layout
+from zerocopy._tables import format_bytes
+from zerocopy._words import first_line
+from zerocopy.errors import ArgumentError
+
+MOST_SOURCE = 10 << 20  # bytes: functions and configs are smaller, weights are larger
 
 
 def packed_source(source: Callable[[], Any]) -> bytes:
-    """A source as it travels: a call that offers to the registry what is missing."""
-    packed: bytes = ray.cloudpickle.dumps(functools.partial(_offer_source, source))
+    """A source as it travels: a call that offers to the registry what is missing.
+
+    Raises:
+        ArgumentError: it cannot be pickled, or it brings along so much that it must be the weights.
+    """
+    try:
+        packed: bytes = ray.cloudpickle.dumps(functools.partial(_offer_source, source))
+    except (TypeError, pickle.PicklingError) as error:
+        raise ArgumentError(
+            f"source={source!r} cannot be pickled, so no other process could run it: {first_line(error)}",
+            hint="give a function that makes everything it needs, and captures nothing that belongs to this process.",
+        ) from error
+    if len(packed) > MOST_SOURCE:
+        raise ArgumentError(
+            f"source={source!r} brings along {format_bytes(len(packed))}, which the registry would keep in its own memory.",
+            hint="let it build or read the weights, and not return a model that it has captured.",
+        )
     return packed
 
 

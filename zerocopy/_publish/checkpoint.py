@@ -106,6 +106,8 @@ class Checkpoint:
         members = _members_of(modules)
         _load(type(pipeline).__name__, modules, members, content, self.rules, is_told=not real)
         _settle(members, pages)
+        if self.dtype is None and not real:
+            _tell_of_dtypes(type(pipeline).__name__, members)
         missing = [member for member in members if member.held_in[member.key].is_meta]
         return pipeline, missing, {id(tensor): number for number, tensor in enumerate(made)}
 
@@ -345,6 +347,19 @@ def _settle(members: Sequence[Member], pages: _Pages) -> None:
         made = like(loaded[0].tensor, pages.tensor(first))
         for member in tied:
             member.held_in[member.key] = made
+
+
+def _tell_of_dtypes(kind: str, members: Sequence[Member]) -> None:
+    """Say once where the files have another dtype than the model was built with: `load_state_dict` alone would convert."""
+    pairs = [(member.tensor.dtype, member.held_in[member.key].dtype) for member in members]
+    differing = [(built, found) for built, found in pairs if built != found and found.is_floating_point]
+    if differing:
+        built, found = differing[0]
+        LOGGER.warning(
+            "%d tensors of this %s are %s, as in the files; it was built with %s. Hint: dtype=%s or dtype=%s says so without "
+            "this line.",
+            len(differing), kind, found, built, found, built,
+        )  # fmt: skip
 
 
 class _Pages:
