@@ -38,7 +38,10 @@ STORING = 4  # store tasks at a time on each node
 STORE_TRIES = 3  # of each: its process may be killed, and Ray's own retries made a lost one hang
 POLL_SECONDS = 30.0
 JOB_SECONDS = 2.0  # between two looks at whether jobs have ended
-HOLDER_SECONDS = 8.0  # without progress, that recovery waits for processes which still hold what is lost
+# Recovery waits for processes that still hold what is lost. They wait for a call all the time, and answer at once; but after a
+# registry has ended they first have to find the new one.
+HOLDER_SECONDS = 3.0
+FIRST_SECONDS = 8.0  # from the start of this registry
 
 Key: TypeAlias = tuple[str, int]  # a name and a number
 Followed: TypeAlias = tuple[str, str | int]  # a name, and an alias or a number
@@ -61,6 +64,7 @@ class Registry:
     """The registry. Clients call `answer` alone, which calls the method that they name."""
 
     def __init__(self) -> None:
+        self._since = time.monotonic()
         self._names: dict[str, Name] = {name: _restored(record) for name, record in records_in_control_plane().items()}
         self._shards = Shards()
         self._placed: dict[Key, Placed] = {}
@@ -417,10 +421,11 @@ class Registry:
 
     async def wait_for_holders(self, version: Version) -> None:
         start = time.monotonic()
+        least = max(start + HOLDER_SECONDS, self._since + FIRST_SECONDS)
         while self._missing(version):
             is_claimed = self._claims.cover(self._missing(version))
-            end = max(start, self._claims.progress) + CLAIM_SECONDS if is_claimed else start
-            if time.monotonic() > end + HOLDER_SECONDS:
+            end = max(start, self._claims.progress) + CLAIM_SECONDS + HOLDER_SECONDS if is_claimed else least
+            if time.monotonic() > max(end, least):
                 break
             self._announce()  # who holds something may have come just now, and who claimed it may be gone
             event = self._changed

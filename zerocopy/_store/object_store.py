@@ -45,8 +45,9 @@ from zerocopy.errors import (
 
 R = TypeVar("R")
 
-OWNER_TIMEOUT_MS = 2000
+OWNER_TIMEOUT_MS = 1000
 HERE_SECONDS = 0.2  # in which objects come that are on this node. Meanwhile no other thread can get any
+WAIT_SECONDS = 0.25  # of each wait for objects of other nodes. Waits of several threads come one after the other
 LOOK_SECONDS = 1.0  # between two looks at whether there are copies
 OWNER_SECONDS = 0.5  # that an owner is taken to live after it was asked
 
@@ -183,13 +184,15 @@ def _get_while_there_are_copies(refs: list[ray.ObjectRef[Any]]) -> list[Any]:
     `ray.get` would hold up other threads, which cannot get what is here meanwhile.
     """
     wanted = list(dict.fromkeys(refs))
-    missing = 0
+    missing, next_look = 0, time.monotonic() + LOOK_SECONDS
     while missing < 2:  # one that has just come may not be known yet
-        _, absent = ray.wait(wanted, num_returns=len(wanted), timeout=LOOK_SECONDS)
+        _, absent = ray.wait(wanted, num_returns=len(wanted), timeout=WAIT_SECONDS)
         if not absent:
             with contextlib.suppress(ray.exceptions.GetTimeoutError):  # it has been evicted again
-                return _get(refs, LOOK_SECONDS)
-        missing = missing + 1 if have_no_copy(_located(wanted), wanted) else 0
+                return _get(refs, HERE_SECONDS)
+        if time.monotonic() >= next_look:
+            missing = missing + 1 if have_no_copy(_located(wanted), wanted) else 0
+            next_look = time.monotonic() + (0 if missing else LOOK_SECONDS)
     raise lost("node lost")
 
 
