@@ -176,6 +176,10 @@ class IsolationError(ZeroCopyError, RuntimeError):
     """Private mappings were required and are not possible here."""
 
 
+class CheckpointWarning(UserWarning):
+    """Files of weights differ from the model in names or dtypes, in a way that was settled without asking."""
+
+
 class CopyWarning(UserWarning):
     """An argument brought a model by plain pickling: each worker has a copy of it."""
 

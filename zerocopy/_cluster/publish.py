@@ -190,10 +190,10 @@ def publish_checkpoint(
             of `torch.save`, which are read with `weights_only=True`; those of torch before 1.6 pass through memory.
             Names are those of the module's `state_dict()`; in a pipeline with several models each after the path of its
             model, as in `encoder.layer.0.weight`. Of tied tensors one name is enough. Where all names differ by what they
-            begin with, such as `bert.` or `module.`, that is changed, and a log line says so.
+            begin with, such as `bert.` or `module.`, that is changed, and a warning says so.
         dtype: what floating-point tensors of the files are converted to, None for as they are.
         strict: whether tensors that no file has, and names that the pipeline does not have, are errors. Else the former
-            stay as `build` makes them, and a log line tells how many.
+            stay as `build` makes them, and a warning tells how many.
         ignore: a pattern, as of file names, or several, of names that may be missing or too many.
         rename: what the names in the files are called in the pipeline: a function, which gives None for what is left out; or a
             mapping from names, or from beginnings of names that end with a dot; `""` is the beginning of every name.

@@ -19,6 +19,7 @@ import attrs
 import torch
 from torch import nn
 
+from zerocopy._compat.cpython import warn_caller
 from zerocopy._compat.linux import drop_pages
 from zerocopy._load.partial import names_of
 from zerocopy._load.publication import Publication
@@ -27,14 +28,13 @@ from zerocopy._publish.files import Content
 from zerocopy._publish.fit import Misfit, Rename, Rules, check_rename, find_head, told_of_head, with_head
 from zerocopy._publish.publish import put_once
 from zerocopy._publish.weights import Streamed
-from zerocopy._seeing.events import LOGGER
 from zerocopy._split.introspect import Subject, check_pipeline, introspect
 from zerocopy._split.models import models_in_train_mode, models_of
 from zerocopy._split.paths import is_module
 from zerocopy._store import object_store
 from zerocopy._store.storages import Storage, storage_of
 from zerocopy._store.tensors import like
-from zerocopy.errors import ArgumentError, CheckpointError
+from zerocopy.errors import ArgumentError, CheckpointError, CheckpointWarning
 
 PathLike: TypeAlias = str | os.PathLike[str]
 Files: TypeAlias = PathLike | Iterable[PathLike] | Mapping[str, PathLike | Iterable[PathLike]]
@@ -254,9 +254,12 @@ def _load(
     if misfit.misshapen or (misfit and rules.strict):
         raise misfit.error(kind, head)
     if is_told and head is not None:
-        LOGGER.warning("%s Hint: with rename=%r you say so yourself.", told_of_head(head), {head[0]: head[1]})
+        rename = {head[0]: head[1]}
+        warn_caller(f"{told_of_head(head)} Hint: with rename={rename!r} you say so yourself.", CheckpointWarning)
     if is_told and misfit:
-        LOGGER.warning("The files do not fit this %s, which strict=False accepts: %s.", kind, misfit.told())
+        warn_caller(
+            f"The files do not fit this {kind}, which strict=False accepts: {misfit.told()}.", CheckpointWarning
+        )
 
 
 def _taken(
@@ -355,11 +358,11 @@ def _tell_of_dtypes(kind: str, members: Sequence[Member]) -> None:
     differing = [(built, found) for built, found in pairs if built != found and found.is_floating_point]
     if differing:
         built, found = differing[0]
-        LOGGER.warning(
-            "%d tensors of this %s are %s, as in the files; it was built with %s. Hint: dtype=%s or dtype=%s says so without "
-            "this line.",
-            len(differing), kind, found, built, found, built,
-        )  # fmt: skip
+        warn_caller(
+            f"{len(differing)} tensors of this {kind} are {found}, as in the files; it was built with {built}. Hint: "
+            f"dtype={found} or dtype={built} says so yourself.",
+            CheckpointWarning,
+        )
 
 
 class _Pages:
