@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import click
@@ -46,8 +46,3 @@ def sort_option(*keys: str) -> Callable[[F], F]:
 def show(shown_as: str, data: Any, text: Callable[[], str]) -> None:
     """Print `data` as JSON, or the text."""
     click.echo(json.dumps(data, indent=2) if shown_as == JSON else text())
-
-
-def in_bytes_first(rows: Sequence[tuple[str, int]]) -> list[tuple[str, int]]:
-    """Rows, the one with the most bytes first."""
-    return sorted(rows, key=lambda row: -row[1])

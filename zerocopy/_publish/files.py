@@ -18,7 +18,7 @@ import attrs
 import torch
 
 from zerocopy._store.storages import storage_of
-from zerocopy._words import counted
+from zerocopy._words import counted, first_line
 from zerocopy.errors import CheckpointError
 
 _MAY_BE_CUT = "the file may be incomplete or damaged: download or copy it again."
@@ -151,7 +151,8 @@ def _read_one(path: str, key: str | None, mapped: set[object]) -> tuple[dict[str
             f"{path!r} is a pointer of Git LFS, not the file with the weights.", hint="run `git lfs pull`."
         )
     if start.startswith(b"PK") or (start.startswith(b"\x80") and start[8:9] != b"{"):
-        return _state_dict_at(path, key, mapped)
+        # Since torch 1.6 they are zip files; older ones cannot be mapped.
+        return _state_dict_at(path, key, mapped, is_zip=start.startswith(b"PK"))
     return _safetensors_at(path, mapped), []
 
 
@@ -171,9 +172,9 @@ def _safetensors_at(path: str, mapped: set[object]) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _state_dict_at(path: str, key: str | None, mapped: set[object]) -> tuple[dict[str, torch.Tensor], list[str]]:
-    with Path(path).open("rb") as file:
-        is_zip = file.read(2) == b"PK"  # since torch 1.6; older files cannot be mapped
+def _state_dict_at(
+    path: str, key: str | None, mapped: set[object], *, is_zip: bool
+) -> tuple[dict[str, torch.Tensor], list[str]]:
     if is_zip and _is_torchscript(path):
         raise CheckpointError(f"{path!r} is a TorchScript archive.", hint="use zerocopy.publish(torch.jit.load(...)).")
     try:
@@ -208,10 +209,9 @@ def _is_torchscript(path: str) -> bool:
 
 
 def _reason(error: Exception) -> str:
-    """The first line of what torch says that is about the file."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    told = [line for line in lines if "Unsupported" in line or "GLOBAL" in line]
-    return (told or lines or [type(error).__name__])[0].rstrip(".") + "."
+    """What torch says of the file, in one line: that with the culprit, else the first."""
+    told = [line.strip() for line in str(error).splitlines() if "Unsupported" in line or "GLOBAL" in line]
+    return [*told, first_line(error)][0].rstrip(".") + "."
 
 
 def _state_dict_in(saved: Any, key: str | None, path: str) -> Mapping[Any, Any]:

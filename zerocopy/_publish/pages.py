@@ -1,0 +1,58 @@
+"""How do tensors over files reach the store without staying in memory: filled just before they are written, dropped after it?"""
+
+from __future__ import annotations
+
+import math
+import mmap
+from collections.abc import Collection, Sequence
+
+import torch
+
+from zerocopy._compat.linux import drop_pages
+from zerocopy._store.storages import Storage, storage_of
+
+
+class Pages:
+    """The memory of the tensors of one pipeline over files."""
+
+    def __init__(self, mapped: Collection[object], dtype: torch.dtype | None) -> None:
+        """`mapped`: keys of the storages over files. `dtype`: what floating-point tensors are converted to."""
+        self._mapped = mapped
+        self._dtype = dtype
+        self._used: set[object] = set()  # keys of storages that a tensor of the pipeline has
+        self._ours: set[object] = set()  # keys of those over files, and over memory to fill
+        self._to_fill: dict[object, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def tensor(self, source: torch.Tensor) -> torch.Tensor:
+        """`source`, if it is a whole storage that no other tensor has; or a tensor that it will be copied into."""
+        storage = storage_of(source)
+        dtype = self._dtype if self._dtype is not None and source.is_floating_point() else source.dtype
+        is_whole = source.nbytes == storage.nbytes and storage.key not in self._used
+        self._used.add(storage.key)
+        if not source.numel() or (is_whole and dtype == source.dtype):
+            if storage.key in self._mapped:
+                self._ours.add(storage.key)
+            return source
+        memory = mmap.mmap(-1, math.prod(source.shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        tensor = torch.frombuffer(memory, dtype=dtype).view(source.shape)
+        key = storage_of(tensor).key
+        self._ours.add(key)
+        self._to_fill[key] = tensor, source
+        return tensor
+
+    def fill(self, storages: Sequence[Storage]) -> None:
+        """Convert or copy what these storages are to hold."""
+        for storage in storages:
+            if storage.key in self._to_fill:
+                tensor, source = self._to_fill[storage.key]
+                tensor.copy_(source)
+                below = storage_of(source)
+                if below.key in self._mapped and below.address is not None:
+                    drop_pages(below.address, below.nbytes)
+
+    def drop(self, storages: Sequence[Storage]) -> None:
+        """Give the memory of these storages back: the store has it now."""
+        for storage in storages:
+            if storage.key in self._ours and storage.address is not None:
+                # What is in a file can be read again, and what was converted is in the store.
+                drop_pages(storage.address, storage.nbytes)
