@@ -15,8 +15,9 @@ from zerocopy._load.publication import Publication
 from zerocopy._nodes.where import NodeCopies, NodeCopy
 from zerocopy._publish.passing import install as _install
 from zerocopy._publish.verify import plan
-from zerocopy._run.actor import Actor, Launcher, Pool, actor
+from zerocopy._run.actor import Actor, Launcher, actor
 from zerocopy._run.methods import Handle, method, typed
+from zerocopy._run.pool import Pool
 from zerocopy._run.task import BoundTask, Task, task
 from zerocopy._split.plan import PlanEntry, SharePlan
 from zerocopy._wrap.extraction import extract_tensors, replace_tensors

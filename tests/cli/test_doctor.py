@@ -17,7 +17,7 @@ from packaging.requirements import Requirement
 from zerocopy._cli import checks
 from zerocopy._cli.facts import Facts, Place, Trial, facts_here, left_set, mapping_here, place_of
 from zerocopy._cli.findings import Finding, has_failed, report_of, scrubbed
-from zerocopy._compat.linux import Rights, is_gvisor, memory_limit, shared_memory_room
+from zerocopy._compat.containers import Rights, is_gvisor, memory_limit, shared_memory_room
 
 GB = 10**9
 SHM, DISK, NFS = Place("/dev/shm", "tmpfs"), Place("/var/ray", "ext4"), Place("/mnt/ray", "nfs4")

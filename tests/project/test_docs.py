@@ -11,7 +11,7 @@ from conftest import run_python
 
 ROOT = Path(__file__).parents[2]
 PAGES = {
-    "docs/checkpoints.md": "",
+    "docs/checkpoints.md": "110",
     "docs/guide.md": "shared once per node",
     "docs/migration.md": "torch.Size([1, 8])",
     "docs/names.md": "both have version 3",

@@ -13,7 +13,7 @@ from packaging.version import InvalidVersion, Version
 
 from zerocopy._cli.facts import Facts, Place, Trial, left_set
 from zerocopy._cli.findings import Finding, failure, ok, warning
-from zerocopy._compat import linux
+from zerocopy._compat import containers, linux
 from zerocopy._compat.ray import (
     MEMORY_REFRESH_VARIABLE,
     MEMORY_THRESHOLD,
@@ -148,10 +148,10 @@ def check_huge_pages(place: Place, free: int, store: int) -> Finding:
 
 def check_shared_memory(place: Place, shared_memory: int | None, store: int) -> Finding:
     """Whether /dev/shm holds the store."""
-    name = str(linux.SHARED_MEMORY)
+    name = str(containers.SHARED_MEMORY)
     if shared_memory is None:
         return ok(name, "There is none here.")
-    if Path(place.folder).is_relative_to(linux.SHARED_MEMORY) and shared_memory < store:
+    if Path(place.folder).is_relative_to(containers.SHARED_MEMORY) and shared_memory < store:
         return failure(
             name,
             f"It has {format_bytes(shared_memory)}, the store in it {format_bytes(store)}: processes end when it is full.",
@@ -162,7 +162,7 @@ def check_shared_memory(place: Place, shared_memory: int | None, store: int) -> 
 
 def check_default_store(shared_memory: int | None, memory: int) -> Finding:
     """Whether /dev/shm holds the store that Ray takes if nobody says how large."""
-    name, store = str(linux.SHARED_MEMORY), int(STORE_FRACTION * memory)
+    name, store = str(containers.SHARED_MEMORY), int(STORE_FRACTION * memory)
     if shared_memory is None:
         return ok(name, "There is none here.")
     wanted = f"a store of {STORE_FRACTION:.0%} of the memory, {format_bytes(store)}"

@@ -14,7 +14,7 @@ import attrs
 import numpy as np
 import psutil
 
-from zerocopy._compat import linux
+from zerocopy._compat import containers, linux
 from zerocopy._compat.ray import TESTING_VARIABLES, allows_out_of_band, option_of, own_raylet, raylets
 from zerocopy._store import object_store
 from zerocopy._store.mapping import why_not_private
@@ -46,8 +46,8 @@ class Trial:
     reason: str | None
     system: str
     is_gvisor: bool
-    own: linux.Rights | None
-    raylet: linux.Rights | None
+    own: containers.Rights | None
+    raylet: containers.Rights | None
 
 
 @attrs.frozen
@@ -101,11 +101,11 @@ def facts_here() -> Facts:
         store=object_store.capacity() or 0,
         store_place=place_of(None if raylet is None else option_of(raylet, "plasma_directory")),
         spill_place=place_of(None if raylet is None else option_of(raylet, "fallback_directory")),
-        shared_memory=_size_of(linux.SHARED_MEMORY),
-        limit=linux.memory_limit(),
+        shared_memory=_size_of(containers.SHARED_MEMORY),
+        limit=containers.memory_limit(),
         memory=memory.total,
         used=memory.percent / 100,
-        huge_pages=linux.free_huge_pages(),
+        huge_pages=containers.free_huge_pages(),
         allows_out_of_band=allows_out_of_band(),
         variables={name: value for name, value in os.environ.items() if name.startswith("RAY_")},
         tells_mappings=linux.usage(os.getpid()) is not None,
@@ -118,16 +118,16 @@ def mapping_here() -> Trial:
     reason = why_not_private(object_store.get(ref))
     raylet = _raylet()
     own, others = _rights(os.getpid()), None if raylet is None else _rights(raylet.pid)
-    return Trial(reason, sys.platform, linux.is_gvisor(), own, others)
+    return Trial(reason, sys.platform, containers.is_gvisor(), own, others)
 
 
 def _raylet() -> psutil.Process | None:
     return own_raylet() or next(raylets(), None)
 
 
-def _rights(pid: int) -> linux.Rights | None:
+def _rights(pid: int) -> containers.Rights | None:
     try:
-        return linux.rights_of(pid)
+        return containers.rights_of(pid)
     except OSError:
         return None
 

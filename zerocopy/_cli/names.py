@@ -8,17 +8,15 @@ from typing import Any
 
 import click
 
+from zerocopy._cli.adopted import publish_adopted
 from zerocopy._cli.cluster import address_option, joined
 from zerocopy._cli.failures import Failed
 from zerocopy._cli.objects import Target, named
 from zerocopy._cli.show import format_option, show, sort_option, units_option
-from zerocopy._cluster.handles import NamedPublication
 from zerocopy._cluster.listing import Publications, Published, publications
-from zerocopy._cluster.publish import publish as publish_object
 from zerocopy._cluster.publish import remove as remove_name
 from zerocopy._cluster.publish import set_alias
 from zerocopy._tables import format_bytes
-from zerocopy.errors import IsolationError
 
 _ORDERS: dict[str, Any] = {
     "NAME": lambda one: (one.version.name, one.version.number),
@@ -107,8 +105,7 @@ def publish(
     options = {"name": name, "alias": alias, "keep": keep, "expect": expect, "source": target.value if source else None}
     # What runs a source later is started by another job: it must find the module, too.
     with joined(address, **({"runtime_env": _here()} if source else {})):
-        publication = _published(pipeline, options)
-        version = publication.version
+        version = publish_adopted(pipeline, **options).version
         found = [one for one in publications() if one.version == version]
     if not found:
         raise Failed(f"Version {version.number} of {name!r} was removed by somebody else right after it was published.")
@@ -122,15 +119,6 @@ def _here() -> dict[str, Any]:
     """The environment in which the module of this folder can be imported."""
     path = os.pathsep.join(filter(None, [str(Path.cwd()), os.environ.get("PYTHONPATH")]))
     return {"env_vars": {"PYTHONPATH": path}}
-
-
-def _published(pipeline: Any, options: dict[str, Any]) -> NamedPublication:
-    try:
-        publication = publish_object(pipeline, adopt=True, **options)  # this process needs no second copy
-    except IsolationError:
-        publication = publish_object(pipeline, **options)
-    assert isinstance(publication, NamedPublication)  # noqa: S101 (a name was given)
-    return publication
 
 
 @click.command()

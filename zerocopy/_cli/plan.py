@@ -10,10 +10,10 @@ import attrs
 import click
 
 from zerocopy._cli.checkpoints import Folder, folder_of
-from zerocopy._cli.objects import Target, found
+from zerocopy._cli.objects import FORM, Target, found
 from zerocopy._cli.show import format_option, show, sort_option, units_option
 from zerocopy._cli.sizing import Weights, on_node, on_nodes, store_bytes
-from zerocopy._compat import linux
+from zerocopy._compat import containers
 from zerocopy._publish.verify import plan as plan_object
 from zerocopy._split.plan import SharePlan
 from zerocopy._store.object_store import arguments_fraction
@@ -50,11 +50,13 @@ def plan(target: str, workers: int | None, nodes: int, versions: int, shown_as: 
       zerocopy plan my_models:build --workers 8 --nodes 4
       zerocopy plan ~/models/llama --workers 4 --units GB
     """
+    if ":" not in target and not Path(target).is_dir():
+        raise click.BadParameter(f"{target!r} is not a folder here, and does not name an object. Hint: {FORM}")
     planned = (
         _of_folder(folder_of(Path(target)), sort_by) if Path(target).is_dir() else _of_object(found(target), sort_by)
     )
     store = store_bytes(planned.weights, workers or 1, arguments_fraction(), versions)
-    notes = [*planned.notes, *_notes_on_store(store, linux.shared_memory_room())]
+    notes = [*planned.notes, *_notes_on_store(store, containers.shared_memory_room())]
     data = {**planned.data, "object_store_memory": store, "notes": notes}
     if workers is not None:
         data |= _totals(planned.weights, workers, nodes)
@@ -128,7 +130,7 @@ def _notes_on_store(store: int, room: int | None) -> Iterator[str]:
     """
     if room is not None and room < store:
         yield (
-            f"{linux.SHARED_MEMORY} of this machine has {format_bytes(room)} free, which is less than that store: Ray would "
+            f"{containers.SHARED_MEMORY} of this machine has {format_bytes(room)} free, which is less than that store: Ray would "
             f"refuse it, or put it on disk. In a container, start it with --shm-size={store + store // 10}."
         )
 

@@ -16,10 +16,10 @@ import ray.exceptions
 import torch
 
 import zerocopy
+from zerocopy._cli.adopted import publish_adopted
 from zerocopy._cli.inputs import Inputs, inputs_of, run
 from zerocopy._compat.linux import give_back_heap
 from zerocopy._store import object_store
-from zerocopy.errors import IsolationError
 
 ROUNDS, ROUND_SECONDS = 20, 5.0  # of forwards that are called steady: so many, or as long
 
@@ -118,7 +118,7 @@ class Trial:
         Raises:
             Late: the time was over.
         """
-        return self._measure(lambda: [_published(model)])
+        return self._measure(lambda: [publish_adopted(model)])
 
     def copies(self, pickled: Callable[[], bytes], seconds: float) -> Figures:
         """The same where each worker unpickles a copy.
@@ -164,10 +164,3 @@ class Trial:
         except ray.exceptions.GetTimeoutError as error:
             raise Late from error
         return found
-
-
-def _published(model: Any) -> Any:
-    try:
-        return zerocopy.publish(model, adopt=True)
-    except IsolationError:
-        return zerocopy.publish(model)

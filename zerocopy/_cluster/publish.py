@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, overload
 
-import ray
 import torch
-from torch import nn
 
 from zerocopy._cluster import client, handles, names
+from zerocopy._cluster.asked import check_name, check_number, check_source, check_unnamed, commit_of
 from zerocopy._cluster.following import WATCHER
 from zerocopy._cluster.handles import NamedPublication, Tag, Unresolved, Version
 from zerocopy._cluster.recovery import offer_pipeline, packed_checkpoint, packed_source
 from zerocopy._cluster.refresh import tag_of
 from zerocopy._cluster.writing import Commit, Named
-from zerocopy._declare.pipeline import is_pipeline_class
 from zerocopy._load.publication import Publication
 from zerocopy._publish import publish as unnamed
 from zerocopy._publish.checkpoint import Files, checkpoint_of
@@ -99,11 +96,11 @@ def publish(
     if not isinstance(adopt, bool):
         raise ArgumentError(f"adopt={adopt!r} is neither True nor False.")
     if name is None:
-        _check_unnamed(alias, source, expect, keep, lifetime)
+        check_unnamed(alias, source, expect, keep, lifetime)
         return unnamed.publish(pipeline, adopt=adopt)
     check_pipeline(pipeline, "zerocopy.publish")
     if source is not None:
-        _check_source(source)
+        check_source(source)
     packed = None if source is None else packed_source(source)
     commit = commit_of(name, packed, alias=alias, expect=expect, keep=keep, lifetime=lifetime)
     subject = Subject(pipeline)
@@ -219,65 +216,10 @@ def publish_checkpoint(
         build, files, dtype=dtype, strict=strict, ignore=ignore, rename=rename, key=key, train=train
     )
     if name is None:
-        _check_unnamed(alias, None, expect, keep, lifetime)
+        check_unnamed(alias, None, expect, keep, lifetime)
         return unnamed_checkpoint(checkpoint)
     commit = commit_of(name, packed_checkpoint(checkpoint), alias=alias, expect=expect, keep=keep, lifetime=lifetime)
     return publish_as(commit, lambda to: unnamed.put_once(checkpoint.open(), to))
-
-
-def commit_of(
-    name: str, source: bytes | None, *, alias: str | None, expect: int | None, keep: int | None, lifetime: str
-) -> Commit:
-    """What a user asks for, checked."""
-    _check_name(name, "name")
-    if alias is not None:
-        _check_name(alias, "alias")
-    if keep is not None and (not isinstance(keep, int) or keep < 0):
-        raise ArgumentError(f"keep={keep!r} is not a number of versions.", hint="give 0 or more.")
-    if expect is not None and (not isinstance(expect, int) or expect < 0):
-        raise ArgumentError(f"expect={expect!r} is not the number of a version.", hint="give 0 for no version yet.")
-    if lifetime not in ("cluster", "job"):
-        raise ArgumentError(f"lifetime={lifetime!r} is unknown.", hint="use 'cluster' or 'job'.")
-    object_store.require()
-    job = ray.get_runtime_context().get_job_id() if lifetime == "job" else None
-    aliases = [alias] if alias else []
-    return Commit(name=name, aliases=aliases, expect=expect, keep=keep, job=job, source=source)
-
-
-def _check_source(source: Any) -> None:
-    """Refuse what could not make the pipeline when its weights are lost: then nobody is there to read the error."""
-    hint = "give a function without arguments that makes it again."
-    if isinstance(source, nn.Module) or is_pipeline_class(type(source)):
-        raise ArgumentError(f"source= got a {type(source).__name__}, not a function that makes it.", hint=hint)
-    if not callable(source):
-        raise ArgumentError(f"source={source!r} cannot be called.", hint=hint)
-    try:
-        inspect.signature(source).bind()
-    except ValueError:  # of C, which does not tell
-        return
-    except TypeError as error:
-        raise ArgumentError(f"source={source!r} needs arguments: {error}.", hint=hint) from None
-
-
-def _check_name(name: object, what: str) -> None:
-    if not isinstance(name, str) or not name:
-        article = "an" if what == "alias" else "a"
-        raise ArgumentError(f"{what}={name!r} is not {article} {what}.", hint="give a string that is not empty.")
-
-
-def _check_number(version: object) -> None:
-    if version is not None and (not isinstance(version, int) or isinstance(version, bool)):
-        raise ArgumentError(f"version={version!r} is not the number of a version.", hint="write version=1, say.")
-
-
-def _check_unnamed(alias: object, source: object, expect: object, keep: object, lifetime: str) -> None:
-    given = {"alias": alias, "source": source, "expect": expect, "keep": keep}
-    used = [argument for argument, value in given.items() if value is not None]
-    used += ["lifetime"] if lifetime != "cluster" else []
-    if used:
-        raise ArgumentError(
-            f"{used[0]}= is for publications with a name.", hint="add name=, or leave it out.", argument=used[0]
-        )
 
 
 def lookup(name: str, *, alias: str | None = None, version: int | None = None) -> NamedPublication:
@@ -291,12 +233,12 @@ def lookup(name: str, *, alias: str | None = None, version: int | None = None) -
         ArgumentError: both are given, or one is of another kind.
         NotPublishedError: there is none; the error tells which there are.
     """
-    _check_name(name, "name")
+    check_name(name, "name")
     if alias is not None and version is not None:
         raise ArgumentError("lookup() takes an alias or a version, got both.", hint="leave one out.")
     if alias is not None:
-        _check_name(alias, "alias")
-    _check_number(version)
+        check_name(alias, "alias")
+    check_number(version)
     object_store.require()
     which = version if version is not None else alias or names.LATEST
     changes = WATCHER.changes
@@ -319,8 +261,8 @@ def set_alias(name: str, alias: str, *, version: int | None = None, to: str | No
         ArgumentError: neither or both are given, or one is of another kind.
         NotPublishedError: there is no such version or name.
     """
-    _check_name(name, "name")
-    _check_name(alias, "alias")
+    check_name(name, "name")
+    check_name(alias, "alias")
     if (version is None) == (to is None):
         got = "none" if to is None else "both"
         raise ArgumentError(
@@ -328,8 +270,8 @@ def set_alias(name: str, alias: str, *, version: int | None = None, to: str | No
             hint="write version=1 or to='latest', say.",
         )
     if to is not None:
-        _check_name(to, "alias")
-    _check_number(version)
+        check_name(to, "alias")
+    check_number(version)
     told = client.ask("point", name, alias, version if version is not None else to)
     WATCHER.note_here(name)
     return Version(name, told["number"], told["digest"].hex())
@@ -344,8 +286,8 @@ def remove(name: str, *, version: int | None = None) -> None:
         NotPublishedError: there is none.
         VersionInUseError: an alias points at this version.
     """
-    _check_name(name, "name")
-    _check_number(version)
+    check_name(name, "name")
+    check_number(version)
     client.ask("remove", name, version, may_be_gone=True)
     WATCHER.note_here(name)
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import functools
 import inspect
-import itertools
 import weakref
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Concatenate, Generic, NoReturn, ParamSpec, Self, TypeVar, cast, overload
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Concatenate, Generic, ParamSpec, TypeVar, cast, overload
 
 import attr
 import ray
@@ -16,7 +15,7 @@ from zerocopy._compat.ray import is_ray_actor_class
 from zerocopy._declare.fields import Marker, check_device_name
 from zerocopy._declare.pipeline import class_with_own_init, describe, is_pipeline_class
 from zerocopy._run.arguments import keep_arguments, live_parameters, load_arguments, load_publication
-from zerocopy._run.checks import Parameters, check_in_flight, check_items, check_options, say_options
+from zerocopy._run.checks import Parameters, check_options, say_options
 from zerocopy._run.copies import warn_if_called_by_ray, warn_of_copies
 from zerocopy._run.following import (
     check_can_follow,
@@ -25,20 +24,16 @@ from zerocopy._run.following import (
     load_newest,
     start_following,
 )
-from zerocopy._run.methods import Handle
-from zerocopy._run.results import in_order
+from zerocopy._run.methods import GENERATED, Handle
+from zerocopy._run.pool import Pool
 from zerocopy._store import object_store
-from zerocopy._words import nearest
-from zerocopy.errors import ArgumentError, DeclarationError, NotExposedError
+from zerocopy.errors import ArgumentError, DeclarationError
 
 P = ParamSpec("P")
 T = TypeVar("T")
-R = TypeVar("R")
-Item = TypeVar("Item")
 C = TypeVar("C", bound=type)
 
 _SPEC = "__zerocopy_actor__"
-_GENERATED = ("remote", "options", "pool")
 
 
 class _Spec:
@@ -59,111 +54,6 @@ class _Spec:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Spec, (self.options, self.device, self.follow)
-
-
-class Pool(Generic[T]):
-    """Actors of one class that share one copy of the weights. Made by `.pool`; `close()` ends them."""
-
-    def __init__(self, cls: type[T], actors: list[Handle[T]]) -> None:
-        self._cls = cls
-        self.actors = actors
-
-    @overload
-    def map(
-        self, method: str, items: Iterable[Any], *, max_in_flight: int | None = ..., progress: bool = ...
-    ) -> Iterator[Any]: ...
-    @overload
-    def map(
-        self,
-        method: Callable[[T, Item], Coroutine[Any, Any, R]],
-        items: Iterable[Item],
-        *,
-        max_in_flight: int | None = ...,
-        progress: bool = ...,
-    ) -> Iterator[R]: ...
-    @overload
-    def map(
-        self,
-        method: Callable[[T, Item], R],
-        items: Iterable[Item],
-        *,
-        max_in_flight: int | None = ...,
-        progress: bool = ...,
-    ) -> Iterator[R]: ...
-    def map(
-        self,
-        method: str | Callable[..., Any],
-        items: Iterable[Any],
-        *,
-        max_in_flight: int | None = None,
-        progress: bool = True,
-    ) -> Iterator[Any]:
-        """Call a method for each of `items`, which are iterated lazily, on one actor after the other.
-
-        Yields results in order. The first error cancels the calls under way and is raised.
-
-        Args:
-            method: its name, or the method of the class (`Worker.ask`), whose types are checked then.
-            items: what it is called with, one by one.
-            max_in_flight: how many calls are under way at most; by default two for each actor.
-            progress: whether to show a bar on a terminal or in a notebook.
-
-        Raises:
-            ArgumentError: the class has no such method, or the pool is closed.
-        """
-        if not self.actors:
-            cls = self._cls.__name__
-            raise ArgumentError(f"This pool of {cls} was closed.", hint=f"start another one with {cls}.pool(...).")
-        name = method if isinstance(method, str) else getattr(method, "__name__", repr(method))
-        if not callable(getattr(self._cls, name, None)):
-            methods = [one for one in dir(self._cls) if not one.startswith("_") and one not in _GENERATED]
-            raise ArgumentError(f"{self._cls.__name__} has no method {name!r}.", hint=nearest(name, methods))
-        hint = f"pass a list, or any other iterable; for one call write pool[0].{name}.remote(...)."
-        check_items(items, f"pool.map({name!r}, items) iterates `items`", hint)
-        check_in_flight(max_in_flight)
-        turns = itertools.cycle(self.actors)
-        limit = max_in_flight or 2 * len(self.actors)
-
-        def submit(item: Any) -> ray.ObjectRef[Any]:
-            ref: ray.ObjectRef[Any] = getattr(next(turns), name).remote(item)
-            return ref
-
-        return in_order(submit, items, limit, f"{self._cls.__name__}.{name}", progress=progress)
-
-    def close(self) -> None:
-        """End the actors. Closing twice is fine."""
-        actors, self.actors = self.actors, []
-        for actor in actors:
-            ray.kill(actor)
-
-    def __len__(self) -> int:
-        return len(self.actors)
-
-    def __iter__(self) -> Iterator[Handle[T]]:
-        return iter(self.actors)
-
-    def __getitem__(self, position: int) -> Handle[T]:
-        return self.actors[position]
-
-    def __getattr__(self, name: str) -> NoReturn:
-        cls = vars(self).get("_cls")
-        if cls is None or not callable(getattr(cls, name, None)):
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        raise NotExposedError(
-            f"A pool has no method of its own for {name!r} of {cls.__name__}.",
-            hint=f"write pool.map({name!r}, items), or pool[0].{name}.remote(...) for one actor.",
-            attribute=name,
-        )
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
-    def __repr__(self) -> str:
-        state = f"{len(self)} {self._cls.__name__} actors" if self.actors else f"{self._cls.__name__} actors: closed"
-        return f"<zerocopy.Pool of {state}>"
 
 
 class Launcher(Generic[P, T]):
@@ -287,7 +177,7 @@ def _decorate(cls: Any, options: dict[str, Any], device: str | None, follow: boo
     if not hasattr(cls, _SPEC):
         _prepare(cls)
         _prepare_subclasses(cls)
-        for name, descriptor in zip(_GENERATED, (_Remote(), _Options(), _Pool()), strict=True):
+        for name, descriptor in zip(GENERATED, (_Remote(), _Options(), _Pool()), strict=True):
             setattr(cls, name, descriptor)
     inherited = getattr(cls, _SPEC, _Spec({}, None))
     spec = _Spec({**inherited.options, **options}, device or inherited.device, follow or inherited.follow)
@@ -302,7 +192,7 @@ def _prepare(cls: type) -> None:
     """Check a class that is to be an actor, give it an `__init__` if it has none, and let that load its arguments."""
     if is_ray_actor_class(cls):  # Ray derived it from one that is prepared
         return
-    for name in _GENERATED:
+    for name in GENERATED:
         if not isinstance(inspect.getattr_static(cls, name, _Remote()), (_Remote, _Options, _Pool)):
             raise DeclarationError(
                 f"{cls.__name__} has a method {name!r}, the name of one that @zerocopy.actor generates.",

@@ -16,6 +16,8 @@ from ray.actor import ActorHandle
 from zerocopy._declare.pipeline import describe
 from zerocopy.errors import DeclarationError
 
+GENERATED = ("remote", "options", "pool")  # what an actor class gains
+
 P = ParamSpec("P")
 T = TypeVar("T")
 R = TypeVar("R")

@@ -150,7 +150,8 @@ def check_pipeline(obj: object, what: str) -> None:
         raise ArgumentError(
             f"{what} found no model to share in this {type(obj).__name__!r}.",
             hint="give an nn.Module, or an object that holds some; tensors and arrays outside of modules are shared by the "
-            "shared() fields of a class marked with @zerocopy.pipeline.",
+            "shared() fields of a class marked with @zerocopy.pipeline. Files of weights are for "
+            "zerocopy.publish_checkpoint(build, files).",
         )
 
 

@@ -1,0 +1,124 @@
+"""How are calls spread over several actors of one class, which share one copy of the weights?"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Coroutine, Iterable, Iterator
+from typing import Any, Generic, NoReturn, Self, TypeVar, overload
+
+import ray
+
+from zerocopy._run.checks import check_in_flight, check_items
+from zerocopy._run.methods import GENERATED, Handle
+from zerocopy._run.results import in_order
+from zerocopy._words import nearest
+from zerocopy.errors import ArgumentError, NotExposedError
+
+T = TypeVar("T")
+R = TypeVar("R")
+Item = TypeVar("Item")
+
+
+class Pool(Generic[T]):
+    """Actors of one class that share one copy of the weights. Made by `.pool`; `close()` ends them."""
+
+    def __init__(self, cls: type[T], actors: list[Handle[T]]) -> None:
+        self._cls = cls
+        self.actors = actors
+
+    @overload
+    def map(
+        self, method: str, items: Iterable[Any], *, max_in_flight: int | None = ..., progress: bool = ...
+    ) -> Iterator[Any]: ...
+    @overload
+    def map(
+        self,
+        method: Callable[[T, Item], Coroutine[Any, Any, R]],
+        items: Iterable[Item],
+        *,
+        max_in_flight: int | None = ...,
+        progress: bool = ...,
+    ) -> Iterator[R]: ...
+    @overload
+    def map(
+        self,
+        method: Callable[[T, Item], R],
+        items: Iterable[Item],
+        *,
+        max_in_flight: int | None = ...,
+        progress: bool = ...,
+    ) -> Iterator[R]: ...
+    def map(
+        self,
+        method: str | Callable[..., Any],
+        items: Iterable[Any],
+        *,
+        max_in_flight: int | None = None,
+        progress: bool = True,
+    ) -> Iterator[Any]:
+        """Call a method for each of `items`, which are iterated lazily, on one actor after the other.
+
+        Yields results in order. The first error cancels the calls under way and is raised.
+
+        Args:
+            method: its name, or the method of the class (`Worker.ask`), whose types are checked then.
+            items: what it is called with, one by one.
+            max_in_flight: how many calls are under way at most; by default two for each actor.
+            progress: whether to show a bar on a terminal or in a notebook.
+
+        Raises:
+            ArgumentError: the class has no such method, or the pool is closed.
+        """
+        if not self.actors:
+            cls = self._cls.__name__
+            raise ArgumentError(f"This pool of {cls} was closed.", hint=f"start another one with {cls}.pool(...).")
+        name = method if isinstance(method, str) else getattr(method, "__name__", repr(method))
+        if not callable(getattr(self._cls, name, None)):
+            methods = [one for one in dir(self._cls) if not one.startswith("_") and one not in GENERATED]
+            raise ArgumentError(f"{self._cls.__name__} has no method {name!r}.", hint=nearest(name, methods))
+        hint = f"pass a list, or any other iterable; for one call write pool[0].{name}.remote(...)."
+        check_items(items, f"pool.map({name!r}, items) iterates `items`", hint)
+        check_in_flight(max_in_flight)
+        turns = itertools.cycle(self.actors)
+        limit = max_in_flight or 2 * len(self.actors)
+
+        def submit(item: Any) -> ray.ObjectRef[Any]:
+            ref: ray.ObjectRef[Any] = getattr(next(turns), name).remote(item)
+            return ref
+
+        return in_order(submit, items, limit, f"{self._cls.__name__}.{name}", progress=progress)
+
+    def close(self) -> None:
+        """End the actors. Closing twice is fine."""
+        actors, self.actors = self.actors, []
+        for actor in actors:
+            ray.kill(actor)
+
+    def __len__(self) -> int:
+        return len(self.actors)
+
+    def __iter__(self) -> Iterator[Handle[T]]:
+        return iter(self.actors)
+
+    def __getitem__(self, position: int) -> Handle[T]:
+        return self.actors[position]
+
+    def __getattr__(self, name: str) -> NoReturn:
+        cls = vars(self).get("_cls")
+        if cls is None or not callable(getattr(cls, name, None)):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        raise NotExposedError(
+            f"A pool has no method of its own for {name!r} of {cls.__name__}.",
+            hint=f"write pool.map({name!r}, items), or pool[0].{name}.remote(...) for one actor.",
+            attribute=name,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = f"{len(self)} {self._cls.__name__} actors" if self.actors else f"{self._cls.__name__} actors: closed"
+        return f"<zerocopy.Pool of {state}>"
