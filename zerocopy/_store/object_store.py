@@ -45,7 +45,8 @@ from zerocopy.errors import (
 
 R = TypeVar("R")
 
-OWNER_TIMEOUT_MS = 1000
+OWNER_TIMEOUT_MS = 2000  # after which an owner counts as busy, and so as alive
+LOOK_TIMEOUT_MS = 1000  # the same while objects are awaited: there the owner's node is asked for instead
 HERE_SECONDS = 0.2  # in which objects come that are on this node. Meanwhile no other thread can get any
 WAIT_SECONDS = 0.25  # of each wait for objects of other nodes. Waits of several threads come one after the other
 LOOK_SECONDS = 1.0  # between two looks at whether there are copies
@@ -191,15 +192,15 @@ def _get_while_there_are_copies(refs: list[ray.ObjectRef[Any]]) -> list[Any]:
             with contextlib.suppress(ray.exceptions.GetTimeoutError):  # it has been evicted again
                 return _get(refs, HERE_SECONDS)
         if time.monotonic() >= next_look:
-            missing = missing + 1 if have_no_copy(_located(wanted), wanted) else 0
+            missing = missing + 1 if have_no_copy(_located(wanted, LOOK_TIMEOUT_MS), wanted) else 0
             next_look = time.monotonic() + (0 if missing else LOOK_SECONDS)
     raise lost("node lost")
 
 
-def _located(refs: Collection[ray.ObjectRef[Any]]) -> Located | None:
+def _located(refs: Collection[ray.ObjectRef[Any]], timeout_ms: int = OWNER_TIMEOUT_MS) -> Located | None:
     """What their owners tell of objects, but for those whose owner has ended; None if one does not answer."""
     try:
-        found: Located = ray.experimental.get_object_locations(list(refs), OWNER_TIMEOUT_MS) if refs else {}
+        found: Located = ray.experimental.get_object_locations(list(refs), timeout_ms) if refs else {}
     except ray.exceptions.GetTimeoutError:
         return None
     return found
