@@ -39,10 +39,10 @@ def plan(target: str, workers: int | None, nodes: int, versions: int, shown_as: 
     Hugging Face's (config.json, *.safetensors or *.bin, also with an index) is looked at without reading its weights. They are
     all shared, and what a pipeline holds besides, such as a tokenizer, is not counted.
 
-    The object_store_memory of a node is what lies in its store at a time, over 0.7, rounded up to 1 MB: the shared bytes
-    (for each of --versions), and the copied bytes once per worker, since each call carries them. Arguments of calls that run
-    may take at most 70 % of the store (RAY_max_task_args_memory_fraction); Ray lets others wait. The rest is for results.
-    Without --workers it is reckoned for one.
+    A node's store holds the shared bytes, once for each of --versions, and the copied bytes once per worker, since each call
+    carries them. object_store_memory is this sum divided by 0.7, rounded up to 1 MB: calls wait while the arguments of running
+    calls take more than 70 % of the store (RAY_max_task_args_memory_fraction). The rest is for results. Without --workers the
+    sum is for one worker.
 
     \b
     Examples:
