@@ -75,7 +75,7 @@ class MemoryReport:
 
     @property
     def plain(self) -> int:
-        """What plain copies of everything that is loaded would take."""
+        """What plain copies would take: of each publication one in each process that has loaded it."""
         return sum(publication.plain for publication in self.publications)
 
     @property
@@ -133,13 +133,12 @@ class MemoryReport:
         for one in self.publications:
             counts = (one.shared, one.private, one.dirtied, one.plain, one.saved)
             version = "" if one.version is None else str(one.version)
-            yield (one.name, version, one.kind, one.node[:8], str(one.loads), *map(format_bytes, counts))
-        loads = sum(one.loads for one in self.publications)
+            yield (one.name, version, one.kind, one.node[:8], str(one.processes), *map(format_bytes, counts))
         private = sum(one.private for one in self.publications)
         dirtied = sum(one.dirtied for one in self.publications)
         objects = sum(node.objects for node in self.nodes)
         counts = (objects, private, dirtied, self.plain, self.saved)
-        yield ("together", "", "", "", str(loads), *map(format_bytes, counts))
+        yield ("together", "", "", "", "", *map(format_bytes, counts))
 
     def _process_rows(self) -> Iterator[tuple[str, ...]]:
         for process in self.processes:
@@ -150,7 +149,7 @@ class MemoryReport:
 
 
 _OF_PUBLICATIONS = (
-    "publication", "version", "class", "node", "loads", "shared", "private", "dirtied", "plain copies", "saved"
+    "publication", "version", "class", "node", "processes", "shared", "private", "dirtied", "plain copies", "saved"
 )  # fmt: skip
 _OF_PROCESSES = ("process", "pid", "node", "private", "dirtied", "mapped", "PSS")
 _COUNTS = (*_OF_PUBLICATIONS[4:], "pid", *_OF_PROCESSES[3:])
@@ -158,8 +157,8 @@ _COUNTS = (*_OF_PUBLICATIONS[4:], "pid", *_OF_PROCESSES[3:])
 
 def _title_of(one: PublicationMemory, *, several: bool) -> str:
     what = f"{one.name} {one.version}" if one.name else one.kind or "(not told)"
-    loads = "1 load" if one.loads == 1 else f"{one.loads} loads"
-    return f"{what}, {loads}" + (f", node {one.node[:8]}" if several else "")
+    processes = "1 process" if one.processes == 1 else f"{one.processes} processes"
+    return f"{what}, {processes}" + (f", node {one.node[:8]}" if several else "")
 
 
 def memory_report(pids: Iterable[int] | None = None, *, timeout: float = SECONDS) -> MemoryReport:

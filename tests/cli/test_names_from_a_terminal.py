@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 from click.testing import Result
 
 import zerocopy
@@ -75,7 +76,9 @@ def test_memory_is_told_once_and_again(
     lines = zerocopy_command(*watched).stdout.splitlines()
     assert [json.loads(line).keys() for line in lines] == [report.keys()] * 2
     assert (tmp_path / "memory.png").read_bytes().startswith(b"\x89PNG")
-    assert "plain copies" in zerocopy_command("memory").output
+    printed = zerocopy_command("memory").output
+    assert printed.startswith(f"The cluster at {ray.get_runtime_context().gcs_address}:\n")
+    assert "plain copies" in printed
     publication.close()
 
 

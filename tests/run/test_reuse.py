@@ -287,7 +287,7 @@ def test_a_worker_keeps_few_and_not_for_long(empty_process: Any, store_use: Call
     publications = [zerocopy.publish(modules()) for _ in range(6)]
     for publication in publications:
         call(process, place, publication)
-    assert ray.get(process.kept.remote()) == 4
+    assert 0 < ray.get(process.kept.remote()) <= 4
     assert store_use() > 6 * 4 * WIDTH * WIDTH
     ray.get(process.keep_for.remote(0.1))
     for publication in publications:

@@ -9,6 +9,7 @@ from typing import Any
 
 import attrs
 import click
+import ray
 
 from zerocopy._cli.cluster import address_option, joined
 from zerocopy._cli.show import JSON, format_option, sort_option, units_option
@@ -83,7 +84,7 @@ def _print(report: MemoryReport, shown_as: str, *, is_one_of_many: bool) -> None
     if is_one_of_many:
         click.clear()  # on a terminal; nothing elsewhere
         click.echo(time.strftime("%H:%M:%S"))
-    click.echo(str(report))
+    click.echo(f"The cluster at {ray.get_runtime_context().gcs_address}:\n\n{report}")
 
 
 def _sorted(report: MemoryReport, sort_by: str) -> MemoryReport:

@@ -106,11 +106,11 @@ class Key(NamedTuple):
 
 
 class Loaded(NamedTuple):
-    """A version that this process has loaded, or knows of, and a handle of just this version."""
+    """A version that this process has loaded, or knows of, and a handle of just this version where it has one."""
 
     number: int
     pipeline: Any
-    handle: Publication
+    handle: Publication | None
 
 
 class Followed:
@@ -120,14 +120,23 @@ class Followed:
         seen: the number that the registry last told, 0 for none.
     """
 
-    def __init__(self, key: Key, load: Callable[[], Loaded]) -> None:
-        """`load` loads the version that the alias points at."""
+    def __init__(self, key: Key, load: Callable[[], Loaded], loaded: Loaded | None = None) -> None:
+        """Follow an alias.
+
+        Args:
+            load: loads the version that the alias points at.
+            loaded: what there is already. Who gives it calls `start`.
+        """
         self.key = key
         self.session = object_store.session()
-        self.seen = 0
+        self.seen = 0 if loaded is None else loaded.number
         self._load = load
         self._lock = threading.Lock()
-        self._loaded: Loaded | None = None
+        self._loaded = loaded
+
+    def start(self) -> None:
+        """Load new versions in the background from now on."""
+        WATCHER.follow(self)
 
     def current(self) -> Any:
         """The newest version that is loaded. The first call loads it."""
@@ -146,8 +155,14 @@ class Followed:
             with self._lock:
                 loaded = self._loaded = self._loaded or self._load()
                 self.seen = loaded.number
-            WATCHER.follow(self)
+            self.start()
         return loaded
+
+    def replace(self, loaded: Loaded, pipeline: Any) -> None:
+        """Go on with `pipeline` in the place of what was loaded: it is that version now."""
+        with self._lock:
+            if self._loaded is loaded:  # else the thread has loaded the next version
+                self._loaded = loaded._replace(pipeline=pipeline)
 
     def look(self) -> None:
         """Ask what the alias points at, instead of waiting to be told."""
@@ -180,7 +195,8 @@ class Followed:
     def _take(self, loaded: Loaded) -> None:
         mine = self._newest()
         if is_same_class(type(mine.pipeline), type(loaded.pipeline)):
-            self._loaded = loaded
+            with self._lock:
+                self._loaded = loaded
             if self.key.device is not None:
                 events.refreshed(self.key.name)
             return

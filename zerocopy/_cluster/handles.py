@@ -350,6 +350,18 @@ def followed_by(name: str, which: str | int, target: torch.device | None) -> Fol
     return followed
 
 
+def followed_for(pipeline: Any, tag: Tag, target: torch.device) -> Followed:
+    """What one loaded pipeline follows. Newer versions are loaded for it alone, and it takes their state over."""
+    which = tag.alias or LATEST
+    load = functools.partial(_load_apart, tag.name, which, target)
+    return Followed(Key(tag.name, which, target), load, Loaded(tag.number or 0, pipeline, None))
+
+
+def _load_apart(name: str, which: str | int, target: torch.device) -> Loaded:
+    handle = newest(name, which)
+    return Loaded(handle.version.number, handle.load(target), handle)
+
+
 def _load_newest(name: str, which: str | int, target: torch.device | None) -> Loaded:
     """What an alias points at: one object for each version and device in this process."""
     handle = newest(name, which)

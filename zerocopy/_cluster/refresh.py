@@ -17,7 +17,6 @@ from zerocopy._cluster.following import warn_once
 from zerocopy._cluster.handles import Tag, newest
 from zerocopy._declare.pipeline import is_same_class
 from zerocopy._load import devices, live
-from zerocopy._load.publication import Publication
 from zerocopy._seeing import events
 from zerocopy._split import paths
 from zerocopy.errors import ArgumentError
@@ -66,12 +65,13 @@ def refresh(pipeline: Any) -> bool:
     latest = newest(tag.name, tag.alias)
     if known is not None and latest.tag.version == known.version:
         return False
-    swap(pipeline, latest, origin.target or devices.CPU)
+    swap(pipeline, latest.load(origin.target or devices.CPU))
+    events.refreshed(tag.name)
     return True
 
 
-def swap(pipeline: Any, handle: Publication, target: torch.device) -> None:
-    """Give a pipeline the state of a version.
+def swap(pipeline: Any, newer: Any) -> None:
+    """Give a pipeline the state of a newer one, which was loaded for it alone and is not used again.
 
     Raises:
         As `refresh`.
@@ -81,7 +81,6 @@ def swap(pipeline: Any, handle: Publication, target: torch.device) -> None:
             f"This {type(pipeline).__name__} cannot become another version in place: it is itself a dict, list, tuple or set.",
             hint="call current() of the publication for each use; in an actor or a task take a zerocopy.Live[...] parameter.",
         )
-    newer = handle.load(target)
     if not is_same_class(type(pipeline), type(newer)):
         raise ArgumentError(
             f"The newest version is a {type(newer).__qualname__}, not a {type(pipeline).__qualname__}.",
@@ -90,8 +89,6 @@ def swap(pipeline: Any, handle: Publication, target: torch.device) -> None:
     origin = live.entry_of(pipeline).origin
     inside = [weakref.ref(obj) for obj in _parts_of(pipeline)]  # tensors too: they are about to be dropped
     _take_over(pipeline, newer)
-    tag = tag_of(pipeline)
-    events.refreshed("" if tag is None else tag.name)
     if origin is not None and origin.memory():
         gc.collect()  # the old state may refer to itself
         if origin.memory():

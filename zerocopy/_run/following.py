@@ -17,8 +17,7 @@ import torch
 from torch import nn
 
 from zerocopy._cluster.following import Followed, warn_once
-from zerocopy._cluster.handles import NamedPublication, Tag, followed_by
-from zerocopy._cluster.names import LATEST
+from zerocopy._cluster.handles import NamedPublication, Tag, followed_for
 from zerocopy._cluster.refresh import swap, tag_of
 from zerocopy._compat.ray import is_async_actor
 from zerocopy._load import devices, live
@@ -119,21 +118,20 @@ class _Pipeline:
     def __init__(self, pipeline: Any, tag: Tag) -> None:
         origin = live.entry_of(pipeline).origin
         self.pipeline = pipeline
-        self.target: torch.device = devices.CPU if origin is None or origin.target is None else origin.target
-        self.followed: Followed = followed_by(tag.name, tag.alias or LATEST, self.target)
-        self.number = tag.number
+        target = devices.CPU if origin is None or origin.target is None else origin.target
+        self.followed: Followed = followed_for(pipeline, tag, target)
         self.state = _state_of(pipeline)
-        self.followed.newest()  # from now on new versions are loaded in the background
+        self.followed.start()
 
     def update(self, actor: Any) -> None:
         """Become the newest version that is loaded."""
         newest = self.followed.newest()
-        if newest.number == self.number:
+        if newest.pipeline is self.pipeline:
             return
-        self.number = newest.number  # whatever follows, it is not tried again
+        self.followed.replace(newest, self.pipeline)  # whatever follows, it is not tried again
         changed = _difference(self.state, _state_of(self.pipeline))
         try:
-            swap(self.pipeline, newest.handle, self.target)
+            swap(self.pipeline, newest.pipeline)
         except Exception as error:  # whatever the new version's own code raises: the old one goes on
             warn_once(f"{type(actor).__name__} goes on with an older version: {error}")
             return

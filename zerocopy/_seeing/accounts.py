@@ -27,7 +27,7 @@ class PublicationMemory:
         shared: its weights in the node's store, once, however many show them.
         dirtied: pages that processes have written since they loaded it, and have as their own.
         private: these, and the part that each load copies.
-        plain: what as many plain copies would take.
+        plain: what one plain copy in each of these processes would take.
     """
 
     name: str
@@ -70,8 +70,11 @@ class _Sum:
         about, loads = self.about, self.loads()
         shared = sum(self.used.values())
         private = self.dirtied + loads * about.copied
-        plain = sum(count * self.used.get(shard, 0) for (_, shard), count in self.mapped.items()) + loads * about.copied
         processes = len({pid for pid, _ in self.mapped})
+        if about.kind:
+            plain = sum(self.used.get(shard, 0) for _, shard in self.mapped) + processes * about.copied
+        else:  # who knows what it would be otherwise
+            plain = shared + private
         return PublicationMemory(
             about.name, about.version, about.kind, node, processes, loads, shared, self.dirtied, private, plain
         )
