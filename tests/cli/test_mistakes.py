@@ -21,6 +21,11 @@ MODEL = "models_to_name"
         (["plan", "nowhere:build"], 2, "there is no 'nowhere:build': No module named 'nowhere'"),
         (["plan", f"{MODEL}:nothing"], 2, f"there is no '{MODEL}:nothing'"),
         (["plan", MODEL], 2, "does not name an object. Hint: give module:object"),
+        (
+            ["plan", "a/b.py:build"],
+            2,
+            "'a/b.py' is a file, not a module. Hint: go to the folder 'a', and write b:build.",
+        ),
         (["plan", f"{MODEL}:wants"], 2, "needs arguments: missing a required argument: 'size'"),
         (["plan", f"{MODEL}:broken"], 1, "raised ValueError (models_to_name.py, line 32): no weights here"),
         (["plan", f"{MODEL}:number"], 1, "zerocopy.plan found no model to share in this 'int'"),

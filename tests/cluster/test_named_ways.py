@@ -262,6 +262,30 @@ def inner_of(outside: Outside) -> int:
     return outside.link.load()()
 
 
+class Plain:
+    """Declares nothing, and so is recognized by the modules that it holds."""
+
+    def __init__(self, net: nn.Module, other: nn.Module | None = None) -> None:
+        self.net = net
+        self.other = other
+
+
+def test_another_object_with_the_same_module(name: str) -> None:
+    """It is not the version that the module is a part of, and a refresh never replaces what it holds beside."""
+    published = Plain(nn.Linear(8, 8))
+    zerocopy.publish(published, name=name)
+    loaded = zerocopy.lookup(name).load()
+    for one in (published, loaded):
+        mine = Plain(one.net, nn.Linear(8, 8))
+        assert zerocopy.version_of(one).number == 1
+        assert zerocopy.version_of(mine) is None
+        with pytest.raises(ArgumentError, match="was not loaded"):
+            zerocopy.refresh(mine)
+        with pytest.raises(ArgumentError, match="was not loaded"):
+            zerocopy.unshare(mine)
+    assert zerocopy.version_of({"net": loaded.net}) is None
+
+
 def test_classes_by_value(name: str) -> None:
     """Local classes, undecorated subclasses, slots."""
 

@@ -384,6 +384,20 @@ def test_drivers_are_told_by_their_node(cluster: None) -> None:
     assert compat_ray.drivers_on("00") == []
 
 
+def test_actors_without_room_are_told(cluster: None) -> None:
+    """One that runs has a process; one that the cluster has no room for has none."""
+
+    @ray.remote
+    class Idle:
+        def told(self) -> int:
+            return os.getpid()
+
+    placed = Idle.options(num_cpus=0.1).remote()
+    ray.get(placed.told.remote())
+    waiting = Idle.options(num_cpus=ray.cluster_resources()["CPU"]).remote()
+    assert (compat_ray.has_process(placed), compat_ray.has_process(waiting)) == (True, False)
+
+
 def test_held_objects_are_told(cluster: None) -> None:
     """Those that this process refers to. To ask changes no count: the object stays as long as before, and no longer."""
     ref = ray.put(np.zeros(1_000_000, np.uint8))

@@ -27,7 +27,8 @@ from torch.nn.utils import parametrizations
 import zerocopy
 from zerocopy import copied, shared
 from zerocopy._load import live
-from zerocopy._run import copies, held_models
+from zerocopy._run import copies
+from zerocopy._split import held_models
 from zerocopy.errors import CopyWarning
 from zerocopy.testing import assert_zero_copy
 

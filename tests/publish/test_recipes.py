@@ -54,6 +54,28 @@ def test_a_language_model(tied: bool, dtype: torch.dtype, tmp_path: Path) -> Non
     assert_same(loaded, AutoModelForCausalLM.from_pretrained(tmp_path))
 
 
+def test_settings_for_generating_text_are_not_lost_silently(tmp_path: Path) -> None:
+    """`from_config` does not read them: a warning says where they differ from those beside the files, and how to set them."""
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    config = small("Llama", num_key_value_heads=2)
+    saved = AutoModelForCausalLM.from_config(config)
+    saved.generation_config.max_new_tokens = 7
+    saved.save_pretrained(tmp_path)
+    build = lambda: AutoModelForCausalLM.from_config(config)  # noqa: E731
+    with pytest.warns(
+        CheckpointWarning, match=r"LlamaForCausalLM does not generate as .* Hint: .*GenerationConfig.from_pretrained"
+    ):
+        assert zerocopy.publish_checkpoint(build, tmp_path).load().generation_config.max_new_tokens is None
+
+    def configured() -> nn.Module:
+        model = build()
+        model.generation_config = GenerationConfig.from_pretrained(tmp_path)
+        return model
+
+    assert zerocopy.publish_checkpoint(configured, tmp_path).load().generation_config.max_new_tokens == 7
+
+
 def test_a_base_and_its_heads(tmp_path: Path) -> None:
     """The base of a model with a head, and a new head on a base: the same weights as `from_pretrained` takes."""
     from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, BertModel

@@ -11,9 +11,10 @@ import pipelines
 import pytest
 import ray
 import ray.data
-from conftest import run_python
+from conftest import run_python, wait_until
 
 import zerocopy
+from zerocopy._compat.ray import has_process
 from zerocopy.errors import ArgumentError
 from zerocopy.testing import assert_zero_copy
 
@@ -128,6 +129,17 @@ def test_pool() -> None:
     pool.close()
     with pytest.raises(ArgumentError, match="was closed"):
         pool.map("ask", queries)
+
+
+def test_a_pool_without_room_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls wait for actors that the cluster has no room for; after a while a warning tells how many, and what to do."""
+    monkeypatch.setattr("zerocopy._run.results.SLOW_SECONDS", 1.0)
+    cpus = ray.cluster_resources()["CPU"]
+    with pipelines.Worker.options(num_cpus=0.6 * cpus).pool(2, pipelines.search(width=8)) as pool:
+        assert wait_until(lambda: any(map(has_process, pool)), 60)
+        words = rf"1 of 2 Worker actors still wait .* has {cpus:g} CPU.*Hint: .*num_cpus=0.5"
+        with pytest.raises(UserWarning, match=words):  # warnings are errors here: else the calls would wait for ever
+            list(pool.map("ask", [1.0, 2.0]))
 
 
 def test_a_restarted_actor_loads_again() -> None:

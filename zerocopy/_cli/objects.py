@@ -83,6 +83,11 @@ def found(name: str) -> Target:
     module, _, path = name.partition(":")
     if not module or not path:
         raise click.BadParameter(f"{name!r} does not name an object. Hint: {FORM}")
+    if "/" in module or module.endswith(".py"):
+        file = Path(module)
+        raise click.BadParameter(
+            f"{module!r} is a file, not a module. Hint: go to the folder {str(file.parent)!r}, and write {file.stem}:{path}."
+        )
     here = str(Path.cwd())
     if here not in sys.path:  # Ray lets workers look there too
         sys.path.insert(0, here)

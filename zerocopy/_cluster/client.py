@@ -133,8 +133,8 @@ def answer(actor: Any, get: Callable[[], tuple[str, Any]]) -> Any:
 
 
 def registry() -> Any:
-    """The actor, of this session."""
-    object_store.require()
+    """The actor, of this session. Who publishes has connected before, and could have started a Ray; others join one."""
+    object_store.require(may_start=False)
     return _registry()
 
 

@@ -388,6 +388,15 @@ def drivers_on(node_id: str) -> list[int]:
     return [job.driver_pid for job in jobs if not job.is_dead and job.driver_address.node_id.hex() == node_id]
 
 
+def has_process(actor: ray.actor.ActorHandle[Any]) -> bool:
+    """Whether an actor got the resources that it asks for, and with them a process.
+
+    https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/_private/state.py: `GlobalState._gen_actor_info`
+    """
+    pid: int = state.actors(actor._actor_id.hex()).get("Pid", 0)
+    return pid != 0
+
+
 def are_held(ids: Iterable[bytes]) -> list[bool]:
     """Whether this process has a reference to each of these objects, and the store of its node has the object.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol, TypeAlias
@@ -12,6 +13,7 @@ import torch
 
 from zerocopy._declare.pipeline import is_pipeline_class
 from zerocopy._split import paths
+from zerocopy._split.held_models import models_in
 from zerocopy._store import object_store
 from zerocopy._store.mapping import PrivateMap, detach_all
 from zerocopy.errors import ArgumentError, IsolationError
@@ -73,48 +75,58 @@ class Entry:
     """What is known of one live pipeline.
 
     Attributes:
-        anchor: gives what it is recognized by, as long as that lives.
+        anchors: give what it is recognized by, as long as that lives.
         origin: where it was loaded from, if it was loaded.
         published: as what it is published, if it is. Kept for `_publish`, which alone looks into it.
     """
 
-    anchor: Callable[[], Any]
+    anchors: tuple[Callable[[], Any], ...]
     origin: Origin | None = None
     published: Any = None
 
 
-_Key: TypeAlias = tuple[int, tuple[str, ...]]
+_Key: TypeAlias = tuple[tuple[int, ...], tuple[str, ...]]
 _entries: dict[_Key, Entry] = {}
 
 
 def entry_of(pipeline: Any, variant: tuple[str, ...] = ()) -> Entry:
     """What is known of `pipeline`, published in the way `variant`."""
-    anchor, key = _anchored(pipeline, variant)
+    anchors, key = _anchored(pipeline, variant)
     entry = _entries.get(key)
-    if entry is None or entry.anchor() is not anchor:
-        if not type(anchor).__weakrefoffset__:  # it is not remembered
-            return Entry(lambda: anchor)
-        entry = _entries[key] = Entry(weakref.ref(anchor, lambda ref: _remove(key, ref)))
+    if entry is None or any(anchor() is None for anchor in entry.anchors):
+        if not all(type(anchor).__weakrefoffset__ for anchor in anchors):  # it is not remembered
+            return Entry(())
+        entry = _entries[key] = Entry(tuple(weakref.ref(anchor, lambda ref: _remove(key, ref)) for anchor in anchors))
     return entry
 
 
-def _anchored(pipeline: Any, variant: tuple[str, ...] = ()) -> tuple[Any, _Key]:
-    """What a pipeline is recognized by, and the key of its entry.
+def _anchored(pipeline: Any, variant: tuple[str, ...] = ()) -> tuple[list[Any], _Key]:
+    """What a pipeline is recognized by, and the key of its entry: ids of these, and how it holds them.
 
-    A pipeline of a declared class and a model by themselves. Any other object by the first module in it: it may have been made
-    for one call, or be a dict, to which nothing can refer weakly.
+    A pipeline of a declared class and a model by themselves. Any other object by the nearest modules in it, and where they are:
+    it may have been made for one call, or be a dict, to which nothing can refer weakly.
     """
     cls = type(pipeline)
     if is_pipeline_class(cls) or paths.is_module(pipeline):
-        return pipeline, (id(pipeline), variant)
-    modules = (obj for _, obj in paths.walk(pipeline, "") if paths.is_module(obj) and type(obj).__weakrefoffset__)
-    anchor = next(modules, pipeline)
-    return anchor, (id(anchor), (f"in {cls.__qualname__}", *variant))
+        return [pipeline], ((id(pipeline),), variant)
+    held: list[tuple[object, Any]] = list(models_in(pipeline))
+    if not held:  # it is deep inside
+        held = list(itertools.islice((found for found in paths.walk(pipeline, "") if paths.is_module(found[1])), 1))
+    anchors = [model for _, model in held] or [pipeline]
+    return anchors, (
+        tuple(map(id, anchors)),
+        (f"in {cls.__qualname__}", *(_place(steps) for steps, _ in held), *variant),
+    )
+
+
+def _place(steps: Any) -> str:
+    """Where a model was found, in words that no object of a user's has to say of itself."""
+    return "".join(f"{form}{key if type(key) in (str, int) else type(key).__qualname__}" for form, key in steps)
 
 
 def _remove(key: _Key, ref: weakref.ref[Any]) -> None:
     entry = _entries.get(key)
-    if entry is not None and entry.anchor is ref:
+    if entry is not None and any(anchor is ref for anchor in entry.anchors):
         del _entries[key]
 
 

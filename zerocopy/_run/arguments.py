@@ -17,8 +17,8 @@ from zerocopy._declare.pipeline import is_pipeline_class
 from zerocopy._load import devices
 from zerocopy._load.publication import Publication
 from zerocopy._publish.publish import publish_automatically
-from zerocopy._run.held_models import holds_models
 from zerocopy._run.short_calls import is_brief
+from zerocopy._split.held_models import holds_models
 from zerocopy._store import object_store
 
 Load: TypeAlias = Callable[[Publication, str | None], Any]

@@ -12,7 +12,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from zerocopy._compat.cpython import module_of_caller
-from zerocopy._run.held_models import Steps, models_in
+from zerocopy._split.held_models import Steps, models_in
 from zerocopy._store import object_store
 from zerocopy._store.mapping import around, store_files
 from zerocopy._store.storages import Storage, storage_of

@@ -8,6 +8,8 @@ from typing import Any, Generic, NoReturn, Self, TypeVar, overload
 
 import ray
 
+from zerocopy._compat.cpython import warn_caller
+from zerocopy._compat.ray import has_process
 from zerocopy._run.checks import check_in_flight, check_items
 from zerocopy._run.methods import GENERATED, Handle
 from zerocopy._run.results import in_order
@@ -86,7 +88,20 @@ class Pool(Generic[T]):
             ref: ray.ObjectRef[Any] = getattr(next(turns), name).remote(item)
             return ref
 
-        return in_order(submit, items, limit, f"{self._cls.__name__}.{name}", progress=progress)
+        description = f"{self._cls.__name__}.{name}"
+        return in_order(submit, items, limit, description, progress=progress, when_slow=self._warn_of_waiting)
+
+    def _warn_of_waiting(self) -> None:
+        """Warn of actors that the cluster has no room for. Calls to them wait, and may do so for ever."""
+        waiting = sum(not has_process(actor) for actor in self.actors)
+        if waiting:
+            cls, resources = self._cls.__name__, ray.cluster_resources()
+            total = ", ".join(f"{resources[one]:g} {one}" for one in ("CPU", "GPU") if one in resources)
+            warn_caller(
+                f"{waiting} of {len(self)} {cls} actors still wait for resources, and calls wait for these actors. The cluster "
+                f"has {total}. Hint: make the pool smaller, or let each actor ask for less: "
+                f"{cls}.options(num_cpus=0.5).pool({len(self)}, ...)."
+            )
 
     def close(self) -> None:
         """End the actors. Closing twice is fine."""

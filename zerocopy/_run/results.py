@@ -15,6 +15,8 @@ from zerocopy._store import object_store
 
 T = TypeVar("T")
 
+SLOW_SECONDS = 10.0  # after which a result is long in coming
+
 
 def default_in_flight() -> int:
     """Twice the CPUs of the cluster, so that none waits for the driver."""
@@ -29,8 +31,11 @@ def in_order(
     description: str,
     *,
     progress: bool = True,
+    when_slow: Callable[[], None] | None = None,
 ) -> Iterator[Any]:
     """Results in the order of `items`, with at most `max_in_flight` calls under way.
+
+    The first time that a result is long in coming, `when_slow` is called.
 
     The first error cancels the calls under way and is raised. Abandoning the iterator cancels them too.
     """
@@ -41,7 +46,12 @@ def in_order(
             done = itertools.count(1)
 
             def next_result() -> Any:
-                result = ray.get(pending.popleft())
+                nonlocal when_slow
+                ref = pending.popleft()
+                if when_slow is not None and not _comes_soon(ref):
+                    when_slow()
+                    when_slow = None
+                result = ray.get(ref)
                 if bar:
                     bar(next(done))
                 return result
@@ -56,3 +66,9 @@ def in_order(
         for refs in pending:
             for ref in refs if isinstance(refs, list) else [refs]:  # a list with num_returns
                 ray.cancel(ref)
+
+
+def _comes_soon(result: Any) -> bool:
+    refs = result if isinstance(result, list) else [result]
+    ready, _ = ray.wait(refs, num_returns=len(refs), timeout=SLOW_SECONDS, fetch_local=False)
+    return len(ready) == len(refs)

@@ -46,6 +46,7 @@ from torch import nn
 from zerocopy._declare.pipeline import fields, is_pipeline_class
 from zerocopy._split import paths, reducers
 from zerocopy._split.roles import SCALARS, Role, Roles
+from zerocopy.errors import ArgumentError
 
 
 class Zone(enum.Enum):
@@ -109,7 +110,9 @@ class PipelineReducer:
         declared = fields(type(pipeline)) if is_pipeline_class(type(pipeline)) else {}
         copied_names = {name for name, field in declared.items() if field.policy == "copied"}
         copied_names.update(self._copied.get(id(pipeline), ()))
-        self._note_roots(pipeline, held, declared.keys() - copied_names, copied_names)
+        shared_names = declared.keys() - copied_names
+        _check_no_class(pipeline, {name: held[name] for name in shared_names if name in held})
+        self._note_roots(pipeline, held, shared_names, copied_names)
         copied_ids = {id(held[name]) for name in copied_names if name in held}
         written_values = _values_in(written, set(map(id, held.values())))
         values = [value for value in written_values if type(value) not in SCALARS and not isinstance(value, type)]
@@ -133,6 +136,21 @@ class PipelineReducer:
             roots += [own[name] for name in undeclared if own[name] is not None]
         # A pipeline inside is not a root: its fields follow their own policies.
         self.roots.update(id(value) for value in roots if self._roles[type(value)] is not Role.PIPELINE)
+
+
+def _check_no_class(pipeline: Any, shared: Mapping[str, Any]) -> None:
+    """Refuse a class where a model is due: it has no weights, and would be published with 0 bytes.
+
+    Raises:
+        ArgumentError: a shared field holds one.
+    """
+    for name, value in shared.items():
+        if isinstance(value, type):
+            raise ArgumentError(
+                f"Field {name!r} of {type(pipeline).__name__} is shared() but holds the class {value.__name__!r}, which has no "
+                "weights.",
+                hint=f"give an instance: {name}={value.__name__}(...). A class belongs into a copied() field.",
+            )
 
 
 def _values_in(written: Any, held_ids: set[int], depth: int = 4) -> Iterator[Any]:

@@ -71,16 +71,26 @@ def node() -> str:
     return "" if is_client() or not is_running() else str(ray.get_runtime_context().get_node_id())
 
 
-def require() -> None:
+def require(*, may_start: bool = True) -> None:
     """Connect to Ray if this process has not done so, as Ray's own calls do.
+
+    Args:
+        may_start: whether to start a Ray where none runs. It would have nothing of what somebody looks for.
 
     Raises:
         RayClientError: the connection is Ray Client's.
+        ZeroCopyError: no Ray runs here, and none may be started.
     """
     if not ray.is_initialized():
         if os.environ.get("RAY_ENABLE_AUTO_CONNECT", "") == "0":
             raise ZeroCopyError("Ray is not running in this process.", hint="call ray.init() first.")
-        ray.init()
+        try:
+            ray.init(None if may_start else "auto")
+        except ConnectionError as error:
+            raise ZeroCopyError(
+                "This process is not connected to Ray, and no Ray cluster runs on this machine that it could join.",
+                hint="connect to the cluster first: ray.init(address='HOST:PORT').",
+            ) from error
         _say_that_ray_was_started()
     if not is_running():
         raise ZeroCopyError(
@@ -99,8 +109,8 @@ def _say_that_ray_was_started() -> None:
     """In one line, once for each process. The logger is silent until somebody configures it."""
     place = ray.get_runtime_context().gcs_address
     print(
-        f"zerocopy has called ray.init(), since nobody had: Ray runs at {place}, with the CPUs and the memory that it chose. "
-        "Call ray.init(...) first to choose yourself, or to join a cluster.",
+        f"zerocopy has called ray.init(), because nobody had: Ray runs at {place}. Call ray.init(...) first to choose the "
+        "cluster, or the CPUs and the memory of a new one.",
         file=sys.stderr,
     )
 

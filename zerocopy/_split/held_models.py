@@ -1,4 +1,4 @@
-"""Which models does an argument of a call hold? Asked for each argument of each call, so that a few objects are looked at."""
+"""Which models does an object hold that declares nothing? Asked for each argument of each call: a few objects are looked at."""
 
 from __future__ import annotations
 
@@ -15,14 +15,12 @@ from torch import nn
 
 from zerocopy._compat.cpython import slot_names
 from zerocopy._declare.pipeline import is_pipeline_class
-from zerocopy._load.publication import Publication
 from zerocopy._split.programs import PROGRAMS
+from zerocopy._store.manifest import Handle
 
 LOOKED_AT = 64  # objects of an argument: a few microseconds
 
-_PLAIN = frozenset(
-    {str, int, float, bool, type(None), bytes, complex, bytearray, type, np.ndarray, torch.Tensor, Publication}
-)
+_PLAIN = frozenset({str, int, float, bool, type(None), bytes, complex, bytearray, type, np.ndarray, torch.Tensor})
 _MODELS = (nn.Module, *PROGRAMS)
 _WITHOUT_ATTRIBUTES = frozenset({dict, list, tuple, set, frozenset, deque, types.MethodType})
 _DATA = frozenset({"numpy", "pandas", "pyarrow", "ray"})  # whose objects hold none
@@ -49,7 +47,9 @@ def models_in(argument: Any) -> Iterator[tuple[Steps, Any]]:
         cls = type(obj)
         if issubclass(cls, _MODELS) and not is_pipeline_class(cls):
             yield steps, obj
-        elif not is_pipeline_class(cls) and cls.__module__.partition(".")[0] not in _DATA:
+        elif (
+            not issubclass(cls, Handle) and not is_pipeline_class(cls) and cls.__module__.partition(".")[0] not in _DATA
+        ):
             for form, key, value in itertools.islice(_children(obj), LOOKED_AT - looked_at):
                 looked_at += 1
                 if type(value) not in _PLAIN:
