@@ -16,7 +16,7 @@ PAGES = {
     "docs/migration.md": "torch.Size([1, 8])",
     "docs/names.md": "both have version 3",
     "docs/nodes.md": "100%",
-    "docs/seeing.md": "encoder is loaded 3 times and saves",
+    "docs/seeing.md": "encoder is loaded in 3 processes and saves",
 }
 
 
