@@ -112,6 +112,13 @@ def bench(session: nox.Session) -> None:
 
 
 @nox.session
+def docs(session: nox.Session) -> None:
+    """The site, in docs/_build. Warnings are errors."""
+    _install(session, "-e", ".", group="docs")
+    session.run("python", "-m", "sphinx", "-W", "--keep-going", "-b", "html", "docs", "docs/_build", *session.posargs)
+
+
+@nox.session
 def lint(session: nox.Session) -> None:
     """Style, by ruff."""
     _install(session, group="lint")
