@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ PAGES = {
     "docs/migration.md": "torch.Size([1, 8])",
     "docs/names.md": "both have version 3",
     "docs/nodes.md": "100%",
+    "docs/quick-start.md": "two workers save",
     "docs/seeing.md": "encoder is loaded in 3 processes and saves",
 }
 
@@ -56,3 +58,21 @@ def test_the_map_of_the_house_is_complete() -> None:
     named = dict(re.findall(r"^\| `(\w+)/` \| (.*?) \|", page, re.MULTILINE))
     wings = {path.parent.name: path.read_text() for path in (ROOT / "zerocopy").glob("_*/__init__.py")}
     assert {wing: f'"""{question}"""\n' for wing, question in named.items()} == wings
+
+
+def test_troubleshooting_is_keyed_by_real_texts() -> None:
+    """Each heading quotes an error or a warning of the package, with ... in the place of names and numbers."""
+    texts = [text for path in (ROOT / "zerocopy").rglob("*.py") for text in _texts_of(path)]
+    headings = re.findall(r"^## (.*)$", (ROOT / "docs/troubleshooting.md").read_text(), re.MULTILINE)
+    ours = [heading for heading in headings if not heading.startswith("TypeError: ")]
+    assert len(ours) > 10
+    for heading in ours:
+        pieces = [piece.strip() for piece in heading.split("...") if piece.strip()]
+        assert any(all(piece in text for piece in pieces) for text in texts), heading
+
+
+def _texts_of(path: Path) -> list[str]:
+    """The strings of a file, with ... in the place of what is filled in."""
+    nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, (ast.JoinedStr, ast.Constant))]
+    joined = [node.values if isinstance(node, ast.JoinedStr) else [node] for node in nodes]
+    return ["".join(str(part.value) if isinstance(part, ast.Constant) else "..." for part in parts) for parts in joined]
