@@ -1,6 +1,7 @@
 """The project's chores. `nox -l` lists them."""
 
 import os
+import re
 from pathlib import Path
 
 import nox
@@ -18,7 +19,7 @@ def _install(session: nox.Session, *packages: str, group: str | None = None) -> 
 
 
 def _install_tests(session: nox.Session) -> None:
-    _install(session, "-e", ".[demo,data]", "ray[serve]", group="tests")
+    _install(session, "-e", ".[demo,data,serve]", group="tests")
 
 
 @nox.session
@@ -47,7 +48,7 @@ def tests_lowest(session: nox.Session) -> None:
     pinned = [line for line in constraints if "==" in line and not line.startswith(("#", "ray=="))]
     tools = PROJECT["dependency-groups"]["tests"]
     older = "protobuf<7"  # Serve of Ray 2.53 reads an attribute that protobuf 7 has removed
-    session.install(*pinned, "-e", ".[demo,data]", f"ray[data,serve]=={ray}", older, *tools)
+    session.install(*pinned, "-e", ".[demo,data,serve]", f"ray=={ray}", older, *tools)
     _run_tests(session, "--ignore", "tests/timed")
 
 
@@ -109,6 +110,25 @@ def bench(session: nox.Session) -> None:
     arguments = [*session.posargs, *(["--output", "docs"] if is_full else [])]
     path = os.pathsep.join([str(Path(__file__).parent / "tests"), os.environ.get("PYTHONPATH", "")])
     session.run("python", "-m", "benchmarks", *arguments, env={**OFFLINE, "PYTHONPATH": path})
+
+
+@nox.session
+def package(session: nox.Session) -> None:
+    """The wheel and the source archive, in `dist`; each is installed into a clean environment, and runs the README there."""
+    session.install("build")
+    session.run("python", "-m", "build", "--outdir", "dist")
+    for archive in sorted(Path("dist").glob(f"zerocopy_ray-{PROJECT['project']['version']}*")):
+        folder = Path(session.create_tmp()).resolve()
+        python = str(folder / archive.suffix / "bin" / "python")
+        session.run("python", "-m", "venv", "--clear", str(folder / archive.suffix))
+        wanted = f"zerocopy-ray[demo] @ {archive.resolve().as_uri()}"
+        session.run(python, "-m", "pip", "install", "-c", "constraints.txt", "torch", wanted, external=True)
+        blocks = re.findall(r"^```python\n(.*?)^```", Path("README.md").read_text(), re.DOTALL | re.MULTILINE)
+        (folder / "readme.py").write_text("\n".join(blocks))
+        with session.chdir(folder):  # where the checkout cannot be imported
+            session.run(python, "readme.py", external=True)
+            script = str(Path(python).with_name("zerocopy"))
+            session.run(script, "demo", "--limit", "400", external=True, env=OFFLINE)
 
 
 @nox.session
