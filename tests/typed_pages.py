@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 STRICTLY = "# pyright: strict, reportUnknownMemberType=false"  # ray.init is partly unknown
 # Checkers take what Serve decorates for the class itself, without `bind`; the libraries of the other page are not installed.
-NOT_CHECKED = {"checkpoints.md", "index.md", "serve.md"}
+NOT_CHECKED = {"checkpoints.md", "serve.md"}
 
 
 def program_of(page: Path) -> str:

@@ -84,6 +84,8 @@ FIRST_LOAD = Figure("first load, ms", "ms", "times", _milliseconds("first_load")
 LOAD_RATIO = attrs.evolve(FIRST_LOAD, title="first load / zerocopy's", unit="x", reference="zerocopy")
 SECOND_LOAD = Figure("second load, ms", "ms", "times", _milliseconds("second_load"))
 FORWARD = Figure("first forward, ms", "ms", "times", _milliseconds("forward"))
+STEADY_1 = Figure("batch of 1", "x", "times", lambda told, _: float(told["steady_1"]))
+STEADY_32 = Figure("batch of 32", "x", "times", lambda told, _: float(told["steady_32"]))
 CALL = Figure("call / no-op call", "x", "calls", _over("handle_call", "nothing_call"))
 INSTANCE_CALL = Figure("call with the model itself / no-op call", "x", "calls", _over("instance_call", "nothing_call"))
 CALL_TIME = Figure("call, ms", "ms", "calls", _milliseconds("handle_call"))
@@ -97,7 +99,21 @@ def tables(results: Results) -> dict[str, list[Figure]]:
         "Memory over the model's bytes": [*_memory(results), PEAK, SEEN],
         "Load, as more workers use the model": [load_at(count) for count in worker_counts(results)],
         "Publish, load and run": [PUBLISH, PUBLISH_RATIO, FIRST_LOAD, LOAD_RATIO, SECOND_LOAD, FORWARD],
+        "Steady forward over that of a private copy": [STEADY_1, STEADY_32],
         "Calls and rows": [NOTHING_TIME, CALL_TIME, CALL, INSTANCE_CALL, ROWS],
+    }
+
+
+def summary_figures(results: Results) -> dict[str, Figure]:
+    """What the page begins with: figures of all models side by side, by title."""
+    counts = [count for count in worker_counts(results) if count <= 4]
+    memory = {f"Memory over the model's bytes, with {count} workers": memory_at(count) for count in counts[-1:]}
+    steady = {"Steady forward over that of a private copy, in batches of 32": STEADY_32}
+    return {
+        **memory,
+        "Load in a worker, ms": FIRST_LOAD,
+        "A task call given the model, over an empty one": CALL,
+        **steady,
     }
 
 

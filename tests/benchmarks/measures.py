@@ -92,7 +92,7 @@ def memory(trial: Trial, folder: Path) -> Samples:
 
 
 def times(trial: Trial, folder: Path) -> Samples:
-    """For each worker: seconds to publish, to put the same bytes, and in that worker to load twice, and to run once."""
+    """For each worker: seconds to publish, to put the same bytes, to load twice and to run once; and how steady runs compare."""
     stage = Stage(trial, folder)
     return [{"sample": number, "figures": _times(stage, worker)} for number, worker in enumerate(stage.workers)]
 
@@ -108,9 +108,10 @@ def _times(stage: Stage, worker: Any) -> dict[str, float]:
         figures["publish"] = time.perf_counter() - start
     figures["first_load"] = ray.get(worker.load.remote(handle))
     figures["second_load"] = ray.get(worker.load.remote(handle))
-    forward = ray.get(worker.forward.remote())
+    figures["forward"] = ray.get(worker.forward.remote())
+    figures["steady_1"], figures["steady_32"] = (ray.get(worker.steady.remote(rows)) for rows in (1, 32))
     ray.kill(worker)
-    return figures if forward is None else {**figures, "forward": forward}
+    return {name: value for name, value in figures.items() if value is not None}
 
 
 def calls(trial: Trial, folder: Path) -> Samples:

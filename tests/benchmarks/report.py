@@ -18,6 +18,10 @@ from zerocopy.errors import ArgumentError
 FILE = "results.json"
 Table = tuple[str, list[str], list[list[str]]]  # title, headers, rows
 
+SUMMARY = """\
+What users feel is how much memory the workers take, how soon they are ready, and whether the model then runs as fast as one of
+their own. Milliseconds of a load matter less: all systems that share memory load fast."""
+
 HOW = """\
 Every figure is from a run of this command, on the machine below:
 
@@ -101,6 +105,8 @@ def page(results: Results, images: Iterable[str] = ()) -> str:
     """The page, in Markdown, with the plots named `images`, paths from where the page lies."""
     parts = [
         "# Benchmarks",
+        *_summary(results),
+        "## How it was measured",
         HOW.format(command=_command(results)),
         "## What is measured",
         WHAT,
@@ -138,6 +144,25 @@ def failures(results: Results, model: str) -> list[str]:
         if trial["model"] == model and words:
             said.setdefault((results["systems"][trial["system"]], words), {})[trial["measure"]] = None
     return [f"{system} ({', '.join(measures)}): {words}" for (system, words), measures in said.items()]
+
+
+def _summary(results: Results) -> list[str]:
+    """What matters most, of all models side by side; nothing where just one was measured."""
+    models = measured(results)
+    if len(models) < 2:
+        return []
+    return ["## Summary", SUMMARY, *(_markdown(*table) for table in _across(results, models))]
+
+
+def _across(results: Results, models: Sequence[str]) -> Iterator[Table]:
+    headers = ["", *(results["models"][model]["title"] for model in models)]
+    for title, figure in figures.summary_figures(results).items():
+        rows = [
+            [name, *(_cell(results, model, system, figure) for model in models)]
+            for system, name in results["systems"].items()
+        ]
+        if any(_is_told(results, model, figure) for model in models):
+            yield title, headers, [row for row in rows if any(row[1:])]
 
 
 def _heading(results: Results, model: str) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import os
 import time
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ from torch import nn
 from benchmarks import models, systems
 
 MARK = 7.0  # what one worker writes, and another looks for
+STEADY_SECONDS, PAIRS, MOST_PAIRS = 6.0, 5, 40  # that forwards are repeated for, and how often
 
 
 class Worker:
@@ -40,6 +43,19 @@ class Worker:
         ran = models.run(self._loaded[0])
         return time.perf_counter() - start if ran else None
 
+    def steady(self, rows: int) -> float | None:
+        """Seconds of a forward of the first loaded model, over those of a private copy of it: the median of pairs, taken in turn.
+
+        None if it does not tell its inputs, or if one forward takes too long to be repeated.
+        """
+        loaded = self._loaded[0]
+        private = copy.deepcopy(loaded)
+        slowest = max(_seconds(loaded, rows), _seconds(private, rows))  # both are warm now
+        if not models.run(loaded, rows) or slowest > STEADY_SECONDS / PAIRS:
+            return None
+        count = min(MOST_PAIRS, int(STEADY_SECONDS / slowest / 2) + PAIRS)
+        return median(_seconds(loaded, rows) / _seconds(private, rows) for _ in range(count))
+
     def use(self) -> None:
         """Run the model, and read all of its memory."""
         self.forward()
@@ -56,6 +72,12 @@ class Worker:
     def sees(self) -> bool:
         """Whether the first parameter holds what another worker wrote."""
         return next(self._loaded[0].parameters()).detach().view(-1)[0].item() == MARK
+
+
+def _seconds(model: nn.Module, rows: int) -> float:
+    start = time.perf_counter()
+    models.run(model, rows)
+    return time.perf_counter() - start
 
 
 class Batches:

@@ -45,7 +45,7 @@ def wrong():
 number = 5
 """
 SIZE = 25 * (1000 * 1000 + 1000) * 4  # so large that the memory that processes take besides is little beside it
-TIMES = {"put", "publish", "first_load", "second_load", "forward"}
+TIMES = {"put", "publish", "first_load", "second_load", "forward", "steady_1", "steady_32"}
 
 
 @pytest.fixture

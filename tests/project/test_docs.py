@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = {
     "docs/checkpoints.md": "110",
     "docs/guide.md": "shared once per node",
+    "docs/index.md": "Linear(in_features=1024",
     "docs/migration.md": "torch.Size([1, 8])",
     "docs/names.md": "both have version 3",
     "docs/nodes.md": "100%",
