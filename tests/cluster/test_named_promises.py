@@ -198,6 +198,7 @@ def test_equal_storages_are_memory_of_their_own(name: str) -> None:
     assert not torch.equal(loaded[0].weight, loaded[1].weight)
 
 
+@pytest.mark.long
 def test_equal_storages_after_a_recovery(name: str) -> None:
     """By a source, and from a process that holds them."""
     torch.manual_seed(0)

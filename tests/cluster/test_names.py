@@ -188,6 +188,7 @@ def test_a_lookup_and_a_load_ask_once(name: str, monkeypatch: pytest.MonkeyPatch
         gone.load()
 
 
+@pytest.mark.long
 def test_what_was_looked_up_keeps_nothing(name: str, store_use: Callable[[], int]) -> None:
     """A handle that follows an alias refers to no version once it was used, so that the memory of those that are removed goes."""
     zerocopy.publish(numbered(1), name=name)

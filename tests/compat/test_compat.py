@@ -171,6 +171,7 @@ def test_own_objects_are_told(cluster: None) -> None:
     assert ray.get(of_a_worker.remote([ref])) == [False, True]
 
 
+@pytest.mark.long
 def test_processes_that_end_with_a_task_are_told(cluster: None) -> None:
     """Those that run a task with `max_calls=1`, whatever thread asks; not a driver, another task, or an actor."""
 

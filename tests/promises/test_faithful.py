@@ -450,6 +450,7 @@ class Prober:
         return private_bytes() - before, float(self.kept.value["linear"](torch.ones(1, 2048)).sum().detach())
 
 
+@pytest.mark.long
 def test_all_at_once_takes_no_memory() -> None:
     """Of a pipeline of a hundred megabytes, in all the ways to hold them, a load takes less than 2 %."""
     big = noise(2048, 2048)

@@ -520,6 +520,7 @@ class Worker:
         return {**batch, "heard": ["\n".join(_heard())]}
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("cluster")
 def test_a_worker_warns_once_of_what_holds_models() -> None:
     """Each warning names the argument, the object, the bytes and the way out; once for each class of them."""
@@ -596,6 +597,7 @@ def test_what_holds_a_module_arrives_loaded_in_tasks() -> None:
     assert [ray.get(ref) for ref in heard_by_generator.remote(TOLD, [Fourth()])] == [[]]
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("cluster")
 def test_ray_data_is_told_of_bare_modules() -> None:
     """Ray Data pickles a bare module among the arguments of a constructor or a function: one warning, of the user's own code."""

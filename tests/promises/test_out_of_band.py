@@ -134,6 +134,7 @@ def test_a_process_that_ends_soon_pickles_nothing_that_ends_with_it() -> None:
     assert errors[4].startswith("CannotTravelError")
 
 
+@pytest.mark.long
 @pytest.mark.alone
 def test_it_pickles_what_others_own() -> None:
     """What it was given can be used after its process has ended."""
@@ -166,6 +167,7 @@ print(ray.get(outer.remote()))
 """
 
 
+@pytest.mark.long
 @pytest.mark.alone
 def test_tasks_with_gpus_capture_as_others_do() -> None:
     """Ray gives them `max_calls=1` by itself."""

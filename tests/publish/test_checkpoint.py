@@ -447,6 +447,7 @@ for dtype, written in ((None, size), (torch.float16, size // 2)):
 """
 
 
+@pytest.mark.long
 @pytest.mark.alone  # beside other tests the raylet grows by some megabytes of its own
 def test_the_peak_is_the_weights(tmp_path: Path) -> None:
     """Driver and store together take hardly more than the weights, as they are and converted."""

@@ -465,6 +465,7 @@ def test_nested_models_in_tasks() -> None:
     torch.testing.assert_close(wrapped._hidden(ray.put(INPUT)), loaded._hidden(INPUT).detach())
 
 
+@pytest.mark.long
 def test_tasks_from_a_worker() -> None:
     """A task-mode pipeline passed to a task calls its models from there, each in a task of its own."""
 
