@@ -17,6 +17,9 @@ from torch import nn
 from versions import Asked, AskedAsync, Following, Numbered, Other, ask, ask_for_item, ask_live, numbered
 
 import zerocopy
+from zerocopy._cluster.following import Followed, Key, Loaded
+from zerocopy._cluster.handles import followed_for
+from zerocopy._cluster.refresh import tag_of
 from zerocopy._load.publication import Publication
 from zerocopy.errors import ArgumentError, DeclarationError, FollowWarning, NotPublishedError
 from zerocopy.testing import assert_zero_copy, shares_memory
@@ -217,6 +220,21 @@ class Hooked:
 
     def ask(self) -> tuple[int, int]:
         return self.search(), self.prepared
+
+
+def test_what_starts_late_catches_up(name: str) -> None:
+    """A pipeline of an older version hears of the newest one, though all else in its process knows of that already."""
+    zerocopy.publish(numbered(1), name=name)
+    loaded = zerocopy.lookup(name).load()
+    tag = tag_of(loaded)
+    zerocopy.publish(numbered(2), name=name)
+    handle = zerocopy.lookup(name)
+    others = [Followed(Key(name, "latest", None), lambda: Loaded(2, None, handle)) for _ in range(20)]
+    assert {other.newest().number for other in others} == {2}
+    followed = followed_for(loaded, tag, torch.device("cpu"))
+    followed.start()
+    assert wait_until(lambda: followed.newest().number == 2, 10)
+    assert followed.newest().pipeline is not loaded
 
 
 def test_on_version_may_call_methods(name: str) -> None:

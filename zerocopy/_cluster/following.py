@@ -41,6 +41,7 @@ PASSING = (
     PublicationLostError,
     ray.exceptions.RayError,
 )
+NOT_AGREED = -1  # no number of a version: the registry answers at once
 WORTH_A_WARNING = 5  # failures in a row: a registry that was killed is made again after the first
 
 
@@ -290,7 +291,10 @@ class Watcher:
             if self._woken.done():
                 self._woken = concurrent.futures.Future()
             woken = self._woken
-            known = {(one.key.name, one.key.which): one.seen for one in self._followed}
+            known: dict[tuple[str, str | int], int] = {}
+            for one in self._followed:
+                which = one.key.name, one.key.which
+                known[which] = one.seen if known.get(which, one.seen) == one.seen else NOT_AGREED
         held = self._holdings.digests()
         registry = self._registry_now()
         reply = client.submit(registry, "poll", known, held, self._id).future()
