@@ -244,9 +244,9 @@ def section(found: list[Outcome]) -> str:
     """The section of the page."""
     rows = [f"| {one.what} | {one.count:,} | {one.wrong} | {one.seconds:.1f} | {one.figures} |" for one in found]
     words = (
-        f"`nox -s soak` writes this table, measured on {os.cpu_count()} cores with Ray {ray.__version__}. During the churn, tasks, "
-        "followers, `map` and two actors use a publication, while new versions are published as fast as possible. The two actors "
-        "overwrite everything that they load."
+        f"`nox -s soak` writes this table, measured on {os.cpu_count()} cores with Ray {ray.__version__}. "
+        "During the churn, tasks, followers, `map` and two actors use a publication, while new versions are published as fast as "
+        "possible. The two actors overwrite everything that they load."
     )
     return "\n".join(
         [

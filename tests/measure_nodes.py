@@ -163,8 +163,8 @@ def section(priced: dict[str, Any], seen: dict[int, dict[str, float]], nbytes: i
     yield ""
     loopback = f"{priced['rate'] / 1e6:.0f} MB/s"
     yield wrapped(
-        f"The last table is computed, not measured, for {LARGE / 1e9:.0f} GB in {PARTS} parts. It assumes a link of 10 Gbit/s per "
-        f"node, or the rate of this machine's loopback, {loopback} (that of `ray.get` above)."
+        f"The last table is computed, not measured, for {LARGE / 1e9:.0f} GB in {PARTS} parts. It assumes a link of 10 Gbit/s "
+        f"per node, or the rate of this machine's loopback, {loopback} (that of `ray.get` above)."
     )
     yield ""
     yield f"| nodes | prefetch, 10 Gbit/s | all ask at once, 10 Gbit/s | prefetch, {loopback} | all ask at once, {loopback} |"
