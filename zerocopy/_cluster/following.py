@@ -45,13 +45,13 @@ WORTH_A_WARNING = 5  # failures in a row: a registry that was killed is made aga
 
 
 class Live(Protocol[T_co]):
-    """As the annotation of a parameter, asks for a handle that follows a publication, instead of a loaded pipeline.
+    """Annotates a parameter that receives a handle with `current()`, instead of a loaded pipeline.
 
-    What arrives has `current()`, whatever was given: a publication, a pipeline or a module.
+    The argument may be a publication, a pipeline or a module. The handle follows the name of a publication that has one.
     """
 
     def current(self) -> T_co:
-        """The newest version, loaded. A call that keeps the object keeps its version."""
+        """Return the newest version, loaded. A caller that keeps the object keeps its version."""
         ...
 
 

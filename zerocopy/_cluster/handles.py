@@ -38,7 +38,9 @@ class Version:
     """One version of a name.
 
     Attributes:
-        digest: of its content, in hexadecimal digits. Equal content has equal digests, also under other names.
+        name: the name.
+        number: its number; the first version has 1.
+        digest: digest of its content, in hexadecimal digits. Equal content has equal digests, also under other names.
     """
 
     name: str
@@ -122,7 +124,7 @@ class Answer(NamedTuple):
 
 
 class NamedPublication(Publication):
-    """A publication that has a name: see `zerocopy.lookup`."""
+    """A publication that has a name. `zerocopy.lookup` and `zerocopy.publish` return it."""
 
     _state: Open | Unresolved | Closed  # type: ignore[assignment]
 
@@ -146,20 +148,20 @@ class NamedPublication(Publication):
 
     @property
     def name(self) -> str:
-        """The name."""
+        """The name of the publication."""
         return self.tag.name
 
     @property
     def alias(self) -> str | None:
-        """The alias that `current()` follows; None for a handle of one version for good."""
+        """The alias that `current()` follows; None for a handle of one fixed version."""
         return self.tag.alias
 
     @property
     def version(self) -> Version:
-        """The version that `load()` gives now.
+        """The version that `load()` returns now.
 
         Raises:
-            As `load`, where there is none.
+            As `load`, if there is no such version.
         """
         version = self.pinned().tag.version
         if version is None:
@@ -225,14 +227,17 @@ class NamedPublication(Publication):
     def load(
         self, device: str | torch.device | None = None, fields: Sequence[str] | None = None, *, verify: bool = False
     ) -> Any:
-        """As `Publication.load`. A handle that follows an alias gives the version that this points at now.
+        """Load like `Publication.load`. A handle that follows an alias loads the version that the alias points at now.
 
         Args:
-            verify: compare the digests of what is loaded with those that were taken when it was published. Reads all of it.
+            device: as in `Publication.load`.
+            fields: as in `Publication.load`.
+            verify: compare the loaded bytes with the digests that were recorded when they were published. Reads all bytes.
 
         Raises:
-            NotPublishedError: the version or the alias is gone; the error tells which versions there are.
+            NotPublishedError: the version or the alias does not exist any more. The error lists the existing versions.
             CorruptedError: `verify` found other bytes.
+            As `Publication.load`.
         """
         return self._now(lambda handle: handle._load(device, fields, verify=verify))
 
@@ -243,7 +248,7 @@ class NamedPublication(Publication):
         return found
 
     def release(self) -> None:
-        """Let nodes go of what `prefetch` keeps there of this name."""
+        """Allow nodes to evict the weights of this name that `prefetch` keeps there."""
         client.ask("release", self.name)
 
     def _keeper(self) -> Keeper:
@@ -280,7 +285,7 @@ class NamedPublication(Publication):
     current.__doc__ = Publication.current.__doc__
 
     def close(self) -> None:
-        """Let go of the weights. The name and its versions stay: see `zerocopy.remove`."""
+        """Release the weights. The name and its versions stay: to remove them, use `zerocopy.remove`."""
         super().close()
         self._followed = self._known = None
 

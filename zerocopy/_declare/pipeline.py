@@ -81,7 +81,7 @@ def is_same_class(one: type, other: type) -> bool:
 
 
 def fields(cls: type) -> Mapping[str, Field]:
-    """The fields of a pipeline class by name, inherited ones first.
+    """Return the fields of a pipeline class by name, inherited fields first.
 
     Raises:
         DeclarationError: `cls` is not a pipeline class, or an undecorated subclass declares fields of its own.
@@ -127,12 +127,14 @@ def pipeline(*, kw_only: bool = ...) -> Callable[[C], C]: ...
 def pipeline(cls: type | None = None, *, kw_only: bool = False) -> Any:
     """Mark a class whose instances Ray passes without copying their models.
 
-    Fields are declared with `shared()` and `copied()`, or with the annotations `Shared[...]` and `Copied[...]`. A class
-    without an `__init__` gets one from attrs; a hand-written one, anywhere in the MRO, stays. `kw_only=True` makes every
-    field of the generated `__init__` keyword-only.
+    Fields are declared with `shared()` and `copied()`, or with the annotations `Shared[...]` and `Copied[...]`. If the class
+    has no `__init__` of its own, anywhere in its MRO, it gets one from attrs.
+
+    Args:
+        kw_only: whether every field of the generated `__init__` is keyword-only.
 
     Raises:
-        DeclarationError: a declaration contradicts itself or cannot be applied.
+        DeclarationError: a declaration contradicts itself, or cannot be applied.
     """
     if cls is None:
         return functools.partial(_decorate, kw_only=kw_only)

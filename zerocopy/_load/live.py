@@ -146,17 +146,19 @@ def forget(pipeline: Any) -> None:
 
 
 def unshare(pipeline: Any) -> None:
-    """Copy the weights of a loaded pipeline into memory of its own, so that it no longer needs the object store.
+    """Copy the weights of a loaded pipeline into private memory, so that it no longer needs the object store.
 
-    `publication.load()` made the pipeline; `publication.close()` only lets go of a handle, and copies nothing.
+    Use it to free memory of the store: a loaded pipeline stays valid without it. Tensors and arrays keep their identity, their
+    ties and their contents, and other threads may use them during the copy. The copy takes as much memory as the weights. In
+    contrast, `publication.close()` only releases a handle, and copies nothing.
 
-    Tensors and arrays keep their identity, their ties and their contents, and other threads may use them meanwhile. Takes the
-    bytes of the weights in memory. No pipeline needs it to stay right: it lets the store have its memory back.
+    Args:
+        pipeline: a pipeline that `publication.load()` returned.
 
     Raises:
         ArgumentError: `pipeline` was not loaded from a publication in this process.
-        IsolationError: it was loaded where private mappings are not possible; `copy.deepcopy` it instead.
-        OutOfMemoryError: there is not enough memory. Nothing has happened.
+        IsolationError: it was loaded where private mappings are not possible. Use `copy.deepcopy` instead.
+        OutOfMemoryError: there is not enough memory. Nothing was changed.
     """
     entry = entry_of(pipeline)
     if entry.origin is None:

@@ -69,13 +69,13 @@ class Closed:
 class Publication(OnNodes, Handle):
     """A published pipeline: load it in any process of the cluster, pass it to tasks and actors, close it when done.
 
-    Made by `zerocopy.publish`. Pickles to a few hundred bytes and what the pipeline copies.
+    `zerocopy.publish` returns it. Its pickle has a few hundred bytes plus the copied parts of the pipeline.
 
     Attributes:
         kind: name of the pipeline's class.
         cls: the class itself in the process that published, None elsewhere.
         shared_bytes: bytes of the weights in the store.
-        requires_isolation: whether loads refuse where private mappings are not possible.
+        requires_isolation: whether `load` raises an error where private mappings are not possible.
     """
 
     def __init__(
@@ -106,36 +106,38 @@ class Publication(OnNodes, Handle):
 
     @property
     def reference(self) -> ray.ObjectRef[Any]:
-        """What keeps the weights in the store.
+        """The reference that keeps the weights in the store.
 
         Raises:
-            As `load`, where the publication means nothing any more.
+            As `load`, if the publication is closed or lost.
         """
         return self.content().reference
 
     def load(
         self, device: str | torch.device | None = None, fields: Sequence[str] | None = None, *, verify: bool = False
     ) -> Any:
-        """Make a live pipeline over the weights in the store: in milliseconds, without a copy, and private when written.
+        """Create a live pipeline over the weights in the store, in milliseconds and without a copy. Writes to it are private.
 
-        `close()` lets go of the weights in the store; `zerocopy.unshare()` gives what was loaded memory of its own.
+        `close()` releases the weights in the store. `zerocopy.unshare()` copies the weights of a loaded pipeline into private
+        memory.
 
         Args:
-            device: where every tensor goes: a torch device, `"auto"` for the GPU that Ray assigned (else the CPU), or
-                None for the CPU. A field that declares a device of its own keeps it.
-            fields: load these attributes only, with what they refer to. The others raise AttributeError.
-            verify: compare all that is loaded with its digests, which publications with a name have.
+            device: the device of every tensor: a torch device, `"auto"` for the GPU that Ray assigned (else the CPU), or None
+                for the CPU. A field that declares a device of its own keeps that device.
+            fields: load only these attributes and the objects that they refer to. The other attributes raise AttributeError.
+            verify: compare all loaded bytes with their digests. Only publications with a name have digests.
 
         Returns:
             A new pipeline of the published class, independent of any other load. Its `__init__` does not run.
 
         Raises:
             PublicationClosedError: the publication was closed.
-            PublicationLostError: its weights are gone from the cluster.
-            VersionError: it was written by versions that cannot agree with these.
-            DeviceError: a device is not there, or fields that share memory would go to different ones.
+            PublicationLostError: its weights are lost from the cluster.
+            VersionError: it was written by versions of zerocopy, torch or Python that do not match those of this process.
+            DeviceError: a device does not exist, or fields that share memory would go to different devices.
             ArgumentError: `fields` names an attribute that the pipeline does not have, or there are no digests to verify.
-            CorruptedError: `verify` found other bytes than were published.
+            CorruptedError: `verify` found bytes that differ from the published bytes.
+            IsolationError: private mappings are required, but are not possible here.
         """
         return self._load(device, fields, verify=verify)
 
@@ -187,13 +189,13 @@ class Publication(OnNodes, Handle):
         return None
 
     def current(self, device: str | torch.device | None = None) -> Any:
-        """The newest version, loaded: one object for each version and device in this process.
+        """Return the newest version, loaded. This process has one object per version and device.
 
-        A publication without a name has one version. Of one with a name, new versions are loaded in the background; this never
-        waits for them. A call that keeps the object keeps its version.
+        A publication without a name has one version. For a publication with a name, new versions are loaded in the background,
+        and this method never waits for them. A caller that keeps the object keeps its version.
 
         Args:
-            device: as `load`.
+            device: as in `load`.
 
         Raises:
             As `load`, at the first call.
@@ -247,7 +249,7 @@ class Publication(OnNodes, Handle):
             )
 
     def close(self) -> None:
-        """Let go of the weights in the store; pipelines that were loaded keep what they use. Closing twice is fine."""
+        """Release the weights in the store. Loaded pipelines keep what they use. Closing twice is allowed."""
         state, self._state = self._state, Closed()
         lease, self._lease = self._lease, None
         self._current = self._holders = None

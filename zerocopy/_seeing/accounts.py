@@ -15,19 +15,19 @@ from zerocopy._seeing.processes import Used
 
 @attrs.frozen
 class PublicationMemory:
-    """What one publication takes on one node, in bytes.
+    """The memory of one publication on one node, in bytes.
 
     Attributes:
-        name: empty without one.
-        version: number of the version, None without a name.
-        kind: name of the pipeline's class; empty for mappings of which no process tells what they show.
+        name: name of the publication; empty if it has none.
+        version: number of the version; None without a name.
+        kind: name of the pipeline's class; empty for memory of the store that no process reports.
         node: id of the node; empty without Ray.
-        processes: how many have loaded it, and still use it.
-        loads: how many loads of it are in use.
-        shared: its weights in the node's store, once, however many show them.
-        dirtied: pages that processes have written since they loaded it, and have as their own.
-        private: these, and the part that each load copies.
-        plain: what one plain copy in each of these processes would take.
+        processes: number of processes that have loaded it and still use it.
+        loads: number of loads that are in use.
+        shared: its weights in the node's store, counted once, no matter how many processes use them.
+        dirtied: pages that processes have written since they loaded it. Each process has its own copy of such a page.
+        private: the dirtied pages, and the copied part of each load.
+        plain: bytes of one plain copy in each of these processes.
     """
 
     name: str
