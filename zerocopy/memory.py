@@ -145,7 +145,7 @@ class MemoryReport:
         for process in self.processes:
             counts = (process.private, process.dirtied, process.mapped, process.total)
             yield (process.name, str(process.pid), process.node[:8], *map(format_bytes, counts))
-        # Of what is mapped, every page counts once.
+        # Each mapped page counts once.
         yield ("together", "", "", *map(format_bytes, (self.private, self.dirtied, self.shared, self.total)))
 
 

@@ -70,7 +70,7 @@ def assert_zero_copy(pipeline: Any) -> None:
 
 
 def _check_live(obj: object, what: str) -> None:
-    """Refuse a publication: it holds no tensors, so nothing would be looked at."""
+    """Refuse a publication: it holds no tensors, so there would be nothing to check."""
     if isinstance(obj, Handle):
         raise ArgumentError(
             f"{what}() expects a loaded pipeline, got a publication.", hint="pass what its load() returns."
@@ -101,7 +101,7 @@ def _origin(tensor: torch.Tensor | np.ndarray[Any, Any], files: Sequence[linux.M
 
 
 def _own_bytes(tensor: torch.Tensor | np.ndarray[Any, Any], files: Sequence[linux.Mapping]) -> int:
-    """How many bytes of a tensor lie in pages of this process: in all of them, or in those of the store that were written."""
+    """How many bytes of a tensor are private: all of them, or those in pages of the store that were written."""
     start, nbytes = _extent(tensor)
     file = around(start, start, files)
     if file is None or not nbytes:

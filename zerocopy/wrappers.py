@@ -211,7 +211,7 @@ class TaskWrapper(Generic[T]):
 
     def __getattr__(self, name: str) -> Any:
         if "_zerocopy_pipeline" not in vars(self) or (name.startswith("__") and name.endswith("__")):
-            raise AttributeError(name)  # being unpickled; or asked how it is copied, say, which is its own matter
+            raise AttributeError(name)  # while it is unpickled; or a question about the wrapper itself, such as how it is copied
         return getattr(vars(self)["_zerocopy_pipeline"], name)
 
     def __setattr__(self, name: str, value: Any) -> None:

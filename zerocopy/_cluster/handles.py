@@ -48,9 +48,9 @@ class Version:
     digest: str
 
 
-ANSWER_SECONDS = 0.005  # that what the registry told a lookup is good for: enough for lookup(...).load()
+ANSWER_SECONDS = 0.005  # how long the answer to a lookup can be used: enough for lookup(...).load()
 
-# Of versions that live pipelines were published as. Nothing is asked again before the registry tells that one is gone.
+# Versions that live pipelines were published as. The registry is not asked again until it reports that one is gone.
 _found: weakref.WeakKeyDictionary[Tag, Followed] = weakref.WeakKeyDictionary()
 
 
@@ -74,7 +74,7 @@ class Tag:
     def publication(
         self, manifest: ray.ObjectRef[Any], outer: Outer, *description: Any, **kwargs: Any
     ) -> NamedPublication:
-        """A handle with this tag that brings an outer skeleton of its own; see `live.Tag`."""
+        """A handle with this tag and an outer skeleton of its own; see `live.Tag`."""
         kind, shared_bytes, requires_isolation, versions = description
         return NamedPublication(Open(manifest, outer), kind, shared_bytes, requires_isolation, versions, self, **kwargs)
 
@@ -169,7 +169,7 @@ class NamedPublication(Publication):
         return version
 
     def pinned(self) -> NamedPublication:
-        """A handle of the version that this one gives now. From now on this one keeps that, unless it follows an alias."""
+        """A handle of the version that this handle gives now. From now on this handle keeps it, unless it follows an alias."""
         found = self._found()
         if self.tag.number is not None:  # else the next use may find another version
             self._state, self.tag = found._state, found.tag
@@ -183,7 +183,7 @@ class NamedPublication(Publication):
         return self._resolved()
 
     def answered(self, told: dict[str, Any], changes: int) -> Self:
-        """This handle, which uses what the registry has told it if it is loaded at once. It is dropped at the first use."""
+        """This handle, with the registry's answer, for a load that follows at once. The first use drops the answer."""
         self._answer = Answer(told, time.monotonic() + ANSWER_SECONDS, changes)
         return self
 
@@ -242,7 +242,7 @@ class NamedPublication(Publication):
         return self._now(lambda handle: handle._load(device, fields, verify=verify))
 
     def _recovered(self) -> NamedPublication:
-        """A handle of the same version after its weights were found again. What else uses this one finds them, too."""
+        """A handle of the same version after its weights were found again. Other users of this handle find them, too."""
         found = self._of(client.ask("recover", self.name, self.tag.number))
         self._state = found._state
         return found
@@ -256,7 +256,7 @@ class NamedPublication(Publication):
         return RegistrysHolders((self.name, which, self.tag.number))
 
     def _now(self, call: Callable[[NamedPublication], R]) -> R:
-        """What a call gives for the version of now. If its weights are lost, they are found again first."""
+        """The result of a call for the current version. If its weights are lost, they are found again first."""
         handle = self.pinned()
         try:
             return call(handle)
@@ -264,7 +264,7 @@ class NamedPublication(Publication):
             return call(handle._recovered())
 
     def note_load(self, pipeline: Any, manifest: Manifest, *how: Any) -> None:
-        """As `Publication.note_load`. The registry may want what is mapped now."""
+        """As `Publication.note_load`. Also remember the mapped weights, which the registry may need."""
         super().note_load(pipeline, manifest, *how)
         WATCHER.hold(manifest)
 
@@ -277,7 +277,7 @@ class NamedPublication(Publication):
         self._answer = None
         followed, target = self._followed, devices.resolve(device)
         is_elsewhere = followed is not None and followed.session is not object_store.session()
-        # Without a connection, what is loaded goes on.
+        # Without a connection, the loaded version stays in use.
         if followed is None or followed.key.device != target or (is_elsewhere and object_store.is_running()):
             followed = self._followed = followed_by(self.name, self.tag.alias, target)
         return followed.current()
@@ -329,7 +329,7 @@ class NamedPublication(Publication):
         return self if self.tag.alias is None else newest(self.name, self.tag.alias)
 
     def travels_by_name(self) -> bool:
-        """Whether Ray would not count a reference where it is pickled now, so that it brings none."""
+        """Whether it is pickled without a reference, because Ray would not count one here."""
         return isinstance(self._state, Closed) or not (object_store.is_running() and is_serializing())
 
     def reduce(self) -> tuple[Any, ...]:

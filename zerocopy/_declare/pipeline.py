@@ -76,7 +76,7 @@ def is_pipeline_class(cls: type) -> bool:
 
 
 def is_same_class(one: type, other: type) -> bool:
-    """Whether two are one class to whoever wrote it: it was defined again (a notebook's cell), or pickled by value."""
+    """Whether two classes come from the same source: a class was defined again (a cell of a notebook), or pickled by value."""
     return one is other or (one.__module__, one.__qualname__) == (other.__module__, other.__qualname__)
 
 
@@ -215,7 +215,7 @@ def _check_init_options(cls: type, markers: Mapping[str, Marker], init_class: ty
 
 
 def _check_annotations(cls: type, markers: Mapping[str, Marker]) -> None:
-    """Refuse what a dataclass would take for a field, and the `__init__` to be generated would not."""
+    """Refuse attributes that a dataclass would treat as fields, but the generated `__init__` would not."""
     for name, annotation in own_annotations(cls).items():
         found = resolve_annotation(annotation, cls)
         is_of_class = ClassVar in (found, get_origin(found)) or "ClassVar" in str(annotation)
@@ -258,7 +258,7 @@ def _generate_init(cls: type, markers: Mapping[str, Marker], defaults: Mapping[s
 
 
 def _with_fields_named(init: Callable[..., None], cls: type) -> Callable[..., None]:
-    """`init`, but a call that does not fit is refused in words of fields."""
+    """`init`, with an error that names fields if a call does not fit."""
 
     @functools.wraps(init)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:

@@ -20,7 +20,7 @@ from zerocopy.errors import ArgumentError, IsolationError
 
 
 class Tag(Protocol):
-    """What weights are known by that have a name."""
+    """Identifies weights that have a name."""
 
     @property
     def name(self) -> str:
@@ -101,7 +101,7 @@ def entry_of(pipeline: Any, variant: tuple[str, ...] = ()) -> Entry:
 
 
 def _anchored(pipeline: Any, variant: tuple[str, ...] = ()) -> tuple[list[Any], _Key]:
-    """What a pipeline is recognized by, and the key of its entry: ids of these, and how it holds them.
+    """The objects that identify a pipeline, and the key of its entry: their ids, and how the pipeline holds them.
 
     A pipeline of a declared class and a model by themselves. Any other object by the nearest modules in it, and where they are:
     it may have been made for one call, or be a dict, to which nothing can refer weakly.
@@ -120,7 +120,7 @@ def _anchored(pipeline: Any, variant: tuple[str, ...] = ()) -> tuple[list[Any], 
 
 
 def _place(steps: Any) -> str:
-    """Where a model was found, in words that no object of a user's has to say of itself."""
+    """The place of a model, in words that do not call code of a user's objects."""
     return "".join(f"{form}{key if type(key) in (str, int) else type(key).__qualname__}" for form, key in steps)
 
 

@@ -27,7 +27,7 @@ Sent = TypeVar("Sent")
 if TYPE_CHECKING:
 
     class RemoteMethod:
-        """A method of an actor's handle, of which type checkers know nothing more."""
+        """A method of an actor's handle, with no further types."""
 
         def remote(self, *args: Any, **kwargs: Any) -> ray.ObjectRef[Any]:
             """Call it in the actor. Returns at once."""
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
             ...
 
         def bind(self, *args: Any, **kwargs: Any) -> Any:
-            """A node of one of Ray's graphs."""
+            """A node of a graph of Ray."""
             ...
 
     class Handle(ActorHandle[T]):
@@ -66,7 +66,7 @@ if TYPE_CHECKING:
         def __get__(self, instance: Any, owner: type) -> Any: ...
 
     class MethodDecorator(Protocol):
-        """What `method(...)` with options gives."""
+        """The result of `method(...)` with options."""
 
         @overload
         def __call__(

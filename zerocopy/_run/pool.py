@@ -94,7 +94,7 @@ class Pool(Generic[T]):
         return in_order(submit, items, limit, description, progress=progress, when_slow=self._warn_of_waiting)
 
     def _warn_of_waiting(self) -> None:
-        """Warn of actors that the cluster has no room for. Calls to them wait, and may do so for ever."""
+        """Warn of actors that the cluster has no room for. Calls to them wait, possibly forever."""
         waiting = sum(not has_process(actor) for actor in self.actors)
         if waiting:
             cls, resources = self._cls.__name__, ray.cluster_resources()

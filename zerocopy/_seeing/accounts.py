@@ -1,4 +1,4 @@
-"""Which bytes belong to which publication? The kernel's figures of mappings are joined with what processes have noted of them."""
+"""Which bytes belong to which publication? The kernel's figures for mappings are joined with the notes of the processes."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class PublicationMemory:
 
     @property
     def saved(self) -> int:
-        """Bytes that plain copies would take more. Negative as long as nobody has loaded it."""
+        """Bytes that plain copies would take in addition. Negative as long as no process has loaded it."""
         return self.plain - self.shared - self.private
 
 
@@ -135,7 +135,7 @@ class Accounts:
         found.dirtied += usage.anonymous
 
     def keep_loaded(self) -> None:
-        """Know no longer what none of the processes has loaded."""
+        """Forget publications that none of the processes has loaded."""
         self._sums = {label: found for label, found in self._sums.items() if found.mapped}
 
     def publications(self, node: str) -> list[PublicationMemory]:
@@ -144,7 +144,7 @@ class Accounts:
         return [one for one in records if one.shared or one.loads]
 
     def objects(self) -> int:
-        """Bytes of what publications rest on there, each object once."""
+        """Bytes of the objects that hold publications there, each object counted once."""
         largest: dict[bytes, int] = dict(self.sizes)
         for found in self._sums.values():
             for shard, nbytes in found.used.items():

@@ -93,7 +93,7 @@ def measure(pids: Iterable[int], node: str, *, is_here: bool = True) -> Measured
 
 
 def _measure(pid: int, node: str, *, is_here: bool) -> tuple[ProcessMemory | None, Used | None]:
-    """The memory of a process, None of one that has ended and was not waited for; and its mappings of the store, if told."""
+    """The memory of a process, or None if it has ended but still has a pid; and its mappings of the store, if reported."""
     name = _name(psutil.Process(pid), is_here=is_here)
     # All figures from one reading, so that they are of one moment: psutil would tell the total, of another one.
     used = linux.usage(pid)
@@ -112,7 +112,7 @@ def _measure(pid: int, node: str, *, is_here: bool) -> tuple[ProcessMemory | Non
 
 
 def _measure_roughly(pid: int, name: str, node: str) -> ProcessMemory | None:
-    """What a process takes as far as its status tells, which knows no shares and no single mappings."""
+    """The memory of a process according to its status, which has no shares and no single mappings."""
     sizes = linux.resident(pid)
     if "VmRSS" not in sizes:  # it has ended
         return None

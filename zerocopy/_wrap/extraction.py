@@ -88,7 +88,7 @@ def replace_tensors(skeleton: nn.Module, tensors: Sequence[Mapping[str, Mapping[
         for kind, contents in entry.items():
             for name, value in contents.items():
                 blank, content = members[kind][name], live.get(id(value), value)
-                if id(blank) not in filled:  # the blank one stays alive, so that its id means it
+                if id(blank) not in filled:  # `blank` stays alive, so that its id stays unique
                     filled[id(blank)] = like(blank, content) if is_plain(blank) else content, blank
                 members[kind][name] = filled[id(blank)][0]
 
@@ -131,7 +131,7 @@ def _members(module: nn.Module) -> Iterator[dict[str, MutableMapping[str, Any]]]
 
 
 def _blank(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor on the meta device: all of `tensor` but the contents."""
+    """A tensor on the meta device with everything of `tensor` except its contents."""
     return like(tensor, torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta"))
 
 
