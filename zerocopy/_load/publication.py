@@ -33,7 +33,7 @@ MOST_REMEMBERED = 256  # loads
 
 
 class Lease(Protocol):
-    """The handles of one pipeline share it in the process that published it: see `_publish.publish`."""
+    """Shared by all handles of one pipeline in the process that published it: see `_publish.publish`."""
 
     def close(self, reference: ray.ObjectRef[Any]) -> None:
         """One of the handles to these weights was closed."""
@@ -55,7 +55,7 @@ class Open:
 
 @attrs.frozen
 class Sealed:
-    """A handle that came by plain pickle. Inside, Ray's pickle wrote it; it is opened when it is first used."""
+    """A handle that plain pickle brought. Its content was written by Ray's pickle, and is opened at the first use."""
 
     cluster: str
     content: bytes
@@ -185,7 +185,7 @@ class Publication(OnNodes, Handle):
         live.note_load(pipeline, origin)
 
     def _tag(self) -> live.Tag | None:
-        """What the weights are known by, if they have a name."""
+        """The tag of the weights, if they have a name."""
         return None
 
     def current(self, device: str | torch.device | None = None) -> Any:
@@ -265,14 +265,14 @@ class Publication(OnNodes, Handle):
         self.close()
 
     def __copy__(self) -> Publication:
-        """Another handle to the same weights. It is closed on its own."""
+        """Another handle to the same weights, which is closed separately."""
         return type(self)(self.content(), *self._description(), cls=self.cls, lease=self._lease)
 
     def __deepcopy__(self, memo: object) -> Publication:
         return self.__copy__()
 
     def for_call(self) -> Publication:
-        """A handle for one call, which is closed on its own. Of a name it is one of the newest version."""
+        """A separate handle for one call. If the publication has a name, it is a handle of the newest version."""
         return self.__copy__()
 
     if not TYPE_CHECKING:  # for type checkers it would have any attribute
@@ -301,7 +301,7 @@ class Publication(OnNodes, Handle):
         return (), ()
 
     def check_agreement(self) -> None:
-        """Refuse what this process would misread.
+        """Refuse a publication that this process would read incorrectly.
 
         Raises:
             VersionError: it was written by versions that cannot agree with these.
@@ -312,7 +312,7 @@ class Publication(OnNodes, Handle):
         return self.kind, self.shared_bytes, self.requires_isolation, self._versions
 
     def packed(self) -> bytes | None:
-        """All but the reference, pickled: that spares work to Ray's slower pickle. None where only Ray's pickle can do it.
+        """Everything except the reference, pickled, to save work of Ray's slower pickle. None if only Ray's pickle can do it.
 
         Raises:
             As `load`, where the publication means nothing any more.
@@ -336,20 +336,20 @@ class Publication(OnNodes, Handle):
         return unpacked, (content.reference, packed)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """For plain pickle, which knows nothing of references and their owners: Ray's pickle seals them inside."""
+        """For plain pickle, which does not know references and their owners: Ray's pickle writes them into a sealed handle."""
         state = self._state if isinstance(self._state, Sealed) else self._sealed()
         return type(self), (state, *self._description())
 
     def without_reference(self) -> Publication:
-        """A handle that keeps nothing in the store, if it can find it again."""
+        """A handle that keeps no weights in the store, if it can find them again."""
         return self
 
     def travels_by_name(self) -> bool:
-        """Whether it travels without object references, where it is pickled now."""
+        """Whether it is pickled without object references here."""
         return False
 
     def check_out_of_band(self) -> None:
-        """Refuse to be pickled where the reference would be of no use.
+        """Refuse to be pickled where the reference would be useless.
 
         Raises:
             OutOfBandError: see `object_store.check_out_of_band`.
@@ -373,7 +373,7 @@ class Publication(OnNodes, Handle):
 
 
 def _is_small(outer: Outer) -> bool:
-    """Whether plain pickle can take it, and it is worth a place in a cache."""
+    """Whether plain pickle can write it, and it is small enough for a cache."""
     plain = all(type(obj) in (int, Root, type(None)) for obj in outer.skeleton.externals)
     return plain and outer.nbytes <= MOST_PACKED
 
@@ -414,5 +414,5 @@ def unpacked(reference: ray.ObjectRef[Any], packed: bytes) -> Publication:
 def rebuilt(
     reference: ray.ObjectRef[Any], cls: type[Publication], outer: Outer | None, *description: Any
 ) -> Publication:
-    """A handle in the process that it arrived in."""
+    """The handle, rebuilt in the process that received it."""
     return cls(Open(reference, outer), *description)
