@@ -211,9 +211,7 @@ class TaskWrapper(Generic[T]):
 
     def __getattr__(self, name: str) -> Any:
         if "_zerocopy_pipeline" not in vars(self) or (name.startswith("__") and name.endswith("__")):
-            raise AttributeError(
-                name
-            )  # while it is unpickled; or a question about the wrapper itself, such as how it is copied
+            raise AttributeError(name)  # it is being unpickled, or asked about itself, for example how to copy it
         return getattr(vars(self)["_zerocopy_pipeline"], name)
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -304,7 +304,7 @@ class Publication(OnNodes, Handle):
         """Refuse a publication that this process would read incorrectly.
 
         Raises:
-            VersionError: it was written by versions that cannot agree with these.
+            VersionError: it was written by versions that do not match those of this process.
         """
         self._versions.check_agreement()
 
@@ -315,7 +315,7 @@ class Publication(OnNodes, Handle):
         """Everything except the reference, pickled, to save work of Ray's slower pickle. None if only Ray's pickle can do it.
 
         Raises:
-            As `load`, where the publication means nothing any more.
+            As `load`, if the publication is closed or lost.
         """
         outer = self.content().outer
         if outer is not None and not _is_small(outer):
@@ -327,7 +327,7 @@ class Publication(OnNodes, Handle):
         """How Ray's pickle takes it apart, so that Ray counts the reference.
 
         Raises:
-            As `load`, where the publication means nothing any more.
+            As `load`, if the publication is closed or lost.
         """
         content = self.content()
         packed = self.packed()
