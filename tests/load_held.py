@@ -10,6 +10,7 @@ import argparse
 import os
 import random
 import sys
+import textwrap
 import threading
 import time
 from collections import Counter
@@ -84,11 +85,11 @@ def actors_at_once(count: int) -> Outcome:
         ray.kill(actor)
     copies = shared / publication.shared_bytes
     return Outcome(
-        f"{count} actors load at one moment",
+        f"{count} actors load at once",
         count,
         wrong,
         seconds,
-        f"{copies:.2f} copies in the store; the time is that of starting the processes",
+        f"{copies:.2f} copies in the store; this is the time to start the processes",
     )
 
 
@@ -110,7 +111,7 @@ def through_map(count: int) -> Outcome:
     start = time.monotonic()
     found = list(double.map(search, range(count)))
     wrong = sum(answer != 3000 + item for item, answer in enumerate(found))
-    return Outcome(f"{count:,} items through map", count, wrong + abs(count - len(found)), time.monotonic() - start)
+    return Outcome(f"{count:,} items through `map`", count, wrong + abs(count - len(found)), time.monotonic() - start)
 
 
 RIVAL = """
@@ -144,7 +145,7 @@ def rivals(turns: int) -> Outcome:
     wrong = 2 * turns - len({version for version, _ in told})  # each has a version of its own
     wrong += sum(zerocopy.lookup(name, version=version).load()() != number for version, number in told)
     zerocopy.remove(name)
-    return Outcome("two drivers publish one name", 2 * turns, wrong, seconds)
+    return Outcome("two drivers publish under one name", 2 * turns, wrong, seconds)
 
 
 class Churn:
@@ -242,14 +243,18 @@ def outcomes(actors: int, calls: int, items: int, turns: int, seconds: float) ->
 def section(found: list[Outcome]) -> str:
     """The section of the page."""
     rows = [f"| {one.what} | {one.count:,} | {one.wrong} | {one.seconds:.1f} | {one.figures} |" for one in found]
+    words = (
+        f"`nox -s soak` writes this table, measured on {os.cpu_count()} cores with Ray {ray.__version__}. "
+        "During the churn, tasks, followers, `map` and two actors use a publication, while new versions are published as fast as "
+        "possible. The two actors overwrite everything that they load."
+    )
     return "\n".join(
         [
             HEADING,
             "",
-            f"`nox -s soak` writes this table. {os.cpu_count()} cores, Ray {ray.__version__}. The churn: tasks, followers,",
-            "`map`, and two actors that write over all that they load, while versions are published as fast as it goes.",
+            textwrap.fill(words, 128),
             "",
-            "| what | loads, calls or answers | wrong or failed | seconds | |",
+            "| what | loads, calls or answers | wrong or failed | seconds | details |",
             "| --- | ---: | ---: | ---: | --- |",
             *rows,
         ]

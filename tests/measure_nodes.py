@@ -126,7 +126,7 @@ def run(*arguments: object) -> dict[str, Any]:
 
 
 def spread(values: list[float], form: str) -> str:
-    """The median, and what is between."""
+    """The median, with the lowest and the highest value."""
     return f"{median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
 
 
@@ -135,20 +135,24 @@ def section(priced: dict[str, Any], seen: dict[int, dict[str, float]], nbytes: i
     yield HEADING
     yield ""
     yield wrapped(
-        f"`nox -s nodes` writes this section. Measured on one machine ({os.cpu_count()} cores, {platform.machine()}, Ray "
-        f"{ray.__version__}), whose nodes send to each other over the loopback device; weights of {nbytes / 1e6:.0f} MB."
+        f"`nox -s nodes` writes this section. It was measured on one machine ({os.cpu_count()} cores, {platform.machine()}, Ray "
+        f"{ray.__version__}) whose nodes send to each other over the loopback device. The weights are {nbytes / 1e6:.0f} MB."
     )
     yield ""
     yield "| measured | |"
     yield "| --- | ---: |"
-    yield f"| prefetch to a node, over `ray.get` of the same bytes there | {spread(priced['ratios'], '.2f')} |"
-    yield f"| seconds for it, `ray.get` | {spread(priced['get'], '.2f')} |"
-    yield f"| seconds for it, prefetch | {spread(priced['prefetch'], '.2f')} |"
-    yield f"| seconds of the first prefetch on a node, which starts its holder | {priced['cold']:.2f} |"
+    ratio = "time of a prefetch to a node, divided by that of `ray.get` of the same bytes there"
+    yield f"| {ratio} | {spread(priced['ratios'], '.2f')} |"
+    yield f"| time of the `ray.get`, seconds | {spread(priced['get'], '.2f')} |"
+    yield f"| time of the prefetch, seconds | {spread(priced['prefetch'], '.2f')} |"
+    yield f"| time of the first prefetch on a node, which starts its holder, seconds | {priced['cold']:.2f} |"
     yield ""
-    yield "What the first node sends, over the bytes of the weights: measured by Ray's own counters, beside the simulation."
+    yield wrapped(
+        "The next table shows the bytes that the first node sends, divided by the bytes of the weights: measured by Ray's own "
+        "counters, and simulated."
+    )
     yield ""
-    yield "| nodes | prefetch, measured | simulated | all ask at one moment, measured | simulated |"
+    yield "| nodes | prefetch, measured | prefetch, simulated | all ask at once, measured | all ask at once, simulated |"
     yield "| ---: | ---: | ---: | ---: | ---: |"
     for count, told in seen.items():
         simulated = [
@@ -157,12 +161,13 @@ def section(priced: dict[str, Any], seen: dict[int, dict[str, float]], nbytes: i
         waves, at_once = (f"{median(those):.1f}" for those in simulated)
         yield f"| {count} | {told['waves']:.1f} | {waves} | {told['at once']:.1f} | {at_once} |"
     yield ""
+    loopback = f"{priced['rate'] / 1e6:.0f} MB/s"
     yield wrapped(
-        f"Computed, not measured: {LARGE / 1e9:.0f} GB in {PARTS} parts. A link of 10 Gbit/s for each node is assumed; the rate "
-        f"of this machine's loopback, {priced['rate'] / 1e6:.0f} MB/s, is that of `ray.get` above."
+        f"The last table is computed, not measured, for {LARGE / 1e9:.0f} GB in {PARTS} parts. It assumes a link of 10 Gbit/s "
+        f"per node, or the rate of this machine's loopback, {loopback} (that of `ray.get` above)."
     )
     yield ""
-    yield "| nodes | prefetch, 10 Gbit/s | all ask at one moment, 10 Gbit/s | prefetch, this machine's rate | all at one moment |"
+    yield f"| nodes | prefetch, 10 Gbit/s | all ask at once, 10 Gbit/s | prefetch, {loopback} | all ask at once, {loopback} |"
     yield "| ---: | ---: | ---: | ---: | ---: |"
     for count in (10, 100, 1000):
         taken = [

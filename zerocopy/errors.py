@@ -1,4 +1,4 @@
-"""What can go wrong, in words: every error says who, what and the way out."""
+"""Errors and warnings. Every error says who, what and the way out."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any, Literal, TypeAlias
 class ZeroCopyError(Exception):
     """Base of every error raised by zerocopy.
 
-    The text ends with a hint where there is a way out. Keyword arguments become attributes that
-    name the culprit. Instances pickle.
+    If there is a way out, the text ends with a hint. Keyword arguments become attributes that name the cause. Instances can be
+    pickled.
     """
 
     def __init__(self, message: str, *, hint: str | None = None, **culprits: Any) -> None:
@@ -18,7 +18,7 @@ class ZeroCopyError(Exception):
 
 
 class DeclarationError(ZeroCopyError, TypeError):
-    """A decorator, a field or a policy was used in a way that has no meaning."""
+    """A decorator, a field or a policy was used incorrectly."""
 
 
 class ArgumentError(ZeroCopyError, TypeError):
@@ -32,22 +32,25 @@ class ModeError(ZeroCopyError, ValueError):
 
 
 class NotExposedError(ZeroCopyError, AttributeError):
-    """A pool, a publication or a model whose calls are tasks was asked for what only its actors or its loads have.
+    """The object does not have this attribute, but its actors or its loaded pipeline do. Attribute: `attribute`.
 
-    Attribute: `attribute`.
+    Pools, publications, and models whose calls run as tasks raise it.
     """
 
     attribute: str
 
 
 class MissingPackageError(ZeroCopyError, ImportError):
-    """Something needs a package that is not installed. Attribute: `package`."""
+    """A feature needs a package that is not installed. Attribute: `package`."""
 
     package: str
 
 
 class CheckpointError(ZeroCopyError, ValueError):
-    """Files of weights cannot be read, or do not fit. Attributes, where they do not fit: lists of names."""
+    """Files of weights cannot be read, or do not fit the pipeline.
+
+    Attributes, if they do not fit: `missing`, `unexpected`, `misshapen` (lists of names).
+    """
 
     missing: list[str]
     unexpected: list[str]
@@ -57,7 +60,7 @@ class CheckpointError(ZeroCopyError, ValueError):
 class CannotTravelError(ZeroCopyError, TypeError):
     """An object inside a pipeline cannot leave its process.
 
-    Attributes: `path` (where it sits, such as `search.encoder.layers[3].weight`), `kind` (its type).
+    Attributes: `path` (its place, such as `search.encoder.layers[3].weight`), `kind` (its type).
     """
 
     path: str
@@ -72,11 +75,11 @@ class StoreTooSmallError(ZeroCopyError, MemoryError):
 
 
 class StoreFullError(ZeroCopyError, MemoryError):
-    """Neither the node's object store nor the disk behind it has room for the weights. Nothing of them stays."""
+    """Neither the node's object store nor the disk behind it has room for the weights. No part of them stays."""
 
 
 class OutOfMemoryError(ZeroCopyError, MemoryError):
-    """A pipeline would take more private memory than the node has left. Attributes: `needed`, `free` (bytes)."""
+    """A pipeline needs more private memory than the node has free. Attributes: `needed`, `free` (bytes)."""
 
     needed: int
     free: int
@@ -101,24 +104,24 @@ class PublicationLostError(ZeroCopyError, RuntimeError):
     """The weights of a publication cannot be reached any more.
 
     Attributes:
-        reason: what has happened.
+        reason: why the weights are lost.
 
-            - `"owner ended"`: the process that published them ended.
-            - `"node lost"`: the node of that process, or the last one that held them, is down.
-            - `"references dropped"`: all that Ray had counted was closed or dropped.
-            - `"not found in time"`: Ray found no copy of them within its time limit.
-            - `"connection ended"`: they belong to an earlier connection of this process.
-            - `"other cluster"`: they belong to another cluster.
-            - `"no source"`: they have a name, but no source makes them again, or it makes other weights.
+            - `"owner ended"`: the process that published the weights ended.
+            - `"node lost"`: the node of that process, or the last node that held the weights, is down.
+            - `"references dropped"`: all references that Ray counted were closed or dropped.
+            - `"not found in time"`: Ray found no copy of the weights within its time limit.
+            - `"connection ended"`: the weights belong to an earlier connection of this process.
+            - `"other cluster"`: the weights belong to another cluster.
+            - `"no source"`: the weights have a name, but no source, or their source gives other weights.
     """
 
     reason: LostReason
 
 
 class NotPublishedError(ZeroCopyError, LookupError):
-    """There is no publication with a name, or the name has no such version or alias.
+    """There is no publication with this name, or the name has no such version or alias.
 
-    Attributes: `name`, `versions` (the numbers that there are).
+    Attributes: `name`, `versions` (the numbers of the existing versions).
     """
 
     name: str
@@ -126,7 +129,10 @@ class NotPublishedError(ZeroCopyError, LookupError):
 
 
 class VersionConflictError(ZeroCopyError, RuntimeError):
-    """Somebody else has published meanwhile. Attributes: `name`, `expected`, `found` (numbers of versions, 0 for none)."""
+    """Another process has published in the meantime.
+
+    Attributes: `name`, `expected`, `found` (numbers of versions, 0 for none).
+    """
 
     name: str
     expected: int
@@ -134,16 +140,16 @@ class VersionConflictError(ZeroCopyError, RuntimeError):
 
 
 class VersionInUseError(ZeroCopyError, ValueError):
-    """A version cannot be removed, because aliases point at it. Attributes: `name`, `aliases`."""
+    """A version cannot be removed because aliases point at it. Attributes: `name`, `aliases`."""
 
     name: str
     aliases: list[str]
 
 
 class PrefetchError(ZeroCopyError, RuntimeError):
-    """Some nodes could not fetch weights. The others keep them.
+    """Some nodes could not fetch the weights. The other nodes keep them.
 
-    Attributes: `copies` (what each node has), `failed` (the reason, by the id of the node).
+    Attributes: `copies` (what each node has), `failed` (the reason for each failed node, by node id).
     """
 
     copies: Any
@@ -151,42 +157,45 @@ class PrefetchError(ZeroCopyError, RuntimeError):
 
 
 class CorruptedError(ZeroCopyError, RuntimeError):
-    """Bytes in the store are not those that were published. Attribute: `storages` (their numbers)."""
+    """Bytes in the store differ from the published bytes. Attribute: `storages` (the numbers of the storages)."""
 
     storages: list[int]
 
 
 class DeviceError(ZeroCopyError, ValueError):
-    """A device is not there, or tensors that share memory were sent to different devices."""
+    """A device does not exist, or tensors that share memory were given different devices."""
 
 
 class VersionError(ZeroCopyError, RuntimeError):
-    """A publication was written by versions of zerocopy, torch or Python that cannot agree with these."""
+    """A publication was written by versions of zerocopy, torch or Python that do not match those of this process."""
 
 
 class RayClientError(ZeroCopyError, RuntimeError):
-    """Ray Client (`ray://`) has no object store on this side."""
+    """The process is connected through Ray Client (`ray://`), which has no object store on the client side."""
 
 
 class OutOfBandError(ZeroCopyError, RuntimeError):
-    """A pipeline or publication was captured where Ray was told to allow no references, or where they end with the task."""
+    """A pipeline or publication was captured outside of arguments, where this is not allowed.
+
+    Either Ray is configured to refuse such references, or the weights would be lost when the task ends.
+    """
 
 
 class IsolationError(ZeroCopyError, RuntimeError):
-    """Private mappings were required and are not possible here."""
+    """Private mappings are required, but are not possible here."""
 
 
 class CheckpointWarning(UserWarning):
-    """Files of weights differ from the model in names or dtypes, in a way that was settled without asking."""
+    """Files of weights differ from the model in names or dtypes, and `publish_checkpoint` resolved the difference."""
 
 
 class CopyWarning(UserWarning):
-    """An argument brought a model by plain pickling: each worker has a copy of it."""
+    """An argument contains a model that was pickled: each worker has a copy of it."""
 
 
 class FollowWarning(UserWarning):
-    """A process cannot follow a name, or something in it does not follow: it keeps an older version."""
+    """A process, or an object in it, cannot follow a name: it keeps an older version."""
 
 
 class IsolationWarning(UserWarning):
-    """Store memory could not be mapped privately: writes to a loaded pipeline reach every worker."""
+    """Memory of the store could not be mapped privately: writes to a loaded pipeline reach every worker."""

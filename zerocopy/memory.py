@@ -1,4 +1,4 @@
-"""How much memory do publications and processes of this cluster really take: measured by the kernels of its nodes (Linux)."""
+"""How much memory do publications and processes of this cluster really take? The kernels of its nodes measure it (Linux)."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from zerocopy.errors import ArgumentError
 
 __all__ = ["MemoryReport", "NodeMemory", "ProcessMemory", "PublicationMemory", "memory_report", "private_bytes"]
 
-SECONDS = 15.0  # that other nodes have to answer
+SECONDS = 15.0  # in which other nodes must answer
 
 
 @attrs.frozen(repr=False)
 class MemoryReport:
-    """The memory of publications and processes. Prints as two tables, in a notebook as HTML.
+    """The memory of publications and processes, in bytes. Prints as two tables, in a notebook as HTML.
 
     Attributes:
-        processes: one entry for each, of all nodes.
-        notes: what the kernel does not tell here, which nodes did not answer, and what stands in the tables instead.
-        nodes: the same by node.
+        processes: one entry per process, of all nodes.
+        notes: figures that the kernel does not report here and their replacements, and nodes that did not answer.
+        nodes: the processes and publications of each node.
     """
 
     processes: tuple[ProcessMemory, ...]
@@ -43,21 +43,22 @@ class MemoryReport:
 
     @classmethod
     def of_nodes(cls, nodes: Iterable[NodeMemory], notes: Iterable[str] = ()) -> MemoryReport:
-        """What some nodes take together."""
+        """A report of several nodes together."""
         nodes = tuple(nodes)
         told = dict.fromkeys([*(note for node in nodes for note in node.notes), *notes])
         return cls(tuple(process for node in nodes for process in node.processes), tuple(told), nodes)
 
     @property
     def publications(self) -> tuple[PublicationMemory, ...]:
-        """One entry for each publication and node that has it."""
+        """One entry per publication and node."""
         return tuple(publication for node in self.nodes for publication in node.publications)
 
     @property
     def shared(self) -> int:
-        """Resident bytes of the object store, each page once on each node: never less than one copy of what is published there.
+        """Resident bytes of the object stores. Each page counts once per node.
 
-        Of processes alone, without nodes, the sum of their proportional shares.
+        It is never less than one copy of the publications of each node. In a report without nodes, it is the sum of the
+        proportional shares of the processes.
         """
         if self.nodes:
             return sum(node.shared for node in self.nodes)
@@ -65,31 +66,31 @@ class MemoryReport:
 
     @property
     def private(self) -> int:
-        """Anonymous memory of all processes."""
+        """Bytes of anonymous memory of all processes."""
         return sum(process.private for process in self.processes)
 
     @property
     def dirtied(self) -> int:
-        """Of this, what processes have written of what they had mapped of the store."""
+        """The part of `private` that is written pages of the store: bytes that processes had mapped and then wrote to."""
         return sum(process.dirtied for process in self.processes)
 
     @property
     def plain(self) -> int:
-        """What plain copies would take: of each publication one in each process that has loaded it."""
+        """Bytes that plain copies would take: one copy of each publication in each process that has loaded it."""
         return sum(publication.plain for publication in self.publications)
 
     @property
     def saved(self) -> int:
-        """Bytes that plain copies would take more. Negative where more is published than loaded."""
+        """Bytes that plain copies would take in addition. Negative if more is published than loaded."""
         return sum(node.saved for node in self.nodes)
 
     @property
     def total(self) -> int:
-        """Proportional share of all processes together (PSS)."""
+        """Sum of the proportional shares (PSS) of all processes, in bytes."""
         return sum(process.total for process in self.processes)
 
     def to_dict(self) -> dict[str, Any]:
-        """All figures as dicts, lists, strings and numbers of bytes."""
+        """All figures as dicts, lists, strings and numbers. Sizes are in bytes."""
         totals = ("shared", "private", "dirtied", "plain", "saved", "total")
         return {
             "publications": [{**attrs.asdict(one), "saved": one.saved} for one in self.publications],
@@ -99,10 +100,10 @@ class MemoryReport:
         }
 
     def plot(self, file: str | os.PathLike[str] | None = None) -> Any:
-        """Draw what each publication takes, beside what plain copies would take. Needs the extra `plot`.
+        """Draw the memory that each publication takes, and the memory that plain copies would take. Needs the extra `plot`.
 
         Args:
-            file: where to write the picture to, in the format that its ending names. None for nowhere.
+            file: path of the picture. Its ending names the format. With None, no file is written.
 
         Returns:
             The `matplotlib.figure.Figure`.
@@ -144,7 +145,7 @@ class MemoryReport:
         for process in self.processes:
             counts = (process.private, process.dirtied, process.mapped, process.total)
             yield (process.name, str(process.pid), process.node[:8], *map(format_bytes, counts))
-        # Of what is mapped, every page counts once.
+        # Each mapped page counts once.
         yield ("together", "", "", *map(format_bytes, (self.private, self.dirtied, self.shared, self.total)))
 
 
@@ -162,18 +163,22 @@ def _title_of(one: PublicationMemory, *, several: bool) -> str:
 
 
 def memory_report(pids: Iterable[int] | None = None, *, timeout: float = SECONDS) -> MemoryReport:
-    """Measure the cluster that this process is connected to: what its publications and processes take, on all nodes.
+    """Measure the memory of publications and processes on all nodes of the cluster that this process is connected to.
 
-    On each node its raylet, its workers and the drivers that are connected to it are measured. If `pids` are given, these
-    processes alone, and what they have loaded. Without a connection to Ray, this process alone.
+    Each node measures its raylet, its workers and the drivers that are connected to it. If `pids` are given, only these
+    processes are measured, and the publications that they have loaded. Without a connection to Ray, only this process is
+    measured.
 
-    Processes that have ended are left out; also those that the kernel does not tell of, such as another user's, and a note of the
-    report says so. Where it tells less (gVisor, a hardened kernel), a note says what is missing and what is told instead. Linux
-    only: its kernel tells what each mapping takes.
+    Processes that have ended are left out. Processes that the kernel does not report, such as those of another user, are also
+    left out, and a note in the report says so. If the kernel reports less (gVisor, a hardened kernel), a note says what is
+    missing and what the report has instead. Works on Linux only, because it needs the size of each mapping from the kernel.
 
     Args:
-        pids: processes of this machine.
-        timeout: seconds that other nodes have to answer. A note tells which did not.
+        pids: process ids on this machine.
+        timeout: seconds in which other nodes must answer. A note names the nodes that did not.
+
+    Returns:
+        A report. All sizes are in bytes.
 
     Raises:
         ArgumentError: `pids` or `timeout` are not numbers.
@@ -191,7 +196,7 @@ def memory_report(pids: Iterable[int] | None = None, *, timeout: float = SECONDS
 
 
 def _checked(pids: object) -> list[int]:
-    """Process ids, each a number. NumPy's are numbers, too."""
+    """Process ids as integers. Integers of NumPy are accepted, too."""
     found: Any = list(pids) if isinstance(pids, Iterable) else [pids]
     if not isinstance(pids, Iterable) or not all(hasattr(pid, "__index__") for pid in found):
         raise ArgumentError(f"pids={pids!r} is not a list of process ids.", hint="write pids=[os.getpid()], say.")
@@ -202,8 +207,8 @@ def private_bytes(pid: int | None = None) -> int:
     """Anonymous memory of a process (this one by default), in bytes.
 
     Raises:
-        ValueError: the kernel does not tell it.
-        OSError: the process has ended, or is another user's.
+        ValueError: the kernel does not report it.
+        OSError: the process has ended, or belongs to another user.
     """
     pid = pid or os.getpid()
     if (reason := linux.why_nothing_is_told()) is not None:

@@ -1,4 +1,4 @@
-"""Predicates for tests, also users' own: is this really one copy? Linux only."""
+"""Checks for tests, including your own: is there really only one copy of the weights? Linux only."""
 
 from __future__ import annotations
 
@@ -24,10 +24,14 @@ from zerocopy.errors import ArgumentError
 def shares_memory(first: Any, second: Any) -> bool:
     """Whether two tensors, arrays, modules or pipelines of this process are views of the same physical memory.
 
-    Of a pipeline, or of an object that holds models, only the shared parts count; of anything else all tensors and arrays.
-    Each tensor of the one is compared with that of the other at the same place of the walk. They share memory when they
-    start at the same byte of the same file of the object store, in pages that nobody has written, or at the same address.
-    Tensors over at most 16 bytes count only where there are no larger ones: each load copies them.
+    Pipelines and objects that hold models are compared by their shared parts, all other objects by all their tensors and
+    arrays. Both objects are walked in the same order, and their tensors are compared in pairs. Two tensors share memory if they
+    start at the same address; or if they start at the same byte of the same file of the object store, in pages that were not
+    written. Tensors whose storage has at most 16 bytes count only if there are no larger ones, because each load copies them.
+
+    Raises:
+        ArgumentError: an argument is a publication, and not what its `load()` returned.
+        OSError: the kernel does not report which pages were written.
     """
     for obj in (first, second):
         _check_live(obj, "shares_memory")
@@ -41,13 +45,14 @@ def shares_memory(first: Any, second: Any) -> bool:
 
 
 def assert_zero_copy(pipeline: Any) -> None:
-    """Fail unless every shared tensor of a loaded pipeline is an unwritten view of the object store.
+    """Fail unless every shared tensor of a loaded pipeline is a view of the object store that was not written.
 
-    Tensors over at most 16 bytes do not count: each load copies them.
+    Tensors whose storage has at most 16 bytes do not count, because each load copies them.
 
     Raises:
-        ArgumentError: it is a publication, not what its `load()` returned.
-        AssertionError: a tensor has memory of its own; the message says which, and how much.
+        ArgumentError: `pipeline` is a publication, and not what its `load()` returned.
+        AssertionError: a tensor has memory of its own. The message names the tensor and its private bytes.
+        OSError: the kernel does not report which pages were written.
     """
     _check_live(pipeline, "assert_zero_copy")
     files = store_files()
@@ -65,7 +70,7 @@ def assert_zero_copy(pipeline: Any) -> None:
 
 
 def _check_live(obj: object, what: str) -> None:
-    """Refuse a publication: it holds no tensors, so nothing would be looked at."""
+    """Refuse a publication: it holds no tensors, so there would be nothing to check."""
     if isinstance(obj, Handle):
         raise ArgumentError(
             f"{what}() expects a loaded pipeline, got a publication.", hint="pass what its load() returns."
@@ -96,7 +101,7 @@ def _origin(tensor: torch.Tensor | np.ndarray[Any, Any], files: Sequence[linux.M
 
 
 def _own_bytes(tensor: torch.Tensor | np.ndarray[Any, Any], files: Sequence[linux.Mapping]) -> int:
-    """How many bytes of a tensor lie in pages of this process: in all of them, or in those of the store that were written."""
+    """How many bytes of a tensor are private: all of them, or those in pages of the store that were written."""
     start, nbytes = _extent(tensor)
     file = around(start, start, files)
     if file is None or not nbytes:

@@ -1,4 +1,4 @@
-"""The imperative face: plain classes and functions around models of code that cannot be decorated."""
+"""The imperative face: plain classes and functions for models in code that cannot be decorated."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ Mode = Literal["actor", "task"]
 
 
 class ModelWrapper(Generic[T]):
-    """A model, or an object that holds models, published once. Picklable, small, and loaded where it is needed.
+    """A small picklable handle to a published model, or to a published object that holds models. Created by `from_model`.
 
-    In actor mode `load()` gives the live object, its models in eval mode, ready for inference. In task mode it gives an
-    object used like the original, in which every call of a model runs as a Ray task. Made by `from_model`.
+    In actor mode, `load()` returns the live object, with its models in eval mode, ready for inference. In task mode, `load()`
+    returns an object that is used like the original, and every call of a model runs as a Ray task.
     """
 
     def __init__(
@@ -56,21 +56,21 @@ class ModelWrapper(Generic[T]):
         model_attr_names: Sequence[str] | None = None,
         method_names: Sequence[str] | None = None,
     ) -> ModelWrapper[T]:
-        """Publish a model, or the models anywhere in an object. What is given stays as it is.
+        """Publish a model, or the models at any depth of an object. The object itself does not change.
 
         Args:
-            model_or_pipeline: an `nn.Module`, a TorchScript or an exported program, or an object that holds some.
+            model_or_pipeline: an `nn.Module`, a TorchScript or exported program, or an object that holds some of these.
             mode: `"actor"` or `"task"`.
-            model_attr_names: attributes whose models are shared; all else is copied. By default every model is shared, or
-                what the fields of a `@zerocopy.pipeline` class say.
-            method_names: methods of the models that run as tasks, beside `__call__` (by default `forward` for TorchScript). A
-                method of the object that holds the models may be named too: it runs where it is called, as all of its own
-                methods do, and the models that it calls run as tasks.
+            model_attr_names: attributes whose models are shared. Everything else is copied. By default, every model is shared;
+                in a `@zerocopy.pipeline` class, its fields decide.
+            method_names: methods of the models that run as tasks, in addition to `__call__` (default for TorchScript: `forward`).
+                A method of the object that holds the models may be named, too. It runs where it is called, like all methods
+                of that object, and the models that it calls run as tasks.
 
         Raises:
-            ModeError: an unknown mode (a `ValueError`).
-            ArgumentError: no model was found, or there is no attribute or method of these names.
-            CannotTravelError: something inside cannot leave the process; the error names its path.
+            ModeError: `mode` is unknown (a `ValueError`).
+            ArgumentError: no model was found, or an attribute or method with one of these names does not exist.
+            CannotTravelError: an object inside cannot leave the process. The error names its path.
             StoreTooSmallError: the weights are larger than this node's object store.
         """
         if mode not in ("actor", "task"):
@@ -94,15 +94,21 @@ class ModelWrapper(Generic[T]):
 
     @classmethod
     def for_tasks(cls, model_or_pipeline: T, method_names: Sequence[str] | None = None) -> T:
-        """`from_model(..., mode="task").load()`: used like the original, with every call of a model a Ray task."""
+        """The same as `from_model(..., mode="task").load()`.
+
+        The result is used like the original, and every call of a model runs as a Ray task.
+
+        Raises:
+            As `from_model`.
+        """
         return cls.from_model(model_or_pipeline, mode="task", method_names=method_names).load()
 
     def load(self, device: Any = None, _use_fast_load: bool = False) -> T:
-        """In actor mode the live object, in task mode one whose models run in Ray tasks.
+        """Load the object. In actor mode, it is the live object. In task mode, its models run in Ray tasks.
 
         Args:
-            device: where the models are loaded, None for the CPU; in task mode in the tasks.
-            _use_fast_load: accepted, as `ray_zerocopy` has it; there is one way to load, the fast one.
+            device: the device of the models, None for the CPU. In task mode, it is their device in the tasks.
+            _use_fast_load: ignored. `ray_zerocopy` has this argument; zerocopy always loads fast.
 
         Raises:
             As `Publication.load`.
@@ -119,7 +125,7 @@ class ModelWrapper(Generic[T]):
         return pipeline  # type: ignore[no-any-return]
 
     def close(self) -> None:
-        """Let go of the weights, also where plain pickle or a closure holds them. What is loaded keeps what it uses."""
+        """Release the weights, including those that plain pickle or a closure holds. Loaded objects keep what they use."""
         for publication in [self._published(), *(info.publication for info in self._model_info.values())]:
             publication.close()
 
@@ -130,11 +136,11 @@ class ModelWrapper(Generic[T]):
 
     @property
     def model_refs(self) -> dict[str, ray.ObjectRef[Any]]:
-        """References to the published weights, by the path of each model. Models published together share one."""
+        """References to the published weights, by the path of each model. Models that were published together share one."""
         return {path: info.publication.reference for path, info in self._model_info.items()}
 
     def serialize(self) -> dict[str, Any]:
-        """What `deserialize` takes."""
+        """The arguments of `deserialize`, as a dict."""
         return {
             "skeleton": self._skeleton,
             "model_info": self._model_info,
@@ -152,7 +158,11 @@ class ModelWrapper(Generic[T]):
         mode: Mode = "actor",
         doc: str | None = None,
     ) -> ModelWrapper[T]:
-        """The wrapper that `serialize` described."""
+        """Create a wrapper from the result of `serialize`.
+
+        Raises:
+            ArgumentError: the arguments are not from `serialize`.
+        """
         return cls(skeleton, model_info, is_standalone_module, mode, doc)
 
     def __repr__(self) -> str:
@@ -165,7 +175,7 @@ class ModelWrapper(Generic[T]):
 
 
 class JITModelWrapper(ModelWrapper[T]):
-    """`ModelWrapper` for TorchScript: traced, scripted or frozen, alone or in an object that holds some."""
+    """`ModelWrapper` for TorchScript programs (traced, scripted or frozen), and for objects that hold some."""
 
     @classmethod
     def _check_models(cls, pipeline: Any, models: Mapping[str, Any]) -> None:
@@ -177,10 +187,10 @@ class JITModelWrapper(ModelWrapper[T]):
 
 
 class TaskWrapper(Generic[T]):
-    """An object used like the one it wraps, in which every call of a model runs as a Ray task.
+    """An object that is used like the original that it wraps. Every call of a model in it runs as a Ray task.
 
-    It is called, and gives and takes attributes, as the original does. `method_names` are the methods of the models that
-    run as tasks, beside `__call__`; they may also name methods of the original, which run here as any of its own.
+    Its calls and its attributes are those of the original. `method_names` names methods of the models that run as tasks, in
+    addition to `__call__`. It may also name methods of the original, which run in this process like all its own methods.
 
     Raises:
         As `ModelWrapper.from_model`.
@@ -196,12 +206,12 @@ class TaskWrapper(Generic[T]):
         return inspect.signature(vars(self)["_zerocopy_pipeline"])
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """As the original's, but that each call of a model is a Ray task."""
+        """Call the original. Each call of a model runs as a Ray task."""
         return vars(self)["_zerocopy_pipeline"](*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         if "_zerocopy_pipeline" not in vars(self) or (name.startswith("__") and name.endswith("__")):
-            raise AttributeError(name)  # being unpickled; or asked how it is copied, say, which is its own matter
+            raise AttributeError(name)  # it is being unpickled, or asked about itself, for example how to copy it
         return getattr(vars(self)["_zerocopy_pipeline"], name)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -221,7 +231,7 @@ class TaskWrapper(Generic[T]):
 
 
 class JITTaskWrapper(TaskWrapper[T]):
-    """`TaskWrapper` for TorchScript. `__call__` and `forward` run as tasks, beside `method_names`."""
+    """`TaskWrapper` for TorchScript. `__call__` and `forward` run as tasks, in addition to `method_names`."""
 
     _zerocopy_wrapper = JITModelWrapper
 
@@ -230,10 +240,11 @@ class JITTaskWrapper(TaskWrapper[T]):
 
 
 class ActorWrapper(Generic[T]):
-    """A model or pipeline to be loaded in actors, on `device` there.
+    """A handle to a published model or pipeline that actors load, onto `device`.
 
     Raises:
-        As `ModelWrapper.from_model`; DeviceError where torch knows no such device.
+        As `ModelWrapper.from_model`.
+        DeviceError: torch knows no such device.
     """
 
     _zerocopy_wrapper: type[ModelWrapper[Any]] = ModelWrapper
@@ -245,7 +256,10 @@ class ActorWrapper(Generic[T]):
         self.__doc__ = self._skeleton.__doc__
 
     def load(self, device: Any = None) -> T:
-        """The live pipeline, its models in eval mode, on the device given here, or else to the wrapper, or else the CPU.
+        """Load the live pipeline, with its models in eval mode.
+
+        Args:
+            device: the device of the models. With None, it is the device of the wrapper, and without that the CPU.
 
         Raises:
             As `Publication.load`.
@@ -254,12 +268,12 @@ class ActorWrapper(Generic[T]):
 
     @property
     def model_refs(self) -> dict[str, ray.ObjectRef[Any]]:
-        """As `ModelWrapper.model_refs`."""
+        """See `ModelWrapper.model_refs`."""
         return self._skeleton.model_refs
 
     @property
     def constructor_kwargs(self) -> dict[str, Any]:
-        """The arguments of `load_pipeline_in_actor`, by the names that `ray_zerocopy` gave them: for Ray Data's workers."""
+        """The arguments of `load_pipeline_in_actor`, with the names of `ray_zerocopy`, for workers of Ray Data."""
         return {
             "pipeline_skeleton": self._skeleton,
             "model_refs": self.model_refs,
@@ -278,10 +292,13 @@ class JITActorWrapper(ActorWrapper[T]):
 
 
 def prepare_model_for_actors(model: Any) -> ray.ObjectRef[Any]:
-    """Publish a bare model. The reference, passed anywhere, is for `load_model_in_actor`.
+    """Publish a bare model.
+
+    Returns:
+        A reference for `load_model_in_actor`, which may be passed to any process.
 
     Raises:
-        ArgumentError: not a model.
+        ArgumentError: `model` is not a model.
         As `ModelWrapper.from_model`.
     """
     if not is_model(model):
@@ -293,10 +310,15 @@ def prepare_model_for_actors(model: Any) -> ray.ObjectRef[Any]:
 
 
 def load_model_in_actor(model_ref: Any, device: Any = None, use_fast_load: bool = False) -> Any:
-    """The model behind a reference of `prepare_model_for_actors`, or behind what Ray made of it as an argument.
+    """Load the model of a reference that `prepare_model_for_actors` returned.
+
+    Args:
+        model_ref: the reference, or the object that Ray passed to a task or an actor in its place.
+        device: the device of the model, None for the CPU.
+        use_fast_load: ignored. `ray_zerocopy` has this argument; zerocopy always loads fast.
 
     Raises:
-        ArgumentError: the reference is of something else.
+        ArgumentError: the reference is not from `prepare_model_for_actors`.
         As `Publication.load`.
     """
     wrapper = object_store.get(model_ref) if isinstance(model_ref, ray.ObjectRef) else model_ref
@@ -306,7 +328,14 @@ def load_model_in_actor(model_ref: Any, device: Any = None, use_fast_load: bool 
 def rewrite_pipeline_for_actors(
     pipeline: Any, model_attr_names: Sequence[str] | None = None
 ) -> tuple[ModelWrapper[Any], dict[str, ray.ObjectRef[Any]]]:
-    """Publish the models of an object: a skeleton, and references to the weights by path, for `load_pipeline_in_actor`.
+    """Publish the models of an object.
+
+    Args:
+        pipeline: the object that holds the models.
+        model_attr_names: as in `ModelWrapper.from_model`.
+
+    Returns:
+        The arguments of `load_pipeline_in_actor`: a skeleton, and references to the weights by the path of each model.
 
     Raises:
         As `ModelWrapper.from_model`.
@@ -318,10 +347,16 @@ def rewrite_pipeline_for_actors(
 def load_pipeline_in_actor(
     skeleton: Any, model_refs: Mapping[str, ray.ObjectRef[Any]], device: Any = None, use_fast_load: bool = False
 ) -> Any:
-    """The live object of `rewrite_pipeline_for_actors`, its models in eval mode.
+    """Load the live object that `rewrite_pipeline_for_actors` published, with its models in eval mode.
+
+    Args:
+        skeleton: the first result of `rewrite_pipeline_for_actors`.
+        model_refs: its second result.
+        device: the device of the models, None for the CPU.
+        use_fast_load: ignored. `ray_zerocopy` has this argument; zerocopy always loads fast.
 
     Raises:
-        ArgumentError: skeleton and references are not of one pipeline.
+        ArgumentError: the skeleton and the references do not belong to the same pipeline.
         As `Publication.load`.
     """
     wrapper = _wrapper_of(skeleton, "load_pipeline_in_actor", "rewrite_pipeline_for_actors")
@@ -334,7 +369,7 @@ def load_pipeline_in_actor(
 
 
 def rewrite_pipeline(pipeline: T, method_names: Sequence[str] | None = ("__call__",)) -> T:
-    """`ModelWrapper.for_tasks(pipeline, method_names)`."""
+    """The same as `ModelWrapper.for_tasks(pipeline, method_names)`."""
     return ModelWrapper.for_tasks(pipeline, method_names)
 
 

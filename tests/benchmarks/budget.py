@@ -19,18 +19,18 @@ WORKERS = (
     8  # beyond those that the peers take: Ray soon ends more, and each publication would start its store tasks' anew
 )
 WHAT = """\
-Weights that have a name, measured by `nox -s bench -- --names`, which writes this section alone. The model is {title} \
-({megabytes:.0f} MB), of which every storage has other content; medians of {repeats} fresh processes, with the lowest and the \
-highest in parentheses. {cores} cores ({processor}), {versions}.
+This section is about weights that have a name. `nox -s bench -- --names` measures them, and writes this section alone. The \
+model is {title} ({megabytes:.0f} MB). All its storages have different contents. The figures are medians of {repeats} fresh \
+processes, with the lowest and the highest value in parentheses. {cores} cores ({processor}), {versions}.
 
-- **Peaks** are the most that is seen while a model is published with `adopt=True`. Memory of driver and raylet is their PSS above
-  what they took before the model was made; the model counts.
-- **A version** changes {changed:.0%} of the bytes of the one before, or a little less, since whole storages change.
-- **An update** lasts from the commit, when it is asked for, until `current()` is the new version in the last of four processes.
-- **Resolves** are of three processes with a hundred calls of each under way. The clients take most of the machine's time; so
-  what one core does is told by the registry's own processor time.
-- **Rollouts** are of versions published, and rolled back, while actors, tasks, a stream, Ray Data and Serve are asked without
-  pause."""
+- **Peaks** are the maxima while a model is published with `adopt=True`. For driver and raylet, it is their PSS, minus their PSS
+  before the model was created. The model is included.
+- **A version** changes {changed:.0%} of the bytes of the previous one, or a little less, because whole storages change.
+- **An update** is the time from the request of the commit until `current()` is the new version in the last of four processes.
+- **Resolves** come from three processes, with a hundred calls in flight in each. The clients take most of the machine's time. So
+  the rate of one core is calculated from the registry's own processor time.
+- **Rollouts** are versions that are published and rolled back while actors, tasks, a stream, Ray Data and Serve receive calls
+  without a pause."""
 
 
 @attrs.frozen
@@ -52,29 +52,29 @@ class Row:
 
 ROWS = [
     Row(
-        "store bytes at their peak while publishing, over the weights",
+        "peak of the store while publishing, divided by the weights",
         "published_store",
         "≤ 1.25 (1.0 and four shards)",
     ),
-    Row("private memory of the process at its peak, over the weights", "published_private"),
-    Row("memory of driver and raylet at its peak, over the weights", "published_together"),
-    Row("seconds to publish under a name, over those without one", "published_seconds"),
-    Row("bytes that a second version writes, over the weights", "written", "≤ 0.07", 3),
-    Row("the same, of the draw that writes most", "written_most", "≤ 0.07", 3),
-    Row("store after {versions} versions that change the same storages, over the weights", "many_same", "≤ 1.6"),
-    Row("store after {versions} versions that change any storages, over the weights", "many_random", "≤ 1.6"),
-    Row("`lookup(name).load()` over `publication.load()`, ms more", "lookup", "≤ 2", 1),
-    Row("beside it: an empty call of an actor, ms", "empty_call", digits=1),
-    Row("commit to `current()` in all processes, of the slowest version, s", "update", "≤ 1"),
-    Row("the same, of the median version, s", "update_median"),
-    Row("resolves in a second of the registry's processor time", "resolves_of_a_core", "≥ 1,000", 0),
-    Row("resolves in a second, beside the clients on this machine", "resolves", digits=0),
+    Row("peak of the process' private memory, divided by the weights", "published_private"),
+    Row("peak of the memory of driver and raylet, divided by the weights", "published_together"),
+    Row("time to publish with a name, divided by the time without a name", "published_seconds"),
+    Row("bytes that a second version writes, divided by the weights", "written", "≤ 0.07", 3),
+    Row("the same, for the random choice of changes that writes most", "written_most", "≤ 0.07", 3),
+    Row("store after {versions} versions that change the same storages, divided by the weights", "many_same", "≤ 1.6"),
+    Row("store after {versions} versions that change random storages, divided by the weights", "many_random", "≤ 1.6"),
+    Row("`lookup(name).load()` minus `publication.load()`, ms", "lookup", "≤ 2", 1),
+    Row("for comparison: an empty call of an actor, ms", "empty_call", digits=1),
+    Row("commit to `current()` in all processes, slowest version, s", "update", "≤ 1"),
+    Row("the same, median version, s", "update_median"),
+    Row("resolves per second of the registry's processor time", "resolves_of_a_core", "≥ 1,000", 0),
+    Row("resolves per second, with the clients on the same machine", "resolves", digits=0),
     Row("polls held and woken", "held", "{polls}", 0),
-    Row("a resolve meanwhile, ms", "resolve_meanwhile", digits=1),
+    Row("one resolve during these polls, ms", "resolve_meanwhile", digits=1),
     Row("commit until all polls are woken, s", "woken"),
     Row("calls while versions are rolled out", "rollout_calls", digits=0),
-    Row("of these failed", "rollout_failed", "0", 0),
-    Row("answered by a mixture of two versions", "rollout_mixed", "0", 0),
+    Row("failed calls", "rollout_failed", "0", 0),
+    Row("calls answered by a mixture of two versions", "rollout_mixed", "0", 0),
     Row("every caller got the last version", "rollout_last", "yes", None),
 ]
 

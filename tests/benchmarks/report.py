@@ -29,26 +29,29 @@ Every figure is from a run of this command, on the machine below:
 {command}
 ```
 
-`nox -s bench` takes all that there is, for hours, and goes on with the same options and `--resume` if it was interrupted;
-`nox -s bench -- --quick` takes a little of it in minutes; `nox -s bench -- module:build` measures a model of your
-own, where `build` is a function without arguments that returns it. Figures are medians over fresh processes, with the lowest
-and the highest in parentheses; loads and publishing are taken in three workers of each trial. Systems take turns. A system
-that cannot do something has its own words below the tables; where the copies of so many workers do not fit the memory, it is
-said to be too large."""
+`nox -s bench` measures everything, for hours. With the same options and `--resume`, it continues an interrupted run.
+`nox -s bench -- --quick` measures a small part in minutes. `nox -s bench -- module:build` measures a model of your own, where
+`build` is a function without arguments that returns it.
+
+Figures are medians over fresh processes, with the lowest and the highest value in parentheses. Each trial measures loads and
+publishing in three workers. Systems take turns. "failed" means that a system cannot do something: its error is below the
+tables. "too large" means that the copies of so many workers do not fit into the memory."""
 
 WHAT = """\
-- **Memory** is that of the whole process tree, driver, raylet and workers, every page counted once (PSS), above what the same
-  tree took before the model was made, with workers started, libraries imported and a tiny model of the same classes used
-  once. Every worker has loaded the model, run it and read all of its weights. The driver goes on holding its model, except
-  where workers read a file or build their own: there it lets go of it.
-- **Peak** is the most that driver and raylet took while publishing, the publisher's model included.
+- **Memory** is that of the whole process tree: driver, raylet and workers, with every page counted once (PSS). The memory of the
+  same tree before the model was created is subtracted. At that point, the workers have started, the libraries are imported, and
+  a tiny model of the same classes has been used once. For the measurement, every worker has loaded the model, run it and read
+  all of its weights. The driver keeps its model, except where workers read a file or build their own model: there it drops the
+  model.
+- **Peak** is the maximum memory of driver and raylet while publishing, including the publisher's model.
 - **Publish** is compared with a `ray.put` of the same bytes as arrays, into pages of the store that were used before. For the
-  file it is the time to write it; nothing has to be read from a disk afterwards, since the file is still in memory.
-- **Load** and **first forward** are taken in a worker that has imported everything, and has loaded and run a tiny model of the
-  same classes (for a model of your own: of linear layers) by the same system.
-- **Call** is a warm task that is given the model and returns its other argument, one at a time and waited for, over a task that
-  does nothing and is given nothing.
-- **Rows** go through `map_batches` of Ray Data with a pool of workers, loading included, starting their processes not."""
+  file, it is the time to write the file. Nothing is read from a disk afterwards, because the file is still in memory.
+- **Load** and **first forward** are measured in a worker that has imported all libraries. Before, it has loaded and run a tiny
+  model of the same classes (for a model of your own: of linear layers) with the same system.
+- **Call** is a warm task that receives the model and returns its other argument. The caller makes one call at a time and waits
+  for it. The time is divided by that of a task that does nothing and receives nothing.
+- **Rows** go through `map_batches` of Ray Data with a pool of workers. The time includes loading, and excludes the start-up of
+  processes."""
 
 
 def save(results: Results, folder: Path) -> Path:

@@ -65,8 +65,8 @@ def test_a_publisher_killed(name: str, address: str, when: str, store_use: Calla
         assert zerocopy.lookup(name).load()() == versions[-1]
         zerocopy.remove(name)
         assert wait_until(lambda: store_use() <= 0)
-        seen = "the version before" if when == "before" else "that version or the one before, whole"
-        told.result = f"{seen}; nothing is left in the store once the name is removed"
+        seen = "the previous version" if when == "before" else "the complete new version or the complete previous one"
+        told.result = f"{seen}; nothing is left in the store after the name is removed"
 
 
 def test_a_registry_killed_while_something_is_published(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,7 +88,7 @@ def test_a_registry_killed_while_something_is_published(name: str, monkeypatch: 
         with fault(KIND, f"The registry is killed while something is {how} under a name") as told:
             assert zerocopy.publish(search, name=name, adopt=adopt).version.number == number
             assert zerocopy.lookup(name).load(verify=True)() == search() == number
-            told.result = "the version, with the next registry"
+            told.result = "the version, from the next registry"
 
 
 def kill_after(patch: pytest.MonkeyPatch, method: str, then: Callable[[], object] = lambda: None) -> None:
@@ -147,14 +147,14 @@ def test_a_source_runs_once_for_all_who_ask(name: str, tmp_path: Path) -> None:
     answers: list[Any] = []
     threads = [threading.Thread(target=lambda: answers.append(handle.load())) for _ in range(6)]
     with fault(
-        KIND, "The registry is killed; no process has the weights, they have a source, and six ask at once"
+        KIND, "The registry is killed; no process has the weights, they have a source, and six callers ask at once"
     ) as told:
         kill_registry()
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        told.result = "the same version, for all six; the source runs once"
+        told.result = "the same version for all six; the source runs once"
     assert [answer() for answer in answers] == [71] * 6
     assert {zerocopy.version_of(answer) for answer in answers} == {version}
     assert ran.read_text() == "xx"  # once here, once for all of them
@@ -306,7 +306,7 @@ def test_living_holders_give_back(name: str) -> None:
         kill_registry()
         assert ray.get([following.ask.remote(), asked.ask.remote()]) == [3, 3]
         found = zerocopy.lookup(name).load(verify=True)
-        told.result = "the actors go on, and give the weights back to a new `load()`"
+        told.result = "the actors go on, and upload the weights for a new `load()`"
     assert found() == 3
     zerocopy.publish(numbered(4, width=300), name=name)
     assert wait_until(lambda: ray.get(asked.ask.remote()) == 4 == ray.get(following.ask.remote()), 20)
@@ -339,10 +339,10 @@ def test_a_holder_killed_while_it_gives_back(name: str) -> None:
     first, second = Holder.remote(name, ends=True), Holder.remote(name, ends=False)
     assert ray.get([first.ask.remote(), second.ask.remote()]) == [48, 48]
     gc.collect()
-    with fault(KIND, "The registry is killed, then a process that gives weights back to the next one") as told:
+    with fault(KIND, "The registry is killed, and then a process that uploads weights to the next registry") as told:
         kill_registry()
         assert zerocopy.lookup(name).load(verify=True)() == 48
-        told.result = "the right answer: another process gives them back"
+        told.result = "the right answer: another process uploads them"
     with pytest.raises(ray.exceptions.ActorDiedError):
         ray.get(first.ask.remote())
 

@@ -87,8 +87,8 @@ kept, _ = loaded_here.load(), copied.load()
 
 GONE = """
 at_once("Nodes", "A node is killed", lambda: cluster.remove_node(other, allow_graceful=False), {
-    "what was loaded from there": lambda: right(lambda: kept, 2),
-    "`load()` of what a process there published": lambda: lost(unnamed.load),
+    "a pipeline that was loaded from there": lambda: right(lambda: kept, 2),
+    "`load()` of a publication of a process there": lambda: lost(unnamed.load),
     "`load()` by name, and this node has a copy": lambda: right(copied.load, 3),
     "`load()` by name, and no other node has a copy": lambda: lost(alone.load),
     "`load()` by name, and it has a source": lambda: right(lambda: zerocopy.lookup("source").load(), 7),
@@ -102,9 +102,9 @@ STOPPED = """
 raylet = next(info.process for kind, infos in other.all_processes.items() if kind == "raylet" for info in infos)
 try:
     at_once("Nodes", "A raylet is stopped (SIGSTOP)", lambda: os.kill(raylet.pid, signal.SIGSTOP), {
-        "what was loaded from there": lambda: right(lambda: kept, 2),
-        "`load()` of what a process there published, and this node has a copy": lambda: right(loaded_here.load, 2),
-        "`load()` of what a process there published": lambda: lost(unnamed.load),
+        "a pipeline that was loaded from there": lambda: right(lambda: kept, 2),
+        "`load()` of a publication of a process there, and this node has a copy": lambda: right(loaded_here.load, 2),
+        "`load()` of a publication of a process there": lambda: lost(unnamed.load),
         "`load()` by name, and this node has a copy": lambda: right(copied.load, 3),
         "`load()` by name, and no other node has a copy": lambda: lost(alone.load),
         "`load()` by name, and it has a source": lambda: right(lambda: zerocopy.lookup("source").load(), 7),

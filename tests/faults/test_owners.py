@@ -41,13 +41,15 @@ def test_the_process_that_published() -> None:
     publisher = Publisher.remote()
     used, unused = ray.get([publisher.publish.remote(1), publisher.publish.remote(2)])
     loaded, pid = used.load(), ray.get(publisher.pid.remote())
-    with fault(KIND, "The process is killed that published without a name, and nobody has loaded it; `load()`") as told:
+    with fault(
+        KIND, "The process that published without a name is killed, and no process has loaded the publication; `load()`"
+    ) as told:
         os.kill(pid, signal.SIGKILL)
         told.result = f"`PublicationLostError` ({reason_of_loss(unused)})"
     assert "owner ended" in told.result
-    with fault(KIND, "The same, and this process has loaded it") as told:
+    with fault(KIND, "The same, but this process has loaded it") as told:
         assert loaded() == zerocopy.publish(loaded).load()() == 1
-        told.result = "what is loaded stays right, and can be published again"
+        told.result = "the loaded pipeline stays right, and can be published again"
 
 
 def reason_of_loss(publication: zerocopy.Publication) -> str:
@@ -94,12 +96,12 @@ def test_the_driver(name: str, driver: subprocess.Popen[bytes]) -> None:
     """Detached actors go on with what they have loaded; what has a name is found by others."""
     actors = [ray.get_actor(one, name) for one in ("unnamed", "named")]
     try:
-        with fault(KIND, "The driver is killed; detached actors have loaded what it published") as told:
+        with fault(KIND, "The driver is killed; detached actors have loaded its publications") as told:
             driver.kill()
             driver.wait()
             assert ray.get([actor.ask.remote() for actor in actors]) == [1, 2]
             assert zerocopy.lookup(name).load()() == 2
-            told.result = "they go on; what it published under a name is loaded by others"
+            told.result = "the actors go on; other processes can load the publication that has a name"
     finally:
         for actor in actors:
             ray.kill(actor)

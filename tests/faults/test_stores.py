@@ -38,7 +38,7 @@ start()
 unnamed, named = zerocopy.publish(numbered(1, width=1500)), zerocopy.publish(numbered(2, width=1500), name="spilled")
 filling = fill(90)
 assert wait_until(lambda: sum(path.stat().st_size for path in files()) > 60_000_000)
-with fault(KIND, "Weights were written to disk, since others filled the store; `load()`") as told:
+with fault(KIND, "Weights were written to disk, because other objects filled the store; `load()`") as told:
     assert unnamed.load()() == 1
     assert zerocopy.lookup("spilled").load(verify=True)() == 2
     told.result = "the right answer, read from disk"
@@ -61,7 +61,7 @@ for name in (None, "full"):
         try:
             zerocopy.publish(search, name=name)
         except ZeroCopyError as error:
-            told.result = f"`{type(error).__name__}`; nothing of it stays"
+            told.result = f"`{type(error).__name__}`; no part of the publication remains"
         assert wait_until(lambda: bytes_in_store() <= settled, 12), bytes_in_store() - settled
     assert is_right(search)
 
@@ -70,7 +70,7 @@ with fault(KIND, "The same with `adopt=True`") as told:
     try:
         zerocopy.publish(search, adopt=True)
     except ZeroCopyError as error:
-        told.result = f"`{type(error).__name__}`; the pipeline has its own memory again, and nothing stays"
+        told.result = f"`{type(error).__name__}`; the pipeline has its own memory again, and no part of the publication remains"
     assert wait_until(lambda: bytes_in_store() <= settled, 12), bytes_in_store() - settled
 assert is_right(search)
 assert zerocopy.publications().names == []

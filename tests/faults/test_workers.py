@@ -57,7 +57,7 @@ def test_a_worker_of_map_batches(tmp_path: Path) -> None:
         batch_size=4,
         num_cpus=0.5,
     )
-    with fault(KIND, "A worker of `map_batches` is killed in the midst of a batch", bound=STARTING) as told:
+    with fault(KIND, "A worker of `map_batches` is killed in the middle of a batch", bound=STARTING) as told:
         found = rows.take_all()
         told.happened_at(float(mark.read_text()))
         told.result = "each row once, with the right answer"
@@ -87,10 +87,10 @@ def test_an_actor_in_the_midst_of_a_call(tmp_path: Path) -> None:
         actor = Retried.remote(publication)
     ray.get(actor.pid.remote())
     with fault(
-        KIND, "An actor (`max_restarts=1, max_task_retries=1`) is killed in the midst of a call", bound=STARTING
+        KIND, "An actor (`max_restarts=1, max_task_retries=1`) is killed in the middle of a call", bound=STARTING
     ) as told:
         assert ray.get(actor.ask.remote(1, str(tmp_path / "mark"))) == (1, 4)
-        told.result = "the right answer, of the restarted actor"
+        told.result = "the right answer, from the restarted actor"
 
 
 def test_an_actor_that_is_not_restarted(tmp_path: Path) -> None:
@@ -98,10 +98,10 @@ def test_an_actor_that_is_not_restarted(tmp_path: Path) -> None:
     publication = zerocopy.publish(numbered(4))
     actor, other = (Retried.options(max_restarts=0, max_task_retries=0).remote(publication) for _ in range(2))
     ray.get(actor.pid.remote())
-    with fault(KIND, "An actor without restarts is killed in the midst of a call") as told:
+    with fault(KIND, "An actor without restarts is killed in the middle of a call") as told:
         with pytest.raises(ray.exceptions.ActorDiedError):
             ray.get(actor.ask.remote(1, str(tmp_path / "mark")))
-        told.result = "`ray.exceptions.ActorDiedError`; others that use the weights go on"
+        told.result = "`ray.exceptions.ActorDiedError`; other actors that use the weights go on"
     assert ray.get(other.ask.remote(2)) == (2, 4)
 
 
@@ -132,7 +132,7 @@ def test_a_task(tmp_path: Path) -> None:
     search = numbered(6)
     with fault(KIND, "The process of a task (`max_retries=1`) is killed", bound=STARTING) as told:
         assert ask_and_end(search, str(tmp_path / "mark")) == 6
-        told.result = "the right answer, of another process"
+        told.result = "the right answer, from another process"
     assert ask_and_end(search, str(tmp_path / "mark")) == 6
 
 
@@ -147,7 +147,7 @@ def test_a_worker_that_is_stopped(tmp_path: Path) -> None:
             waiting = stopped.ask.remote(1)
             assert ray.get([other.ask.remote(2), Retried.remote(publication).ask.remote(3)]) == [(2, 7), (3, 7)]
             assert publication.load()() == 7
-            told.result = "others load and answer; its own answer comes when it goes on"
+            told.result = "other workers load and answer; the stopped worker answers when it runs again"
     finally:
         os.kill(pid, signal.SIGCONT)
     assert ray.get(waiting) == (1, 7)

@@ -242,7 +242,7 @@ def test_names_and_versions_are_measured(tmp_path: Path) -> None:
     assert figures["held"] == 300
     assert figures["resolves"] > 50
     text = page.read_text()
-    assert text.startswith(f"{before}## {budget.TITLE}\n\nWeights")
+    assert text.startswith(f"{before}## {budget.TITLE}\n\nThis section")
     assert text.endswith(f" |\n\n{after}")
     assert text.count("Old.") == 0
 
@@ -253,10 +253,10 @@ def test_the_section_of_names_tells_goals() -> None:
     trials = [{"written": 0.05, "held": 3000}, {"written": 0.06, "held": 3000}, {"rollout_last": 1.0}]
     told = {"machine": results()["machine"], "settings": settings, "trials": trials}
     page = report.page(results(names=told))
-    assert "| bytes that a second version writes, over the weights | 0.055 (0.050 to 0.060) | ≤ 0.07 |" in page
+    assert "| bytes that a second version writes, divided by the weights | 0.055 (0.050 to 0.060) | ≤ 0.07 |" in page
     assert "| polls held and woken | 3,000 | 3,000 |" in page
     assert "| every caller got the last version | yes | yes |" in page
-    assert "resolves in a second" not in page
+    assert "resolves per second" not in page
     assert page.index("## The machine") < page.index(f"## {budget.TITLE}") < page.index("## MLP")
     assert budget.put_into(page, budget.section(told)) == page
     assert budget.put_into(report.page(results()), budget.section(told)) == page

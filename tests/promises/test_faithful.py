@@ -266,16 +266,16 @@ KINDS: dict[str, Callable[[], Any]] = {
     "weight_norm": lambda: parametrized(parametrizations.weight_norm),
     "spectral_norm": lambda: parametrized(parametrizations.spectral_norm),
     "orthogonal": lambda: parametrized(parametrizations.orthogonal),
-    "a parametrization of one's own": lambda: parametrized(doubled),
+    "a user-defined parametrization": lambda: parametrized(doubled),
     "several parametrizations": lambda: parametrized(doubled, parametrizations.weight_norm),
-    "the older weight norm": lambda: torch.nn.utils.weight_norm(linear()),
-    "a state of its own": Stateful,
-    "a reduction of its own": lambda: nn.Sequential(Reduced(noise())),
+    "weight_norm of torch.nn.utils": lambda: torch.nn.utils.weight_norm(linear()),
+    "a class with `__setstate__`": Stateful,
+    "a class with `__reduce__`": lambda: nn.Sequential(Reduced(noise())),
     "a local class": locally_defined,
     "a bound method": bound_method,
     "a lambda": lambda: Box([lambda value: value + 1, noise()]),
-    "a partial": lambda: Box(functools.partial(torch.add, noise(), other=noise())),
-    "a tensor that is no leaf": lambda: Box(torch.ones(SIZE, SIZE, requires_grad=True) * 2),
+    "a `functools.partial`": lambda: Box(functools.partial(torch.add, noise(), other=noise())),
+    "a non-leaf tensor": lambda: Box(torch.ones(SIZE, SIZE, requires_grad=True) * 2),
     "weak references": with_weak_references,
     "a cycle": cyclic,
     "a buffer": lambda: Box(nn.Buffer(noise())),
@@ -286,16 +286,16 @@ KINDS: dict[str, Callable[[], Any]] = {
     "sparse COO": lambda: Box(noise().relu().to_sparse()),
     "sparse CSR": lambda: Box(noise().relu().to_sparse_csr()),
     "sparse BSR": lambda: Box(noise().relu().to_sparse_bsr((4, 4))),
-    "jagged": lambda: Box(torch.nested.nested_tensor([noise(9, SIZE), noise(70, SIZE)], layout=torch.jagged)),
-    "nested": lambda: Box(torch.nested.nested_tensor([noise(9, SIZE), noise(70, SIZE)])),
+    "jagged nested tensors": lambda: Box(torch.nested.nested_tensor([noise(9, SIZE), noise(70, SIZE)], layout=torch.jagged)),
+    "strided nested tensors": lambda: Box(torch.nested.nested_tensor([noise(9, SIZE), noise(70, SIZE)])),
     "MKLDNN": lambda: Box(noise().to_mkldnn()),
-    "quantized": lambda: Box(torch.quantize_per_tensor(noise(), 0.1, 3, torch.quint8)),
-    "quantized by channel": lambda: Box(
+    "quantized per tensor": lambda: Box(torch.quantize_per_tensor(noise(), 0.1, 3, torch.quint8)),
+    "quantized per channel": lambda: Box(
         torch.quantize_per_channel(noise(), torch.ones(SIZE), torch.zeros(SIZE), 0, torch.qint8)
     ),
     "dynamically quantized": quantized_dynamically,
-    "a subclass of tensors": lambda: Box(noise().as_subclass(Labelled)),
-    "a subclass of parameters": lambda: Box(Tagged(noise())),
+    "a tensor subclass": lambda: Box(noise().as_subclass(Labelled)),
+    "a parameter subclass": lambda: Box(Tagged(noise())),
     "a wrapper subclass": lambda: Box(Scaled(torch.ones(SIZE, SIZE, dtype=torch.int8), torch.ones(SIZE, 1))),
     "a masked tensor": lambda: Box(torch.masked.masked_tensor(noise(), noise() > 0)),
     "an inference tensor": lambda: torch.inference_mode()(lambda: Box(noise()))(),
@@ -308,7 +308,7 @@ KINDS: dict[str, Callable[[], Any]] = {
     "structured and Fortran arrays": lambda: Holder(
         [np.ones(4000, [("a", "i4"), ("b", ">f8")]), np.asfortranarray(noise().numpy()), np.arange(9)[::-2]]
     ),
-    "a matrix": lambda: Holder(np.matrix(noise().numpy())),
+    "a NumPy matrix": lambda: Holder(np.matrix(noise().numpy())),
 }  # fmt: skip
 COPIED = {"MKLDNN", "dynamically quantized"}
 DTYPES = sorted(

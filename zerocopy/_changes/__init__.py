@@ -1,1 +1,1 @@
-"""Has something that was published or loaded changed since?"""
+"""Detects changes of published and loaded pipelines."""

@@ -1,1 +1,1 @@
-"""How is zerocopy used from a terminal?"""
+"""Runs zerocopy from a terminal."""

@@ -1,1 +1,1 @@
-"""How are publications found by name, from any job of the cluster, and how do they change while they are used?"""
+"""Finds publications by name, from any job of the cluster, and changes them while they are used."""

@@ -46,18 +46,18 @@ WORTH_A_WARNING = 5  # failures in a row: a registry that was killed is made aga
 
 
 class Live(Protocol[T_co]):
-    """As the annotation of a parameter, asks for a handle that follows a publication, instead of a loaded pipeline.
+    """Annotates a parameter that receives a handle with `current()`, instead of a loaded pipeline.
 
-    What arrives has `current()`, whatever was given: a publication, a pipeline or a module.
+    The argument may be a publication, a pipeline or a module. The handle follows the name of a publication that has one.
     """
 
     def current(self) -> T_co:
-        """The newest version, loaded. A call that keeps the object keeps its version."""
+        """Return the newest version, loaded. A caller that keeps the object keeps its version."""
         ...
 
 
 class _ToBeLoaded:
-    """What a user may take for the pipeline itself."""
+    """Says that it is not the pipeline itself, to users who use it like the pipeline."""
 
     def __getattr__(self, name: str) -> NoReturn:
         if name.startswith("_"):
@@ -70,7 +70,7 @@ class _ToBeLoaded:
 
 
 class Fixed(_ToBeLoaded, Generic[T_co]):
-    """A pipeline that has no other versions, as a `Live` one."""
+    """A `Live` handle of a pipeline that has no other versions."""
 
     def __init__(self, pipeline: T_co) -> None:
         self._pipeline = pipeline
@@ -84,7 +84,7 @@ class Fixed(_ToBeLoaded, Generic[T_co]):
 
 
 class OnDevice(_ToBeLoaded):
-    """A publication as a `Live` pipeline on the device of an actor or a task."""
+    """A `Live` handle of a publication, on the device of an actor or a task."""
 
     def __init__(self, publication: Publication, device: str | None) -> None:
         self.publication = publication
@@ -99,7 +99,7 @@ class OnDevice(_ToBeLoaded):
 
 
 class Key(NamedTuple):
-    """What processes follow: an alias, or one version as long as it is there."""
+    """What a process follows: an alias, or one version until it is removed."""
 
     name: str
     which: str | int
@@ -150,7 +150,7 @@ class Followed:
         return self._newest()
 
     def _newest(self) -> Loaded:
-        """The same for the thread: nobody would see its warnings."""
+        """The same for the thread, whose warnings nobody would see."""
         loaded = self._loaded
         if loaded is None:
             with self._lock:
@@ -160,7 +160,7 @@ class Followed:
         return loaded
 
     def replace(self, loaded: Loaded, pipeline: Any) -> None:
-        """Go on with `pipeline` in the place of what was loaded: it is that version now."""
+        """Use `pipeline` instead of the pipeline that was loaded: it has become the same version."""
         with self._lock:
             if self._loaded is loaded:  # else the thread has loaded the next version
                 self._loaded = loaded._replace(pipeline=pipeline)
@@ -180,7 +180,7 @@ class Followed:
             As `PASSING`: it may be loaded later.
         """
         if not number and self.key.device is None:
-            self._loaded = None  # who asks next is told that the name is gone
+            self._loaded = None  # the next caller learns that the name is gone
         elif number and number != self._newest().number:
             try:
                 self._take(self._load())
@@ -233,17 +233,17 @@ class Watcher:
         self._start()
 
     def hold(self, manifest: Manifest) -> None:
-        """Know what was loaded: the registry may want it, as long as it is mapped."""
+        """Remember loaded weights as long as they are mapped: the registry may need them."""
         if self._holdings.note_loaded(manifest):
             self._start()
 
     def hold_pipeline(self, pipeline: Any, digests: Sequence[bytes], offer: Callable[[Any], None]) -> None:
-        """Know a live pipeline that was published from here; see `Holdings.note_published`."""
+        """Remember a live pipeline that this process published; see `Holdings.note_published`."""
         self._holdings.note_published(pipeline, digests, offer)
         self._start()
 
     def note_here(self, name: str) -> None:
-        """Know at once what this process has changed: its next call shall be of that."""
+        """Remember that this process has changed a name, so that its next call uses the new version."""
         self.changes += 1
         for one in list(self._followed):
             if one.key.name == name and one.key.device is None and one.session is object_store.session():
@@ -286,7 +286,7 @@ class Watcher:
             return False
 
     def _wait_once(self) -> None:
-        """One call to the registry, and what it brings."""
+        """Make one call to the registry, and handle its answer."""
         with self._lock:
             if self._woken.done():
                 self._woken = concurrent.futures.Future()
@@ -302,10 +302,10 @@ class Watcher:
         if not reply.done():
             return
         changed, wanted = client.answer(registry, reply.result)
-        with contextlib.ExitStack() as each:  # what is wrong with one holds up no other
+        with contextlib.ExitStack() as each:  # a problem with one does not hold up the others
             if wanted:
                 each.callback(self._holdings.give_back, registry, node(), set(wanted))
-            for one in list(self._followed):  # while it waits, nothing here keeps them
+            for one in list(self._followed):  # no reference to them is kept while it waits
                 number = changed.get((one.key.name, one.key.which), one.seen)
                 if number != one.seen:
                     each.callback(one.note, number)
@@ -328,7 +328,7 @@ _pending: list[str] = []  # what the thread found out: the next call that asks f
 
 
 def warn_once(text: str) -> None:
-    """Warn of what concerns this whole process, once."""
+    """Warn once of a problem that concerns this whole process."""
     if text not in _warned:
         _warned.add(text)
         warn_caller(text, FollowWarning)

@@ -38,7 +38,9 @@ class Version:
     """One version of a name.
 
     Attributes:
-        digest: of its content, in hexadecimal digits. Equal content has equal digests, also under other names.
+        name: the name.
+        number: its number; the first version has 1.
+        digest: digest of its content, in hexadecimal digits. Equal content has equal digests, also under other names.
     """
 
     name: str
@@ -46,9 +48,9 @@ class Version:
     digest: str
 
 
-ANSWER_SECONDS = 0.005  # that what the registry told a lookup is good for: enough for lookup(...).load()
+ANSWER_SECONDS = 0.005  # how long the answer to a lookup can be used: enough for lookup(...).load()
 
-# Of versions that live pipelines were published as. Nothing is asked again before the registry tells that one is gone.
+# Versions that live pipelines were published as. The registry is not asked again until it reports that one is gone.
 _found: weakref.WeakKeyDictionary[Tag, Followed] = weakref.WeakKeyDictionary()
 
 
@@ -72,7 +74,7 @@ class Tag:
     def publication(
         self, manifest: ray.ObjectRef[Any], outer: Outer, *description: Any, **kwargs: Any
     ) -> NamedPublication:
-        """A handle with this tag that brings an outer skeleton of its own; see `live.Tag`."""
+        """A handle with this tag and an outer skeleton of its own; see `live.Tag`."""
         kind, shared_bytes, requires_isolation, versions = description
         return NamedPublication(Open(manifest, outer), kind, shared_bytes, requires_isolation, versions, self, **kwargs)
 
@@ -122,7 +124,7 @@ class Answer(NamedTuple):
 
 
 class NamedPublication(Publication):
-    """A publication that has a name: see `zerocopy.lookup`."""
+    """A publication that has a name. `zerocopy.lookup` and `zerocopy.publish` return it."""
 
     _state: Open | Unresolved | Closed  # type: ignore[assignment]
 
@@ -146,20 +148,20 @@ class NamedPublication(Publication):
 
     @property
     def name(self) -> str:
-        """The name."""
+        """The name of the publication."""
         return self.tag.name
 
     @property
     def alias(self) -> str | None:
-        """The alias that `current()` follows; None for a handle of one version for good."""
+        """The alias that `current()` follows; None for a handle of one fixed version."""
         return self.tag.alias
 
     @property
     def version(self) -> Version:
-        """The version that `load()` gives now.
+        """The version that `load()` returns now.
 
         Raises:
-            As `load`, where there is none.
+            As `load`, if there is no such version.
         """
         version = self.pinned().tag.version
         if version is None:
@@ -167,7 +169,7 @@ class NamedPublication(Publication):
         return version
 
     def pinned(self) -> NamedPublication:
-        """A handle of the version that this one gives now. From now on this one keeps that, unless it follows an alias."""
+        """A handle of the version that this handle gives now. From now on this handle keeps it, unless it follows an alias."""
         found = self._found()
         if self.tag.number is not None:  # else the next use may find another version
             self._state, self.tag = found._state, found.tag
@@ -181,7 +183,7 @@ class NamedPublication(Publication):
         return self._resolved()
 
     def answered(self, told: dict[str, Any], changes: int) -> Self:
-        """This handle, which uses what the registry has told it if it is loaded at once. It is dropped at the first use."""
+        """This handle, with the registry's answer, for a load that follows at once. The first use drops the answer."""
         self._answer = Answer(told, time.monotonic() + ANSWER_SECONDS, changes)
         return self
 
@@ -225,25 +227,28 @@ class NamedPublication(Publication):
     def load(
         self, device: str | torch.device | None = None, fields: Sequence[str] | None = None, *, verify: bool = False
     ) -> Any:
-        """As `Publication.load`. A handle that follows an alias gives the version that this points at now.
+        """Load like `Publication.load`. A handle that follows an alias loads the version that the alias points at now.
 
         Args:
-            verify: compare the digests of what is loaded with those that were taken when it was published. Reads all of it.
+            device: as in `Publication.load`.
+            fields: as in `Publication.load`.
+            verify: compare the loaded bytes with the digests that were recorded when they were published. Reads all bytes.
 
         Raises:
-            NotPublishedError: the version or the alias is gone; the error tells which versions there are.
+            NotPublishedError: the version or the alias does not exist any more. The error lists the existing versions.
             CorruptedError: `verify` found other bytes.
+            As `Publication.load`.
         """
         return self._now(lambda handle: handle._load(device, fields, verify=verify))
 
     def _recovered(self) -> NamedPublication:
-        """A handle of the same version after its weights were found again. What else uses this one finds them, too."""
+        """A handle of the same version after its weights were found again. Other users of this handle find them, too."""
         found = self._of(client.ask("recover", self.name, self.tag.number))
         self._state = found._state
         return found
 
     def release(self) -> None:
-        """Let nodes go of what `prefetch` keeps there of this name."""
+        """Allow nodes to evict the weights of this name that `prefetch` keeps there."""
         client.ask("release", self.name)
 
     def _keeper(self) -> Keeper:
@@ -251,7 +256,7 @@ class NamedPublication(Publication):
         return RegistrysHolders((self.name, which, self.tag.number))
 
     def _now(self, call: Callable[[NamedPublication], R]) -> R:
-        """What a call gives for the version of now. If its weights are lost, they are found again first."""
+        """The result of a call for the current version. If its weights are lost, they are found again first."""
         handle = self.pinned()
         try:
             return call(handle)
@@ -259,7 +264,7 @@ class NamedPublication(Publication):
             return call(handle._recovered())
 
     def note_load(self, pipeline: Any, manifest: Manifest, *how: Any) -> None:
-        """As `Publication.note_load`. The registry may want what is mapped now."""
+        """As `Publication.note_load`. Also remember the mapped weights, which the registry may need."""
         super().note_load(pipeline, manifest, *how)
         WATCHER.hold(manifest)
 
@@ -272,7 +277,7 @@ class NamedPublication(Publication):
         self._answer = None
         followed, target = self._followed, devices.resolve(device)
         is_elsewhere = followed is not None and followed.session is not object_store.session()
-        # Without a connection, what is loaded goes on.
+        # Without a connection, the loaded version stays in use.
         if followed is None or followed.key.device != target or (is_elsewhere and object_store.is_running()):
             followed = self._followed = followed_by(self.name, self.tag.alias, target)
         return followed.current()
@@ -280,7 +285,7 @@ class NamedPublication(Publication):
     current.__doc__ = Publication.current.__doc__
 
     def close(self) -> None:
-        """Let go of the weights. The name and its versions stay: see `zerocopy.remove`."""
+        """Release the weights. The name and its versions stay: to remove them, use `zerocopy.remove`."""
         super().close()
         self._followed = self._known = None
 
@@ -324,7 +329,7 @@ class NamedPublication(Publication):
         return self if self.tag.alias is None else newest(self.name, self.tag.alias)
 
     def travels_by_name(self) -> bool:
-        """Whether Ray would not count a reference where it is pickled now, so that it brings none."""
+        """Whether it is pickled without a reference, because Ray would not count one here."""
         return isinstance(self._state, Closed) or not (object_store.is_running() and is_serializing())
 
     def reduce(self) -> tuple[Any, ...]:

@@ -24,12 +24,12 @@ class Published:
 
     Attributes:
         version: name, number and digest.
-        aliases: what points at it.
+        aliases: the aliases that point at it.
         kind: name of the pipeline's class.
         shared_bytes: bytes of its weights. Versions share the bytes that they have in common.
-        nodes: ids of the nodes whose stores have all of it; none while it is lost.
+        nodes: ids of the nodes whose stores have all its weights; empty while it is lost.
         age: seconds since it was published.
-        source: whether it comes back by itself when its weights are lost.
+        source: whether it has a source, which rebuilds it if its weights are lost.
     """
 
     version: Version
@@ -43,7 +43,11 @@ class Published:
 
 @attrs.frozen(repr=False)
 class Publications:
-    """All versions of all names, in order. Prints as a table, in a notebook as HTML."""
+    """All versions of all names, in order. Prints as a table, in a notebook as HTML.
+
+    Attributes:
+        versions: one entry per version.
+    """
 
     versions: tuple[Published, ...]
 
@@ -63,7 +67,7 @@ class Publications:
 
     @property
     def names(self) -> list[str]:
-        """The names, each once."""
+        """All names, without repetition."""
         return list(dict.fromkeys(one.version.name for one in self.versions))
 
     def __str__(self) -> str:
@@ -93,7 +97,7 @@ def _format_age(seconds: float) -> str:
 
 
 def publications() -> Publications:
-    """All publications with a name in this cluster."""
+    """List all publications that have a name in this cluster."""
     now = time.time()
     found: dict[str, dict[str, Any]] = client.ask("listed")
     return Publications(

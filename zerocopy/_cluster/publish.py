@@ -64,31 +64,32 @@ def publish(
 ) -> Publication:
     """Put the weights of `pipeline` into the object store, once, and return a small handle to them.
 
-    Publishing the same pipeline again shares one set of weights as long as no byte of it has changed. The weights leave
-    the store when the last handle and the last pipeline loaded from one are gone. Those with a name stay.
+    If the same pipeline is published again and no byte of it has changed, both publications share one set of weights. The
+    weights leave the store when the last handle and the last loaded pipeline are gone. Weights with a name stay.
 
     Args:
-        pipeline: an instance of a `@zerocopy.pipeline` class, or a bare `nn.Module`.
-        adopt: re-point its tensors at the store, each part as soon as it is written, so that this process keeps no second
-            copy. Tensors keep their identity and ties, and a write to them stays private. Memory that something else
-            has a view of, NumPy arrays and TorchScript stay where they are. After an error everything is as before.
-        name: makes this a version of that name, which `lookup` finds in any process of the cluster, also after this one has
-            ended. Storages that the cluster has under any name are not written again. Equal content is the version that
-            exists.
-        alias: points at this version from now on, as "latest" does.
-        source: makes the pipeline again, with the same weights, if they are lost.
-        expect: number of the version that "latest" must point at, 0 for none.
-        keep: how many versions of this name stay beside those that an alias points at: 2 if nobody has said anything else.
-        lifetime: with "job", the name ends with the Ray job that runs here.
+        pipeline: an instance of a `@zerocopy.pipeline` class, an `nn.Module`, or another object that holds models.
+        adopt: whether to re-point its tensors at the store, each part as soon as it is written, so that this process keeps no
+            second copy. Tensors keep their identity and ties, and a write to them stays private. NumPy arrays, TorchScript, and
+            memory that another tensor or array views are not moved. After an error, everything is as before.
+        name: publish a version of this name. `lookup` finds it in any process of the cluster, also after this process has
+            ended. Storages that the cluster already has, under any name, are not written again. If a version with equal content
+            exists, no new version is created.
+        alias: an alias that points at this version from now on, like "latest".
+        source: a function that creates the pipeline again, with the same weights, if they are lost.
+        expect: the number of the version that "latest" must point at; 0 if there must be none.
+        keep: the number of versions of this name that stay, in addition to those that an alias points at. The default is the
+            last value that was given for this name, or 2.
+        lifetime: with "job", the name is removed when the Ray job of this process ends.
 
     Returns:
-        A handle. `load()` gives what was published; with a name, `current()` gives the newest version.
+        A handle. Its `load()` returns the published pipeline. With a name, its `current()` returns the newest version.
 
     Raises:
-        ArgumentError: `pipeline` is neither, or an argument makes no sense.
+        ArgumentError: `pipeline` holds no models, or an argument is invalid.
         VersionConflictError: "latest" does not point at `expect`. Nothing was changed.
-        IsolationError: `adopt` was asked for where private mappings are not possible.
-        CannotTravelError: something inside cannot leave the process; the error names its path.
+        IsolationError: `adopt` is True, but private mappings are not possible here.
+        CannotTravelError: an object inside cannot leave the process. The error names its path.
         StoreTooSmallError: the weights are larger than this node's object store.
         StoreFullError: neither the store nor the disk behind it has room.
         RayClientError: this process is connected through Ray Client.
@@ -177,40 +178,40 @@ def publish_checkpoint(
     keep: int | None = None,
     lifetime: Literal["cluster", "job"] = "cluster",
 ) -> Publication:
-    """Publish a pipeline whose weights are in files, without a copy of them in this process.
+    """Publish a pipeline whose weights are in files, without a copy of the weights in this process.
 
     Args:
-        build: makes the pipeline, as usual. While it runs, parameters are made on the meta device, where they take no
-            memory; buffers are made for real. It runs again if no file has some of the parameters.
-        files: a folder such as `from_pretrained` takes, an index, a file, a pattern such as `"model/*.safetensors"`, or several
-            of them; or a mapping from each model of the pipeline to one of these. Files are of safetensors, or state dicts
-            of `torch.save`, which are read with `weights_only=True`; those of torch before 1.6 pass through memory.
-            Names are those of the module's `state_dict()`; in a pipeline with several models each after the path of its
-            model, as in `encoder.layer.0.weight`. Of tied tensors one name is enough. Where all names differ by what they
-            begin with, such as `bert.` or `module.`, that is changed, and a warning says so.
-        dtype: what floating-point tensors of the files are converted to, None for as they are.
-        strict: whether tensors that no file has, and names that the pipeline does not have, are errors. Else the former
-            stay as `build` makes them, and a warning tells how many.
-        ignore: a pattern, as of file names, or several, of names that may be missing or too many.
-        rename: what the names in the files are called in the pipeline: a function, which gives None for what is left out; or a
-            mapping from names, or from beginnings of names that end with a dot; `""` is the beginning of every name.
-        key: under which key a file of `torch.save` has the state dict. By default it is found: `state_dict`,
-            `model_state_dict`, `model`, `module`, or the only one that there is.
-        train: leave modules in the modes that `build` gave them. By default they are put into eval mode.
-        name: as in `publish`. If the weights are lost, they are read from the files again, on any node that has them.
+        build: a function that creates the pipeline. While it runs, parameters are created on the meta device, where they take no
+            memory. Buffers are created for real. It runs a second time if no file has some of the parameters.
+        files: a folder as for `from_pretrained`, an index, a file, a pattern such as `"model/*.safetensors"`, or several of
+            these; or a mapping from each model of the pipeline to one of these. The files are in the format of safetensors, or
+            state dicts of `torch.save`, which are read with `weights_only=True`. Files of torch before 1.6 pass through memory.
+            Names are those of the module's `state_dict()`. In a pipeline with several models, each name begins with the path of
+            its model, as in `encoder.layer.0.weight`. Tied tensors need one name. If all names differ by a prefix, such as
+            `bert.` or `module.`, the prefix is changed, and a warning says so.
+        dtype: the dtype that floating-point tensors of the files are converted to. With None, they are not converted.
+        strict: whether tensors that no file has, and names that the pipeline does not have, are errors. If False, such tensors
+            keep the values that `build` gives them, and a warning says how many there are.
+        ignore: a pattern like those for file names, or several, for names that may be missing or unexpected.
+        rename: how to rename the names of the files: a function that returns the new name, or None to leave a tensor out; or a
+            mapping from names, or from prefixes that end with a dot. `""` is the prefix of every name.
+        key: the key of the state dict in a file of `torch.save`. By default, it is `state_dict`, `model_state_dict`, `model`,
+            `module`, or the only key in the file.
+        train: whether modules keep the modes that `build` gave them. By default, they are put into eval mode.
+        name: as in `publish`. If the weights are lost, they are read again from the files, on any node that has the files.
         alias: as in `publish`.
         expect: as in `publish`.
         keep: as in `publish`.
         lifetime: as in `publish`.
 
     Returns:
-        A publication of the pipeline. Nothing of it stays in this process.
+        A publication of the pipeline. No part of the pipeline stays in this process.
 
     Raises:
-        CheckpointError: there is no such file, or it cannot be read, or the names and shapes in the files are not those of
-            the pipeline: attributes list all that do not fit. Or the pipeline ties tensors that differ in the files.
-        ArgumentError: `build` does not make an object that holds models, or an argument makes no sense.
-        VersionConflictError, CannotTravelError, StoreTooSmallError, RayClientError: as `publish`.
+        CheckpointError: a file does not exist or cannot be read; or the names and shapes in the files do not fit the pipeline
+            (the attributes list all that do not fit); or the pipeline ties tensors that differ in the files.
+        ArgumentError: `build` does not return an object that holds models, or an argument is invalid.
+        VersionConflictError, CannotTravelError, StoreTooSmallError, RayClientError: as in `publish`.
     """
     checkpoint = checkpoint_of(
         build, files, dtype=dtype, strict=strict, ignore=ignore, rename=rename, key=key, train=train
@@ -223,15 +224,19 @@ def publish_checkpoint(
 
 
 def lookup(name: str, *, alias: str | None = None, version: int | None = None) -> NamedPublication:
-    """The publication with a name, from any process of the cluster.
+    """Find a publication by its name, from any process of the cluster.
 
     Args:
-        alias: what the handle follows, "latest" if neither this nor `version` is given.
-        version: the number of one version, for good.
+        name: the name.
+        alias: the alias that the handle follows. The default is "latest", if `version` is not given.
+        version: the number of one version. The handle always refers to this version.
+
+    Returns:
+        A handle to the publication.
 
     Raises:
-        ArgumentError: both are given, or one is of another kind.
-        NotPublishedError: there is none; the error tells which there are.
+        ArgumentError: both are given, or one has a wrong type.
+        NotPublishedError: there is no such name, alias or version. The error lists the existing versions.
     """
     check_name(name, "name")
     if alias is not None and version is not None:
@@ -250,16 +255,17 @@ def lookup(name: str, *, alias: str | None = None, version: int | None = None) -
 
 
 def set_alias(name: str, alias: str, *, version: int | None = None, to: str | None = None) -> Version:
-    """Let an alias point at a version: to roll back, or forward. Whatever follows it changes.
+    """Point an alias at a version, to roll back or forward. Every handle that follows the alias changes to this version.
 
     Args:
-        alias: such as "latest", which each publication moves, or one of your own.
-        version: number of the version.
-        to: another alias, whose version it is.
+        name: the name.
+        alias: "latest", which each publication also moves, or an alias of your own.
+        version: the number of the version.
+        to: another alias, to point at the version of that alias.
 
     Raises:
-        ArgumentError: neither or both are given, or one is of another kind.
-        NotPublishedError: there is no such version or name.
+        ArgumentError: neither `version` nor `to` is given, or both are, or one has a wrong type.
+        NotPublishedError: there is no such name, version or alias.
     """
     check_name(name, "name")
     check_name(alias, "alias")
@@ -278,12 +284,16 @@ def set_alias(name: str, alias: str, *, version: int | None = None, to: str | No
 
 
 def remove(name: str, *, version: int | None = None) -> None:
-    """Remove a name, or one of its versions. Pipelines that were loaded keep what they use.
+    """Remove a name, or one of its versions. Loaded pipelines keep what they use.
 
-    The numbers of later versions go on counting. The memory goes when the last reader has left.
+    Version numbers are not used again. The memory is freed when the last reader has finished.
+
+    Args:
+        name: the name.
+        version: the number of one version. With None, the name and all its versions are removed.
 
     Raises:
-        NotPublishedError: there is none.
+        NotPublishedError: there is no such name or version.
         VersionInUseError: an alias points at this version.
     """
     check_name(name, "name")
@@ -293,10 +303,10 @@ def remove(name: str, *, version: int | None = None) -> None:
 
 
 def version_of(pipeline: Any) -> Version | None:
-    """Which version a live pipeline was loaded from, or published as. None without a name.
+    """Return the version that a live pipeline was loaded from, or published as. None if it has no name.
 
     Raises:
-        ArgumentError: it is a publication, whose `version` tells that.
+        ArgumentError: `pipeline` is a publication. Use its attribute `version`.
     """
     if isinstance(pipeline, Publication):
         raise ArgumentError(

@@ -34,18 +34,19 @@ def tag_of(pipeline: Any) -> Tag | None:
 
 
 def refresh(pipeline: Any) -> bool:
-    """Give a loaded pipeline the newest version of its name, in place.
+    """Update a loaded pipeline, in place, to the newest version of its name.
 
-    The pipeline stays the same object, and gets all attributes of the new version, shared and copied. What was done to it after
-    it was loaded, such as `eval()`, is not done again. A call that uses it meanwhile may see both versions.
+    The pipeline stays the same object, and gets all attributes of the new version, shared and copied. Changes that were made
+    after it was loaded, such as `eval()`, are not repeated. A call that uses the pipeline during the update may see both
+    versions.
 
     Returns:
-        Whether it changed. One that was loaded from one version for good never does.
+        Whether the pipeline changed. A pipeline that was loaded from one fixed version never changes.
 
     Raises:
-        ArgumentError: it was not loaded from a publication with a name, or only in part; or the newest version is of another
-            class; or it is a dict or a list itself.
-        As `Publication.load`: the newest version cannot be loaded. The pipeline is as it was.
+        ArgumentError: `pipeline` was not loaded from a publication with a name, or only in part; or the newest version is of
+            another class; or `pipeline` is itself a dict or a list.
+        As `Publication.load`: the newest version cannot be loaded. The pipeline has not changed.
     """
     origin, known = live.entry_of(pipeline).origin, tag_of(pipeline)
     loaded_as: Tag | None = None if origin is None else origin.tag  # type: ignore[assignment]

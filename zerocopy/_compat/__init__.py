@@ -1,1 +1,1 @@
-"""What do Python, torch, Ray and Linux do that they do not promise?"""
+"""Holds all behavior of Python, torch, Ray and Linux that they do not promise."""

@@ -1,1 +1,1 @@
-"""What did the user declare?"""
+"""Records the declarations of the user: pipeline classes and their fields."""

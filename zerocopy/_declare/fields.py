@@ -41,7 +41,13 @@ class Marker:
 
 @attrs.frozen
 class Field:
-    """One declared attribute of a pipeline class. `device` is None where the loader chooses."""
+    """One declared attribute of a pipeline class.
+
+    Attributes:
+        name: the name of the attribute.
+        policy: `"shared"` or `"copied"`.
+        device: the device that the field declares; None if the caller of `load` chooses it.
+    """
 
     name: str
     policy: Policy
@@ -74,10 +80,13 @@ def shared(
     converter: Any = None,
     kw_only: bool | None = None,
 ) -> Any:
-    """Declare a field whose tensors and arrays exist once on each node.
+    """Declare a field whose tensors and arrays exist once per node.
 
-    `device` is where the field is loaded (`"cpu"`, `"cuda:0"`, `"auto"`); it wins over the device of `load`, of an actor or
-    of a task. The other options are those of `attrs.field` and need a class without an `__init__` of its own.
+    The other options are those of `attrs.field` and need a class without an `__init__` of its own.
+
+    Args:
+        device: the device that the field is loaded onto (`"cpu"`, `"cuda:0"`, `"auto"`). It wins over the device of `load`, of an
+            actor or of a task.
     """
     _check_default("shared", default, factory)
     return Marker("shared", device, default, factory, validator, converter, kw_only)
@@ -101,7 +110,7 @@ def copied(
     converter: Any = None,
     kw_only: bool | None = None,
 ) -> Any:
-    """Declare a field of which each load has a fresh copy of its own.
+    """Declare a field that each load copies: every loaded pipeline has its own.
 
     The options are those of `attrs.field` and need a class without an `__init__` of its own.
     """

@@ -76,12 +76,12 @@ def is_pipeline_class(cls: type) -> bool:
 
 
 def is_same_class(one: type, other: type) -> bool:
-    """Whether two are one class to whoever wrote it: it was defined again (a notebook's cell), or pickled by value."""
+    """Whether two classes come from the same source: a class was defined again (a cell of a notebook), or pickled by value."""
     return one is other or (one.__module__, one.__qualname__) == (other.__module__, other.__qualname__)
 
 
 def fields(cls: type) -> Mapping[str, Field]:
-    """The fields of a pipeline class by name, inherited ones first.
+    """Return the fields of a pipeline class by name, inherited fields first.
 
     Raises:
         DeclarationError: `cls` is not a pipeline class, or an undecorated subclass declares fields of its own.
@@ -127,12 +127,14 @@ def pipeline(*, kw_only: bool = ...) -> Callable[[C], C]: ...
 def pipeline(cls: type | None = None, *, kw_only: bool = False) -> Any:
     """Mark a class whose instances Ray passes without copying their models.
 
-    Fields are declared with `shared()` and `copied()`, or with the annotations `Shared[...]` and `Copied[...]`. A class
-    without an `__init__` gets one from attrs; a hand-written one, anywhere in the MRO, stays. `kw_only=True` makes every
-    field of the generated `__init__` keyword-only.
+    Fields are declared with `shared()` and `copied()`, or with the annotations `Shared[...]` and `Copied[...]`. If the class
+    has no `__init__` of its own, anywhere in its MRO, it gets one from attrs.
+
+    Args:
+        kw_only: whether every field of the generated `__init__` is keyword-only.
 
     Raises:
-        DeclarationError: a declaration contradicts itself or cannot be applied.
+        DeclarationError: a declaration contradicts itself, or cannot be applied.
     """
     if cls is None:
         return functools.partial(_decorate, kw_only=kw_only)
@@ -213,7 +215,7 @@ def _check_init_options(cls: type, markers: Mapping[str, Marker], init_class: ty
 
 
 def _check_annotations(cls: type, markers: Mapping[str, Marker]) -> None:
-    """Refuse what a dataclass would take for a field, and the `__init__` to be generated would not."""
+    """Refuse attributes that a dataclass would treat as fields, but the generated `__init__` would not."""
     for name, annotation in own_annotations(cls).items():
         found = resolve_annotation(annotation, cls)
         is_of_class = ClassVar in (found, get_origin(found)) or "ClassVar" in str(annotation)
@@ -256,7 +258,7 @@ def _generate_init(cls: type, markers: Mapping[str, Marker], defaults: Mapping[s
 
 
 def _with_fields_named(init: Callable[..., None], cls: type) -> Callable[..., None]:
-    """`init`, but a call that does not fit is refused in words of fields."""
+    """`init`, with an error that names fields if a call does not fit."""
 
     @functools.wraps(init)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:

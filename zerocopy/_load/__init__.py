@@ -1,1 +1,1 @@
-"""How does what is in the store become a live pipeline?"""
+"""Creates a live pipeline from the store."""

@@ -20,7 +20,7 @@ from zerocopy.errors import ArgumentError, IsolationError
 
 
 class Tag(Protocol):
-    """What weights are known by that have a name."""
+    """Identifies weights that have a name."""
 
     @property
     def name(self) -> str:
@@ -101,7 +101,7 @@ def entry_of(pipeline: Any, variant: tuple[str, ...] = ()) -> Entry:
 
 
 def _anchored(pipeline: Any, variant: tuple[str, ...] = ()) -> tuple[list[Any], _Key]:
-    """What a pipeline is recognized by, and the key of its entry: ids of these, and how it holds them.
+    """The objects that identify a pipeline, and the key of its entry: their ids, and how the pipeline holds them.
 
     A pipeline of a declared class and a model by themselves. Any other object by the nearest modules in it, and where they are:
     it may have been made for one call, or be a dict, to which nothing can refer weakly.
@@ -120,7 +120,7 @@ def _anchored(pipeline: Any, variant: tuple[str, ...] = ()) -> tuple[list[Any], 
 
 
 def _place(steps: Any) -> str:
-    """Where a model was found, in words that no object of a user's has to say of itself."""
+    """The place of a model, in words that do not call code of a user's objects."""
     return "".join(f"{form}{key if type(key) in (str, int) else type(key).__qualname__}" for form, key in steps)
 
 
@@ -146,17 +146,19 @@ def forget(pipeline: Any) -> None:
 
 
 def unshare(pipeline: Any) -> None:
-    """Copy the weights of a loaded pipeline into memory of its own, so that it no longer needs the object store.
+    """Copy the weights of a loaded pipeline into private memory, so that it no longer needs the object store.
 
-    `publication.load()` made the pipeline; `publication.close()` only lets go of a handle, and copies nothing.
+    Use it to free memory of the store: a loaded pipeline stays valid without it. Tensors and arrays keep their identity, their
+    ties and their contents, and other threads may use them during the copy. The copy takes as much memory as the weights. In
+    contrast, `publication.close()` only releases a handle, and copies nothing.
 
-    Tensors and arrays keep their identity, their ties and their contents, and other threads may use them meanwhile. Takes the
-    bytes of the weights in memory. No pipeline needs it to stay right: it lets the store have its memory back.
+    Args:
+        pipeline: a pipeline that `publication.load()` returned.
 
     Raises:
         ArgumentError: `pipeline` was not loaded from a publication in this process.
-        IsolationError: it was loaded where private mappings are not possible; `copy.deepcopy` it instead.
-        OutOfMemoryError: there is not enough memory. Nothing has happened.
+        IsolationError: it was loaded where private mappings are not possible. Use `copy.deepcopy` instead.
+        OutOfMemoryError: there is not enough memory. Nothing was changed.
     """
     entry = entry_of(pipeline)
     if entry.origin is None:

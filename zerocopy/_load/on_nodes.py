@@ -17,13 +17,13 @@ R = TypeVar("R")
 
 
 class OnNodes:
-    """The part of a publication that is about nodes."""
+    """The methods of a publication that concern nodes."""
 
     kind: str
     _holders: OwnHolders | None  # of what was prefetched
 
     def nodes(self) -> NodeCopies:
-        """What each node of the cluster that is up has of the weights in its store, as a table and by the node's id.
+        """Return how much of the weights each running node has in its store, as a table and by node id.
 
         Raises:
             As `load`.
@@ -38,32 +38,32 @@ class OnNodes:
         timeout: float | None = None,
         progress: bool = True,
     ) -> NodeCopies:
-        """Bring the weights to nodes before anybody loads them there, once for each node, and keep them there.
+        """Copy the weights to nodes before any process loads them there, once per node, and keep them there.
 
-        A small actor on each node keeps them until `release`, or until this handle is closed or gone. Under a name it keeps
-        them, whoever asked, until the version is superseded: until the alias that this handle follows points elsewhere, or the
-        version is gone. A load on such a node waits for no other node.
+        A load on such a node waits for no other node. A small actor on each node keeps the weights until `release`, or until
+        this handle is closed or gone. With a name, it keeps them, no matter which process asked, until the version is superseded:
+        until the alias that this handle follows points at another version, or the version is removed.
 
         Args:
-            nodes: `"all"` nodes that have CPUs or GPUs, a number of them, or a list of the ids that `ray.nodes()` tells.
-            fields: only what a load of these fields needs.
-            timeout: seconds to wait, None for as long as it takes.
-            progress: whether to show a bar on a terminal or in a notebook.
+            nodes: `"all"` for all nodes that have CPUs or GPUs, a number of nodes, or a list of node ids from `ray.nodes()`.
+            fields: copy only the weights that a load of these fields needs.
+            timeout: seconds to wait. With None, there is no limit.
+            progress: whether to show a progress bar on a terminal or in a notebook.
 
         Returns:
-            What each of these nodes has now.
+            How much of the weights each of these nodes has now.
 
         Raises:
             ArgumentError: there are no such nodes or fields.
-            StoreTooSmallError: one of the nodes can never hold them. Nothing was fetched.
-            PrefetchError: some nodes failed, or were not ready in time; the others keep what they have.
+            StoreTooSmallError: the store of one node is smaller than the weights. Nothing was fetched.
+            PrefetchError: some nodes failed, or were not ready in time. The other nodes keep what they have.
             As `load`.
         """
         options: dict[str, Any] = {"timeout": timeout, "progress": progress, "what": self.kind}
         return self._now(lambda handle: prefetch(handle._shards(fields), nodes, handle._keeper(), **options))
 
     def release(self) -> None:
-        """Let nodes go of what `prefetch` keeps there. They may evict it when they need room."""
+        """Allow nodes to evict the weights that `prefetch` keeps there, when they need room."""
         self._holders = None
 
     def _keeper(self) -> Keeper:

@@ -33,7 +33,7 @@ MOST_REMEMBERED = 256  # loads
 
 
 class Lease(Protocol):
-    """The handles of one pipeline share it in the process that published it: see `_publish.publish`."""
+    """Shared by all handles of one pipeline in the process that published it: see `_publish.publish`."""
 
     def close(self, reference: ray.ObjectRef[Any]) -> None:
         """One of the handles to these weights was closed."""
@@ -55,7 +55,7 @@ class Open:
 
 @attrs.frozen
 class Sealed:
-    """A handle that came by plain pickle. Inside, Ray's pickle wrote it; it is opened when it is first used."""
+    """A handle that plain pickle brought. Its content was written by Ray's pickle, and is opened at the first use."""
 
     cluster: str
     content: bytes
@@ -69,13 +69,13 @@ class Closed:
 class Publication(OnNodes, Handle):
     """A published pipeline: load it in any process of the cluster, pass it to tasks and actors, close it when done.
 
-    Made by `zerocopy.publish`. Pickles to a few hundred bytes and what the pipeline copies.
+    `zerocopy.publish` returns it. Its pickle has a few hundred bytes plus the copied parts of the pipeline.
 
     Attributes:
         kind: name of the pipeline's class.
         cls: the class itself in the process that published, None elsewhere.
         shared_bytes: bytes of the weights in the store.
-        requires_isolation: whether loads refuse where private mappings are not possible.
+        requires_isolation: whether `load` raises an error where private mappings are not possible.
     """
 
     def __init__(
@@ -106,36 +106,38 @@ class Publication(OnNodes, Handle):
 
     @property
     def reference(self) -> ray.ObjectRef[Any]:
-        """What keeps the weights in the store.
+        """The reference that keeps the weights in the store.
 
         Raises:
-            As `load`, where the publication means nothing any more.
+            As `load`, if the publication is closed or lost.
         """
         return self.content().reference
 
     def load(
         self, device: str | torch.device | None = None, fields: Sequence[str] | None = None, *, verify: bool = False
     ) -> Any:
-        """Make a live pipeline over the weights in the store: in milliseconds, without a copy, and private when written.
+        """Create a live pipeline over the weights in the store, in milliseconds and without a copy. Writes to it are private.
 
-        `close()` lets go of the weights in the store; `zerocopy.unshare()` gives what was loaded memory of its own.
+        `close()` releases the weights in the store. `zerocopy.unshare()` copies the weights of a loaded pipeline into private
+        memory.
 
         Args:
-            device: where every tensor goes: a torch device, `"auto"` for the GPU that Ray assigned (else the CPU), or
-                None for the CPU. A field that declares a device of its own keeps it.
-            fields: load these attributes only, with what they refer to. The others raise AttributeError.
-            verify: compare all that is loaded with its digests, which publications with a name have.
+            device: the device of every tensor: a torch device, `"auto"` for the GPU that Ray assigned (else the CPU), or None
+                for the CPU. A field that declares a device of its own keeps that device.
+            fields: load only these attributes and the objects that they refer to. The other attributes raise AttributeError.
+            verify: compare all loaded bytes with their digests. Only publications with a name have digests.
 
         Returns:
             A new pipeline of the published class, independent of any other load. Its `__init__` does not run.
 
         Raises:
             PublicationClosedError: the publication was closed.
-            PublicationLostError: its weights are gone from the cluster.
-            VersionError: it was written by versions that cannot agree with these.
-            DeviceError: a device is not there, or fields that share memory would go to different ones.
+            PublicationLostError: its weights are lost from the cluster.
+            VersionError: it was written by versions of zerocopy, torch or Python that do not match those of this process.
+            DeviceError: a device does not exist, or fields that share memory would go to different devices.
             ArgumentError: `fields` names an attribute that the pipeline does not have, or there are no digests to verify.
-            CorruptedError: `verify` found other bytes than were published.
+            CorruptedError: `verify` found bytes that differ from the published bytes.
+            IsolationError: private mappings are required, but are not possible here.
         """
         return self._load(device, fields, verify=verify)
 
@@ -183,17 +185,17 @@ class Publication(OnNodes, Handle):
         live.note_load(pipeline, origin)
 
     def _tag(self) -> live.Tag | None:
-        """What the weights are known by, if they have a name."""
+        """The tag of the weights, if they have a name."""
         return None
 
     def current(self, device: str | torch.device | None = None) -> Any:
-        """The newest version, loaded: one object for each version and device in this process.
+        """Return the newest version, loaded. This process has one object per version and device.
 
-        A publication without a name has one version. Of one with a name, new versions are loaded in the background; this never
-        waits for them. A call that keeps the object keeps its version.
+        A publication without a name has one version. For a publication with a name, new versions are loaded in the background,
+        and this method never waits for them. A caller that keeps the object keeps its version.
 
         Args:
-            device: as `load`.
+            device: as in `load`.
 
         Raises:
             As `load`, at the first call.
@@ -247,7 +249,7 @@ class Publication(OnNodes, Handle):
             )
 
     def close(self) -> None:
-        """Let go of the weights in the store; pipelines that were loaded keep what they use. Closing twice is fine."""
+        """Release the weights in the store. Loaded pipelines keep what they use. Closing twice is allowed."""
         state, self._state = self._state, Closed()
         lease, self._lease = self._lease, None
         self._current = self._holders = None
@@ -263,14 +265,14 @@ class Publication(OnNodes, Handle):
         self.close()
 
     def __copy__(self) -> Publication:
-        """Another handle to the same weights. It is closed on its own."""
+        """Another handle to the same weights, which is closed separately."""
         return type(self)(self.content(), *self._description(), cls=self.cls, lease=self._lease)
 
     def __deepcopy__(self, memo: object) -> Publication:
         return self.__copy__()
 
     def for_call(self) -> Publication:
-        """A handle for one call, which is closed on its own. Of a name it is one of the newest version."""
+        """A separate handle for one call. If the publication has a name, it is a handle of the newest version."""
         return self.__copy__()
 
     if not TYPE_CHECKING:  # for type checkers it would have any attribute
@@ -299,10 +301,10 @@ class Publication(OnNodes, Handle):
         return (), ()
 
     def check_agreement(self) -> None:
-        """Refuse what this process would misread.
+        """Refuse a publication that this process would read incorrectly.
 
         Raises:
-            VersionError: it was written by versions that cannot agree with these.
+            VersionError: it was written by versions that do not match those of this process.
         """
         self._versions.check_agreement()
 
@@ -310,10 +312,10 @@ class Publication(OnNodes, Handle):
         return self.kind, self.shared_bytes, self.requires_isolation, self._versions
 
     def packed(self) -> bytes | None:
-        """All but the reference, pickled: that spares work to Ray's slower pickle. None where only Ray's pickle can do it.
+        """Everything except the reference, pickled, to save work of Ray's slower pickle. None if only Ray's pickle can do it.
 
         Raises:
-            As `load`, where the publication means nothing any more.
+            As `load`, if the publication is closed or lost.
         """
         outer = self.content().outer
         if outer is not None and not _is_small(outer):
@@ -325,7 +327,7 @@ class Publication(OnNodes, Handle):
         """How Ray's pickle takes it apart, so that Ray counts the reference.
 
         Raises:
-            As `load`, where the publication means nothing any more.
+            As `load`, if the publication is closed or lost.
         """
         content = self.content()
         packed = self.packed()
@@ -334,20 +336,20 @@ class Publication(OnNodes, Handle):
         return unpacked, (content.reference, packed)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """For plain pickle, which knows nothing of references and their owners: Ray's pickle seals them inside."""
+        """For plain pickle, which does not know references and their owners: Ray's pickle writes them into a sealed handle."""
         state = self._state if isinstance(self._state, Sealed) else self._sealed()
         return type(self), (state, *self._description())
 
     def without_reference(self) -> Publication:
-        """A handle that keeps nothing in the store, if it can find it again."""
+        """A handle that keeps no weights in the store, if it can find them again."""
         return self
 
     def travels_by_name(self) -> bool:
-        """Whether it travels without object references, where it is pickled now."""
+        """Whether it is pickled without object references here."""
         return False
 
     def check_out_of_band(self) -> None:
-        """Refuse to be pickled where the reference would be of no use.
+        """Refuse to be pickled where the reference would be useless.
 
         Raises:
             OutOfBandError: see `object_store.check_out_of_band`.
@@ -371,7 +373,7 @@ class Publication(OnNodes, Handle):
 
 
 def _is_small(outer: Outer) -> bool:
-    """Whether plain pickle can take it, and it is worth a place in a cache."""
+    """Whether plain pickle can write it, and it is small enough for a cache."""
     plain = all(type(obj) in (int, Root, type(None)) for obj in outer.skeleton.externals)
     return plain and outer.nbytes <= MOST_PACKED
 
@@ -412,5 +414,5 @@ def unpacked(reference: ray.ObjectRef[Any], packed: bytes) -> Publication:
 def rebuilt(
     reference: ray.ObjectRef[Any], cls: type[Publication], outer: Outer | None, *description: Any
 ) -> Publication:
-    """A handle in the process that it arrived in."""
+    """The handle, rebuilt in the process that received it."""
     return cls(Open(reference, outer), *description)

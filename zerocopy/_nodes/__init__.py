@@ -1,1 +1,1 @@
-"""Which nodes have the weights, and how are they brought to more of them, and kept there?"""
+"""Finds the nodes that have the weights, copies weights to more nodes, and keeps them there."""

@@ -16,13 +16,13 @@ Location: TypeAlias = tuple[list[str], int]  # ids of the nodes that have an obj
 
 @attrs.frozen
 class NodeCopy:
-    """What one node has of some weights.
+    """How much of some weights one node has.
 
     Attributes:
-        node: its id.
-        host: its host name.
-        nbytes: bytes that its store has.
-        of: bytes of all that was asked about.
+        node: id of the node.
+        host: host name of the node.
+        nbytes: bytes of the weights that its store has.
+        of: bytes of all these weights.
     """
 
     node: str
@@ -32,13 +32,13 @@ class NodeCopy:
 
     @property
     def is_complete(self) -> bool:
-        """Whether a load there waits for no other node."""
+        """Whether the node has all of the weights, so that a load there waits for no other node."""
         return self.nbytes >= self.of
 
 
 @attrs.frozen(repr=False)
 class NodeCopies(Mapping[str, NodeCopy]):
-    """What each node has, by its id. Prints as a table, in a notebook as HTML."""
+    """How much of some weights each node has, by node id. Prints as a table, in a notebook as HTML."""
 
     copies: tuple[NodeCopy, ...]
 
@@ -56,7 +56,7 @@ class NodeCopies(Mapping[str, NodeCopy]):
 
     @property
     def complete(self) -> list[str]:
-        """Ids of the nodes that have all of it."""
+        """Ids of the nodes that have all of the weights."""
         return [copy.node for copy in self.copies if copy.is_complete]
 
     def __str__(self) -> str:

@@ -1,1 +1,1 @@
-"""How does a live pipeline get into the store?"""
+"""Writes a live pipeline into the store."""

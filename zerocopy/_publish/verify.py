@@ -26,17 +26,21 @@ from zerocopy.errors import ZeroCopyError
 
 
 def plan(pipeline: Any, *, verify: bool = False) -> SharePlan:
-    """What publishing `pipeline` would share and copy. Needs no Ray and writes nothing, unless it is to verify.
+    """List what publishing `pipeline` would share and copy. Without `verify`, it needs no Ray and writes nothing.
 
     Args:
-        verify: publish and load it once, to find out what of the loaded pipeline really is a view of the store; classes may
-            copy what they are given. Takes the store's memory for that time, unless the pipeline is published already. What is
-            known of the pipeline stays as it is. Needs Ray, and Linux.
+        pipeline: a pipeline, a module, or another object that holds models.
+        verify: whether to publish and load the pipeline once, to measure which bytes of the loaded pipeline really are views of
+            the store (classes may copy the data that they receive). Until it returns, this takes memory of the store, unless the
+            pipeline is already published. It does not change whether or how the pipeline is published. Needs Ray and Linux.
+
+    Returns:
+        The plan. All sizes are in bytes.
 
     Raises:
         ArgumentError: `pipeline` is a class, or holds nothing to share.
-        CannotTravelError: something inside cannot leave the process; the error names its path.
-        ZeroCopyError: it is to be verified where the system does not tell what is mapped, or as `publish` and `load`.
+        CannotTravelError: an object inside cannot leave the process. The error names its path.
+        ZeroCopyError: `verify` is True, and the system does not report what is mapped; or as `publish` and `load`.
     """
     check_pipeline(pipeline, "zerocopy.plan")
     found = introspect(Subject(pipeline))

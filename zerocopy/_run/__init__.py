@@ -1,1 +1,1 @@
-"""What does Ray run: actors, tasks, and what happens to a call in a worker?"""
+"""Runs actors and tasks, and handles their calls in the workers."""

@@ -57,18 +57,31 @@ class _Spec:
 
 
 class Launcher(Generic[P, T]):
-    """Starts actors of one class with some options of Ray."""
+    """Starts actors of one class with given options of Ray. `options(...)` of an actor class returns it."""
 
     def __init__(self, cls: type[T], options: dict[str, Any]) -> None:
         self._cls = cls
         self._options = options
 
     def remote(self, *args: P.args, **kwargs: P.kwargs) -> Handle[T]:
-        """Start one actor. Pipelines and modules among the arguments are published, and arrive loaded."""
+        """Start one actor. Pipelines and modules among the arguments are published, and arrive loaded.
+
+        Returns:
+            A Ray actor handle. The arguments stay in the store as long as it lives.
+
+        Raises:
+            ArgumentError: an argument is missing, unknown, or not an instance of the pipeline class of its annotation.
+            As `zerocopy.publish`.
+        """
         return self._start(1, args, kwargs)[0]
 
     def pool(self, size: int, /, *args: P.args, **kwargs: P.kwargs) -> Pool[T]:
-        """Start `size` actors with the same arguments."""
+        """Start `size` actors with the same arguments, which share one copy of the weights.
+
+        Raises:
+            ArgumentError: `size` is not a positive integer.
+            As `remote`.
+        """
         if not isinstance(size, int) or size < 1:
             raise ArgumentError(
                 f"{self._cls.__name__}.pool() expects a number of actors first, got {size!r}.",
@@ -126,9 +139,9 @@ class _Pool:
 
 
 class Actor:
-    """An empty base class that lets type checkers see `.remote`, `.options` and `.pool`, and makes a class an actor.
+    """A base class that makes a class an actor. It is empty, and type checkers see its `.remote`, `.options` and `.pool`.
 
-    `@zerocopy.actor(...)` on the derived class adds options of Ray.
+    To add options of Ray, use `@zerocopy.actor(...)` on the derived class.
     """
 
     remote = _Remote()
@@ -148,20 +161,23 @@ def actor(cls: C) -> C: ...
 @overload
 def actor(*, device: str | None = ..., follow: bool = ..., **options: Any) -> Callable[[C], C]: ...
 def actor(cls: Any = None, *, device: str | None = None, follow: bool = False, **options: Any) -> Any:
-    """Let a class start Ray actors to which pipelines, modules and publications arrive loaded.
+    """Make a class start Ray actors, in which pipelines, modules and publications among the arguments arrive loaded.
 
-    The class stays itself: it can be called, subclassed, given to `ds.map_batches` or put under `@serve.deployment`. It
-    gains `remote(...)`, `options(...)` and `pool(size, ...)`; without an `__init__` it gets one from its annotations.
+    The class stays a plain class: it can be called, subclassed, given to `ds.map_batches` or put under `@serve.deployment`. It
+    gets the methods `remote(...)`, `options(...)` and `pool(size, ...)`. A class without an `__init__` gets one from its
+    annotations.
 
     Args:
-        device: where pipelines are loaded; a field's own device wins.
-        follow: whether pipelines that arrived loaded from a publication with a name become its newest version between two calls.
-            What was done to them meanwhile is done again by a method `on_version(self, pipeline)`, if there is one.
+        device: the device that pipelines are loaded onto. A field's own device wins.
+        follow: whether pipelines that were loaded from a publication with a name change to its newest version between two calls.
+            After each change, the method `on_version(self, pipeline)` of the class is called, if there is one, to repeat changes
+            that the actor had made to the pipeline.
         options: Ray's options for an actor, such as `num_cpus`.
 
     Raises:
-        DeclarationError: not a class, an option Ray does not know, or a class with a method of one of those three names; or
-            `follow` for a class with async methods, or with options that let several calls run at a time.
+        DeclarationError: `cls` is not a class; or Ray does not know an option; or the class has a method named `remote`,
+            `options` or `pool`; or `follow` is given for a class with async methods, or with options that let several calls run
+            at the same time.
     """
     check_device_name(device, "@zerocopy.actor")
     check_options(options, "actor")

@@ -27,7 +27,7 @@ Sent = TypeVar("Sent")
 if TYPE_CHECKING:
 
     class RemoteMethod:
-        """A method of an actor's handle, of which type checkers know nothing more."""
+        """A method of an actor's handle, with no further types."""
 
         def remote(self, *args: Any, **kwargs: Any) -> ray.ObjectRef[Any]:
             """Call it in the actor. Returns at once."""
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
             ...
 
         def bind(self, *args: Any, **kwargs: Any) -> Any:
-            """A node of one of Ray's graphs."""
+            """A node of a graph of Ray."""
             ...
 
     class Handle(ActorHandle[T]):
@@ -66,7 +66,7 @@ if TYPE_CHECKING:
         def __get__(self, instance: Any, owner: type) -> Any: ...
 
     class MethodDecorator(Protocol):
-        """What `method(...)` with options gives."""
+        """The result of `method(...)` with options."""
 
         @overload
         def __call__(
@@ -98,13 +98,13 @@ def method(**options: Any) -> MethodDecorator: ...
 def method(function: Any = None, /, **options: Any) -> Any:
     """Mark a method of an actor, so that type checkers know its arguments and its result behind `typed(handle)`.
 
-    It stays the function that it is. With options it is `ray.method`.
+    The method itself does not change. With options, the decorator is the same as `ray.method`.
 
     Args:
         options: Ray's options for a method, such as `num_returns` and `concurrency_group`.
 
     Raises:
-        DeclarationError: not a function, or an option that Ray does not know.
+        DeclarationError: the decorated object is not a function, or Ray does not know an option.
     """
     if function is None:
         return functools.partial(_mark, options=options)
@@ -124,9 +124,10 @@ def _mark(function: Any, options: dict[str, Any]) -> Any:
 
 
 def typed(handle: ActorHandle[T]) -> type[T]:
-    """The same handle, as type checkers see its marked methods: `typed(worker).ask.remote("a query")`.
+    """Return the same handle, with types for its marked methods: `typed(worker).ask.remote("a query")`.
 
-    Marked are those with `@zerocopy.method` or `@ray.method`. The others have no `remote` there. At run time it does nothing.
+    Methods are marked with `@zerocopy.method` or `@ray.method`. For type checkers, other methods have no `remote` here. At run
+    time, this function does nothing.
     """
     same: Any = handle
     return same  # type: ignore[no-any-return]

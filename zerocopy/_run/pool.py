@@ -22,7 +22,7 @@ Item = TypeVar("Item")
 
 
 class Pool(Generic[T]):
-    """Actors of one class that share one copy of the weights. Made by `.pool`; `close()` ends them."""
+    """Actors of one class that share one copy of the weights. `.pool` returns it, and `close()` ends the actors."""
 
     def __init__(self, cls: type[T], actors: list[Handle[T]]) -> None:
         self._cls = cls
@@ -58,18 +58,20 @@ class Pool(Generic[T]):
         max_in_flight: int | None = None,
         progress: bool = True,
     ) -> Iterator[Any]:
-        """Call a method for each of `items`, which are iterated lazily, on one actor after the other.
+        """Call a method for each of `items`, on one actor after the other. The items are iterated lazily.
 
-        Yields results in order. The first error cancels the calls under way and is raised.
+        Yields the results in order. The first error cancels the calls in flight and is raised.
 
         Args:
-            method: its name, or the method of the class (`Worker.ask`), whose types are checked then.
-            items: what it is called with, one by one.
-            max_in_flight: how many calls are under way at most; by default two for each actor.
-            progress: whether to show a bar on a terminal or in a notebook.
+            method: the name of the method, or the method of the class (`Worker.ask`). For the latter, type checkers check the
+                items and the results.
+            items: the arguments of the calls, one per call.
+            max_in_flight: the maximum number of calls in flight. The default is two per actor.
+            progress: whether to show a progress bar on a terminal or in a notebook.
 
         Raises:
-            ArgumentError: the class has no such method, or the pool is closed.
+            ArgumentError: the class has no such method, the pool is closed, `items` cannot be iterated or is a string, or
+                `max_in_flight` is not a positive number.
         """
         if not self.actors:
             cls = self._cls.__name__
@@ -92,7 +94,7 @@ class Pool(Generic[T]):
         return in_order(submit, items, limit, description, progress=progress, when_slow=self._warn_of_waiting)
 
     def _warn_of_waiting(self) -> None:
-        """Warn of actors that the cluster has no room for. Calls to them wait, and may do so for ever."""
+        """Warn of actors that the cluster has no room for. Calls to them wait, possibly forever."""
         waiting = sum(not has_process(actor) for actor in self.actors)
         if waiting:
             cls, resources = self._cls.__name__, ray.cluster_resources()
@@ -104,7 +106,7 @@ class Pool(Generic[T]):
             )
 
     def close(self) -> None:
-        """End the actors. Closing twice is fine."""
+        """End the actors. Closing twice is allowed."""
         actors, self.actors = self.actors, []
         for actor in actors:
             ray.kill(actor)

@@ -65,7 +65,7 @@ _ITEMS_LAST = "pass a list, or any other iterable, last; name the arguments afte
 
 
 class BoundTask(_BoundFunctionWrapper[P, R]):
-    """A task that is a method, bound to its instance, which is sent as the first argument."""
+    """A task that is a method, bound to its instance. The instance is passed as the first argument."""
 
     # cloudpickle recognizes functions by their class, and wrapt would give the class of the wrapped function.
     @property  # type: ignore[misc]
@@ -80,19 +80,23 @@ class BoundTask(_BoundFunctionWrapper[P, R]):
         return result
 
     def remote(self, *args: P.args, **kwargs: P.kwargs) -> ray.ObjectRef[R]:
+        """See `Task.remote`."""
         ref: ray.ObjectRef[R] = self._self_parent.remote(*self._arguments(args), **kwargs)
         return ref
 
     def local(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """See `Task.local`."""
         result: R = self._self_parent.local(*self._arguments(args), **kwargs)
         return result
 
     def map(self, *args: Any, max_in_flight: int | None = None, progress: bool = True, **kwargs: Any) -> Iterator[R]:
+        """See `Task.map`."""
         bounds = {"max_in_flight": max_in_flight, "progress": progress}
         results: Iterator[R] = self._self_parent.map(*self._arguments(args), **bounds, **kwargs)
         return results
 
     def options(self, **options: Any) -> BoundTask[P, R]:
+        """See `Task.options`."""
         changed = self._self_parent.options(**options)
         bound: BoundTask[P, R] = changed.__get__(self._self_instance, type(self._self_instance))
         return bound
@@ -108,7 +112,7 @@ class BoundTask(_BoundFunctionWrapper[P, R]):
 
 
 class Task(_FunctionWrapper[P, R]):
-    """A function whose direct call runs as a Ray task and waits. Made by `zerocopy.task`.
+    """A function whose direct call runs as a Ray task and waits for the result. `zerocopy.task` returns it.
 
     Pipelines, modules and publications among the arguments arrive loaded.
     """
@@ -176,34 +180,49 @@ class Task(_FunctionWrapper[P, R]):
         """Schedule a Ray task.
 
         Returns:
-            A reference to the result (a list of them with `num_returns`, a generator for a generator function).
+            A reference to the result; with `num_returns`, a list of references; for a generator function, a generator.
+
+        Raises:
+            ArgumentError: an argument is missing, unknown, or not an instance of the pipeline class of its annotation.
+            As `zerocopy.publish`.
         """
         self._self_parameters.check(args, kwargs)
         ref: ray.ObjectRef[R] = self._submit(*pack_arguments(args, kwargs))
         return ref
 
     def options(self, **options: Any) -> Task[P, R]:
-        """The same task with other options of Ray."""
+        """Return the same task with other options of Ray.
+
+        Raises:
+            DeclarationError: Ray does not know an option, or refuses its value.
+        """
         check_options(options, "task", late=True)
         late = options if self._self_base is None else {**self._self_options, **options}
         return Task(self.__wrapped__, late, self._self_device, self._self_reuse, self._self_base or self)
 
     def local(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        """Run in this process. Arguments are copied or loaded, as those of a remote call would be."""
+        """Run in this process. The arguments are copied or loaded, like the arguments of a remote call.
+
+        Raises:
+            ArgumentError: an argument is missing, unknown, or not an instance of the pipeline class of its annotation.
+        """
         self._self_parameters.check(args, kwargs)
         values, named = copy_arguments(args, kwargs, self._self_device, live_parameters(self.__wrapped__))
         return self.__wrapped__(*values, **named)
 
     def map(self, *args: Any, max_in_flight: int | None = None, progress: bool = True, **kwargs: Any) -> Iterator[R]:
-        """Call for each item of the last positional argument, which is iterated lazily. The other arguments stay the same.
+        """Call the function for each item of the last positional argument. The other arguments are the same in all calls.
 
-        Yields results in order. The first error cancels the calls under way and is raised.
+        The items are iterated lazily. Yields the results in order. The first error cancels the calls in flight and is raised.
 
         Args:
-            args: arguments of the function, and what to iterate as the last one.
-            max_in_flight: how many calls are under way at most; by default twice the CPUs of the cluster.
-            progress: whether to show a bar on a terminal or in a notebook.
+            args: arguments of the function. The last one is an iterable of items.
+            max_in_flight: the maximum number of calls in flight. The default is twice the CPUs of the cluster.
+            progress: whether to show a progress bar on a terminal or in a notebook.
             kwargs: arguments of the function by name.
+
+        Raises:
+            ArgumentError: the last argument cannot be iterated or is a string, or `max_in_flight` is not a positive number.
         """
         if not args:
             raise ArgumentError(
@@ -282,18 +301,19 @@ def task(function: Callable[P, R]) -> Task[P, R]: ...
 @overload
 def task(*, device: str | None = ..., reuse: bool = ..., **options: Any) -> Callable[[Callable[P, R]], Task[P, R]]: ...
 def task(function: Any = None, *, device: str | None = None, reuse: bool = True, **options: Any) -> Any:
-    """Make a function run as a Ray task whose pipelines, modules and publications arrive loaded.
+    """Make a function run as a Ray task, in which pipelines, modules and publications among the arguments arrive loaded.
 
-    Works on methods of a pipeline as well: they run remotely with `self` loaded.
+    A method of a pipeline can be a task, too: it runs remotely, with `self` loaded.
 
     Args:
-        device: where pipelines are loaded; a field's own device wins.
-        reuse: whether a call may use the modules that an earlier call in its worker process has loaded, if versions,
-            members and modes tell that nobody has changed them. Copied fields are fresh in every call.
+        device: the device that pipelines are loaded onto. A field's own device wins.
+        reuse: whether a call may use the modules that an earlier call in its worker process has loaded, if they have not changed
+            since. Copied fields are fresh in every call.
         options: Ray's options for a task, such as `num_cpus`.
 
     Raises:
-        DeclarationError: not a function, `async def`, `staticmethod` or `classmethod`, or an option Ray does not know.
+        DeclarationError: the decorated object is not a function; or it is `async def`, a `staticmethod` or a `classmethod`; or
+            Ray does not know an option.
     """
     check_device_name(device, "@zerocopy.task")
     check_options(options, "task")

@@ -1,1 +1,1 @@
-"""What do processes tell of what they publish and load, and what does it take?"""
+"""Reports what processes publish and load, and how much memory it takes."""

@@ -1,4 +1,4 @@
-"""Which bytes belong to which publication? The kernel's figures of mappings are joined with what processes have noted of them."""
+"""Which bytes belong to which publication? The kernel's figures for mappings are joined with the notes of the processes."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from zerocopy._seeing.processes import Used
 
 @attrs.frozen
 class PublicationMemory:
-    """What one publication takes on one node, in bytes.
+    """The memory of one publication on one node, in bytes.
 
     Attributes:
-        name: empty without one.
-        version: number of the version, None without a name.
-        kind: name of the pipeline's class; empty for mappings of which no process tells what they show.
+        name: name of the publication; empty if it has none.
+        version: number of the version; None without a name.
+        kind: name of the pipeline's class; empty for memory of the store that no process reports.
         node: id of the node; empty without Ray.
-        processes: how many have loaded it, and still use it.
-        loads: how many loads of it are in use.
-        shared: its weights in the node's store, once, however many show them.
-        dirtied: pages that processes have written since they loaded it, and have as their own.
-        private: these, and the part that each load copies.
-        plain: what one plain copy in each of these processes would take.
+        processes: number of processes that have loaded it and still use it.
+        loads: number of loads that are in use.
+        shared: its weights in the node's store, counted once, no matter how many processes use them.
+        dirtied: pages that processes have written since they loaded it. Each process has its own copy of such a page.
+        private: the dirtied pages, and the copied part of each load.
+        plain: bytes of one plain copy in each of these processes.
     """
 
     name: str
@@ -43,7 +43,7 @@ class PublicationMemory:
 
     @property
     def saved(self) -> int:
-        """Bytes that plain copies would take more. Negative as long as nobody has loaded it."""
+        """Bytes that plain copies would take in addition. Negative as long as no process has loaded it."""
         return self.plain - self.shared - self.private
 
 
@@ -135,7 +135,7 @@ class Accounts:
         found.dirtied += usage.anonymous
 
     def keep_loaded(self) -> None:
-        """Know no longer what none of the processes has loaded."""
+        """Forget publications that none of the processes has loaded."""
         self._sums = {label: found for label, found in self._sums.items() if found.mapped}
 
     def publications(self, node: str) -> list[PublicationMemory]:
@@ -144,7 +144,7 @@ class Accounts:
         return [one for one in records if one.shared or one.loads]
 
     def objects(self) -> int:
-        """Bytes of what publications rest on there, each object once."""
+        """Bytes of the objects that hold publications there, each object counted once."""
         largest: dict[bytes, int] = dict(self.sizes)
         for found in self._sums.values():
             for shard, nbytes in found.used.items():

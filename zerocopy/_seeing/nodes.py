@@ -22,12 +22,14 @@ from zerocopy._store.lost import nodes_up
 
 @attrs.frozen
 class NodeMemory:
-    """What the processes of one node take, and the publications there.
+    """The memory of the processes and publications of one node.
 
     Attributes:
-        node: its id; empty without Ray.
-        objects: bytes of what publications rest on in its store, each object once.
-        notes: what is missing, in words.
+        node: id of the node; empty without Ray.
+        objects: bytes of the objects in its store that hold publications, each object counted once.
+        processes: one entry per process.
+        publications: one entry per publication.
+        notes: figures that are missing, in words.
     """
 
     node: str
@@ -38,15 +40,15 @@ class NodeMemory:
 
     @property
     def shared(self) -> int:
-        """Bytes of the store that are in use there, each page once: never less than one copy of what is published.
+        """Bytes of the store that are in use there, each page counted once. Never less than one copy of each publication.
 
-        The proportional shares of the processes alone would be less, where a process that is not in the report has them mapped.
+        The sum of the proportional shares of the processes would be less if a process that is not in the report has mapped them.
         """
         return max(self.objects, sum(process.share for process in self.processes))
 
     @property
     def saved(self) -> int:
-        """Bytes that plain copies of what is loaded there would take more. Each object of the store counts once."""
+        """Bytes that plain copies of the loaded publications would take in addition. Each object of the store counts once."""
         return sum(one.plain - one.private for one in self.publications) - self.objects
 
 

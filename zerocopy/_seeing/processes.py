@@ -16,17 +16,17 @@ from zerocopy._compat.ray import WORKER_TITLE, is_store_file
 
 @attrs.frozen
 class ProcessMemory:
-    """One process' memory in bytes.
+    """The memory of one process, in bytes.
 
     Attributes:
         pid: its process id.
-        name: what it runs.
-        private: anonymous memory: what the process would give back if it ended. Written pages of a private mapping count.
+        name: name of its program, or the title of a worker of Ray, such as `ray::Worker`.
+        private: its anonymous memory, which would be free if it ended. Written pages of a private mapping are included.
         mapped: resident pages of the object store that it has mapped.
-        share: its proportional share (PSS) of those pages; summed over all processes, each page counts once.
-        total: its proportional share of all memory (PSS): private, store, libraries.
-        dirtied: of the private memory, what it has written of what it had mapped of the store.
-        node: id of the node that it belongs to; empty without Ray.
+        share: its proportional share (PSS) of those pages. In the sum over all processes, each page counts once.
+        total: its proportional share (PSS) of all memory: private, store, libraries.
+        dirtied: the part of the private memory that is written pages of the store.
+        node: id of its node; empty without Ray.
     """
 
     pid: int
@@ -40,7 +40,7 @@ class ProcessMemory:
 
     @property
     def saved(self) -> int:
-        """Bytes that the process would take more, had it a copy of its own of the pages that it has touched."""
+        """Bytes that the process would take in addition if it had its own copy of the pages that it has touched."""
         return self.mapped - self.share
 
 
@@ -93,7 +93,7 @@ def measure(pids: Iterable[int], node: str, *, is_here: bool = True) -> Measured
 
 
 def _measure(pid: int, node: str, *, is_here: bool) -> tuple[ProcessMemory | None, Used | None]:
-    """The memory of a process, None of one that has ended and was not waited for; and its mappings of the store, if told."""
+    """The memory of a process, or None if it has ended but still has a pid; and its mappings of the store, if reported."""
     name = _name(psutil.Process(pid), is_here=is_here)
     # All figures from one reading, so that they are of one moment: psutil would tell the total, of another one.
     used = linux.usage(pid)
@@ -112,7 +112,7 @@ def _measure(pid: int, node: str, *, is_here: bool) -> tuple[ProcessMemory | Non
 
 
 def _measure_roughly(pid: int, name: str, node: str) -> ProcessMemory | None:
-    """What a process takes as far as its status tells, which knows no shares and no single mappings."""
+    """The memory of a process according to its status, which has no shares and no single mappings."""
     sizes = linux.resident(pid)
     if "VmRSS" not in sizes:  # it has ended
         return None

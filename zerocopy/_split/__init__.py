@@ -1,1 +1,1 @@
-"""How is an object split into its skeleton and its tensors?"""
+"""Splits an object into its skeleton and its tensors."""

@@ -15,19 +15,21 @@ class PlanEntry:
     """One part of a pipeline.
 
     Attributes:
-        path: where it is, such as `search.encoder`.
+        path: its place, such as `search.encoder`.
         policy: `"shared"` or `"copied"`.
         kind: the name of its type.
-        tensors: how many tensors and arrays it holds.
-        bytes: for a shared part, those of the storages that are first met here; for a copied one, those of its pickle.
+        tensors: the number of tensors and arrays that it holds.
+        bytes: for a shared part, the bytes of the storages that no earlier part holds; for a copied part, the bytes of its
+            pickle.
         dtypes: the dtypes of its tensors and arrays, sorted.
-        ties: `a = b` for each two paths at which one tensor, or one memory, is held.
-        note: why something is not shared, or empty.
-        pickled: for a shared part, bytes of all but its tensors and arrays: each load unpickles them.
-        views: of `bytes` those that a loaded part has as views of the store; None where that was not verified.
-        copied: bytes that each load copies: what came and is no view, or what tensors and arrays of the loaded part take
-            beside the store if that is more. None where it was not verified.
-        may_copy: which objects may copy what they are given when they are loaded, and by which method of their class; or empty.
+        ties: `a = b` for each two paths that hold the same tensor, or the same memory.
+        note: the reason why something is not shared; empty if everything is.
+        pickled: for a shared part, the bytes of everything except its tensors and arrays. Each load unpickles them.
+        views: the part of `bytes` that a loaded pipeline has as views of the store; None if the plan was not verified.
+        copied: bytes that each load copies, None if the plan was not verified. It is the larger of two values: the loaded bytes
+            that are not views, and the memory that tensors and arrays of the loaded part take outside of the store.
+        may_copy: the objects that may copy the data that they receive when they are loaded, and the methods of their classes that
+            may do this; empty if there are none.
     """
 
     path: str
@@ -49,15 +51,18 @@ class SharePlan:
     """What publishing a pipeline would share and copy. Prints as a table, in a notebook as HTML.
 
     Attributes:
-        name: what paths start with.
-        entries: one per shared part and one per copied attribute.
-        shared_bytes: bytes that exist once on each node.
-        copied_bytes: bytes that each load copies: as measured, if the plan was verified.
-        entangled: the path of a mutable object that can be reached from a shared and from a copied part, or None. Each
-            call loads such a pipeline whole.
-        view_bytes: of `shared_bytes` those that a loaded pipeline has as views of the store; None if the plan was not verified.
-        written_bytes: bytes of views that loading writes to, in whole pages, which each load copies; None as above.
-        dtype_bytes: of `shared_bytes`, the bytes of each dtype, the most first; a storage counts by its first tensor.
+        name: the beginning of all paths.
+        entries: one entry per shared part and one per copied attribute.
+        shared_bytes: bytes that exist once per node.
+        copied_bytes: bytes that each load copies. They are measured if the plan was verified.
+        entangled: the path of a mutable object that can be reached from a shared and from a copied part, or None. Each call of a
+            task loads the whole of such a pipeline.
+        view_bytes: the part of `shared_bytes` that a loaded pipeline has as views of the store; None if the plan was not
+            verified.
+        written_bytes: bytes of views that loading writes to, in whole pages. Each load copies these pages. None if the plan was
+            not verified.
+        dtype_bytes: the part of `shared_bytes` that each dtype has, largest first. The first tensor of a storage decides its
+            dtype.
     """
 
     name: str

@@ -1,1 +1,1 @@
-"""How do bytes get into Ray's object store, and how are they found and mapped there again?"""
+"""Writes bytes into Ray's object store, and finds and maps them there."""

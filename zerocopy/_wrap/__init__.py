@@ -1,1 +1,1 @@
-"""How are objects shared whose classes one did not write?"""
+"""Shares objects whose classes the user did not write."""

@@ -22,17 +22,17 @@ _MEMBERS = {"params": "_parameters", "buffers": "_buffers"}
 
 
 def extract_tensors(module: nn.Module) -> tuple[nn.Module, Tensors]:
-    """Take the parameters and buffers out of a module. It stays as it is; nothing is copied.
+    """Take the parameters and buffers out of a module, without copying them. The module itself does not change.
 
     Returns:
-        A copy of `module` whose parameters and buffers are on the meta device, and their contents: for each module, in the
-        order of `named_modules()`, `{"params": {name: array}, "buffers": {name: array}}`. Arrays have the shape of their
-        tensor and are views of it; where NumPy lacks the dtype (bfloat16, float8), or the tensor is not a plain strided one, a
-        tensor stands there. Tied tensors are one array.
+        Two results. The first is a copy of `module` with its parameters and buffers on the meta device. The second has one dict
+        per module, in the order of `named_modules()`: `{"params": {name: array}, "buffers": {name: array}}`. Each array has the
+        shape of its tensor and is a view of it. If NumPy lacks the dtype (bfloat16, float8), or if the tensor is not a plain
+        strided tensor, the dict has a tensor instead of an array. Tied tensors are one array.
 
     Raises:
-        ArgumentError: not an `nn.Module`, or TorchScript, whose weights belong to its code.
-        CannotTravelError: something inside cannot be pickled; the error names its path.
+        ArgumentError: `module` is not an `nn.Module`, or it is TorchScript, whose weights belong to its code.
+        CannotTravelError: an object inside cannot be pickled. The error names its path.
     """
     if not is_module(module) or isinstance(module, torch.jit.ScriptModule):
         raise ArgumentError(
@@ -56,11 +56,11 @@ def extract_tensors(module: nn.Module) -> tuple[nn.Module, Tensors]:
 def replace_tensors(skeleton: nn.Module, tensors: Sequence[Mapping[str, Mapping[str, Any]]]) -> None:
     """Put tensors back into the skeleton of `extract_tensors`, in place and without copying.
 
-    Arrays that lie in the object store are mapped once more, private to this process: writes stay here. Ties, parameter
-    classes, `requires_grad` and attributes are those of the module that was taken apart.
+    Arrays in the object store are mapped privately, so that writes stay in this process. Ties, parameter classes,
+    `requires_grad` and attributes are those of the original module.
 
     Raises:
-        ArgumentError: `tensors` are not those of this skeleton: another number of modules, or an unknown name.
+        ArgumentError: `tensors` do not belong to this skeleton: they have another number of modules, or an unknown name.
     """
     if not is_module(skeleton):
         raise ArgumentError(
@@ -88,7 +88,7 @@ def replace_tensors(skeleton: nn.Module, tensors: Sequence[Mapping[str, Mapping[
         for kind, contents in entry.items():
             for name, value in contents.items():
                 blank, content = members[kind][name], live.get(id(value), value)
-                if id(blank) not in filled:  # the blank one stays alive, so that its id means it
+                if id(blank) not in filled:  # `blank` stays alive, so that its id stays unique
                     filled[id(blank)] = like(blank, content) if is_plain(blank) else content, blank
                 members[kind][name] = filled[id(blank)][0]
 
@@ -131,7 +131,7 @@ def _members(module: nn.Module) -> Iterator[dict[str, MutableMapping[str, Any]]]
 
 
 def _blank(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor on the meta device: all of `tensor` but the contents."""
+    """A tensor on the meta device with everything of `tensor` except its contents."""
     return like(tensor, torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta"))
 
 
