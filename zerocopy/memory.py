@@ -212,8 +212,8 @@ def private_bytes(pid: int | None = None) -> int:
     """
     pid = pid or os.getpid()
     if (reason := linux.why_nothing_is_told()) is not None:
-        raise ValueError(f"The memory of process {pid} is not told: {reason}.")
+        raise ValueError(f"The memory of process {pid} is not reported by the kernel: {reason}.")
     anonymous = linux.anonymous_bytes(pid)
     if anonymous is None:
-        raise ValueError(f"The memory of process {pid} is not told: {linux.NO_ANONYMOUS}.")
+        raise ValueError(f"The memory of process {pid} is not reported by the kernel: {linux.NO_ANONYMOUS}.")
     return anonymous

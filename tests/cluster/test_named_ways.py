@@ -609,7 +609,7 @@ print("other cluster", following.load()())
 try:
     publication.load()
 except zerocopy.errors.NotPublishedError as error:
-    print("other cluster", "has other content here than this publication" in str(error))
+    print("other cluster", "has other content" in str(error))
 """
 
 

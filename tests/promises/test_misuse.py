@@ -426,13 +426,13 @@ MISUSES: list[tuple[Callable[[], object], type[Exception], str]] = [
     (
         default_with_an_own_init,
         TypeError,
-        "Search has the __init__ of Search, so nothing would apply 'default' of field 'top_k'. Hint: set the attribute "
+        "Search uses the __init__ of Search, so 'default' of field 'top_k' would have no effect. Hint: set the attribute "
         "in that __init__, or leave the __init__ out.",
     ),
     (
         annotated_default_with_an_own_init,
         TypeError,
-        "Search has the __init__ of Search, so nothing would apply 'default' of field 'top_k'. Hint: ",
+        "Search uses the __init__ of Search, so 'default' of field 'top_k' would have no effect. Hint: ",
     ),
     (
         mandatory_after_default,
@@ -515,7 +515,8 @@ MISUSES: list[tuple[Callable[[], object], type[Exception], str]] = [
     (
         annotation_without_policy,
         TypeError,
-        "'top_k' of Search has an annotation and no policy, so its __init__ would not take it. Hint: write copied(default=5)",
+        "'top_k' of Search has an annotation but no policy, so the generated __init__ would not take it. "
+        "Hint: write copied(default=5)",
     ),
     (
         missing_field,

@@ -74,7 +74,7 @@ def test_a_kernel_that_tells_less(tmp_path: Path) -> None:
     assert done.stdout.splitlines() == [
         "True | True |  | False 0",
         f"True | True | {NO_SHARES} | True 1",
-        " | The memory of process {own} is not told: there is no /proc/self here. | "
+        " | The memory of process {own} is not reported by the kernel: there is no /proc/self here. | "
         "No process can be measured: there is no /proc/self here. | True 1",
     ], done.stderr
 

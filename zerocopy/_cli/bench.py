@@ -41,7 +41,7 @@ SPARE = 0.8  # of the memory that is free, for copies
 def bench(target: Target, input_: Target | None, workers: int, address: str | None, shown_as: str) -> None:
     """Measure a model of your own, shared and copied.
 
-    MODULE:OBJECT makes it. Workers share it; then each has a copy. Within two minutes.
+    MODULE:OBJECT makes the model. Workers share it first; then each worker has a copy. This takes two minutes at most.
 
     Memory is what the workers take above what they took before: what each has as its own, and the store's pages once, as the
     kernel tells (smaps). Load is the median of workers that load at the same time. Forwards run in one worker, the others idle;

@@ -37,8 +37,9 @@ def doctor(context: click.Context, address: str | None, report: bool, shown_as: 
 
     It starts a small cluster of its own, or looks at all nodes of the one at --address.
 
-    Tries a private mapping for real. Looks at the store, /dev/shm, the container's memory limit, versions on all nodes, settings
-    of Ray, and its memory monitor. Each finding has a remedy. Ends with status 1 if one is a failure; a warning is none.
+    It tries a private mapping for real. It looks at the store, /dev/shm, the container's memory limit, versions on all nodes,
+    settings of Ray, and its memory monitor. Each finding has a remedy. The exit status is 1 if there is a failure, and 0 if there
+    are only warnings.
 
     \b
     Examples:

@@ -32,7 +32,7 @@ class _Commands(click.Group):
 def cli() -> None:
     """Share PyTorch models between Ray workers without copying them.
 
-    Each command has --help with examples. Exit status: 0 is fine, 1 has failed or found something, 2 was not given as it must be.
+    Each command has --help with examples. Exit status: 0 for success, 1 for a failure or a finding, 2 for wrong usage.
 
     \b
     Examples:

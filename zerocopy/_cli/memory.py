@@ -27,9 +27,13 @@ _ORDERS: dict[str, Any] = {
 @click.command()
 @click.option("--watch", is_flag=True, help="Measure again and again, until Ctrl-C.")
 @click.option(
-    "--interval", type=click.FloatRange(0.1), default=2.0, show_default=True, help="Seconds between, with --watch."
+    "--interval",
+    type=click.FloatRange(0.1),
+    default=2.0,
+    show_default=True,
+    help="Seconds between two reports, with --watch.",
 )
-@click.option("--times", type=click.IntRange(1), help="With --watch, end after so many reports.")
+@click.option("--times", type=click.IntRange(1), help="With --watch, stop after this many reports.")
 @click.option(
     "--plot", type=click.Path(dir_okay=False, writable=True), help="Draw to this file (needs zerocopy-ray[plot])."
 )
@@ -52,9 +56,9 @@ def memory(
 ) -> None:
     """Show what publications and processes take.
 
-    Of all nodes of the cluster, as their kernels measure it.
+    The report covers all nodes of the cluster. Their kernels measure the memory.
 
-    --watch prints a report after the other; as JSON one on each line. --plot is drawn of the last one. Rows are sorted within
+    --watch prints one report after another; as JSON, one per line. --plot draws the last one. Rows are sorted within
     each node.
 
     \b

@@ -33,8 +33,8 @@ _ORDERS: dict[str, Any] = {
 def list_names(address: str, shown_as: str, sort_by: str) -> None:
     """List the publications that have names.
 
-    With versions, aliases, bytes, nodes, age and source. BYTES puts the largest first, AGE the newest. `source`
-    says whether a version comes back by itself after a loss.
+    The table shows versions, aliases, bytes, nodes, age and source. BYTES puts the largest first, AGE the newest. The
+    column `source` says whether a version comes back by itself after a loss.
 
     \b
     Examples:
@@ -65,7 +65,7 @@ def _told(one: Published) -> dict[str, Any]:
 @click.command()
 @click.argument("target", metavar="MODULE:OBJECT", callback=named)
 @click.option("--name", required=True, help="The name that `zerocopy.lookup` finds it by.")
-@click.option("--alias", help="Points at this version from now on, as 'latest' does.")
+@click.option("--alias", help="An alias that points at this version from now on, as 'latest' does.")
 @click.option(
     "--source", is_flag=True, help="Keep the function: the version comes back by itself if its weights are lost."
 )
@@ -86,10 +86,10 @@ def publish(
 ) -> None:
     """Publish what MODULE:OBJECT makes, under a name.
 
-    It outlives this command.
+    The publication outlives this command.
 
     OBJECT is a function or a class that is called without arguments, or a pipeline or module itself. Workers must be able to
-    import its classes. Content that the name has already gives the version that exists.
+    import its classes. If the name already has this content, its version is used.
 
     \b
     Examples:
@@ -151,7 +151,7 @@ def remove(name: str, version: int | None, address: str, shown_as: str) -> None:
 def alias(name: str, alias: str, version: int, address: str, shown_as: str) -> None:
     """Let an alias of a name point at a version.
 
-    To roll back, or forward. Whatever follows it changes.
+    Use it to roll back, or forward. Everything that follows the alias changes.
 
     \b
     Examples:

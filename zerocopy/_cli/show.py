@@ -25,7 +25,7 @@ format_option = click.option(
     type=click.Choice(["table", JSON], case_sensitive=False),
     default="table",
     show_default=True,
-    help="How to print. JSON stands alone on stdout, and counts plain bytes.",
+    help="How to print. JSON is the only output on stdout, and counts plain bytes.",
 )
 units_option = click.option(
     "--units",

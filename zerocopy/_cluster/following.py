@@ -63,7 +63,7 @@ class _ToBeLoaded:
         if name.startswith("_"):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         raise NotExposedError(
-            f"What arrives for a zerocopy.Live[...] parameter has no attribute {name!r}.",
+            f"The handle that arrives for a zerocopy.Live[...] parameter has no attribute {name!r}.",
             hint=f"its current() gives the pipeline: write .current().{name}.",
             attribute=name,
         )

@@ -206,8 +206,7 @@ class NamedPublication(Publication):
         tag, digest = self.tag, told["digest"].hex()
         if told["number"] == tag.number and tag.digest not in (None, digest):
             raise NotPublishedError(
-                f"Version {tag.number} of {tag.name!r} has other content here than this publication, which comes from another "
-                "cluster.",
+                f"This publication comes from another cluster: here version {tag.number} of {tag.name!r} has other content.",
                 hint=f"look it up in this cluster: zerocopy.lookup({tag.name!r}).",
                 name=tag.name,
                 versions=[told["number"]],

@@ -43,7 +43,7 @@ def packed_source(source: Callable[[], Any]) -> bytes:
         ) from error
     if len(packed) > MOST_SOURCE:
         raise ArgumentError(
-            f"source={source!r} brings along {format_bytes(len(packed))}, which the registry would keep in its own memory.",
+            f"source={source!r} captures {format_bytes(len(packed))}, which the registry would have to keep in its own memory.",
             hint="let it build or read the weights, and not return a model that it has captured.",
         )
     return packed

@@ -111,7 +111,8 @@ def _take_over(pipeline: Any, newer: Any) -> None:
             object.__setattr__(pipeline, "__class__", type(newer))
         except TypeError as error:  # other slots
             raise ArgumentError(
-                f"{type(newer).__qualname__} was defined again, and objects of the old class cannot become the new one: {error}.",
+                f"{type(newer).__qualname__} was defined again, and objects of the old class cannot change to the new one: "
+                f"{error}.",
                 hint="load the newest version: zerocopy.lookup(...).load().",
             ) from error
     for base in type(newer).__mro__:

@@ -209,7 +209,7 @@ def _check_init_options(cls: type, markers: Mapping[str, Marker], init_class: ty
         refused.append("'kw_only'")
     if refused:
         raise DeclarationError(
-            f"{cls.__name__} has the __init__ of {init_class.__name__}, so nothing would apply {refused[0]}.",
+            f"{cls.__name__} uses the __init__ of {init_class.__name__}, so {refused[0]} would have no effect.",
             hint="set the attribute in that __init__, or leave the __init__ out.",
         )
 
@@ -224,7 +224,7 @@ def _check_annotations(cls: type, markers: Mapping[str, Marker]) -> None:
         value = vars(cls).get(name, attrs.NOTHING)
         default = "" if value is attrs.NOTHING else f"default={value!r}"
         raise DeclarationError(
-            f"{name!r} of {cls.__name__} has an annotation and no policy, so its __init__ would not take it.",
+            f"{name!r} of {cls.__name__} has an annotation but no policy, so the generated __init__ would not take it.",
             hint=f"write copied({default}) or shared({default}), or annotate it ClassVar[...] if all instances have one.",
             field=name,
         )

@@ -125,7 +125,7 @@ class Pool(Generic[T]):
         if cls is None or not callable(getattr(cls, name, None)):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         raise NotExposedError(
-            f"A pool has no method of its own for {name!r} of {cls.__name__}.",
+            f"A pool cannot call {name!r} of {cls.__name__} directly.",
             hint=f"write pool.map({name!r}, items), or pool[0].{name}.remote(...) for one actor.",
             attribute=name,
         )

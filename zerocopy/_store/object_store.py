@@ -304,14 +304,14 @@ def check_out_of_band(what: str, is_ours: Callable[[], bool]) -> None:
     # Ray itself gives max_calls=1 to tasks with GPUs, whose authors need not know.
     if ends_with_task() and not assigned_gpu() and is_ours():
         raise OutOfBandError(
-            f"{what} was pickled outside of Ray's arguments in a task with max_calls=1, such as the one in which Ray Serve "
-            "builds an app from a config. Its process ends with the task, and the weights with it.",
+            f"{what} was pickled in a task with max_calls=1, but not as an argument of a Ray call. In such a task Ray Serve "
+            "builds an app from a config. Its process ends with the task, and so would the weights.",
             hint="give them a name, under which they stay: zerocopy.publish(pipeline, name=...).",
         )
     if not allows_out_of_band():
         raise OutOfBandError(
-            f"{what} was captured by a closure, a global or a pickle outside of Ray's arguments, where "
-            "RAY_allow_out_of_band_object_ref_serialization=0 forbids references to the object store.",
+            f"{what} was captured by a closure, a global or a plain pickle. "
+            "RAY_allow_out_of_band_object_ref_serialization=0 allows references to the object store in arguments alone.",
             hint="pass it as an argument, or unset that variable.",
         )
 
