@@ -2,6 +2,7 @@
 
 import os
 import re
+import tempfile
 from pathlib import Path
 
 import nox
@@ -117,18 +118,20 @@ def package(session: nox.Session) -> None:
     """The wheel and the source archive, in `dist`; each is installed into a clean environment, and runs the README there."""
     session.install("build")
     session.run("python", "-m", "build", "--outdir", "dist")
+    blocks = re.findall(r"^```python\n(.*?)^```", Path("README.md").read_text(), re.DOTALL | re.MULTILINE)
     for archive in sorted(Path("dist").glob(f"zerocopy_ray-{PROJECT['project']['version']}*")):
-        folder = Path(session.create_tmp()).resolve()
-        python = str(folder / archive.suffix / "bin" / "python")
-        session.run("python", "-m", "venv", "--clear", str(folder / archive.suffix))
-        wanted = f"zerocopy-ray[demo] @ {archive.resolve().as_uri()}"
-        session.run(python, "-m", "pip", "install", "-c", "constraints.txt", "torch", wanted, external=True)
-        blocks = re.findall(r"^```python\n(.*?)^```", Path("README.md").read_text(), re.DOTALL | re.MULTILINE)
-        (folder / "readme.py").write_text("\n".join(blocks))
-        with session.chdir(folder):  # where the checkout cannot be imported
-            session.run(python, "readme.py", external=True)
-            script = str(Path(python).with_name("zerocopy"))
-            session.run(script, "demo", "--limit", "400", external=True, env=OFFLINE)
+        with (
+            tempfile.TemporaryDirectory() as name
+        ):  # where the checkout cannot be imported; the session's own is long for sockets
+            folder = Path(name)
+            session.run("python", "-m", "venv", str(folder / "venv"))
+            python, script = (str(folder / "venv/bin" / command) for command in ("python", "zerocopy"))
+            wanted = f"zerocopy-ray[demo] @ {archive.resolve().as_uri()}"
+            session.run(python, "-m", "pip", "install", "-c", "constraints.txt", "torch", wanted, external=True)
+            (folder / "readme.py").write_text("\n".join(blocks))
+            with session.chdir(folder):
+                session.run(python, "readme.py", external=True)
+                session.run(script, "demo", "--limit", "400", external=True, env=OFFLINE)
 
 
 @nox.session
