@@ -13,9 +13,12 @@ ROOT = Path(__file__).parents[2]
 PAGES = {
     "docs/checkpoints.md": "110",
     "docs/guide.md": "shared once per node",
+    "docs/howto-versions.md": "three fine-tunings of a model of 8,429,600 bytes took",
+    "docs/howto-workers.md": "MB more of its own",
     "docs/migration.md": "torch.Size([1, 8])",
     "docs/names.md": "both have version 3",
     "docs/nodes.md": "100%",
+    "docs/questions.md": "without a name: owner ended",
     "docs/seeing.md": "encoder is loaded in 3 processes and saves",
 }
 
