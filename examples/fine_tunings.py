@@ -35,12 +35,17 @@ def classify(model: nn.Module, features: torch.Tensor) -> list[int]:
         return model(features).argmax(1).tolist()
 
 
+def stored() -> int:
+    """Bytes that all publications take of the store: what several of them have counts once."""
+    return sum(node.objects for node in zerocopy.memory_report().nodes)
+
+
 def publish(model: nn.Module, name: str) -> None:
     """Put a model under a name, and tell what that took."""
-    before = zerocopy.memory_report().shared
+    before = stored()
     zerocopy.publish(model, name=name)
-    written = zerocopy.memory_report().shared - before
-    print(f"{name}: {zerocopy.plan(model).shared_bytes / 1e6:.1f} MB of weights, {written / 1e6:.1f} MB written")
+    written = stored() - before
+    print(f"{name}: {zerocopy.plan(model).shared_bytes:,} bytes of weights, {written:,} bytes written")
 
 
 def main() -> None:
@@ -62,7 +67,7 @@ def main() -> None:
     anna, ben = zerocopy.lookup("anna").load(), zerocopy.lookup("ben").load()
     print("first layers in the same memory:", shares_memory(anna[0], ben[0]))
     print("last layers in the same memory:", shares_memory(anna[-1], ben[-1]))
-    for name in zerocopy.publications().names:
+    for name in ["base", *customers]:
         zerocopy.remove(name)
 
 

@@ -8,10 +8,10 @@ python examples/web_service.py
 import collections
 import json
 import logging
-import os
 import socket
 import threading
 import urllib.request
+from typing import Any
 
 import ray
 import torch
@@ -26,19 +26,20 @@ class Service:
     def __init__(self, model: zerocopy.Live[nn.Module]) -> None:
         self.model = model
 
-    def __call__(self) -> dict[str, float]:
+    def __call__(self) -> dict[str, Any]:
         model = self.model.current()  # the newest version; this request keeps it to its end
         with torch.inference_mode():
-            return {"score": model(torch.ones(1024)).mean().item(), "pid": os.getpid()}
+            score = model(torch.ones(1024)).mean().item()
+        return {"score": score, "replica": serve.get_replica_context().replica_id.unique_id}
 
 
 def publish(score: int) -> None:
     model = nn.Linear(1024, 1024, bias=False)  # your model, from its files; this one answers `score`
     nn.init.constant_(model.weight, score / 1024)
-    zerocopy.publish(model, name="scorer")
+    zerocopy.publish(model, name="service")
 
 
-def ask(port: int, answers: list[dict[str, float]], ended: threading.Event) -> None:
+def ask(port: int, answers: list[dict[str, Any]], ended: threading.Event) -> None:
     """A client that asks without pause. Of a request that fails it has an empty answer."""
     while not ended.is_set():
         try:
@@ -49,26 +50,22 @@ def ask(port: int, answers: list[dict[str, float]], ended: threading.Event) -> N
 
 
 def main() -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
+    with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     publish(1)
     serve.start(http_options={"host": "127.0.0.1", "port": port})
-    serve.run(Service.bind(zerocopy.lookup("scorer")), route_prefix="/score")
-
+    serve.run(Service.bind(zerocopy.lookup("service")), route_prefix="/score")
     answers, ended = [], threading.Event()
     (client := threading.Thread(target=ask, args=(port, answers, ended))).start()
-    for score in (2, 3):
-        ended.wait(2)
-        publish(score)  # while the client asks
-    ended.wait(3)
+    for score in (1, 2, 3):
+        publish(score)  # while the client asks; version 1 is there, and costs nothing
+        ended.wait(3)
     ended.set()
     client.join()
-    print(zerocopy.memory_report())
     scores = collections.Counter(one.get("score", "failed") for one in answers)
-    print("requests that failed:", scores.pop("failed", 0))
+    print(zerocopy.memory_report(), "\nrequests that failed:", scores.pop("failed", 0))
     print("answers by score:", *sorted(scores.items()))
-    print("replicas that answered:", len({one["pid"] for one in answers if one}))
+    print("replicas that answered:", len({one["replica"] for one in answers if one}))
 
 
 if __name__ == "__main__":
@@ -78,5 +75,5 @@ if __name__ == "__main__":
     try:
         main()
     finally:
-        zerocopy.remove("scorer")
+        zerocopy.remove("service")
         serve.shutdown()
