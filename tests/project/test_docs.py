@@ -24,7 +24,7 @@ PAGES = {
 
 
 def program(page: str, folder: Path) -> Path:
-    """Every Python block of a page, one after the other."""
+    """Every block of a page that is marked `python`, one after the other. Those marked `py` are shown and not run."""
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE)
     path = folder / "page.py"
     path.write_text("\n".join(blocks))
