@@ -1,4 +1,6 @@
-"""A pool of Ray actors that share one copy of a model, and cannot spoil it for one another.
+"""How do several Ray actors share one copy of a model?
+
+A pool of actors reads the same weights; one that overwrites them does so for itself alone.
 
 python examples/actors.py
 """

@@ -1,4 +1,6 @@
-"""Batch inference with Ray Data: every actor of `map_batches` reads the same weights.
+"""How do the actors of `map_batches` share one model?
+
+Batch inference with Ray Data: the constructor of each actor is given a handle, and all read the same weights.
 
 python examples/ray_data.py
 """

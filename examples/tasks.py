@@ -1,4 +1,6 @@
-"""Functions and methods that run as Ray tasks, with models arriving loaded and not copied.
+"""How do I pass a large model to many Ray tasks?
+
+Functions and methods that run as tasks: the model is published once, and arrives loaded and not copied.
 
 python examples/tasks.py
 """

@@ -4,6 +4,9 @@ import re
 from pathlib import Path
 
 import pytest
+from conftest import wait_until
+
+import zerocopy
 
 pytestmark = pytest.mark.long
 
@@ -28,8 +31,9 @@ def test_actors_answer_alike_and_stay_isolated(run_as_main):
     assert float(others[0]) > 1
 
 
-def test_ray_data_workers_read_the_weights_from_the_store(run_as_main):
+def test_ray_data_workers_read_the_weights_from_the_store(run_as_main, monkeypatch):
     """Every worker of `map_batches` has the whole model from the object store, and all rows come out right."""
+    monkeypatch.setenv("RAY_BACKEND_LOG_LEVEL", "fatal")  # as the example does, but not for the tests that follow
     output = run_as_main(EXAMPLES / "ray_data.py")
     weights = int(re.search(r"weights: (\d+) MB", output)[1])
     workers = [list(map(int, found)) for found in re.findall(r"worker \d+: (\d+) rows, reads (\d+) MB", output)]
@@ -50,3 +54,43 @@ def test_tasks_run_elsewhere_with_the_same_results(run_as_main):
     assert first_map.split()[0] == score
     assert len(method_map.split()) == 6
     assert method_map.split() == words_after("remote", output) == words_after("local", output)
+
+
+def test_fine_tunings_cost_what_differs(run_as_main):
+    """The base is written whole, and of each fine-tuning only its last layer, though each answers for itself."""
+    wait_until(lambda: not any(node.objects for node in zerocopy.memory_report().nodes), 15)  # other tests' are freed
+    output = run_as_main(EXAMPLES / "fine_tunings.py")
+    found = re.findall(r"(\S+) bytes of weights, (\S+) bytes written", output)
+    sizes = [(int(weights.replace(",", "")), int(written.replace(",", ""))) for weights, written in found]
+    (weights, base), *tuned = sizes
+    assert base == weights
+    assert [size for size, _ in tuned] == [weights] * 4
+    assert all(0 < written < 0.002 * weights for _, written in tuned)
+    assert "answers as in this process: True - different from each other: 4" in output
+    assert words_after("first layers in the same memory", output) == ["True"]
+    assert words_after("last layers in the same memory", output) == ["False"]
+
+
+def test_several_models_are_loaded_together_or_in_part(run_as_main):
+    """Tasks load the whole pipeline, an actor a part of it, and both answer as the publisher does."""
+    output = run_as_main(EXAMPLES / "several_models.py")
+    assert words_after("tasks answer as this process", output) == ["True"]
+    assert words_after("the actor finds the same", output) == ["True"]
+    assert words_after("the actor has loaded", output) == ["candidates", "encoder", "index"]
+
+
+def test_torchscript_workers_read_the_weights_from_the_store(run_as_main):
+    """Programs of every kind answer as their module does, over weights that are in the store alone."""
+    output = run_as_main(EXAMPLES / "torchscript.py")
+    for kind in ("scripted", "traced", "frozen"):
+        assert words_after(kind, output)[-1] == "True"
+    assert len(re.findall("^worker: 1.0 of 67 MB", output, re.MULTILINE)) == 2
+
+
+def test_a_web_service_is_updated_while_it_is_asked(run_as_main):
+    """Two replicas answer over HTTP with one version after the other, and no request fails."""
+    output = run_as_main(EXAMPLES / "web_service.py")
+    assert words_after("requests that failed", output) == ["0"]
+    found = [(float(score), int(count)) for score, count in re.findall(r"\((\S+), (\d+)\)", output)]
+    assert [score for score, _ in found] == [1, 2, 3]
+    assert words_after("replicas that answered", output) == ["2"]
