@@ -39,9 +39,9 @@ def answer(search: Search, query: torch.Tensor) -> str:
     return search(query)
 
 
-@ray.remote(num_cpus=0.5)
+@zerocopy.actor(num_cpus=0.5)
 class Finder:
-    """Needs a part of the pipeline. A plain Ray actor gets the publication, and can load that part alone."""
+    """Needs a part of the pipeline. So it asks for the publication instead of a loaded pipeline, and loads that part alone."""
 
     def __init__(self, publication: zerocopy.Publication) -> None:
         self.search = publication.load(fields=["encoder", "index", "candidates"])

@@ -391,3 +391,44 @@ def test_everything_in_main(address: str) -> None:
     """Pipelines, tasks and actors defined in `__main__`, without a file as in a notebook, work."""
     done = run_python(MAIN, "-", address)
     assert done.stdout.split() == ["True"] * 6, done.stdout + done.stderr
+
+
+@zerocopy.task
+def kind_of_handle(search: zerocopy.Publication) -> tuple[str, float]:
+    return type(search).__name__, search.load(fields=["encoder"]).encoder[0].weight.sum().item()
+
+
+@zerocopy.task
+def kinds(
+    optional: zerocopy.Publication | None, either: pipelines.Search | zerocopy.Publication, name: str = ""
+) -> list[str]:
+    return [type(optional).__name__, type(either).__name__, name]
+
+
+def test_a_parameter_can_ask_for_the_publication() -> None:
+    """Annotated so, it arrives as it is, whatever was given; where a pipeline may arrive as well, that does."""
+    search = pipelines.search(width=8)
+    publication = zerocopy.publish(search)
+    expected = ("Publication", search.encoder[0].weight.sum().item())
+    assert kind_of_handle(publication) == ray.get(kind_of_handle.remote(search)) == expected
+    assert kind_of_handle.local(publication) == expected
+    assert kinds(publication, publication, name="a") == ["Publication", "Search", "a"]
+    assert kinds(None, search) == ["NoneType", "Search", ""]
+
+
+class Holder(zerocopy.Actor):
+    def __init__(self, search: zerocopy.Publication) -> None:
+        self.search = search
+
+    def labels(self) -> list[str]:
+        return [type(self.search).__name__, type(self.search.load()).__name__]
+
+
+def test_an_actor_can_ask_for_the_publication() -> None:
+    """It loads when it wants to, or only a part; the weights stay as long as its handle."""
+    search = pipelines.search(width=8)
+    publication = zerocopy.publish(search)
+    holder = Holder.options(num_cpus=0.1).remote(publication)
+    publication.close()
+    del search
+    assert ray.get(holder.labels.remote()) == ["Publication", "Search"]

@@ -64,7 +64,11 @@ class _ToBeLoaded:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         raise NotExposedError(
             f"The handle that arrives for a zerocopy.Live[...] parameter has no attribute {name!r}.",
-            hint=f"its current() gives the pipeline: write .current().{name}.",
+            hint=(
+                "its current() gives the newest version, loaded. For load() annotate the parameter as zerocopy.Publication."
+                if name in ("load", "prefetch", "nodes", "close")
+                else f"its current() gives the pipeline: write .current().{name}."
+            ),
             attribute=name,
         )
 

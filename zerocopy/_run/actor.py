@@ -14,7 +14,7 @@ import ray
 from zerocopy._compat.ray import is_ray_actor_class
 from zerocopy._declare.fields import Marker, check_device_name
 from zerocopy._declare.pipeline import class_with_own_init, describe, is_pipeline_class
-from zerocopy._run.arguments import keep_arguments, live_parameters, load_arguments, load_publication
+from zerocopy._run.arguments import handle_parameters, keep_arguments, load_arguments, load_publication
 from zerocopy._run.checks import Parameters, check_options, say_options
 from zerocopy._run.copies import warn_if_called_by_ray, warn_of_copies
 from zerocopy._run.following import (
@@ -97,8 +97,8 @@ class Launcher(Generic[P, T]):
         parameters, actor_class = getattr(cls, _SPEC).made_of(cls)
         parameters.check(args, kwargs)
         object_store.require()
-        spec, live = getattr(cls, _SPEC), live_parameters(cls.__init__, is_method=True)
-        sent, named = keep_arguments(args, kwargs, lambda which: spec.follow or which in live)
+        spec, handles = getattr(cls, _SPEC), handle_parameters(cls.__init__, is_method=True)
+        sent, named = keep_arguments(args, kwargs, lambda which: spec.follow or which in handles)
         if self._options:
             actor_class = actor_class.options(**self._options)
         actors = [actor_class.remote(*sent, **named) for _ in range(count)]
@@ -262,8 +262,8 @@ def _with_arguments_loaded(init: Callable[..., Any]) -> Callable[..., Any]:
 def _loaded_for(
     actor: Any, init: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> tuple[list[Any], dict[str, Any]]:
-    spec, live = getattr(type(actor), _SPEC), live_parameters(init, is_method=True)
-    return load_arguments(args, kwargs, spec.device, load_newest if spec.follow else load_publication, live)
+    spec, handles = getattr(type(actor), _SPEC), handle_parameters(init, is_method=True)
+    return load_arguments(args, kwargs, spec.device, load_newest if spec.follow else load_publication, handles)
 
 
 def _prepare_subclasses(cls: Any) -> None:

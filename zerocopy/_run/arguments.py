@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, TypeAlias, get_args, get_origin
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType, NoneType, UnionType
+from typing import Any, TypeAlias, Union, get_args, get_origin
 
 import ray
 import ray.cloudpickle
@@ -22,6 +23,8 @@ from zerocopy._split.held_models import holds_models
 from zerocopy._store import object_store
 
 Load: TypeAlias = Callable[[Publication, str | None], Any]
+Arrival: TypeAlias = Callable[[Any, str | None], Any]  # of an argument, on the device of the code that receives it
+Handles: TypeAlias = Mapping[int | str, Arrival]
 
 
 def pack_argument(value: Any) -> Any:
@@ -102,16 +105,16 @@ def load_arguments(
     kwargs: Mapping[str, Any],
     device: str | None,
     load: Load = load_publication,
-    live: Collection[int | str] = (),
+    handles: Handles = MappingProxyType({}),
 ) -> tuple[list[Any], dict[str, Any]]:
     """The arguments of a call as the user's code receives them.
 
     Args:
-        live: positions and names of the arguments that are to arrive as `Live` ones.
+        handles: as `handle_parameters` gives them.
     """
 
     def arrived(which: int | str, value: Any) -> Any:
-        return as_live(value, device) if which in live else load_argument(value, device, load)
+        return handles[which](value, device) if which in handles else load_argument(value, device, load)
 
     values = [arrived(position, value) for position, value in enumerate(args)]
     return values, {name: arrived(name, value) for name, value in kwargs.items()}
@@ -126,23 +129,40 @@ def as_live(value: Any, device: str | None) -> Any:
     return value if isinstance(value, (Fixed, OnDevice)) else Fixed(value)
 
 
+def as_publication(value: Any, _: str | None) -> Any:
+    """An argument for a parameter that is annotated as a publication: as it has come."""
+    return value
+
+
 @functools.lru_cache(256)
-def live_parameters(function: Any, *, is_method: bool = False) -> frozenset[int | str]:
-    """Positions and names of the parameters of `function` that are annotated `Live[...]`. `self` has no position."""
+def handle_parameters(function: Any, *, is_method: bool = False) -> Handles:
+    """The parameters of `function` that ask for a handle instead of a loaded pipeline: annotated `Live[...]` or `Publication`.
+
+    Returns:
+        How each arrives, by its position and its name. `self` has no position.
+    """
     parameters = list(inspect.signature(function).parameters.values())[is_method:]
-    live = [(position, one.name) for position, one in enumerate(parameters) if _is_live(one.annotation, function)]
-    return frozenset(key for keys in live for key in keys)
+    asked = [(position, one.name, _asked_for(one.annotation, function)) for position, one in enumerate(parameters)]
+    return {key: way for position, name, way in asked if way is not None for key in (position, name)}
 
 
-def _is_live(annotation: Any, function: Any) -> bool:
+def _asked_for(annotation: Any, function: Any) -> Arrival | None:
     if isinstance(annotation, str):
         found = resolve_names(annotation, getattr(inspect.unwrap(function), "__globals__", {}))
+        if not is_unknown(found):
+            return _asked_for(found, function)
         # A name that was imported inside of a function cannot be found.
-        return _is_live(found, function) or (is_unknown(found) and _LIVE.match(annotation) is not None)
-    return any(Live in (one, get_origin(one)) for one in (annotation, *get_args(annotation)))
+        return as_live if _LIVE.match(annotation) else as_publication if _PUBLICATION.fullmatch(annotation) else None
+    if any(Live in (one, get_origin(one)) for one in (annotation, *get_args(annotation))):
+        return as_live
+    is_union = get_origin(annotation) in (Union, UnionType)  # with a pipeline, it may be either: that arrives loaded
+    members = [one for one in (get_args(annotation) if is_union else (annotation,)) if one is not NoneType]
+    is_handle = all(isinstance(one, type) and issubclass(one, Publication) for one in members)
+    return as_publication if is_handle and members else None
 
 
 _LIVE = re.compile(r"([\w.]+\.)?Live\b")
+_PUBLICATION = re.compile(r"([\w.]+\.)?(Named)?Publication( *\| *None)?")
 
 
 def resolve_references(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
@@ -153,11 +173,11 @@ def resolve_references(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[
 
 
 def copy_arguments(
-    args: Sequence[Any], kwargs: Mapping[str, Any], device: str | None, live: Collection[int | str] = ()
+    args: Sequence[Any], kwargs: Mapping[str, Any], device: str | None, handles: Handles = MappingProxyType({})
 ) -> tuple[list[Any], dict[str, Any]]:
     """The arguments for a call in this process: copied or loaded, as a remote call would receive them."""
     values = list(map(_copied, args))
-    return load_arguments(values, {name: _copied(value) for name, value in kwargs.items()}, device, live=live)
+    return load_arguments(values, {name: _copied(value) for name, value in kwargs.items()}, device, handles=handles)
 
 
 def _copied(value: Any) -> Any:

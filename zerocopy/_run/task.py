@@ -16,8 +16,8 @@ from zerocopy._declare.pipeline import describe
 from zerocopy._run import short_calls
 from zerocopy._run.arguments import (
     copy_arguments,
+    handle_parameters,
     keep_arguments,
-    live_parameters,
     pack_argument,
     pack_arguments,
     resolve_references,
@@ -135,7 +135,7 @@ class Task(_FunctionWrapper[P, R]):
         self._self_parameters: Parameters = Parameters(wrapped) if base is None else base._self_parameters
         self._self_remotes: dict[Any, Any] = {}
         is_plain = not inspect.isgeneratorfunction(wrapped) and options.get("num_returns") in (None, 1)
-        is_plain = is_plain and not live_parameters(wrapped)
+        is_plain = is_plain and not handle_parameters(wrapped)
         self._self_may_be_short: bool = is_plain and reuse and (base is None or base._self_may_be_short)
 
     @property  # type: ignore[misc]
@@ -207,7 +207,7 @@ class Task(_FunctionWrapper[P, R]):
             ArgumentError: an argument is missing, unknown, or not an instance of the pipeline class of its annotation.
         """
         self._self_parameters.check(args, kwargs)
-        values, named = copy_arguments(args, kwargs, self._self_device, live_parameters(self.__wrapped__))
+        values, named = copy_arguments(args, kwargs, self._self_device, handle_parameters(self.__wrapped__))
         return self.__wrapped__(*values, **named)
 
     def map(self, *args: Any, max_in_flight: int | None = None, progress: bool = True, **kwargs: Any) -> Iterator[R]:

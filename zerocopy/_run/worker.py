@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 from zerocopy._compat.ray import is_pickled_by_value
 from zerocopy._run import short_calls
-from zerocopy._run.arguments import live_parameters, load_arguments, load_publication
+from zerocopy._run.arguments import handle_parameters, load_arguments, load_publication
 from zerocopy._run.copies import warn_of_copies
 from zerocopy._run.reuse import CallLoads, NotCached
 
@@ -28,10 +28,10 @@ def run(target: Target, device: str | None, reuse: bool, *args: Any, **kwargs: A
 def call(function: Any, device: str | None, reuse: bool, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Call `function` with its arguments loaded. After an error nothing is kept for later calls."""
     if not reuse or inspect.isgeneratorfunction(function):
-        values, named = load_arguments(args, kwargs, device, live=live_parameters(function))
+        values, named = load_arguments(args, kwargs, device, handles=handle_parameters(function))
         return function(*values, **named)
     loads = CallLoads()
-    values, named = load_arguments(args, kwargs, device, loads.load, live_parameters(function))
+    values, named = load_arguments(args, kwargs, device, loads.load, handle_parameters(function))
     result = function(*values, **named)
     del values, named  # a load that anything refers to is not reused
     loads.release()
@@ -44,7 +44,7 @@ def run_generator(target: Target, device: str | None, reuse: bool, *args: Any, *
     warn_of_copies(function, args, kwargs)
     loads = CallLoads()
     load = loads.load if reuse else load_publication
-    values, named = load_arguments(args, kwargs, device, load, live_parameters(function))
+    values, named = load_arguments(args, kwargs, device, load, handle_parameters(function))
     yield from function(*values, **named)
     del values, named
     loads.release()
