@@ -208,3 +208,21 @@ def test_holds_no_tensor_and_is_frozen() -> None:
     with pytest.raises(attrs.exceptions.FrozenInstanceError):
         plan.shared_bytes = 0
     assert not any(isinstance(value, torch.Tensor) for entry in plan.entries for value in attrs.astuple(entry))
+
+
+def test_a_module_that_two_fields_hold_is_a_tie() -> None:
+    """Its bytes count once, and both rows say where it is; what leads back to itself is no tie."""
+
+    @zerocopy.pipeline
+    class Two:
+        first: nn.Module = shared()
+        second: nn.Module = shared()
+
+    layer = nn.Linear(8, 8)
+    layer.__dict__["itself"] = layer
+    one, other = zerocopy.plan(Two(nn.Sequential(layer), nn.Sequential(layer))).entries
+    assert (one.bytes, other.bytes) == ((64 + 8) * 4, 0)
+    assert one.ties == other.ties == ("two.first[0] = two.second[0]",)
+    (only,) = zerocopy.plan(Two(layer, layer)).entries
+    assert only.ties == ("two.first = two.second",)
+    assert zerocopy.plan(layer).entries[0].ties == ()

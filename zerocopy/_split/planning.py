@@ -131,10 +131,26 @@ class _Walked:
             len(specs),
             nbytes,
             tuple(sorted({_dtype_name(spec.dtype) for spec in specs})),
-            tuple(self._ties[storage] for storage in storages if storage in self._ties),
+            (*self._modules_held_in(path), *(self._ties[storage] for storage in storages if storage in self._ties)),
             "; ".join(f"{where} is copied: {reason}" for where, _, reason in reasons),
             pickled,
         )
+
+    def _modules_held_in(self, part: str) -> list[str]:
+        """The modules in a part that are held at several paths, with these."""
+        return [
+            " = ".join(held_at) for held_at in self._shared_modules if any(_is_within(path, part) for path in held_at)
+        ]
+
+    @functools.cached_property
+    def _shared_modules(self) -> list[list[str]]:
+        """Paths of each module that holds tensors and is held at several; not those that lead back to it from its own inside."""
+        found: dict[int, list[str]] = defaultdict(list)
+        for path, obj in self._objects:
+            if paths.is_module(obj) and not any(_is_within(path, other) for other in found[id(obj)]):
+                found[id(obj)].append(path)
+        modules: dict[int, Any] = {id(obj): obj for _, obj in self._objects if len(found.get(id(obj), ())) > 1}
+        return [found[key] for key, module in modules.items() if any(True for _ in module.parameters())]
 
     @functools.cached_property
     def _ties(self) -> Mapping[int, str]:
