@@ -22,7 +22,7 @@ class PlanEntry:
         bytes: for a shared part, the bytes of the storages that no earlier part holds; for a copied part, the bytes of its
             pickle.
         dtypes: the dtypes of its tensors and arrays, sorted.
-        ties: `a = b` for each two paths that hold the same tensor, or the same memory.
+        ties: `a = b` for paths that hold the same tensor, the same memory, or the same module.
         note: the reason why something is not shared; empty if everything is.
         pickled: for a shared part, the bytes of everything except its tensors and arrays. Each load unpickles them.
         views: the part of `bytes` that a loaded pipeline has as views of the store; None if the plan was not verified.
