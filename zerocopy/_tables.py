@@ -52,7 +52,7 @@ def as_text(
         table.add_row(*row)
     target = io.StringIO()
     Console(
-        file=target, width=120, force_jupyter=False, force_terminal=False, highlight=False, markup=False, emoji=False
+        file=target, width=130, force_jupyter=False, force_terminal=False, highlight=False, markup=False, emoji=False
     ).print(table)
     return "\n".join(line.rstrip() for line in target.getvalue().splitlines()).strip("\n")
 

@@ -150,7 +150,7 @@ class MemoryReport:
 
 
 _OF_PUBLICATIONS = (
-    "publication", "version", "class", "node", "processes", "shared", "private", "dirtied", "plain copies", "saved"
+    "publication", "version", "class", "node", "used by", "shared", "private", "dirtied", "plain copies", "saved"
 )  # fmt: skip
 _OF_PROCESSES = ("process", "pid", "node", "private", "dirtied", "mapped", "PSS")
 _COUNTS = (*_OF_PUBLICATIONS[4:], "pid", *_OF_PROCESSES[3:])

@@ -33,7 +33,7 @@ pytestmark = [
 
 
 CHANGED_BY_LOOKING = {
-    "test_comes_out_the_same[a partial]"
+    "test_comes_out_the_same[a `functools.partial`]"
 }  # it pickles a `__dict__` as soon as somebody has looked for one
 
 

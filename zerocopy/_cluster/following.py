@@ -167,7 +167,7 @@ class Followed:
         """Use `pipeline` instead of the pipeline that was loaded: it has become the same version."""
         with self._lock:
             if self._loaded is loaded:  # else the thread has loaded the next version
-                self._loaded = loaded._replace(pipeline=pipeline)
+                self._loaded = Loaded(loaded.number, pipeline, loaded.handle)
 
     def look(self) -> None:
         """Ask what the alias points at, instead of waiting to be told."""

@@ -139,13 +139,13 @@ class PipelineReducer:
 
 
 def _check_no_class(pipeline: Any, shared: Mapping[str, Any]) -> None:
-    """Refuse a class where a model is due: it has no weights, and would be published with 0 bytes.
+    """Refuse the class of a model where an instance is due: it has no weights, and would be published with 0 bytes.
 
     Raises:
         ArgumentError: a shared field holds one.
     """
     for name, value in shared.items():
-        if isinstance(value, type):
+        if isinstance(value, type) and (issubclass(value, nn.Module) or is_pipeline_class(value)):
             raise ArgumentError(
                 f"Field {name!r} of {type(pipeline).__name__} is shared() but holds the class {value.__name__!r}, which has no "
                 "weights.",
