@@ -1,7 +1,7 @@
 """The project's chores. `nox -l` lists them."""
 
 import os
-import re
+import sys
 import tempfile
 from pathlib import Path
 
@@ -116,9 +116,11 @@ def bench(session: nox.Session) -> None:
 @nox.session
 def package(session: nox.Session) -> None:
     """The wheel and the source archive, in `dist`; each is installed into a clean environment, and runs the README there."""
+    sys.path.insert(0, "tests")
+    from typed_pages import program_of
+
     session.install("build")
     session.run("python", "-m", "build", "--outdir", "dist")
-    blocks = re.findall(r"^```python\n(.*?)^```", Path("README.md").read_text(), re.DOTALL | re.MULTILINE)
     for archive in sorted(Path("dist").glob(f"zerocopy_ray-{PROJECT['project']['version']}*")):
         with (
             tempfile.TemporaryDirectory() as name
@@ -128,7 +130,7 @@ def package(session: nox.Session) -> None:
             python, script = (str(folder / "venv/bin" / command) for command in ("python", "zerocopy"))
             wanted = f"zerocopy-ray[demo] @ {archive.resolve().as_uri()}"
             session.run(python, "-m", "pip", "install", "-c", "constraints.txt", "torch", wanted, external=True)
-            (folder / "readme.py").write_text("\n".join(blocks))
+            (folder / "readme.py").write_text(program_of(Path("README.md")))
             with session.chdir(folder):
                 session.run(python, "readme.py", external=True)
                 session.run(script, "demo", "--limit", "400", external=True, env=OFFLINE)

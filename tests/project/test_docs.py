@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import run_python
+from typed_pages import program_of
 
 ROOT = Path(__file__).parents[2]
 PAGES = {
@@ -28,9 +29,8 @@ PAGES = {
 
 def program(page: str, folder: Path) -> Path:
     """Every block of a page that is marked `python`, one after the other. Those marked `py` are shown and not run."""
-    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE)
     path = folder / "page.py"
-    path.write_text("\n".join(blocks))
+    path.write_text(program_of(ROOT / page))
     return path
 
 

@@ -67,6 +67,9 @@ def test_settings_for_generating_text_are_not_lost_silently(tmp_path: Path) -> N
         CheckpointWarning, match=r"LlamaForCausalLM does not generate as .* Hint: .*GenerationConfig.from_pretrained"
     ):
         assert zerocopy.publish_checkpoint(build, tmp_path).load().generation_config.max_new_tokens is None
+    for files in (tmp_path / "model.safetensors", f"{tmp_path}/*.safetensors"):
+        with pytest.warns(CheckpointWarning, match="does not generate as"):
+            zerocopy.publish_checkpoint(build, files)
 
     def configured() -> nn.Module:
         model = build()
@@ -74,6 +77,8 @@ def test_settings_for_generating_text_are_not_lost_silently(tmp_path: Path) -> N
         return model
 
     assert zerocopy.publish_checkpoint(configured, tmp_path).load().generation_config.max_new_tokens == 7
+    (tmp_path / "generation_config.json").write_text("not JSON")
+    assert zerocopy.publish_checkpoint(build, tmp_path).load().generation_config.max_new_tokens is None
 
 
 def test_a_base_and_its_heads(tmp_path: Path) -> None:

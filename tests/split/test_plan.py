@@ -226,3 +226,6 @@ def test_a_module_that_two_fields_hold_is_a_tie() -> None:
     (only,) = zerocopy.plan(Two(layer, layer)).entries
     assert only.ties == ("two.first = two.second",)
     assert zerocopy.plan(layer).entries[0].ties == ()
+    buffers, plain = nn.BatchNorm1d(4, affine=False), nn.ReLU()
+    (only,) = zerocopy.plan(nn.Sequential(buffers, plain, buffers, plain)).entries
+    assert only.ties == ("sequential[0] = sequential[2]",)

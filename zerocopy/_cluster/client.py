@@ -133,7 +133,7 @@ def answer(actor: Any, get: Callable[[], tuple[str, Any]]) -> Any:
 
 
 def registry() -> Any:
-    """The actor, of this session. Who publishes has connected before, and could have started a Ray; others join one."""
+    """The actor, of this session. Joins a running cluster, but starts none: a publisher has connected before."""
     object_store.require(may_start=False)
     return _registry()
 

@@ -65,7 +65,7 @@ class _ToBeLoaded:
         raise NotExposedError(
             f"The handle that arrives for a zerocopy.Live[...] parameter has no attribute {name!r}.",
             hint=(
-                "its current() gives the newest version, loaded. For load() annotate the parameter as zerocopy.Publication."
+                f"its current() gives the newest version, loaded. For {name}() annotate the parameter as zerocopy.Publication."
                 if name in ("load", "prefetch", "nodes", "close")
                 else f"its current() gives the pipeline: write .current().{name}."
             ),
@@ -130,7 +130,7 @@ class Followed:
 
         Args:
             load: loads the version that the alias points at.
-            loaded: what there is already. Who gives it calls `start`.
+            loaded: the version that there is already. Then the caller must call `start`.
         """
         self.key = key
         self.session = object_store.session()

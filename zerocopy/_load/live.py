@@ -75,7 +75,7 @@ class Entry:
     """What is known of one live pipeline.
 
     Attributes:
-        anchors: give what it is recognized by, as long as that lives.
+        anchors: weak references to the objects that identify it.
         origin: where it was loaded from, if it was loaded.
         published: as what it is published, if it is. Kept for `_publish`, which alone looks into it.
     """
@@ -103,8 +103,8 @@ def entry_of(pipeline: Any, variant: tuple[str, ...] = ()) -> Entry:
 def _anchored(pipeline: Any, variant: tuple[str, ...] = ()) -> tuple[list[Any], _Key]:
     """The objects that identify a pipeline, and the key of its entry: their ids, and how the pipeline holds them.
 
-    A pipeline of a declared class and a model by themselves. Any other object by the nearest modules in it, and where they are:
-    it may have been made for one call, or be a dict, to which nothing can refer weakly.
+    A pipeline of a declared class and a model identify themselves. Any other object is identified by the nearest modules in it
+    and by their places: it may have been made for one call, or be a dict, which cannot have weak references.
     """
     cls = type(pipeline)
     if is_pipeline_class(cls) or paths.is_module(pipeline):

@@ -9,28 +9,26 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import attrs
 import torch
 from torch import nn
 
-from zerocopy._compat.cpython import warn_caller
 from zerocopy._load.partial import names_of
 from zerocopy._load.publication import Publication
 from zerocopy._publish import files
 from zerocopy._publish.files import Content
 from zerocopy._publish.fit import Rename, Rules, check_rename
+from zerocopy._publish.generation import tell_of_generation
 from zerocopy._publish.pages import Pages
 from zerocopy._publish.publish import put_once
-from zerocopy._publish.state import Member, members_of, modules_of, settle, take, tell_of_dtypes
+from zerocopy._publish.state import Member, all_models, members_of, modules_of, settle, take, tell_of_dtypes
 from zerocopy._publish.weights import Streamed
 from zerocopy._split.introspect import Subject, check_pipeline, introspect
-from zerocopy._split.models import models_in_train_mode, models_of
-from zerocopy._split.paths import is_module
+from zerocopy._split.models import models_in_train_mode
 from zerocopy._store import object_store
-from zerocopy.errors import ArgumentError, CheckpointError, CheckpointWarning
+from zerocopy.errors import ArgumentError, CheckpointError
 
 PathLike: TypeAlias = str | os.PathLike[str]
 Files: TypeAlias = PathLike | Iterable[PathLike] | Mapping[str, PathLike | Iterable[PathLike]]
@@ -77,28 +75,11 @@ class Checkpoint:
                     hint="compute it there on the CPU from plain numbers, not from parameters of the model.",
                     missing=names,
                 )
-        self._tell_of_generation(pipeline)
+        tell_of_generation(all_models(pipeline), self.sources)
         if not self.train:
             for module in models_in_train_mode(pipeline):
                 module.eval()
         return Streamed(introspect(Subject(pipeline)), pages.fill, pages.drop)
-
-    def _tell_of_generation(self, pipeline: Any) -> None:
-        """Say where a model generates text by other settings than those beside its files, which `from_pretrained` reads."""
-        for path, model in ({"": pipeline} if is_module(pipeline) else models_of(pipeline)).items():
-            built: Any = getattr(model, "generation_config", None)
-            if not hasattr(type(built), "from_pretrained"):
-                continue
-            sources = [folder for prefix, folder in self.sources if f"{path}.".startswith(prefix)]
-            folders = [folder for folder in sources if (Path(folder) / "generation_config.json").exists()]
-            for folder in folders:
-                if type(built).from_pretrained(folder) != built:
-                    warn_caller(
-                        f"This {type(model).__name__} does not generate as generation_config.json of {folder!r} says. Hint: let "
-                        "the function that builds it set model.generation_config = "
-                        f"{type(built).__name__}.from_pretrained({folder!r}).",
-                        CheckpointWarning,
-                    )
 
     def _attached(
         self, content: Content, pages: Pages, real: frozenset[int]

@@ -29,10 +29,14 @@ class Member(NamedTuple):
     tensor: torch.Tensor
 
 
+def all_models(pipeline: Any) -> Mapping[str, Any]:
+    """The models of a pipeline by their paths. A module has the empty path."""
+    return {"": pipeline} if is_module(pipeline) else models_of(pipeline)
+
+
 def modules_of(pipeline: Any, tensors: Mapping[str, torch.Tensor]) -> dict[str, nn.Module]:
     """The models of a pipeline, by what their names begin with: nothing, where there is one that no name tells."""
-    models = {"": pipeline} if is_module(pipeline) else models_of(pipeline)
-    modules = {path: model for path, model in models.items() if _takes_state(model)}
+    modules = {path: model for path, model in all_models(pipeline).items() if _takes_state(model)}
     if len(modules) == 1 and not any(name.startswith(f"{path}.") for path in modules for name in tensors):
         return dict(zip([""], modules.values(), strict=True))
     return {f"{path}." if path else "": module for path, module in modules.items()}

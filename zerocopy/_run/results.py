@@ -15,7 +15,7 @@ from zerocopy._store import object_store
 
 T = TypeVar("T")
 
-SLOW_SECONDS = 10.0  # after which a result is long in coming
+SLOW_SECONDS = 10.0  # after which a result counts as slow
 
 
 def default_in_flight() -> int:
@@ -35,7 +35,7 @@ def in_order(
 ) -> Iterator[Any]:
     """Results in the order of `items`, with at most `max_in_flight` calls under way.
 
-    The first time that a result is long in coming, `when_slow` is called.
+    `when_slow` is called once, at the first result that takes more than `SLOW_SECONDS`.
 
     The first error cancels the calls under way and is raised. Abandoning the iterator cancels them too.
     """

@@ -150,7 +150,9 @@ class _Walked:
             if paths.is_module(obj) and not any(_is_within(path, other) for other in found[id(obj)]):
                 found[id(obj)].append(path)
         modules: dict[int, Any] = {id(obj): obj for _, obj in self._objects if len(found.get(id(obj), ())) > 1}
-        return [found[key] for key, module in modules.items() if any(True for _ in module.parameters())]
+        return [
+            found[key] for key, module in modules.items() if any(map(_has_any, (module.parameters(), module.buffers())))
+        ]
 
     @functools.cached_property
     def _ties(self) -> Mapping[int, str]:
@@ -164,6 +166,10 @@ class _Walked:
         for index, spec in enumerate(found.table.specs):
             by_storage[spec.storage].extend(tensor_paths.get(index, ()))
         return {storage: " = ".join(held_at) for storage, held_at in by_storage.items() if len(held_at) > 1}
+
+
+def _has_any(values: Iterator[Any]) -> bool:
+    return next(values, None) is not None
 
 
 def _dtype_name(dtype: Any) -> str:

@@ -75,7 +75,7 @@ def require(*, may_start: bool = True) -> None:
     """Connect to Ray if this process has not done so, as Ray's own calls do.
 
     Args:
-        may_start: whether to start a Ray where none runs. It would have nothing of what somebody looks for.
+        may_start: whether to start Ray if none runs. False for lookups: a new cluster has no publications.
 
     Raises:
         RayClientError: the connection is Ray Client's.
