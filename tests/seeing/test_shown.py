@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import socket
 
 import pipelines
 import pytest
@@ -67,3 +68,20 @@ def test_it_says_that_it_has_started_ray(address: str) -> None:
     assert done.stderr.count("zerocopy has called ray.init()") == 1
     assert address in done.stderr
     assert "Call ray.init(...) first" in done.stderr
+
+
+def test_lookups_start_no_ray() -> None:
+    """They join a cluster; where none can be reached they say so at once, though the address of an ended one is left behind."""
+    program = (
+        "import ray, zerocopy\n"
+        "for call in (zerocopy.publications, lambda: zerocopy.lookup('a'), lambda: zerocopy.remove('a')):\n"
+        "    try:\n        call()\n"
+        "    except zerocopy.errors.ZeroCopyError as error:\n        print(error, ray.is_initialized())\n"
+    )
+    with socket.create_server(("127.0.0.1", 0)) as ended:
+        port = ended.getsockname()[1]
+    done = run_python(program, RAY_ADDRESS=f"127.0.0.1:{port}")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 3
+    assert all("no Ray cluster runs on this machine" in line and line.endswith("False") for line in lines)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import socket
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -13,7 +12,7 @@ import click
 import ray
 
 from zerocopy._cli.failures import Failed
-from zerocopy._compat.ray import host_and_port
+from zerocopy._compat.ray import check_reachable
 from zerocopy._store import object_store
 from zerocopy._words import first_line
 from zerocopy.errors import RayClientError
@@ -21,7 +20,6 @@ from zerocopy.errors import RayClientError
 F = TypeVar("F", bound=Callable[..., Any])
 
 START = "start one with `ray start --head`, or name one with --address HOST:PORT."
-REACH_SECONDS = 5.0  # that the head node has to accept a connection
 _QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
 
 address_option = click.option(
@@ -75,8 +73,7 @@ def joined(address: str, **options: Any) -> Iterator[None]:
 def _check_reachable(address: str) -> None:
     """Refuse an address where nobody listens. Ray would try it for minutes."""
     try:
-        with socket.create_connection(host_and_port(address), REACH_SECONDS):
-            pass
+        check_reachable(address)
     except ValueError as error:
         raise click.BadParameter(
             f"{address!r} is not an address. Hint: write HOST:PORT.", param_hint="--address"

@@ -244,7 +244,7 @@ def lookup(name: str, *, alias: str | None = None, version: int | None = None) -
     if alias is not None:
         check_name(alias, "alias")
     check_number(version)
-    object_store.require()
+    object_store.require(may_start=False)
     which = version if version is not None else alias or names.LATEST
     changes = WATCHER.changes
     told = client.ask("resolve", name, which)

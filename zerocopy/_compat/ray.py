@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copyreg
+import socket
 import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -112,6 +113,17 @@ def host_and_port(address: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
+def check_reachable(address: str) -> None:
+    """Find out whether the control plane of a cluster accepts connections. Ray itself would try for minutes.
+
+    Raises:
+        OSError: none runs there, or nobody listens.
+        ValueError: this is no address.
+    """
+    with socket.create_connection(host_and_port(address), REACH_SECONDS):
+        pass
+
+
 def head_node() -> str | None:
     """The id of the node that the control plane runs on; None where Ray does not say.
 
@@ -204,6 +216,7 @@ def get_silently(refs: list[ray.ObjectRef[Any]], seconds: float | None = None) -
 
 # Of the `ValueError` that getting an object raises of which this process knows neither owner nor place.
 # https://github.com/ray-project/ray/blob/ray-2.60.0/src/ray/core_worker/core_worker.cc: `GetOwnerAddress`
+REACH_SECONDS = 5.0  # in which a head node must accept a connection
 OWNER_UNKNOWN = "owner is unknown"
 
 

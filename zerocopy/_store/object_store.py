@@ -22,6 +22,7 @@ from zerocopy._compat.ray import (
     ARGUMENTS_FRACTION_VARIABLE,
     OWNER_UNKNOWN,
     allows_out_of_band,
+    check_reachable,
     cluster_id,
     connection,
     drop_reference,
@@ -84,13 +85,10 @@ def require(*, may_start: bool = True) -> None:
     if not ray.is_initialized():
         if os.environ.get("RAY_ENABLE_AUTO_CONNECT", "") == "0":
             raise ZeroCopyError("Ray is not running in this process.", hint="call ray.init() first.")
-        try:
-            ray.init(None if may_start else "auto")
-        except ConnectionError as error:
-            raise ZeroCopyError(
-                "This process is not connected to Ray, and no Ray cluster runs on this machine that it could join.",
-                hint="connect to the cluster first: ray.init(address='HOST:PORT').",
-            ) from error
+        if may_start:
+            ray.init()
+        else:
+            _join()
         _say_that_ray_was_started()
     if not is_running():
         raise ZeroCopyError(
@@ -102,6 +100,18 @@ def require(*, may_start: bool = True) -> None:
             "zerocopy cannot work through Ray Client (ray://): it has no object store on this side.",
             hint="run the driver on a node of the cluster, with ray.init(address='auto'), or submit it as a Ray job.",
         )
+
+
+def _join() -> None:
+    try:
+        if not os.environ.get("RAY_ADDRESS", "").startswith("ray://"):  # that is refused below
+            check_reachable("auto")
+        ray.init("auto")
+    except (OSError, ValueError) as error:
+        raise ZeroCopyError(
+            "This process is not connected to Ray, and no Ray cluster runs on this machine that it could join.",
+            hint="connect to the cluster first: ray.init(address='HOST:PORT').",
+        ) from error
 
 
 @functools.cache
