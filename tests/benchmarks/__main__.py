@@ -39,8 +39,11 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
     folder = options.output / "benchmarks"
     earlier = report.load(folder / report.FILE) if options.resume else None
     choice = _choice(options)
-    results = runner.run(choice, _tell, lambda results: report.save(results, folder), earlier)
-    return {**results, "names": _names(options)} if "names" in choice.measures else results
+    names = {"names": earlier["names"]} if earlier and "names" in earlier else {}
+    results = runner.run(choice, _tell, lambda results: report.save({**results, **names}, folder), earlier)
+    if "names" in choice.measures and not names:
+        names = {"names": _names(options)}
+    return {**results, **names}
 
 
 def _names(options: argparse.Namespace) -> dict[str, Any]:
@@ -68,7 +71,7 @@ def _choice(options: argparse.Namespace) -> runner.Choice:
         systems=options.systems or _default(options, "systems", list(systems.SYSTEMS)),
         measures=options.figures or _default(options, "figures", list(_figures(options))),
         repeats=options.repeats or _default(options, "repeats", 3),
-        workers=options.workers or _default(options, "workers", [1, 4, 16]),
+        workers=options.workers or _default(options, "workers", [1, 4, 8]),
         effort=0.35 if options.quick else 1.0,
     )
 
@@ -114,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--figures", type=_several(_measure), help=f"of {', '.join(runner.MEASURES)}")
     parser.add_argument("--repeats", type=_count, help="fresh processes for each figure (3)")
     parser.add_argument(
-        "--workers", type=_several(_count), help="how many share a model when memory is measured (1,4,16)"
+        "--workers", type=_several(_count), help="how many share a model when memory is measured (1,4,8)"
     )
     parser.add_argument("--output", type=Path, default=Path("build/bench"), help="folder of the page (build/bench)")
     parser.add_argument(
@@ -124,7 +127,7 @@ def _parser() -> argparse.ArgumentParser:
         "--names", action="store_true", help="what names and versions cost, and nothing else: a few minutes"
     )
     parser.add_argument(
-        "--resume", action="store_true", help="go on with the run in the output folder that was interrupted"
+        "--resume", action="store_true", help="go on with the run in the output folder: take the trials that it lacks"
     )
     parser.add_argument("--show", type=Path, metavar="JSON", help="take no trials: print and plot these results again")
     return parser

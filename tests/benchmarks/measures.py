@@ -92,12 +92,15 @@ def memory(trial: Trial, folder: Path) -> Samples:
 
 
 def times(trial: Trial, folder: Path) -> Samples:
-    """For each worker: seconds to publish, to put the same bytes, to load twice and to run once; and how steady runs compare."""
+    """For each worker: seconds to publish, to put the same bytes, to load twice and to run once; of the first, steady runs."""
     stage = Stage(trial, folder)
-    return [{"sample": number, "figures": _times(stage, worker)} for number, worker in enumerate(stage.workers)]
+    return [
+        {"sample": number, "figures": _times(stage, worker, is_steady=number == 0)}
+        for number, worker in enumerate(stage.workers)
+    ]
 
 
-def _times(stage: Stage, worker: Any) -> dict[str, float]:
+def _times(stage: Stage, worker: Any, is_steady: bool) -> dict[str, float]:
     figures = {}
     model = stage.model.build() if stage.system.publishes else nn.Module()
     if stage.system.publishes:
@@ -109,7 +112,8 @@ def _times(stage: Stage, worker: Any) -> dict[str, float]:
     figures["first_load"] = ray.get(worker.load.remote(handle))
     figures["second_load"] = ray.get(worker.load.remote(handle))
     figures["forward"] = ray.get(worker.forward.remote())
-    figures["steady_1"], figures["steady_32"] = (ray.get(worker.steady.remote(rows)) for rows in (1, 32))
+    if is_steady:
+        figures["steady_1"], figures["steady_32"] = (ray.get(worker.steady.remote(rows)) for rows in (1, 32))
     ray.kill(worker)
     return {name: value for name, value in figures.items() if value is not None}
 

@@ -29,7 +29,8 @@ Every figure is from a run of this command, on the machine below:
 {command}
 ```
 
-`nox -s bench` measures everything, for hours. With the same options and `--resume`, it continues an interrupted run.
+`nox -s bench` measures everything, for hours. With `--resume`, it continues an interrupted run, or adds models and figures to
+a finished one.
 `nox -s bench -- --quick` measures a small part in minutes. `nox -s bench -- module:build` measures a model of your own, where
 `build` is a function without arguments that returns it.
 
@@ -48,6 +49,8 @@ WHAT = """\
   file, it is the time to write the file. Nothing is read from a disk afterwards, because the file is still in memory.
 - **Load** and **first forward** are measured in a worker that has imported all libraries. Before, it has loaded and run a tiny
   model of the same classes (for a model of your own: of linear layers) with the same system.
+- **Steady forward** is the time of a forward once everything is warm, divided by that of a private copy of the same model in the
+  same worker. The two take turns.
 - **Call** is a warm task that receives the model and returns its other argument. The caller makes one call at a time and waits
   for it. The time is divided by that of a task that does nothing and receives nothing.
 - **Rows** go through `map_batches` of Ray Data with a pool of workers. The time includes loading, and excludes the start-up of

@@ -67,17 +67,19 @@ def run(
     """Take all trials; `save` is given the results after each.
 
     Args:
-        earlier: results of the same run, which was interrupted. A comparison that it had begun is taken again as a whole: no
-            ratio is of two sittings.
+        earlier: results of a run to go on with: it was interrupted, or lacks models, figures or repeats of `choice`. A
+            comparison that it had begun is taken again as a whole: no ratio is of two sittings.
 
     Raises:
         ModelError: a model could not be made.
-        ArgumentError: `earlier` is of another choice or machine.
+        ArgumentError: `earlier` compares other systems, or is of another machine.
     """
-    settings, here = attrs.asdict(choice), machine()
+    here = machine()
     if earlier is not None:
-        _require_same(earlier, settings, here)
-    facts = earlier["models"] if earlier else {name: _facts(name, tell) for name in _all_models(choice)}
+        _require_comparable(earlier, choice, here)
+        choice = _with_all_of(earlier, choice)
+    settings, known = attrs.asdict(choice), earlier["models"] if earlier else {}
+    facts = {name: known.get(name) or _facts(name, tell) for name in _all_models(choice)}
     titles = {name: systems.find(name).title for name in choice.systems}
     planned = list(_plan(choice, facts))
     taken = _finished(planned, earlier["trials"]) if earlier else []
@@ -94,15 +96,26 @@ def run(
     return results
 
 
-def _require_same(earlier: dict[str, Any], settings: dict[str, Any], here: dict[str, Any]) -> None:
-    differing = [name for name, value in settings.items() if earlier["settings"].get(name) != value]
+def _require_comparable(earlier: dict[str, Any], choice: Choice, here: dict[str, Any]) -> None:
+    settings = attrs.asdict(choice)
+    differing = [name for name in ("systems", "workers", "effort") if earlier["settings"].get(name) != settings[name]]
     if earlier["machine"] != here:
         differing.append("machine or versions")
     if differing:
         raise ArgumentError(
-            f"The run that was interrupted had other {', '.join(differing)}.",
-            hint="resume it with its own options, on its machine, or start a new one.",
+            f"The run to go on with had other {', '.join(differing)}.",
+            hint="resume it with its own options, on its kind of machine, or start a new one.",
         )
+
+
+def _with_all_of(earlier: dict[str, Any], choice: Choice) -> Choice:
+    settings = earlier["settings"]
+    return attrs.evolve(
+        choice,
+        models=list(dict.fromkeys([*settings["models"], *choice.models])),
+        measures=list(dict.fromkeys([*settings["measures"], *choice.measures])),
+        repeats=max(settings["repeats"], choice.repeats),
+    )
 
 
 def _finished(planned: Sequence[tuple[Trial, int]], trials: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -120,8 +133,8 @@ def _comparison_of(told: dict[str, Any]) -> tuple[int, str, str]:
 
 def machine() -> dict[str, Any]:
     """What the figures hold for: processors, memory, versions. No names of hosts or folders."""
-    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    system = {"cores": len(os.sched_getaffinity(0)), "processor": _processor(), "memory": pages}
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    system = {"cores": len(os.sched_getaffinity(0)), "processor": _processor(), "memory": round(memory, -8)}
     return {**system, "system": platform.system(), "versions": {"python": platform.python_version(), **_versions()}}
 
 
@@ -156,9 +169,11 @@ def _facts(name: str, tell: Callable[[str], None]) -> dict[str, Any]:
 
 
 def _plan(choice: Choice, facts: dict[str, Any]) -> Iterator[tuple[Trial, int]]:
-    """Systems take turns inside each measure, so that what changes on the machine meets all of them."""
-    for repeat in range(choice.repeats):
-        for model, told in facts.items():
+    """One model after the other: a run in several sittings completes some. Systems take turns inside each measure, so
+    that what changes on the machine meets all of them.
+    """
+    for model, told in facts.items():
+        for repeat in range(choice.repeats):
             for measure, workers in _measures(choice, model, told):
                 for system in choice.systems:
                     if measure == "calls" and not systems.find(system).has_calls:
