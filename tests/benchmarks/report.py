@@ -49,6 +49,9 @@ WHAT = """\
   file, it is the time to write the file. Nothing is read from a disk afterwards, because the file is still in memory.
 - **Load** and **first forward** are measured in a worker that has imported all libraries. Before, it has loaded and run a tiny
   model of the same classes (for a model of your own: of linear layers) with the same system.
+- The **first forward** of a shared model takes longer than that of a private copy. The private copy was written by the worker
+  itself. The pages of the store are new to the worker: the kernel adds them to its page table at the first access (page faults).
+  This happens once per load, and costs no memory.
 - **Steady forward** is the time of a forward once everything is warm, divided by that of a private copy of the same model in the
   same worker. The two take turns.
 - **Call** is a warm task that receives the model and returns its other argument. The caller makes one call at a time and waits
