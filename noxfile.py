@@ -1,4 +1,4 @@
-"""The project's chores. `nox -l` lists them."""
+"""The project's development tasks. `nox -l` lists them."""
 
 import os
 import sys
@@ -14,7 +14,7 @@ OFFLINE = {"HF_HUB_OFFLINE": "1"}
 
 
 def _install(session: nox.Session, *packages: str, group: str | None = None) -> None:
-    """Install by pip, under the constraints: an unpinned torch would bring gigabytes of CUDA."""
+    """Install with pip and the constraints file: an unpinned torch would also install gigabytes of CUDA."""
     tools = PROJECT["dependency-groups"][group] if group else []
     session.install("-c", "constraints.txt", "torch", *packages, *tools)
 
@@ -25,14 +25,14 @@ def _install_tests(session: nox.Session) -> None:
 
 @nox.session
 def demo(session: nox.Session) -> None:
-    """Semantic search over the standard library, over four workers that share one model."""
+    """Semantic search over the standard library, with four workers that share one model."""
     _install(session, "-e", ".[demo]")
     session.run("zerocopy", "demo", *session.posargs, env=OFFLINE)
 
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """The tests. Arguments are pytest's, and stand for all of this."""
+    """The tests. Arguments go to pytest and replace the default run."""
     _install_tests(session)
     if session.posargs:
         session.run("pytest", *session.posargs, env=OFFLINE)
@@ -42,7 +42,7 @@ def tests(session: nox.Session) -> None:
 
 @nox.session
 def tests_lowest(session: nox.Session) -> None:
-    """The tests with the lowest Ray that `pyproject.toml` allows; what is timed is left out."""
+    """The tests with the lowest Ray version that `pyproject.toml` allows, without the timed tests."""
     requirement = next(one for one in PROJECT["project"]["dependencies"] if one.startswith("ray>="))
     ray = requirement.removeprefix("ray>=")
     constraints = Path("constraints.txt").read_text().splitlines()
@@ -54,7 +54,7 @@ def tests_lowest(session: nox.Session) -> None:
 
 
 def _run_tests(session: nox.Session, *arguments: str, which: str = "not long") -> None:
-    """Two processes, each with a cluster where references out of band are forbidden; then what needs to be alone."""
+    """Run tests in two processes, each with a cluster that forbids references out of band, and then the tests marked `alone`."""
     two = ["-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]
     forbidden = {"RAY_allow_out_of_band_object_ref_serialization": "0"}
     session.run("pytest", *two, "-m", f"not alone and {which}", *arguments, env={**OFFLINE, **forbidden})
@@ -63,7 +63,7 @@ def _run_tests(session: nox.Session, *arguments: str, which: str = "not long") -
 
 @nox.session
 def coverage(session: nox.Session) -> None:
-    """How much of the package the tests run in their own process. Measuring would slow one side of what is timed."""
+    """How much of the package the tests run in their own process. Timed tests are left out: coverage slows only one side."""
     _install_tests(session)
     left_out = ["--ignore", "tests/timed", "--ignore", "tests/project"]
     session.run("coverage", "run", "-m", "pytest", *(session.posargs or left_out), env=OFFLINE)
@@ -72,7 +72,7 @@ def coverage(session: nox.Session) -> None:
 
 @nox.session
 def faults(session: nox.Session) -> None:
-    """Every fault, really made. Writes the tables of docs/reliability.md anew, with the times of this machine."""
+    """Make every fault for real. Writes the tables of docs/reliability.md again, with the times of this machine."""
     _install_tests(session)
     files = ["tests/faults", "tests/cluster/test_losses.py"]
     session.run("pytest", *files, "--faults-page", "docs/reliability.md", *session.posargs, env=OFFLINE)
@@ -80,10 +80,10 @@ def faults(session: nox.Session) -> None:
 
 @nox.session
 def soak(session: nox.Session) -> None:
-    """Sixty seconds of churn, in which every weight is checked again and again. `-- --seconds 600` for more.
+    """Sixty seconds of constant changes, in which every weight is checked again and again. `-- --seconds 600` runs longer.
 
-    Then a live update under load, of more and larger versions than in the tests; and a crowd: a table in docs/reliability.md.
-    Then the tests that are too long for each change, but for faults.
+    Then a live update under load, with more and larger versions than in the tests, and a load test, which writes a table in
+    docs/reliability.md. Then the tests that are too long for each change, without the faults.
     """
     _install_tests(session)
     session.run("python", "tests/soak.py", *session.posargs)
@@ -94,7 +94,7 @@ def soak(session: nox.Session) -> None:
 
 @nox.session
 def nodes(session: nox.Session) -> None:
-    """What it costs to bring weights to nodes: writes its section of docs/nodes.md."""
+    """Measure the cost of bringing weights to nodes. Writes its section of docs/nodes.md."""
     _install(session, "-e", ".")
     arguments = session.posargs or ["--output", "docs/nodes.md"]
     session.run("python", "tests/measure_nodes.py", *arguments)
@@ -102,9 +102,9 @@ def nodes(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """zerocopy against the other ways, measured. Without arguments a full run, which writes docs/benchmarks.md anew.
+    """Compare zerocopy with the other ways. Without arguments a full run, which writes docs/benchmarks.md again.
 
-    With `--names` it writes the section on names and versions anew, in minutes.
+    With `--names` it writes only the section on names and versions again, in minutes.
     """
     _install(session, "-e", ".[bench]", "ray-zerocopy==0.2.0")
     is_full = not {*session.posargs} - {"--resume", "--names"}
@@ -115,7 +115,7 @@ def bench(session: nox.Session) -> None:
 
 @nox.session
 def package(session: nox.Session) -> None:
-    """The wheel and the source archive, in `dist`; each is installed into a clean environment, and runs the README there."""
+    """Build the wheel and the source archive in `dist`. Each is installed in a clean environment, where the README runs."""
     sys.path.insert(0, "tests")
     from typed_pages import program_of
 
@@ -124,7 +124,7 @@ def package(session: nox.Session) -> None:
     for archive in sorted(Path("dist").glob(f"zerocopy_ray-{PROJECT['project']['version']}*")):
         with (
             tempfile.TemporaryDirectory() as name
-        ):  # where the checkout cannot be imported; the session's own is long for sockets
+        ):  # the checkout cannot be imported there; the path of the session's own folder is too long for sockets
             folder = Path(name)
             session.run("python", "-m", "venv", str(folder / "venv"))
             python, script = (str(folder / "venv/bin" / command) for command in ("python", "zerocopy"))
@@ -138,14 +138,14 @@ def package(session: nox.Session) -> None:
 
 @nox.session
 def docs(session: nox.Session) -> None:
-    """The site, in docs/_build. Warnings are errors."""
+    """Build the site in docs/_build. Warnings are errors."""
     _install(session, "-e", ".", group="docs")
     session.run("python", "-m", "sphinx", "-W", "--keep-going", "-b", "html", "docs", "docs/_build", *session.posargs)
 
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Style, by ruff."""
+    """Check the style with ruff."""
     _install(session, group="lint")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
@@ -153,7 +153,7 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def typing(session: nox.Session) -> None:
-    """Types: the package strictly; under two checkers a file that uses the whole public face, the README and the pages."""
+    """Check types: the package strictly, and with two checkers a file that uses all public names, the README and the pages."""
     _install(session, "-e", ".[data]", group="typing")
     session.run("mypy")
     session.run("pyright")

@@ -1,6 +1,6 @@
 """How do several Ray actors share one copy of a model?
 
-A pool of actors reads the same weights; one that overwrites them does so for itself alone.
+A pool of actors reads the same weights. If one actor overwrites them, the others do not see it.
 
 python examples/actors.py
 """
@@ -35,7 +35,7 @@ class Worker(zerocopy.Actor):
         return self.classifier(features)
 
     def spoil(self) -> None:
-        """Overwrite a layer, the way training or a bug would."""
+        """Overwrite a layer, as training or a bug would do."""
         with torch.no_grad():
             self.classifier.network[0].weight.zero_()
 

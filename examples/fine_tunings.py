@@ -1,4 +1,4 @@
-"""How do I keep many fine-tunings of one model in memory, and pay for one?
+"""How do I keep many fine-tunings of one model in little more memory than one?
 
 Publish each under a name: weights are stored by their digests, so a fine-tuning takes only the tensors that differ.
 
@@ -17,7 +17,7 @@ from zerocopy.testing import shares_memory
 
 
 def fine_tune(base: nn.Sequential, seed: int) -> nn.Sequential:
-    """A copy of the base whose last layer was trained on a customer's own examples. The rest stays as it was."""
+    """A copy of the base with a last layer trained on a customer's own examples. The other layers stay unchanged."""
     torch.manual_seed(seed)
     tuned = copy.deepcopy(base).requires_grad_(False)
     optimizer = torch.optim.SGD(tuned[-1].requires_grad_().parameters(), lr=0.1)
@@ -41,7 +41,7 @@ def stored() -> int:
 
 
 def publish(model: nn.Module, name: str) -> None:
-    """Put a model under a name, and tell what that took."""
+    """Publish a model under a name, and print how many bytes that wrote."""
     before = stored()
     zerocopy.publish(model, name=name)
     written = stored() - before

@@ -1,6 +1,6 @@
 """How do the actors of `map_batches` share one model?
 
-Batch inference with Ray Data: the constructor of each actor is given a handle, and all read the same weights.
+Batch inference with Ray Data: the constructor of each actor gets a handle, and all actors read the same weights.
 
 python examples/ray_data.py
 """
@@ -67,7 +67,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    # Ray prints an error that is none for each actor of Ray Data: https://github.com/ray-project/ray/issues/53727
+    # Ray prints a false error for each actor of Ray Data: https://github.com/ray-project/ray/issues/53727
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
     ray.init("local", num_cpus=2, object_store_memory=500_000_000, include_dashboard=False, **quiet)

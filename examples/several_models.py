@@ -19,7 +19,7 @@ from zerocopy import copied, shared
 class Search:
     encoder: nn.Module = shared()  # turns a query into a vector
     index: torch.Tensor = shared()  # a vector for each document
-    ranker: nn.Module = shared()  # looks closer at what was found; has the encoder's first layer
+    ranker: nn.Module = shared()  # scores the found documents; uses the encoder's first layer too
     titles: list[str] = copied()  # each worker has its own
     candidates: int = copied(default=20)
 
@@ -41,7 +41,7 @@ def answer(search: Search, query: torch.Tensor) -> str:
 
 @zerocopy.actor(num_cpus=0.5)
 class Finder:
-    """Needs a part of the pipeline. So it asks for the publication instead of a loaded pipeline, and loads that part alone."""
+    """Needs only a part of the pipeline, so it takes the publication instead of a loaded pipeline, and loads this part."""
 
     def __init__(self, publication: zerocopy.Publication) -> None:
         self.search = publication.load(fields=["encoder", "index", "candidates"])

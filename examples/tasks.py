@@ -1,6 +1,6 @@
 """How do I pass a large model to many Ray tasks?
 
-Functions and methods that run as tasks: the model is published once, and arrives loaded and not copied.
+Functions and methods run as tasks. The model is published once, and arrives loaded without a copy.
 
 python examples/tasks.py
 """
@@ -18,7 +18,7 @@ from zerocopy import copied, shared
 
 @zerocopy.task
 def mean_score(network: nn.Module, batch: torch.Tensor) -> tuple[float, int]:
-    """The mean of a network's outputs, and the process that found it."""
+    """The mean of a network's outputs, and the process that computed it."""
     with torch.inference_mode():
         return network(batch).mean().item(), os.getpid()
 

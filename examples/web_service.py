@@ -1,4 +1,4 @@
-"""How do I serve a model over HTTP by several replicas that share one copy, and change it without a stop?
+"""How do I serve a model over HTTP with several replicas that share one copy, and update it without downtime?
 
 Bind `zerocopy.lookup(name)`, and publish under that name again. Needs ray[serve].
 
@@ -27,7 +27,7 @@ class Service:
         self.model = model
 
     def __call__(self) -> dict[str, Any]:
-        model = self.model.current()  # the newest version; this request keeps it to its end
+        model = self.model.current()  # the newest version; this request uses it until its end
         with torch.inference_mode():
             score = model(torch.ones(1024)).mean().item()
         return {"score": score, "replica": serve.get_replica_context().replica_id.unique_id}
@@ -40,7 +40,7 @@ def publish(score: int) -> None:
 
 
 def ask(port: int, answers: list[dict[str, Any]], ended: threading.Event) -> None:
-    """A client that asks without pause. Of a request that fails it has an empty answer."""
+    """A client that sends requests without pause. For a request that fails it stores an empty answer."""
     while not ended.is_set():
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{port}/score", timeout=30) as reply:
@@ -58,7 +58,7 @@ def main() -> None:
     answers, ended = [], threading.Event()
     (client := threading.Thread(target=ask, args=(port, answers, ended))).start()
     for score in (1, 2, 3):
-        publish(score)  # while the client asks; version 1 is there, and costs nothing
+        publish(score)  # while the client sends requests; version 1 exists already and is not stored again
         ended.wait(3)
     ended.set()
     client.join()

@@ -1,7 +1,7 @@
-"""Several nodes on one machine, in a process of their own: the tests' process has a cluster already.
+"""How do tests use several nodes on one machine? In a separate process, because the tests' process already has a cluster.
 
-A file of checks is run as a program. It starts the nodes, calls its functions `check_...` in order, and tells of each whether it
-held. A test then asks for each of them.
+A file of checks runs as a program. It starts the nodes, calls its functions `check_...` in order, and reports for each whether it
+held. A test then reads the result of each check.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ MB = 1 << 20
 
 
 class Nodes:
-    """The nodes. Their names are resources, so that tasks can ask for one: `{"second": 1}`."""
+    """The nodes. Each node's name is a resource, so that a task can request a node: `{"second": 1}`."""
 
     def __init__(self, store_bytes: dict[str, int], **settings: Any) -> None:
-        """Start nodes with these names and bytes of their stores. `settings` are Ray's own."""
+        """Start nodes with these names and store sizes in bytes. `settings` are settings of Ray."""
         self.cluster = Cluster()
         self.raylets = {}
         for name, nbytes in store_bytes.items():
@@ -38,14 +38,14 @@ class Nodes:
         return found
 
     def raylet(self, name: str) -> int:
-        """The process of a node's raylet."""
+        """The process id of a node's raylet."""
         (process,) = self.raylets[name].all_processes["raylet"]
         pid: int = process.process.pid
         return pid
 
 
 def run(nodes: Nodes, checks: dict[str, Any]) -> None:
-    """Call the checks of a program, and print how they went."""
+    """Call the checks of a program and print their results."""
     told = {}
     for name, check in list(checks.items()):
         if name.startswith("check_"):
@@ -60,12 +60,12 @@ def run(nodes: Nodes, checks: dict[str, Any]) -> None:
 
 
 def outcomes(file: str, **environment: str) -> Callable[[str], None]:
-    """Run a file of checks. The function returned says whether one of them held."""
+    """Run a file of checks. The returned function fails if the check with the given name did not hold."""
     done = run_python("", file, **environment)
     assert done.returncode == 0, done.stderr
     told = json.loads(
         next(line for line in done.stdout.splitlines() if line.startswith('{"check_'))
-    )  # Ray may print, too
+    )  # Ray may also print lines
 
     def held(check: str) -> None:
         assert told[check] == "held", told[check]

@@ -1,4 +1,4 @@
-"""One cluster for each process that runs tests, and what tests ask of it."""
+"""Which cluster and helpers do all tests share? Each process that runs tests starts one cluster."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from zerocopy._publish import weights
 
 CPUS = 4
 STORE_BYTES = 1_500_000_000
-ORDINARY = {"RAY_allow_out_of_band_object_ref_serialization": "1"}  # for a process of its own: the tests' may forbid it
+ORDINARY = {"RAY_allow_out_of_band_object_ref_serialization": "1"}  # for new processes: the tests' own may forbid it
 HERE = Path(__file__).parent
-# Workers import what test modules define by the modules' names, each from its folder.
+# Workers import test modules by name, each from its folder.
 FOLDERS = list(map(str, [HERE, *sorted({path.parent for path in HERE.rglob("test_*.py")})]))
 IMPORT_PATH = os.pathsep.join(FOLDERS)
-sys.path.extend(folder for folder in FOLDERS if folder not in sys.path)  # some use the cases of others
-# Each process takes the next file when it is done with one: the longest start first, so that none is left at the end.
+sys.path.extend(folder for folder in FOLDERS if folder not in sys.path)  # some test modules import cases from others
+# Each process takes the next file when it finishes one. The longest files start first, so that none runs alone at the end.
 LONGEST = (
     "test_examples",
     "test_notebook",
@@ -56,7 +56,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    """Write what was measured, if it was asked for and nothing has failed."""
+    """Write the measured faults to the page, if one was given and no test has failed."""
     page = session.config.getoption("--faults-page")
     if page is not None and exitstatus == 0:
         reliability.write(page, reliability.measured)
@@ -69,9 +69,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as environment, warnings.catch_warnings():
-        environment.setenv("OMP_NUM_THREADS", "1")  # workers, also those of programs that join, inherit both
+        environment.setenv("OMP_NUM_THREADS", "1")  # workers inherit both variables, also those of joined programs
         environment.setenv("PYTHONPATH", IMPORT_PATH)
-        warnings.simplefilter("ignore")  # Ray's, about itself
+        warnings.simplefilter("ignore")  # Ray warns about its own code
         ray.init(
             "local",
             num_cpus=CPUS,
@@ -86,25 +86,25 @@ def cluster() -> Iterator[None]:
 
 @pytest.fixture
 def address(cluster: None) -> str:
-    """By which a program joins the cluster: to start one of its own takes it seconds."""
+    """The address with which a program joins the cluster: starting its own cluster would take seconds."""
     return ray.get_runtime_context().gcs_address
 
 
 @pytest.fixture
 def name(request: pytest.FixtureRequest, cluster: None) -> Iterator[str]:
-    """A name for publications of this test, removed afterwards with all that start with it."""
+    """A name for publications of this test. All names that start with it are removed afterwards."""
     chosen = request.node.name
     yield chosen
     for one in [found for found in zerocopy.publications().names if found.startswith(chosen)]:
         zerocopy.remove(one)
-    following._pending.clear()  # what its thread has found out concerns no other test
+    following._pending.clear()  # pending warnings of the follower thread must not reach other tests
 
 
 @pytest.fixture
 def run_as_main(
     cluster: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., str]:
-    """Runs a program as `__main__` of this process, on its cluster, and gives its output: to start both anew takes seconds."""
+    """Runs a program as `__main__` of this process, on its cluster, and returns the output. A new process would take seconds."""
     started: list[str] = []
 
     def init(address: str, **options: Any) -> None:
@@ -117,10 +117,10 @@ def run_as_main(
         earlier = set(unnamed_actors())
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # what the interpreter would show, and go on
+                warnings.simplefilter("ignore")  # a separate process would print warnings and continue
                 runpy.run_path(str(path), run_name="__main__")
         finally:
-            for actor in set(unnamed_actors()) - earlier:  # they would end with its process
+            for actor in set(unnamed_actors()) - earlier:  # in a separate process, these actors would end with it
                 ray._private.worker.global_worker.core_worker.kill_actor(ray.ActorID.from_hex(actor), True)
         assert started == ["local"]
         return capsys.readouterr().out
@@ -136,7 +136,7 @@ def zerocopy_command() -> Callable[..., Result]:
 
     def run(*arguments: object) -> Result:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what the interpreter would show, and go on
+            warnings.simplefilter("ignore")  # a separate process would print warnings and continue
             return CliRunner().invoke(cli, [*map(str, arguments)], prog_name="zerocopy", catch_exceptions=False)
 
     return run
@@ -144,7 +144,7 @@ def zerocopy_command() -> Callable[..., Result]:
 
 @pytest.fixture
 def told(zerocopy_command: Callable[..., Result]) -> Callable[..., Any]:
-    """What a command of `zerocopy` that ends well tells as JSON, which stands alone on stdout."""
+    """Runs a command of `zerocopy` that succeeds and prints only JSON to stdout, and returns the parsed JSON."""
 
     def run(*arguments: object) -> Any:
         done = zerocopy_command(*arguments, "--format", "json")
@@ -155,8 +155,8 @@ def told(zerocopy_command: Callable[..., Result]) -> Callable[..., Any]:
 
 
 def unnamed_actors() -> list[str]:
-    """Identifiers of the actors that live or are about to, except those of Ray itself and the registry, which
-    have names, and holders of weights, which belong to it."""
+    """Ids of the actors that run or start. Actors of Ray and the registry are left out, because they have names, and so are the
+    registry's holders of weights."""
     return [
         actor
         for actor, told in state.actors().items()
@@ -165,13 +165,13 @@ def unnamed_actors() -> list[str]:
 
 
 def bytes_in_store() -> int:
-    """Bytes of all objects that live in this node's store."""
+    """Bytes of all objects in this node's store."""
     reply = internal_api.get_memory_info_reply(state.state)
     return int(reply.store_stats.object_store_bytes_used)
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 60) -> bool:
-    """Whether `condition` comes true in time. Ray frees objects some moments after the last reference is gone."""
+    """Return whether `condition` becomes true in time. Ray frees objects some moments after the last reference is gone."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
@@ -183,10 +183,10 @@ def wait_until(condition: Callable[[], bool], seconds: float = 60) -> bool:
 
 @pytest.fixture
 def store_use(cluster: None) -> Callable[[], int]:
-    """Bytes in the store now, above those at the start of the test."""
+    """Returns how many bytes the store has now, minus the bytes at the start of the test."""
     gc.collect()
     settled, calm = bytes_in_store(), 0
-    while calm < 10:  # what earlier tests have dropped goes some moments later
+    while calm < 10:  # Ray frees objects of earlier tests with a delay
         time.sleep(0.1)
         before, settled = settled, bytes_in_store()
         calm = calm + 1 if before == settled else 0
@@ -195,7 +195,7 @@ def store_use(cluster: None) -> Callable[[], int]:
 
 @pytest.fixture
 def publishings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Grows by the number of storages written, each time weights are put into the store."""
+    """A list that gets the number of written storages each time weights are put into the store."""
     writes: list[int] = []
 
     class Counted(weights.Writer):

@@ -1,7 +1,7 @@
-"""A live update under load: versions are rolled out and back while actors, tasks, Ray Data and Serve are asked without pause.
+"""Does a live update work under load? Versions are rolled out and back during calls of actors, tasks, Ray Data and Serve.
 
-Every weight and a copied field of a pipeline carry the number of its version. So each answer tells which version gave it, or that
-it was given by a mixture of two. Prints what was seen, as JSON.
+Every weight and a copied field of a pipeline contain the number of its version. So each answer shows which version gave it, or
+that it came from a mixture of two versions. The program prints its observations as JSON.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ PAUSE = 0.01  # seconds after a call, so that the callers do not take all cores
 
 @attrs.define
 class Seen:
-    """What one kind of caller has seen."""
+    """The observations of one kind of caller."""
 
     calls: int = 0
     failed: list[str] = attrs.field(factory=list)
@@ -43,7 +43,7 @@ class Seen:
     last: int = 0
 
     def note(self, answers: list[int], seconds: float) -> None:
-        """The answers of one call, all of which must be of one version."""
+        """Count the answers of one call, which must all come from one version."""
         self.calls += 1
         self.mixed += len(set(answers)) != 1 or answers[0] < 1
         self.versions.update(answers)
@@ -52,7 +52,7 @@ class Seen:
 
 
 class Callers:
-    """Threads that ask until they are stopped."""
+    """Threads that make calls until they are stopped."""
 
     def __init__(self) -> None:
         self.seen: dict[str, Seen] = {}
@@ -60,7 +60,7 @@ class Callers:
         self._threads: list[threading.Thread] = []
 
     def add(self, kind: str, call: Callable[[], list[int]]) -> None:
-        """Ask once, so that all is loaded."""
+        """Add a kind of caller, and call once so that everything is loaded."""
         call()
         seen = self.seen[kind] = Seen()
 
@@ -83,10 +83,10 @@ class Callers:
         self._stopped.set()
         for thread in self._threads:
             thread.join()
-        self._threads = []  # and with them what they ask: Ray Data keeps blocks in the store
+        self._threads = []  # drops the objects that they call as well: Ray Data keeps blocks in the store
 
     def all_answer(self, number: int, seconds: float = 60) -> bool:
-        """Whether all callers get answers of this version in time."""
+        """Return whether all callers get answers of this version in time."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             if all(seen.last == number for seen in self.seen.values()):
@@ -97,7 +97,7 @@ class Callers:
 
 @serve.deployment(ray_actor_options={"num_cpus": 0.1}, max_ongoing_requests=8)
 class App:
-    """A plain deployment: what it is given has `current()`."""
+    """A plain deployment, which gets a handle with `current()`."""
 
     def __init__(self, search: Any) -> None:
         self.search = search
@@ -113,7 +113,7 @@ def store_bytes() -> int:
 
 
 def settled(limit: float, seconds: float = 30) -> int:
-    """Bytes in the store, as soon as they are at most `limit`."""
+    """Wait until the store has at most `limit` bytes, and return how many it has then or when the time is over."""
     end = time.monotonic() + seconds
     while store_bytes() > limit and time.monotonic() < end:
         time.sleep(0.1)
@@ -127,7 +127,7 @@ def free_port() -> int:
 
 
 def add_callers(callers: Callers, port: int) -> None:
-    """Two following actors, an async and a threaded one, a stream, tasks, `map_batches` and a deployment."""
+    """Add two following actors, an async and a threaded actor, a stream, tasks, `map_batches` and a deployment."""
     from versions import Asked, AskedAsync, Following, ask, ask_for_item
 
     import zerocopy
@@ -151,18 +151,18 @@ def add_callers(callers: Callers, port: int) -> None:
     callers.add("serve", request)
     batches = in_batches(handle)
     callers.add("map_batches", lambda: [int(answer) for answer in next(batches)["answer"]])
-    # Last: Ray ends the processes of tasks that nobody calls.
+    # These are last, because Ray ends idle worker processes of tasks.
     callers.add("map", lambda: list(ask_for_item.map(handle, range(4), max_in_flight=1)))
     callers.add("task", lambda: [ask(handle)])
 
 
 def newest_of(answers: list[int]) -> list[int]:
-    """The newest of several calls, which may have different versions; -1 if one of them was mixed."""
+    """The newest version among several calls, which may differ; -1 if one answer was a mixture."""
     return [max(answers) if min(answers) > 0 else -1]
 
 
 def in_batches(handle: Any) -> Iterator[dict[str, Any]]:
-    """Answers of one actor of Ray Data, without end."""
+    """An endless stream of answers from one actor of Ray Data."""
     from versions import Batches
 
     ray.data.DataContext.get_current().execution_options.resource_limits = ray.data.ExecutionResources(cpu=1)

@@ -1,7 +1,7 @@
-"""What does a crowd do? Many actors load at one moment, many calls are under way, publishers race, all write and change at once.
+"""Are all answers right under heavy load? Many actors load at once, many calls run, drivers publish at the same time.
 
 `python tests/load_held.py` measures it, and with `--output` writes the table into a page. Every weight and a copied field of a
-pipeline carry the number of its version, so each answer tells whether it was right.
+pipeline contain the number of its version, so each answer shows whether it was right.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from versions import Asked, Following, Numbered, ask, ask_for_item, numbered
 import zerocopy
 
 HEADING = "## Load held"
-WIDTH = 512  # 4 MB of weights, 1 MB of them of each layer
+WIDTH = 512  # 4 MB of weights, 1 MB per layer
 
 
 @attrs.frozen
 class Outcome:
-    """What one of these did.
+    """The result of one measurement.
 
     Attributes:
-        what: in words.
-        count: of loads, calls or answers.
-        wrong: how many were wrong or failed.
-        figures: what else was measured.
+        what: its description.
+        count: the number of loads, calls or answers.
+        wrong: how many of them were wrong or failed.
+        figures: other measured figures.
     """
 
     what: str
@@ -49,7 +49,7 @@ class Outcome:
 
 @zerocopy.actor(num_cpus=0)
 class Reader:
-    """Loads when it is made."""
+    """Loads the pipeline when it is created."""
 
     def __init__(self, search: Numbered) -> None:
         self.search = search
@@ -71,7 +71,7 @@ def double(search: Numbered, item: int) -> int:
 
 
 def actors_at_once(count: int) -> Outcome:
-    """Actors that are made at one moment."""
+    """Create many actors at once."""
     search = numbered(1, width=WIDTH)
     publication = zerocopy.publish(search)
     start = time.monotonic()
@@ -94,7 +94,7 @@ def actors_at_once(count: int) -> Outcome:
 
 
 def calls_in_flight(count: int) -> Outcome:
-    """Calls that are all submitted before the first result is asked for."""
+    """Submit all calls before the first result is requested."""
     search = numbered(2, width=64)
     start = time.monotonic()
     refs = [answer.remote(search) for _ in range(count)]
@@ -106,7 +106,7 @@ def calls_in_flight(count: int) -> Outcome:
 
 
 def through_map(count: int) -> Outcome:
-    """Items through `map`, in order."""
+    """Pass items through `map`, which returns results in order."""
     search = numbered(3, width=64)
     start = time.monotonic()
     found = list(double.map(search, range(count)))
@@ -126,7 +126,7 @@ for turn in range(int(sys.argv[4])):
 
 
 def rivals(turns: int) -> Outcome:
-    """Two drivers that publish under one name, as fast as they can."""
+    """Let two drivers publish under one name, as fast as they can."""
     from conftest import run_python
 
     name, address, done = "rivals", ray.get_runtime_context().gcs_address, []
@@ -142,14 +142,14 @@ def rivals(turns: int) -> Outcome:
         thread.join()
     seconds = time.monotonic() - start
     told = [tuple(map(int, line.split())) for one in done for line in one.stdout.splitlines()]
-    wrong = 2 * turns - len({version for version, _ in told})  # each has a version of its own
+    wrong = 2 * turns - len({version for version, _ in told})  # each publication must have its own version
     wrong += sum(zerocopy.lookup(name, version=version).load()() != number for version, number in told)
     zerocopy.remove(name)
     return Outcome("two drivers publish under one name", 2 * turns, wrong, seconds)
 
 
 class Churn:
-    """Callers, writers and a publisher, until time is over."""
+    """The state that callers, writers and a publisher share until the time is over."""
 
     def __init__(self, seconds: float) -> None:
         self.seen: Counter[str] = Counter()
@@ -159,7 +159,7 @@ class Churn:
         self._published = 1
 
     def loop(self, call: Callable[[], list[int]]) -> None:
-        """Ask until the end. An answer is right if it is a version that was published."""
+        """Call until the end. An answer is right if it is the number of a published version."""
         while time.monotonic() < self._end:
             try:
                 answers = call()
@@ -171,7 +171,7 @@ class Churn:
                 self.seen["wrong"] += sum(not 1 <= answer <= self._published + 1 for answer in answers)
 
     def publish(self, name: str) -> None:
-        """New versions, some adopted, some rolled back."""
+        """Publish new versions, half of them adopted, and set "latest" again after every fifth."""
         while time.monotonic() < self._end:
             number = self._published + 1
             search = numbered(number, width=WIDTH, layers=random.choice((3, 4)))
@@ -184,7 +184,7 @@ class Churn:
 
 
 def write(search: Numbered) -> list[int]:
-    """Write over all weights of a pipeline that was loaded, which nobody else may see. The copy answers -1 then."""
+    """Overwrite all weights of a loaded pipeline, which no other process may see. This pipeline then answers -1."""
     with torch.no_grad():
         for tensor in (*search.encoder.parameters(), search.table):
             tensor.fill_(-7)
@@ -193,7 +193,7 @@ def write(search: Numbered) -> list[int]:
 
 @ray.remote(num_cpus=0.1)
 class Writer:
-    """Loads the newest version, and writes over it."""
+    """Loads the newest version and overwrites it."""
 
     def write(self, name: str) -> list[int]:
         search = zerocopy.lookup(name).load()
@@ -202,7 +202,7 @@ class Writer:
 
 
 def churn(seconds: float) -> Outcome:
-    """Readers, followers, tasks and writers, while versions are published."""
+    """Run readers, followers, tasks and writers while versions are published."""
     name = "churn"
     zerocopy.publish(numbered(1, width=WIDTH), name=name)
     latest, state = zerocopy.lookup(name), Churn(seconds)
@@ -232,7 +232,7 @@ def churn(seconds: float) -> Outcome:
 
 
 def outcomes(actors: int, calls: int, items: int, turns: int, seconds: float) -> Iterator[Outcome]:
-    """One after the other."""
+    """Run the measurements one after the other."""
     yield actors_at_once(actors)
     yield calls_in_flight(calls)
     yield through_map(items)
@@ -262,7 +262,7 @@ def section(found: list[Outcome]) -> str:
 
 
 def main() -> int:
-    """Measure, print, and write the page; the exit status."""
+    """Measure, print, write the page, and return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--output", type=Path, help="the page to write the section into")

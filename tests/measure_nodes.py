@@ -27,18 +27,18 @@ from torch import nn
 import zerocopy
 
 HEADING = "## Measured and computed"
-PARTS = 16  # objects that the weights lie in
-LARGE, LINK = 70e9, 1.25e9  # bytes, and bytes in a second: 10 Gbit/s
+PARTS = 16  # objects in the store that contain the weights
+LARGE, LINK = 70e9, 1.25e9  # bytes, and bytes per second: 10 Gbit/s
 
 
 def weights(nbytes: int) -> nn.Module:
-    """Parameters of equal size, random ones."""
+    """Random parameters of equal size."""
     count = nbytes // (4 * PARTS)
     return nn.ParameterList([nn.Parameter(torch.rand(count)) for _ in range(PARTS)])
 
 
 def plain(nbytes: int) -> list[ray.ObjectRef[Any]]:
-    """As many bytes as plain objects."""
+    """The same number of bytes as plain objects of Ray."""
     return [ray.put(np.random.default_rng().random(nbytes // PARTS // 8)) for _ in range(PARTS)]
 
 
@@ -51,7 +51,7 @@ class Getter:
 
 
 def price(nbytes: int, repeats: int) -> dict[str, Any]:
-    """Seconds to prefetch to a node, and to get the same bytes there by plain Ray, in turn."""
+    """Seconds to prefetch weights to a node, and to get the same bytes there with plain Ray, measured in turn."""
     nodes = Nodes({"first": 4 * nbytes, "second": 4 * nbytes})
     getter = Getter.options(resources={"second": 1}).remote()
     ray.get(getter.get.remote([]))
@@ -78,7 +78,7 @@ def price(nbytes: int, repeats: int) -> dict[str, Any]:
 
 
 def pushed(nodes: Nodes) -> dict[str, float]:
-    """Bytes that each node has sent to others so far, as Ray's metrics tell."""
+    """Bytes that each node has sent to other nodes so far, from Ray's metrics."""
     found = {}
     for node in ray.nodes():
         address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
@@ -92,7 +92,7 @@ def pushed(nodes: Nodes) -> dict[str, float]:
 
 
 def sources(count: int, nbytes: int) -> dict[str, float]:
-    """What the first of several nodes sends, over the weights: in waves, and if all ask at one moment."""
+    """Bytes that the first of several nodes sends, divided by the weights' bytes: in waves, and if all nodes ask at once."""
     names = [f"node-{number}" for number in range(count)]
     nodes = Nodes(dict.fromkeys(names, 3 * nbytes), metrics_report_interval_ms=500)
     getters = [Getter.options(resources={name: 1}).remote() for name in names[1:]]
@@ -118,7 +118,7 @@ def sources(count: int, nbytes: int) -> dict[str, float]:
 
 
 def run(*arguments: object) -> dict[str, Any]:
-    """One measurement in a process of its own."""
+    """Run one measurement in a separate process."""
     command = [sys.executable, __file__, "--one", *map(str, arguments)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, timeout=900)
     told: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -179,12 +179,12 @@ def section(priced: dict[str, Any], seen: dict[int, dict[str, float]], nbytes: i
 
 
 def wrapped(text: str) -> str:
-    """A paragraph in lines."""
+    """A paragraph wrapped into lines."""
     return textwrap.fill(text, 128)
 
 
 def duration(seconds: float) -> str:
-    """In minutes or hours."""
+    """A time in minutes or hours."""
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.0f} h"
 
 

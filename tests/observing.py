@@ -1,4 +1,4 @@
-"""All that can be observed of an object, as plain data that compares equal across processes."""
+"""How do tests compare objects across processes? As plain data with everything that can be observed of an object."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ ATOMS = (str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.d
 
 
 def observe(root: Any) -> Any:
-    """Types, structure, identity, flags, strides and bytes of `root` and everything below it, in nested tuples.
+    """Types, structure, identity, flags, strides and bytes of `root` and all objects inside it, in nested tuples.
 
-    The first time an object is met it gets a number, after that only the number is given; so do storages.
+    The first visit of an object or a storage gives it a number, and later visits return only this number.
     """
     return _Observer().observe(root)
 
@@ -51,7 +51,7 @@ class _Observer:
 
     def content(self, obj: Any) -> Any:  # noqa: C901 (a case for each kind of thing)
         if isinstance(obj, torch.Tensor):
-            # A nested tensor's attributes are caches, and symbols that each process counts anew.
+            # A nested tensor's attributes are caches and symbols, which each process numbers separately.
             return self.tensor(obj), self.members({} if obj.is_nested else getattr(obj, "__dict__", {}))
         if isinstance(obj, np.ndarray):
             bits = obj.tolist() if obj.dtype.hasobject else digest(np.ascontiguousarray(obj).tobytes())
@@ -73,12 +73,12 @@ class _Observer:
             return obj.__name__, digest(obj.__code__.co_code), self.observe(cells)
         if isinstance(obj, weakref.ref):
             return self.observe(obj())
-        if type(obj).__name__ == "_WrappedHook":  # torch's own state of it leaves out all but the hook
+        if type(obj).__name__ == "_WrappedHook":  # torch pickles only its hook
             return self.observe(obj.hook)
         return self.members(attributes_of(obj))
 
     def items(self, module: Any) -> Any:
-        """What a module holds that is a container or a value, too."""
+        """The items of a module that is also a container or a value."""
         if isinstance(module, Mapping):
             return [(self.observe(key), self.observe(value)) for key, value in module.items()]
         if isinstance(module, (str, int)):
@@ -124,7 +124,7 @@ def digest(content: bytes) -> str:
 
 
 def difference(first: Any, second: Any, path: str = "") -> str:
-    """Where two observations differ, in words; empty where they do not."""
+    """A text that says where two observations differ; empty if they are equal."""
     if first == second:
         return ""
     if type(first) is not type(second) or not isinstance(first, (list, tuple)):

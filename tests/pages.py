@@ -1,4 +1,4 @@
-"""How do programs that measure write their figures into a page? Each has a section, which it writes anew."""
+"""How do measuring programs write their figures into a page? Each program has a section and replaces it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def renew(page: Path, section: str) -> None:
-    """Put a section in the place of the one with the same heading, or at the end. The heading is its first line."""
+    """Replace the section with the same heading, or append the new one. The heading is the first line."""
     heading, *_ = section.splitlines()
     parts = re.split(r"^(?=## )", page.read_text(), flags=re.MULTILINE)
     place = next((number for number, part in enumerate(parts) if part.startswith(f"{heading}\n")), len(parts))

@@ -1,4 +1,4 @@
-"""Pipelines, tasks and actors of an importable module."""
+"""Which pipelines, tasks and actors do many tests use? Workers import this module."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def search(width: int = 256, cls: type[Search] = Search, **changes: Any) -> Sear
 
 @zerocopy.pipeline
 class Assistant:
-    """A pipeline with an `__init__` of its own: what no field declares follows the automatic rule."""
+    """A pipeline with its own `__init__`: undeclared attributes follow the automatic rule."""
 
     def __init__(self, width: int = 64) -> None:
         self.models = {"draft": encoder(width, 1), "final": [encoder(width, 2)]}
@@ -151,7 +151,7 @@ class Annotated:
 
 
 class Typed(zerocopy.Actor):
-    """An actor in the spelling that type checkers see."""
+    """An actor that derives from `zerocopy.Actor`, which type checkers understand."""
 
     def __init__(self, pipeline: Search) -> None:
         self.pipeline = pipeline
@@ -161,7 +161,7 @@ class Typed(zerocopy.Actor):
 
 
 class Louder(Worker):
-    """An undecorated subclass with an `__init__` of its own."""
+    """An undecorated subclass with its own `__init__`."""
 
     def __init__(self, pipeline: Search) -> None:
         self.seen = type(pipeline).__name__

@@ -1,7 +1,7 @@
-"""What was broken, what did the reader get, and after how many seconds? `nox -s faults` writes it to docs/reliability.md.
+"""Which fault was made, what did the reader get, and after how many seconds? `nox -s faults` writes it to docs/reliability.md.
 
-A test of a fault measures with `fault`, in its own process or in a program that it runs. Each one fails where the end takes
-longer than the bound that the documentation promises.
+A test of a fault measures with `fault`, in its own process or in a program that it runs. It fails if the result takes longer
+than the bound that the documentation promises.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ class Fault:
     """A row of the table.
 
     Attributes:
-        kind: the heading that it stands under.
-        what: what was done.
-        result: what the reader got.
-        seconds: from the fault to this result.
+        kind: the heading of its table.
+        what: the fault that was made.
+        result: the result that the reader got.
+        seconds: the time from the fault to this result.
     """
 
     kind: str
@@ -38,11 +38,11 @@ class Fault:
     _start: float = attrs.field(factory=time.monotonic)
 
     def happened_at(self, moment: float) -> None:
-        """The fault was made later than the block began: at this time of `time.monotonic`, of any process of the machine."""
+        """Set the time of a fault after the start of the block, as `time.monotonic` of any process of the machine."""
         self._start = moment
 
     def ends(self) -> None:
-        """Take the time."""
+        """Measure the time."""
         self.seconds = time.monotonic() - self._start
 
 
@@ -51,10 +51,10 @@ measured: list[Fault] = []
 
 @contextlib.contextmanager
 def fault(kind: str, what: str, *, bound: float = BOUND) -> Iterator[Fault]:
-    """Measure how long the block takes, which begins when the fault is made. It has to say what the reader got.
+    """Measure the time of the block, which begins when the fault is made. The block must set the result that the reader got.
 
     Raises:
-        AssertionError: it took longer than `bound` seconds, or says nothing.
+        AssertionError: the block took longer than `bound` seconds, or set no result.
     """
     found = Fault(kind, what)
     yield found
@@ -67,7 +67,7 @@ def fault(kind: str, what: str, *, bound: float = BOUND) -> Iterator[Fault]:
 
 
 def read(output: str) -> dict[str, str]:
-    """The results of the faults that a program measured, by what was done. They count as measured here."""
+    """The results of the faults that a program measured, by fault. They also count as measured by this process."""
     lines = (line.removeprefix(_MARK) for line in output.splitlines() if line.startswith(_MARK))
     told = [Fault(*json.loads(line)) for line in lines]
     measured.extend(told)
@@ -75,7 +75,7 @@ def read(output: str) -> dict[str, str]:
 
 
 def write(page: Path, faults: list[Fault]) -> None:
-    """Put the tables of all that was measured between the marks of a page."""
+    """Put the tables of all measured faults between the marks of a page."""
     text = page.read_text()
     assert _TABLES.search(text), f"{page} has no place for the tables"
     kinds = sorted({one.kind for one in faults})

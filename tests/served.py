@@ -1,4 +1,4 @@
-"""Apps that Serve builds from a config. The tests name them in configs; only Serve imports this."""
+"""Which apps does Serve build from a config? The tests name them in configs, and only Serve imports this module."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ OPTIONS: dict[str, Any] = {"ray_actor_options": {"num_cpus": 0.1}, "graceful_shu
 
 
 class Answers:
-    """Asks what a deployment was given, which must be over shared memory. Names with "live" are of handles to follow."""
+    """Calls all pipelines of a deployment, which must be in shared memory. Names with "live" are handles with `current()`."""
 
     def __init__(self, stamp: str, **searches: Any) -> None:
         self.stamp = stamp
@@ -42,7 +42,7 @@ def version_of(search: Numbered) -> int | None:
 @serve.deployment(**OPTIONS, num_replicas=2)
 @zerocopy.actor
 class Acting(Answers):
-    """What a `@zerocopy.actor` is given arrives loaded, or as a handle where it asks for one."""
+    """Arguments of a `@zerocopy.actor` arrive loaded, or as a handle if the parameter is annotated as `Live`."""
 
     def __init__(
         self,
@@ -58,7 +58,7 @@ class Acting(Answers):
 
 @serve.deployment(**OPTIONS)
 class Plain(Answers):
-    """What a plain class is given arrives as it is: an instance loaded, a handle as a handle."""
+    """Arguments of a plain class arrive unchanged: an instance loaded, a handle as a handle."""
 
     def __init__(
         self,
@@ -75,7 +75,7 @@ class Plain(Answers):
 
 
 def build(args: dict[str, str]) -> Any:
-    """An app whose pipeline has a name: it is given in every way."""
+    """An app with a named pipeline, passed in every way."""
     name, search = args["name"], numbered(int(args["number"]), width=WIDTH)
     handle = zerocopy.publish(search, name=name)
     deployment = {"acting": Acting, "plain": Plain}[name]
@@ -83,6 +83,6 @@ def build(args: dict[str, str]) -> Any:
 
 
 def build_unnamed(args: dict[str, str]) -> Any:
-    """An app whose pipeline has no name."""
+    """An app with an unnamed pipeline."""
     search = numbered(int(args["number"]))
     return Plain.bind(args["stamp"], search, search, search, search, search)

@@ -1,7 +1,7 @@
-"""Do weights stay what they are under churn? Workers load, write, hand on and drop; the driver publishes, adopts, forks, closes.
+"""Do weights stay right under load? Workers load, write, pass on and drop; the driver publishes, adopts, forks and closes.
 
-Every weight of a model is its version, so that each reader knows what to find. `python tests/soak.py --seconds 60` runs for so
-long, and fails if any reader has found anything else.
+Every weight of a model is the number of its version, so each reader knows the right value. `python tests/soak.py --seconds 60`
+runs for 60 seconds, and fails if a reader has found another value.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from torch import nn
 import zerocopy
 from zerocopy import copied, shared
 
-SIDE = 300  # of a weight: 360 kB
-HELD = 6  # pipelines that a process holds at a time
+SIDE = 300  # rows and columns of a weight: 360 kB
+HELD = 6  # pipelines that a process holds at the same time
 
 
 class Net(nn.Module):
-    """Weights of some sizes, statistics, and a counter of a few bytes."""
+    """A module with weights of several sizes, statistics, and a counter of a few bytes."""
 
     def __init__(self, version: int) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ def new_model(version: int) -> Model:
 
 
 def is_right(model: Model) -> bool:
-    """Whether every weight is the version of the model."""
+    """Return whether every weight is the number of the model's version."""
     return all(bool((tensor == model.version).all()) for tensor in model.net.state_dict().values())
 
 
@@ -88,7 +88,7 @@ def sums(model: Model) -> list[float]:
 
 
 class Churn:
-    """What one process does, and how often it was right and wrong."""
+    """The actions of one process, and how often it found right and wrong values."""
 
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
@@ -99,7 +99,7 @@ class Churn:
         self.found[what if is_as_expected else f"WRONG: {what}"] += 1
 
     def use(self, publication: zerocopy.Publication) -> None:
-        """Load; write to another load; hand a written one on; look at what is held."""
+        """Load, write to another load, pass it on, and check all held pipelines."""
         loaded, written = publication.load(), publication.load()
         self.check("loaded", is_right(loaded))
         self.random.choice(WRITES)(written.net)
@@ -114,7 +114,7 @@ class Churn:
         self.look()
 
     def look(self) -> None:
-        """Whether all that is held is as it was; drop some of it."""
+        """Check that all held pipelines are unchanged, and drop some of them."""
         for model in self.held:
             self.check("held", is_right(model))
         while len(self.held) > HELD:
@@ -137,14 +137,14 @@ class Worker:
 
 @zerocopy.task(num_cpus=0.5)
 def find_and_write(model: Model, position: int) -> bool:
-    """What a call finds in a worker that calls have written in."""
+    """Return whether a call finds right weights in a worker where earlier calls have written, and then write."""
     found = is_right(model)
     WRITES[position](model.net)
     return found
 
 
 class Driver(Churn):
-    """Publishes, adopts, forks, fills the store, and asks workers."""
+    """Publishes, adopts, forks, fills the store, and calls workers."""
 
     def __init__(self, seed: int, workers: int) -> None:
         super().__init__(seed)
@@ -165,7 +165,7 @@ class Driver(Churn):
             self.fork()
         if self.random.random() < 0.5:
             self.change(model)
-        kept = [ray.put(np.full(1 << 20, 0xAB, np.uint8)) for _ in range(8)]  # takes what was freed
+        kept = [ray.put(np.full(1 << 20, 0xAB, np.uint8)) for _ in range(8)]  # overwrites freed memory of the store
         for found in ray.get(asked):
             self.found.update(found)
         del kept
@@ -174,14 +174,14 @@ class Driver(Churn):
         self.look()
 
     def change(self, model: Model) -> None:
-        """Write to the publisher's own weights, which have been passed already."""
+        """Write to the publisher's own weights, which were already passed."""
         self.random.choice([fused_step, by_numpy, by_data])(model.net)
         expected = sums(model)
         self.check("passed again after a write", sums(ray.get(ray.put(model))) == expected)
         self.held.remove(model)
 
     def fork(self) -> None:
-        """A child drops all that its parent holds."""
+        """Fork a child that drops everything that its parent holds."""
 
         def drop() -> None:
             wrong = [model for model in self.held if not is_right(model)]
@@ -191,19 +191,19 @@ class Driver(Churn):
 
         child = multiprocessing.get_context("fork").Process(target=drop)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of Python's, about forks beside threads
+            warnings.simplefilter("ignore")  # Python warns about forks in a process with threads
             child.start()
         child.join()
         self.check("a forked child", child.exitcode == 0)
 
 
 def run(seconds: float, seed: int = 0, workers: int = 2) -> Counter[str]:
-    """How often each kind of check was right and wrong, on the cluster that this process is connected to."""
+    """Run on the cluster of this process, and return how often each kind of check was right and wrong."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the threads of a pool do not survive a fork
     driver = Driver(seed, workers)
     try:
-        driver.step()  # starts the workers, which takes a while
+        driver.step()  # starts the workers, which takes some time
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             driver.step()
@@ -217,7 +217,7 @@ def run(seconds: float, seed: int = 0, workers: int = 2) -> Counter[str]:
 
 
 def main() -> None:
-    """Start a cluster with a small store, run, and tell."""
+    """Start a cluster with a small store, run, and print the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=int(time.time()))

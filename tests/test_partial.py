@@ -1,4 +1,4 @@
-"""What partial loads leave on the class of a user: nothing. Without Ray."""
+"""Do partial loads leave anything on the user's class? These tests need no Ray."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def instance_of(cls: Any, **attributes: Any) -> Any:
 
 
 def test_nothing_stays_on_the_class() -> None:
-    """What says why an attribute is missing goes with the last instance that was loaded without it."""
+    """The explanation of a missing attribute leaves the class with the last instance that lacks the attribute."""
 
     class Search:
         pass
@@ -46,7 +46,7 @@ def test_nothing_stays_on_the_class() -> None:
 
 
 def test_instances_of_a_subclass_have_their_own_reasons() -> None:
-    """Of a class and its subclass each says what its own instances were loaded with."""
+    """Instances of a class and of its subclass each show the fields that they were loaded with."""
 
     class Base:
         pass
@@ -67,7 +67,7 @@ def test_instances_of_a_subclass_have_their_own_reasons() -> None:
 
 
 def test_what_the_class_has_is_left_alone() -> None:
-    """Slots, defaults and descriptors of the class stay, and so does what the user puts there later."""
+    """A partial load changes no slot, default or descriptor of the class, and no attribute that the user adds later."""
 
     class Unreadable:
         def __get__(self, instance: object, owner: type) -> None:
@@ -92,7 +92,7 @@ def test_what_the_class_has_is_left_alone() -> None:
 
 
 def test_a_class_that_travels_by_value() -> None:
-    """Its stand-ins travel without the instances that they are about."""
+    """A class that is pickled by value can be pickled after a partial load, without the explanations."""
 
     class Search:
         pass
@@ -106,7 +106,7 @@ def test_a_class_that_travels_by_value() -> None:
 
 
 def test_threads_that_load_and_drop() -> None:
-    """Many instances that come and go in several threads: none lacks its reason, and nothing is left."""
+    """If threads load and drop many instances, each missing attribute is explained and nothing stays on the class."""
 
     class Search:
         pass
@@ -116,7 +116,7 @@ def test_threads_that_load_and_drop() -> None:
     def load_and_drop() -> None:
         for _ in range(300):
             search = instance_of(Search, a=1, b=2)
-            search.myself = search  # dropped by the collector, at any moment
+            search.myself = search  # a cycle, which the garbage collector frees at any moment
             keep_only(search, ["a", "myself"])
             try:
                 _ = search.b

@@ -1,4 +1,4 @@
-"""Check the Python blocks of the README and of the pages, by mypy and pyright. Each page is one program."""
+"""Do the Python blocks of the README and the pages pass mypy and pyright? Each page is one program."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 STRICTLY = "# pyright: strict, reportUnknownMemberType=false"  # ray.init is partly unknown
-# Checkers take what Serve decorates for the class itself, without `bind`; the libraries of the other page are not installed.
+# Type checkers treat a class that Serve decorates as the plain class, without `bind`; checkpoints.md needs more libraries.
 NOT_CHECKED = {"checkpoints.md", "serve.md"}
 
 
 def program_of(page: Path) -> str:
-    """The blocks of a page, one after the other, each on the lines on which it stands: messages name those."""
+    """The blocks of a page as one program, with the line numbers of the page, so that messages show the right lines."""
     lines: list[str] = []
     text = page.read_text()
     for found in BLOCK.finditer(text):

@@ -1,4 +1,4 @@
-"""The whole public face with types: checked by mypy and pyright, not run."""
+"""Are the types of all public names right? mypy and pyright check this file; it is not run."""
 
 from __future__ import annotations
 
@@ -249,7 +249,7 @@ def looking_up() -> None:
         assert_type(published.version.name, str)
         assert_type(published.aliases, tuple[str, ...])
     assert_type(zerocopy.publications().names, list[str])
-    # What class a name stands for only the cluster knows: say it with an annotation.
+    # Only the cluster knows the class of a named pipeline, so an annotation declares it.
     search: Search = handle.load(fields=["encoder"], verify=True)
     current: Search = handle.current("auto")
     assert_type(zerocopy.version_of(search), zerocopy.Version | None)
@@ -260,7 +260,7 @@ def looking_up() -> None:
 
 def following(search: Search, handle: zerocopy.Publication) -> None:
     Following(search).search("q")
-    # Arguments arrive as what their parameters say, whatever was given: that, no checker knows. A pipeline it takes as it is.
+    # At run time each argument is converted to what its parameter declares, but type checkers do not know this conversion.
     Newest.remote(handle)
     newest(handle, "q")
     Typed.remote(handle)  # pyright: ignore[reportArgumentType]

@@ -1,4 +1,4 @@
-"""Pipelines of which every weight and a copied field carry the number of their version, and what serves them."""
+"""How do tests see the version of an answer? Every weight and a copied field of these pipelines are the version's number."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ class Numbered:
 
     @torch.no_grad()
     def __call__(self) -> int:
-        """The number, if all that there is agrees on it; -1 for a mixture."""
+        """The number, if all weights and the copied field have it; -1 for a mixture."""
         tensors = [*self.encoder.parameters(), *self.encoder.buffers(), self.table]
         found = {float(value) for tensor in tensors for value in (tensor.min(), tensor.max())}
         return self.number if found == {float(self.number)} else -1
 
 
 class Other(Numbered):
-    """Of another class."""
+    """A pipeline of another class."""
 
 
 def numbered(number: int, *, layers: int = 4, width: int = WIDTH, cls: type[Numbered] = Numbered) -> Numbered:
@@ -98,7 +98,7 @@ class Asked:
 
 @zerocopy.actor(num_cpus=0.1)
 class AskedAsync:
-    """An async actor that asks for the newest version, and calls itself."""
+    """An async actor that asks for the newest version."""
 
     def __init__(self, search: zerocopy.Live[Numbered]) -> None:
         self.search = search

@@ -86,7 +86,7 @@ __all__ = [
     "version_of",
 ]
 
-# The imperative face, for models one did not write.
+# The imperative interface, for models that the user did not write.
 __all__ += [
     "ActorWrapper",
     "JITActorWrapper",
@@ -105,6 +105,6 @@ __all__ += [
 
 for _public in map(globals().__getitem__, __all__):
     if isinstance(getattr(_public, "__module__", None), str) and _public.__module__.startswith("zerocopy."):
-        _public.__module__ = "zerocopy"  # where it is found: pickles, help and errors name no private file
+        _public.__module__ = "zerocopy"  # its public place: pickles, help and errors name no private file
 
 _install()

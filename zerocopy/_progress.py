@@ -1,4 +1,4 @@
-"""How does one see how far a long call is? By a bar on a terminal or in a notebook, and by nothing elsewhere."""
+"""How does a long call show its progress? With a bar on a terminal or in a notebook, and with nothing elsewhere."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ REDRAW_SECONDS = 0.1  # between two drawings in a notebook
 def progress_bar(
     description: str, total: float | None, *, shown: bool = True, is_bytes: bool = False
 ) -> Iterator[Bar | None]:
-    """Give the function to call with what is done so far; None where nothing is drawn."""
+    """Yield a function to call with the amount done so far; None if nothing is drawn."""
     from rich.console import Console
 
     console = Console(stderr=True)
@@ -48,7 +48,7 @@ def _on_terminal(console: object, description: str, total: float | None, *, is_b
 
 
 class _InNotebook:
-    """A bar of HTML, which needs no widgets: Rich would."""
+    """A bar of HTML. Unlike a bar of Rich, it needs no widgets."""
 
     def __init__(self, description: str, total: float | None, *, is_bytes: bool) -> None:
         from IPython.display import display
@@ -58,7 +58,7 @@ class _InNotebook:
         self._is_bytes = is_bytes
         self._done = 0.0
         self._start = self._drawn = time.monotonic()
-        show: Any = display  # it has no types
+        show: Any = display  # `display` has no types
         self._place = show(self._drawing(), raw=True, display_id=True)
 
     def __call__(self, done: float) -> None:
@@ -67,7 +67,7 @@ class _InNotebook:
             self._draw()
 
     def end(self) -> None:
-        """Draw how far it has come: all of it, if nothing says how much that is."""
+        """Draw the last state. If the total is unknown, the bar is full."""
         self._total = self._done if self._total is None else self._total
         self._draw()
 
@@ -76,7 +76,7 @@ class _InNotebook:
         self._place.update(self._drawing(), raw=True)
 
     def _drawing(self) -> dict[str, str]:
-        """As HTML and as text, by their kinds."""
+        """The bar as HTML and as text, by MIME type."""
         bounds = "" if self._total is None else f' value="{self._done:.0f}" max="{max(self._total, 1):.0f}"'
         counts = self._said(self._done) + ("" if self._total is None else f"/{self._said(self._total)}")
         counts += f", {time.monotonic() - self._start:.0f} s"

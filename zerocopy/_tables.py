@@ -1,4 +1,4 @@
-"""How do records print: as a table on a terminal, as HTML in a notebook, bytes in units."""
+"""How are records printed? As a table on a terminal, as HTML in a notebook, and with units for bytes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _unit: ContextVar[str | None] = ContextVar("unit", default=None)
 
 @contextlib.contextmanager
 def bytes_in(unit: str | None) -> Iterator[None]:
-    """Let all bytes be shown in one of `UNITS` meanwhile; None for the one that fits each."""
+    """Show all bytes in one of `UNITS` as long as the context lasts; with None, in the unit that fits each number."""
     token = _unit.set(unit)
     try:
         yield
@@ -65,9 +65,9 @@ def as_html(
     caption: str = "",
     row_class: str = "",
 ) -> str:
-    """The same table for a notebook. Rows may have a class, by which a style sheet finds them.
+    """The same table for a notebook. Rows may have a class, which a style sheet can use.
 
-    Cells say how they are aligned, because notebooks differ in that.
+    Each cell sets its alignment, because notebooks have different defaults.
     """
     start = f'<tr class="{html.escape(row_class)}">' if row_class else "<tr>"
     numbers = set(right)

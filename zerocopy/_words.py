@@ -1,4 +1,4 @@
-"""What do errors of many places say: lists in short, the name that was probably meant, the first line of another error?"""
+"""Which words do errors of many places need: short lists, the name that was probably meant, the first line of another error?"""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from zerocopy.errors import ArgumentError
 
 
 def first_line(error: BaseException) -> str:
-    """The first line that an error says; its class where it says nothing."""
+    """The first line of the text of an error; its class if the text is empty."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
@@ -21,7 +21,7 @@ def counted(names: Sequence[str], noun: str, plural: str = "") -> str:
 
 
 def nearest(name: str, known: Sequence[str], otherwise: str | None = None) -> str | None:
-    """A hint for somebody who wrote `name` where one of `known` was due. `otherwise`: where none of them is like it."""
+    """A hint for a user who wrote `name` instead of one of `known`. `otherwise` is the hint if none of them is similar."""
     close = difflib.get_close_matches(name, known, n=1)
     if close:
         return f"did you mean {close[0]!r}?"
@@ -29,10 +29,10 @@ def nearest(name: str, known: Sequence[str], otherwise: str | None = None) -> st
 
 
 def check_seconds(timeout: object) -> None:
-    """Refuse what is not a number of seconds.
+    """Refuse a timeout that is not a number of seconds.
 
     Raises:
-        ArgumentError: it is not.
+        ArgumentError: it is not a number.
     """
     if not isinstance(timeout, (int, float)):
         raise ArgumentError(f"timeout={timeout!r} is not a number of seconds.", hint="write timeout=30, say.")

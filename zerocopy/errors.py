@@ -1,4 +1,4 @@
-"""Errors and warnings. Every error says who, what and the way out."""
+"""Which errors and warnings does zerocopy have? Each text names the cause and the problem, and, if possible, a solution."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeAlias
 class ZeroCopyError(Exception):
     """Base of every error raised by zerocopy.
 
-    If there is a way out, the text ends with a hint. Keyword arguments become attributes that name the cause. Instances can be
+    If there is a solution, the text ends with a hint. Keyword arguments become attributes that name the cause. Instances can be
     pickled.
     """
 

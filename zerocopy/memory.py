@@ -24,7 +24,7 @@ from zerocopy.errors import ArgumentError
 
 __all__ = ["MemoryReport", "NodeMemory", "ProcessMemory", "PublicationMemory", "memory_report", "private_bytes"]
 
-SECONDS = 15.0  # in which other nodes must answer
+SECONDS = 15.0  # the time limit for answers of other nodes
 
 
 @attrs.frozen(repr=False)
@@ -196,7 +196,7 @@ def memory_report(pids: Iterable[int] | None = None, *, timeout: float = SECONDS
 
 
 def _checked(pids: object) -> list[int]:
-    """Process ids as integers. Integers of NumPy are accepted, too."""
+    """Process ids as integers. Integers of NumPy are accepted too."""
     found: Any = list(pids) if isinstance(pids, Iterable) else [pids]
     if not isinstance(pids, Iterable) or not all(hasattr(pid, "__index__") for pid in found):
         raise ArgumentError(f"pids={pids!r} is not a list of process ids.", hint="write pids=[os.getpid()], say.")

@@ -1,4 +1,4 @@
-"""Checks for tests, including your own: is there really only one copy of the weights? Linux only."""
+"""Is there really only one copy of the weights? Checks for tests, including your own. Linux only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The imperative face: plain classes and functions for models in code that cannot be decorated."""
+"""How are models shared from code that cannot be decorated? With plain classes and functions: the imperative interface."""
 
 from __future__ import annotations
 
@@ -211,7 +211,7 @@ class TaskWrapper(Generic[T]):
 
     def __getattr__(self, name: str) -> Any:
         if "_zerocopy_pipeline" not in vars(self) or (name.startswith("__") and name.endswith("__")):
-            raise AttributeError(name)  # it is being unpickled, or asked about itself, for example how to copy it
+            raise AttributeError(name)  # it is being unpickled, or special methods are looked up, for example by `copy`
         return getattr(vars(self)["_zerocopy_pipeline"], name)
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -1,4 +1,4 @@
-"""Which changes of a pipeline are seen when it is passed again, and what is written then."""
+"""Which changes of a pipeline does zerocopy detect when the pipeline is passed again, and what does it write then?"""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("cluster")
 
 
 def test_changes_that_are_seen(publishings: list[int]) -> None:
-    """Identity, storage, version, modes and `requires_grad` are compared; only weights that changed are written again."""
+    """zerocopy compares identity, storage, version, modes and `requires_grad`, and writes only changed weights again."""
     search = pipelines.search(width=64)
     changes = [
         (lambda: search.encoder.eval(), 0),
@@ -49,7 +49,7 @@ def test_changes_that_are_seen(publishings: list[int]) -> None:
 
 @zerocopy.pipeline
 class Parts:
-    """Any shared value, and nothing else."""
+    """A pipeline with one shared field, which takes any value."""
 
     value: Any = shared()
 
@@ -107,7 +107,7 @@ def total_hook(module: nn.Module, args: object, output: object) -> None: ...
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_every_change_of_identity_arrives(change: str) -> None:
-    """Whatever is replaced, added, swapped or renamed in a shared value arrives, automatically and by hand."""
+    """Every object that is replaced, added, swapped or renamed in a shared value arrives, passed or published by hand."""
     make, mutate = CHANGES[change]
     for by_hand in (False, True):
         parts = Parts(make())
@@ -122,7 +122,7 @@ def test_every_change_of_identity_arrives(change: str) -> None:
 
 
 def test_reused_addresses_are_not_mistaken() -> None:
-    """Memory that was given back and taken again is another storage."""
+    """A new storage at the address of a freed one is detected as a change."""
     parts = Parts(lin(1))
     for number in range(2, 8):
         for _ in range(2):
@@ -131,7 +131,7 @@ def test_reused_addresses_are_not_mistaken() -> None:
 
 
 def test_unchanged_means_not_published(publishings: list[int]) -> None:
-    """Reading, running and passing a pipeline is no change."""
+    """Reading, running or passing a pipeline does not publish it again."""
     search = pipelines.search(width=64)
     for _ in range(3):
         ray.get(pipelines.plain_answer.remote(search, 1.0))

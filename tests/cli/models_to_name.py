@@ -1,4 +1,4 @@
-"""Models of a user's own, which commands name as `models_to_name:build`. Workers import them, too."""
+"""Which models of a user do the commands name, as `models_to_name:build`? Workers import this module too."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import nn
 
 
 class Stack(nn.Module):
-    """Two dtypes."""
+    """A model with two dtypes."""
 
     def __init__(self) -> None:
         super().__init__()

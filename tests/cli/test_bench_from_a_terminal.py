@@ -1,4 +1,4 @@
-"""`zerocopy bench` measures a user's own model, shared and copied; what it cannot measure it says."""
+"""Does `zerocopy bench` measure a user's own model, shared and copied, and report what it cannot measure?"""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FIGURES = Figures(workers=2, memory=100, publish=0.5, load=0.002, first=None, st
 
 @pytest.mark.long
 def test_a_model_of_ones_own_is_measured(cluster: None, told: Callable[..., Any]) -> None:
-    """Two workers that share it take it once, two with copies take it twice; each figure is there."""
+    """Two workers that share the model use its memory once, two workers with copies use it twice; no figure is missing."""
     found = told("bench", "models_to_name:layers", "--input", "models_to_name:batch", "--workers", 2)
     assert found["shared_bytes"] == NBYTES
     assert (found["notes"], found["plain_memory_is_computed"]) == ([], False)
@@ -33,7 +33,7 @@ def test_a_model_of_ones_own_is_measured(cluster: None, told: Callable[..., Any]
 
 
 def test_what_was_not_measured_is_told() -> None:
-    """Copies that do not fit, or are late, are computed, and no forward has no figure."""
+    """Memory of copies that do not fit or are not ready in time is computed; without a forward pass its figure is missing."""
     weights = Weights(shared=1000, copied=10)
     few = _Result("m:build", weights, 8, FIGURES, FIGURES, "")
     assert few.memory_of_copies == 400
@@ -47,26 +47,26 @@ def test_what_was_not_measured_is_told() -> None:
 
 
 def test_how_many_copies_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """At least one; each is there twice while it is unpickled."""
+    """At least one copy is measured; each copy needs twice its bytes while it is unpickled."""
     monkeypatch.setattr(bench.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 1000}))
     assert [_fitting(8, nbytes) for nbytes in (10, 100, 1000, 0)] == [8, 4, 1, 8]
 
 
 def test_a_model_that_does_not_pickle_has_no_copies() -> None:
-    """It says why."""
+    """The report gives the reason."""
     pickled, why = _pickled(nn.Linear(2, 2).register_forward_hook(lambda *_: None) and (lambda: 0))
     assert pickled is None
     assert "pickle says" in why
 
 
 def test_time_is_over(cluster: None) -> None:
-    """Nothing hangs."""
+    """A measurement that takes too long stops with an error."""
     with pytest.raises(Late):
         Trial(1, None, time.monotonic()).copies(lambda: b"", 0.0)
 
 
 def test_models_say_what_they_take() -> None:
-    """As those of transformers and Lightning do; others do not."""
+    """Inputs come from a model's `example_inputs`, or from the attributes of transformers and Lightning models."""
     model = nn.Linear(2, 2)
     assert inputs_of(model) is None
     model.example_input_array = torch.ones(1, 2)

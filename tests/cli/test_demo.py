@@ -1,4 +1,4 @@
-"""The demo finds what it should, and shows what workers really take; and what follows for others is called computed."""
+"""Does the demo find the right document, show the measured memory of workers, and mark computed totals as computed?"""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ needs_transformers = pytest.mark.skipif(
 def test_search_finds_the_right_document_and_shows_what_sharing_saves(
     cluster: None, tmp_path: Path, told: Callable[..., Any]
 ) -> None:
-    """The best match comes first, and workers with plain copies take at least most of the model more each."""
+    """The best match comes first, and each worker with a plain copy uses more memory, by most of the model's size."""
     notes = tmp_path / "notes.txt"
     notes.write_text(NOTES)
     found = told("demo", "--file", notes, "--limit", 64, "--workers", 2, "--compare", "--query", "monetary policy")
@@ -61,7 +61,7 @@ def test_search_finds_the_right_document_and_shows_what_sharing_saves(
 def test_a_larger_encoder_is_shared(
     cluster: None, zerocopy_command: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Here a smaller one: a copy takes as much more."""
+    """Each worker with a copy uses more memory, by about the size of the encoder (here a smaller one)."""
     small = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 5, "num_attention_heads": 4}
     monkeypatch.setattr(encoder, "LARGE", small)
     nbytes = zerocopy.plan(encoder.encoder()).shared_bytes
@@ -77,7 +77,7 @@ def test_a_larger_encoder_is_shared(
 
 
 def test_totals_of_other_numbers_are_computed() -> None:
-    """From what one worker has as its own; what was measured stays what it was."""
+    """Other totals are computed from one worker's private memory; measured totals are shown unchanged."""
     taken = Taken("zerocopy", store=100, private=(10, 10, 40), files=5)
     assert (taken.total, taken.with_workers(4)) == (165, 145)
     assert bars_of(taken, None, 100) == [
@@ -107,7 +107,7 @@ def test_totals_of_other_numbers_are_computed() -> None:
     ],
 )
 def test_search_refuses_bad_input(options: list[str], words: str, zerocopy_command: Callable[..., Result]) -> None:
-    """Before any work, by an error that names it."""
+    """An error names the wrong input before any work starts."""
     done = zerocopy_command("demo", *options)
     assert done.exit_code == 2
     assert words in done.stderr
@@ -117,7 +117,7 @@ def test_search_refuses_bad_input(options: list[str], words: str, zerocopy_comma
 def test_a_missing_package_is_named(
     model: str, package: str, zerocopy_command: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the command that installs it."""
+    """The error also gives the command that installs the package."""
     monkeypatch.delitem(sys.modules, "zerocopy._cli.search", raising=False)
     monkeypatch.delattr("zerocopy._cli.search", raising=False)
     monkeypatch.setitem(sys.modules, package, None)
@@ -128,7 +128,7 @@ def test_a_missing_package_is_named(
 
 
 def test_docstrings_come_from_source_and_from_c() -> None:
-    """Texts of Python and of C code are found by name, none twice, and nothing that speaks on import is imported."""
+    """Docstrings of Python and C code are found by name, each once, and no module that prints on import is imported."""
     texts = dict(stdlib_docstrings())
     assert len(texts) > 3000
     assert texts["shutil.rmtree"] == "Recursively delete a directory tree."

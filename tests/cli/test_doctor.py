@@ -1,4 +1,4 @@
-"""`zerocopy doctor`: each check with a case that is well and one that is not, and the mapping in workers that may not map."""
+"""Does each check of `zerocopy doctor` pass and fail when it should, also in workers that may not map the store?"""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ REFUSED = attrs.evolve(WELL, reason="it cannot open the store's file through a r
     ids=["macOS", "gVisor", "no raylet", "user", "namespace", "capabilities", "else"],
 )
 def test_why_a_mapping_is_refused(trial: Trial, words: str) -> None:
-    """Each cause has words and a way out."""
+    """Each cause has its own message and a remedy."""
     found = checks.check_mapping(trial)
     assert found.level == "failure"
     assert words in found.what
@@ -91,14 +91,14 @@ def test_why_a_mapping_is_refused(trial: Trial, words: str) -> None:
     ],
 )
 def test_what_is_found(finding: Finding, level: str, words: str) -> None:
-    """Each check, well and not; what is not well has a remedy."""
+    """Each finding that is not "ok" has a remedy."""
     assert finding.level == level
     assert words in finding.what
     assert bool(finding.remedy) == (level != "ok")
 
 
 def test_versions_are_compared() -> None:
-    """With what zerocopy needs, and between nodes: of Python and torch the first two numbers, of zerocopy all."""
+    """Versions must meet zerocopy's requirements, and nodes must agree: two numbers for Python and torch, three for zerocopy."""
     needed = [Requirement("ray>=2.53"), Requirement("torch>=2.6"), Requirement("matplotlib>=9; extra == 'plot'")]
     (old,) = checks.check_packages({"ray": "2.50.1", "torch": "2.13.0+cpu", "matplotlib": "3"}, needed)
     assert (old.level, old.remedy) == ("failure", "pip install 'ray>=2.53'.")
@@ -114,7 +114,7 @@ def test_versions_are_compared() -> None:
 
 
 def test_limits_are_read_from_both_versions_of_control_groups(tmp_path: Path) -> None:
-    """A number is a limit, "max" and the largest number of pages are none."""
+    """A number is a limit; "max" and the largest number of pages mean no limit."""
     assert memory_limit(tmp_path) is None
     (tmp_path / "memory").mkdir()
     (tmp_path / "memory/memory.limit_in_bytes").write_text("9223372036854771712\n")
@@ -128,7 +128,7 @@ def test_limits_are_read_from_both_versions_of_control_groups(tmp_path: Path) ->
 
 
 def test_a_place_has_the_file_system_of_its_mount() -> None:
-    """The nearest one above it."""
+    """The mount is the nearest one above the folder."""
     assert place_of("/dev/shm").filesystem == "tmpfs"
     assert place_of("/proc/self").filesystem == "proc"
     assert place_of(None) == Place("", "")
@@ -139,7 +139,7 @@ def test_a_place_has_the_file_system_of_its_mount() -> None:
 
 
 def test_a_report_names_no_user(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No home folder, no name of the user or the host; words that merely hold these stay."""
+    """A report contains no home folder, user name or host name; longer words that contain such a name stay unchanged."""
     text = scrubbed("/home/ann/ray of ann on box7, /Users/bob/x, annual, /work/ann-x", "ann", "box7", "/home/ann")
     assert text == "~/ray of USER on HOST, ~/x, annual, /work/ann-x"
     report = report_of(
@@ -150,7 +150,7 @@ def test_a_report_names_no_user(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 WAYS: dict[str, tuple[str, int | None, str]] = (
-    {  # nobody else's raylet has capabilities that a worker could lack, and no worker becomes another user
+    {  # only root's raylet has capabilities that a worker can lack, and only root's worker can become another user
         "capabilities": ("setpriv --bounding-set=-all --inh-caps=-all", None, "capabilities that this process lacks"),
         "user": ("", 65534, "the user id 65534, its raylet 0"),
     }
@@ -160,7 +160,7 @@ WAYS: dict[str, tuple[str, int | None, str]] = (
 
 
 def test_workers_that_may_not_map_say_why(cluster: None) -> None:
-    """In another user namespace, with fewer capabilities, of another user; and an ordinary one may."""
+    """A worker in another user namespace, with fewer capabilities or of another user reports why it may not map the store."""
 
     @ray.remote(num_cpus=0.1, max_retries=0, max_calls=1)
     def trial(user: int | None = None) -> Trial:
@@ -182,7 +182,7 @@ def test_workers_that_may_not_map_say_why(cluster: None) -> None:
 def test_a_cluster_is_looked_at(
     cluster: None, told: Callable[..., Any], zerocopy_command: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each node by a worker of its own; what a failure is ends the command with status 1; text to paste is markdown."""
+    """One worker per node checks it, a failure ends the command with status 1, and `--report` prints markdown."""
     found = [Finding(**one) for one in told("doctor", "--address", "auto")]
     assert {one.check for one in found} >= {"private mapping", "store", "/dev/shm", "versions", "agreement"}
     assert not has_failed(found)

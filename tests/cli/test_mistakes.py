@@ -1,4 +1,4 @@
-"""A user's mistake ends a command with a sentence on stderr, a status that says whose fault it is, and no traceback."""
+"""Does a user's mistake end a command with a sentence on stderr, the right exit status, and no traceback?"""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_mistakes_are_told(
     monkeypatch: pytest.MonkeyPatch,
     zerocopy_command: Callable[..., Result],
 ) -> None:
-    """Before anything starts."""
+    """A command reports a user's mistake before it starts anything."""
     (tmp_path / "broken_for_cli.py").write_text("import no_such_package")
     monkeypatch.syspath_prepend(tmp_path)
     done = zerocopy_command(*arguments)
@@ -60,7 +60,7 @@ def test_mistakes_are_told(
 
 
 def test_without_a_cluster_the_way_to_one_is_told(tmp_path: Path) -> None:
-    """The installed program, as a process of its own: its help, and what needs a cluster where there is none."""
+    """A command that needs a cluster and finds none says how to start one."""
     program = Path(sys.executable).parent / "zerocopy"
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -76,7 +76,7 @@ def test_without_a_cluster_the_way_to_one_is_told(tmp_path: Path) -> None:
 
 
 def test_every_command_has_help_with_examples() -> None:
-    """And so does the program."""
+    """The program itself also has help with examples."""
     assert set(cli.commands) == {"plan", "doctor", "list", "publish", "remove", "alias", "memory", "bench", "demo"}
     for command in ([], *([name] for name in cli.commands)):
         done = CliRunner().invoke(cli, [*command, "--help"], prog_name="zerocopy")

@@ -1,4 +1,4 @@
-"""Names of a cluster from a terminal: publish, list, alias, remove; and what they take."""
+"""Do the commands publish, list, alias, remove and memory work on the names of a cluster?"""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NBYTES = (512 * 512 + 512) * (4 + 2)
 def test_a_name_from_its_first_version_to_its_end(
     name: str, told: Callable[..., Any], zerocopy_command: Callable[..., Result]
 ) -> None:
-    """What a function makes is published, listed, pointed at, and removed; refusals are those of the library."""
+    """The commands publish a function's result, list it, set aliases and remove it, with the error messages of the library."""
     first = told("publish", f"{MODEL}:instance", "--name", name, "--alias", "stable")
     assert (first["version"], first["aliases"], first["source"]) == (1, ["latest", "stable"], False)
     second = told("publish", f"{MODEL}:build", "--name", name, "--source")
@@ -51,7 +51,7 @@ def test_a_name_from_its_first_version_to_its_end(
 def test_memory_is_told_once_and_again(
     name: str, tmp_path: Path, told: Callable[..., Any], zerocopy_command: Callable[..., Result]
 ) -> None:
-    """As the library's report, in order; watched, as one line of JSON after the other; drawn, as a picture."""
+    """The memory report can be sorted, printed again and again as one line of JSON each, and drawn as a picture."""
     import torch
 
     publication = zerocopy.publish(torch.nn.Linear(512, 512, bias=False), name=name)
@@ -86,7 +86,7 @@ def test_memory_is_told_once_and_again(
 def test_ray_client_is_refused(
     address: str, monkeypatch: pytest.MonkeyPatch, zerocopy_command: Callable[..., Result]
 ) -> None:
-    """It has no object store on this side."""
+    """Ray Client is refused because it has no object store on the client's machine."""
     monkeypatch.setattr("zerocopy._store.object_store.is_running", lambda: False)
     done = zerocopy_command("list", "--address", address)
     assert done.exit_code == 1

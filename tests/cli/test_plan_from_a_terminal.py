@@ -1,4 +1,4 @@
-"""`zerocopy plan` tells bytes, totals and the store that they need, before any cluster."""
+"""Does `zerocopy plan` show bytes, totals and the object store size that they need, without a cluster?"""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NBYTES = (512 * 512 + 512) * (4 + 2)
 
 
 def saved(folder: Path, *, dtype: torch.dtype = torch.bfloat16) -> Path:
-    """A folder as Hugging Face's are, of two files with an index."""
+    """A folder like those of Hugging Face: two weight files with an index."""
     folder.mkdir()
     files = {"one.safetensors": ["model.embed.weight", "model.layers.0.weight"], "two.safetensors": ["lm_head.weight"]}
     for file, names in files.items():
@@ -37,7 +37,7 @@ def saved(folder: Path, *, dtype: torch.dtype = torch.bfloat16) -> Path:
 
 
 def test_an_object_is_planned(told: Callable[..., Any]) -> None:
-    """By field and by dtype, with totals; what its function prints is no result."""
+    """The plan of an object has bytes per field and per dtype, and totals; output that its function prints is left out."""
     plan = told("plan", f"{MODEL}:build", "--workers", 3, "--nodes", 2)
     assert plan["shared_bytes"] == NBYTES
     assert plan["dtypes"] == {"float32": (512 * 512 + 512) * 4, "float16": (512 * 512 + 512) * 2}
@@ -52,7 +52,7 @@ def test_an_object_is_planned(told: Callable[..., Any]) -> None:
 
 
 def test_a_table_says_what_to_set(zerocopy_command: Callable[..., Result]) -> None:
-    """In the unit that was asked for, with the line to type."""
+    """The table uses the requested unit and shows the `ray start` command with the right store size."""
     done = zerocopy_command("plan", f"{MODEL}:instance", "--workers", 2, "--units", "KB")
     assert done.exit_code == 0
     assert "0.080 KB" in done.output
@@ -60,7 +60,7 @@ def test_a_table_says_what_to_set(zerocopy_command: Callable[..., Result]) -> No
 
 
 def test_a_folder_is_planned(tmp_path: Path, told: Callable[..., Any]) -> None:
-    """The files of the index alone; a state dict of torch is as good."""
+    """Only the files that the index names count; a state dict saved by torch works too."""
     folder = saved(tmp_path / "llama")
     plan = told("plan", folder, "--sort-by", "name")
     assert (plan["kind"], plan["files"]) == ("Llama", ["one.safetensors", "two.safetensors"])
@@ -77,13 +77,13 @@ def test_a_folder_is_planned(tmp_path: Path, told: Callable[..., Any]) -> None:
 
 
 def test_a_folder_that_would_be_converted_is_told(tmp_path: Path, told: Callable[..., Any]) -> None:
-    """Where its config names another dtype than its files have."""
+    """The plan reports when the config names a dtype that differs from the dtype of the files."""
     (note,) = told("plan", saved(tmp_path / "llama", dtype=torch.float32))["notes"]
     assert "config.json names bfloat16, the files hold float32" in note
 
 
 def test_folders_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
-    """In words that name the file."""
+    """The error names the file."""
     with pytest.raises(CheckpointError, match="has no weights"):
         folder_of(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"no header")
@@ -100,7 +100,7 @@ def test_folders_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
 
 
 def test_numbered_layers_are_one_part() -> None:
-    """Others are told by the modules around them."""
+    """Other parameters are grouped by the modules around them."""
     layers = {f"model.layers.{number}.mlp.weight": 2 for number in range(3)}
     assert by_part({"model.embed.weight": 7, **layers}) == (("model.embed", 7), ("model.layers", 6))
     assert by_part({"model.a.x": 1, "model.a.y": 2, "model.b.x": 5}) == (("model.b", 5), ("model.a", 3))
@@ -109,7 +109,7 @@ def test_numbered_layers_are_one_part() -> None:
 
 
 def test_totals_and_the_store() -> None:
-    """Shared once per node, copied once per worker; the store holds both in 70 % of it."""
+    """Shared bytes count once per node and copied bytes once per worker; both must fit in 70 % of the object store."""
     weights = Weights(shared=7_000_000_000, copied=70_000_000)
     assert on_node(weights, 10).zerocopy == 7_700_000_000
     assert on_node(weights, 10).plain == 70_700_000_000
@@ -120,7 +120,7 @@ def test_totals_and_the_store() -> None:
 
 
 def test_a_small_shared_memory_is_told() -> None:
-    """Only where it is too small."""
+    """A note is shown only if the shared memory is too small."""
     (note,) = _notes_on_store(1_000_000_000, 64_000_000)
     assert "64.0 MB free" in note
     assert "--shm-size=1100000000" in note
@@ -128,7 +128,7 @@ def test_a_small_shared_memory_is_told() -> None:
 
 
 def test_bytes_in_a_unit() -> None:
-    """All of a table are shown in it, until it ends."""
+    """All numbers of bytes within the context use its unit; after it each number has its own unit again."""
     with bytes_in("MB"):
         assert (format_bytes(1_500_000), format_bytes(3_000_000_000)) == ("1.500 MB", "3,000.000 MB")
     with bytes_in("B"):

@@ -1,4 +1,4 @@
-"""Pipelines that change while they are used: `current()`, `Live`, `follow=True`, `refresh`; nobody pauses, no call is mixed."""
+"""Do `current()`, `Live`, `follow=True` and `refresh` change pipelines in use, without a pause and without mixed versions?"""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("cluster")
 
 
 def test_current_is_one_object_for_each_version(name: str) -> None:
-    """In a process all handles give one object, which a new version soon replaces; a kept one stays what it was."""
+    """All handles of a process return one object, which a new version soon replaces; an object that you keep never changes."""
     publication = zerocopy.publish(numbered(1), name=name)
     first = publication.current()
     assert first is publication.current() is zerocopy.lookup(name).current()
@@ -39,11 +39,11 @@ def test_current_is_one_object_for_each_version(name: str) -> None:
     assert first() == 1
     assert zerocopy.lookup(name, version=1).current() is first
     zerocopy.set_alias(name, "latest", version=1)
-    assert wait_until(lambda: publication.current() is first, 10)  # the object is still there
+    assert wait_until(lambda: publication.current() is first, 10)  # the process still has this object
 
 
 def test_handles_of_an_alias_and_of_a_version(name: str) -> None:
-    """What was published under an alias follows that alias; a handle of one version never changes."""
+    """A handle that was published under an alias follows that alias; a handle of one version never changes."""
     canary = zerocopy.publish(numbered(1), name=name, alias="canary")
     fixed = zerocopy.lookup(name, version=1)
     zerocopy.publish(numbered(2), name=name)
@@ -51,11 +51,11 @@ def test_handles_of_an_alias_and_of_a_version(name: str) -> None:
     assert (canary.current()(), fixed.current()(), latest.current()()) == (1, 1, 2)
     zerocopy.set_alias(name, "canary", version=2)
     assert wait_until(lambda: canary.current()() == 2, 10)
-    assert (fixed.current()(), canary.load()()) == (1, 1)  # `load` gives what was published
+    assert (fixed.current()(), canary.load()()) == (1, 1)  # `load` returns the version that this handle published
 
 
 def test_a_version_with_another_structure(name: str) -> None:
-    """Layers may come and go."""
+    """A new version may have more or fewer layers."""
     handle = zerocopy.publish(numbered(1, layers=2), name=name)
     loaded = handle.load()
     assert len(handle.current().encoder) == 2
@@ -67,7 +67,7 @@ def test_a_version_with_another_structure(name: str) -> None:
 
 
 def test_a_version_of_another_class_is_refused(name: str) -> None:
-    """The old one goes on, with one warning; a new version of the right class is taken again."""
+    """The old version stays in use, with one warning; a later version of the right class replaces it."""
     handle = zerocopy.publish(numbered(1), name=name)
     loaded = handle.load()
     current = handle.current()
@@ -86,7 +86,7 @@ def test_a_version_of_another_class_is_refused(name: str) -> None:
 
 
 def test_refreshing_by_hand(name: str) -> None:
-    """Weights and copied fields change together, the object stays; `version_of` follows."""
+    """`refresh` changes weights and copied fields together in the same object; `version_of` returns the new version."""
     publication = zerocopy.publish(numbered(1), name=name)
     loaded, fixed = zerocopy.lookup(name).load(), zerocopy.lookup(name, version=1).load()
     assert not zerocopy.refresh(loaded)
@@ -98,7 +98,7 @@ def test_refreshing_by_hand(name: str) -> None:
     version = zerocopy.version_of(loaded)
     assert version is not None
     assert version.number == 2
-    assert not zerocopy.refresh(fixed)  # of one version for good
+    assert not zerocopy.refresh(fixed)  # fixed to one version
     assert fixed() == publication.load()() == 1
     module = nn.Linear(300, 300)
     zerocopy.publish(module, name=f"{name}-module")
@@ -112,7 +112,7 @@ def test_refreshing_by_hand(name: str) -> None:
 
 @zerocopy.pipeline
 class Slotted:
-    """A pipeline with slots beside its dict."""
+    """A pipeline with slots in addition to its dict."""
 
     __slots__ = ("__dict__", "__weakref__", "extra", "net")
 
@@ -125,7 +125,7 @@ class Slotted:
 
 
 def test_refreshing_slots(name: str) -> None:
-    """Attributes in slots change as well, also those that are gone in the new version."""
+    """`refresh` also updates attributes in slots, and removes those that the new version does not have."""
     zerocopy.publish(Slotted(1, "a"), name=name)
     loaded = zerocopy.lookup(name).load()
     zerocopy.publish(Slotted(2), name=name)
@@ -137,11 +137,11 @@ def test_refreshing_slots(name: str) -> None:
 
 
 class ListModel(nn.Module, list):
-    """A module that is a list, too."""
+    """A module that is also a list."""
 
 
 def test_what_cannot_be_refreshed(name: str) -> None:
-    """What has no name, what was loaded in part, and what is a container itself."""
+    """A pipeline without a name, a partly loaded pipeline and a pipeline that is a container cannot be refreshed."""
     with pytest.raises(ArgumentError, match="not loaded from a publication with a name"):
         zerocopy.refresh(zerocopy.publish(numbered(1)).load())
     with pytest.raises(ArgumentError, match="not loaded from a publication with a name"):
@@ -159,7 +159,7 @@ def test_what_cannot_be_refreshed(name: str) -> None:
 
 
 def test_who_keeps_the_old_version_is_named(name: str) -> None:
-    """An optimizer, a global or a hook that holds an inner module goes on with it: one warning names the holder."""
+    """An optimizer, a global or a hook that holds an inner module keeps the old version, and one warning names the holder."""
 
     class Cache:
         def __init__(self, held: object) -> None:
@@ -188,7 +188,7 @@ def test_who_keeps_the_old_version_is_named(name: str) -> None:
 
 
 def test_an_actor_follows_between_calls(name: str) -> None:
-    """`follow=True`: the object that arrived is replaced in place, `on_version` is told, streams stay on one version."""
+    """`follow=True` updates the actor's pipeline in place and calls `on_version`; a stream stays on one version."""
     publication = zerocopy.publish(numbered(1), name=name)
     actor, of_instance = Following.remote(publication), Following.remote(zerocopy.lookup(name).load())
     assert ray.get([actor.ask.remote(), of_instance.ask.remote()]) == [1, 1]
@@ -206,7 +206,7 @@ def test_an_actor_follows_between_calls(name: str) -> None:
 
 @zerocopy.actor(num_cpus=0.1, follow=True)
 class Hooked:
-    """Calls methods of its own when there is a new version."""
+    """Calls its own methods when a new version arrives."""
 
     def __init__(self, search: Numbered) -> None:
         self.search = search
@@ -223,7 +223,7 @@ class Hooked:
 
 
 def test_what_starts_late_catches_up(name: str) -> None:
-    """A pipeline of an older version hears of the newest one, though all else in its process knows of that already."""
+    """A pipeline that starts to follow at an older version still gets the newest one."""
     zerocopy.publish(numbered(1), name=name)
     loaded = zerocopy.lookup(name).load()
     tag = tag_of(loaded)
@@ -238,7 +238,7 @@ def test_what_starts_late_catches_up(name: str) -> None:
 
 
 def test_on_version_may_call_methods(name: str) -> None:
-    """Methods of its actor, which would look for new versions themselves."""
+    """`on_version` may call methods of its actor that also check for new versions."""
     actor = Hooked.remote(zerocopy.publish(numbered(1), name=name))
     assert ray.get(actor.ask.remote()) == (1, 0)
     zerocopy.publish(numbered(2), name=name)
@@ -261,7 +261,7 @@ warned: list[Any] = []
 
 
 class Inherited(Tuned):
-    """Follows as its base does."""
+    """Follows like its base class."""
 
     def ask(self) -> tuple[int, list[str]]:
         with warnings.catch_warnings(record=True) as caught:
@@ -275,7 +275,7 @@ class Inherited(Tuned):
 
 
 def test_what_was_done_after_loading_is_told(name: str) -> None:
-    """Without an `on_version`, a warning says what the new version does not have."""
+    """Without `on_version`, a warning names the changes after loading that the new version does not have."""
     from zerocopy._run.following import _difference, _state_of
 
     search = numbered(1)
@@ -292,7 +292,7 @@ def test_what_was_done_after_loading_is_told(name: str) -> None:
 
 
 def test_live_parameters(name: str) -> None:
-    """Threaded, async and streaming actors and tasks ask for the newest version; each call keeps its own."""
+    """Threaded, async and streaming actors and tasks ask for the newest version; each call keeps the version that it got."""
     handle = zerocopy.lookup(zerocopy.publish(numbered(1), name=name).name)
     threaded, concurrent = Asked.options(max_concurrency=8).remote(handle), AskedAsync.remote(handle)
     assert (
@@ -309,7 +309,7 @@ def test_live_parameters(name: str) -> None:
 
 
 def test_live_parameters_take_whatever_has_no_name() -> None:
-    """A pipeline, a module, a publication without a name: all have `current()`, also in a plain class."""
+    """A pipeline, a module and a publication without a name get `current()` too, also in a plain class."""
     search = numbered(3)
     assert Asked(search).ask() == 3
     assert ask_live.local(search) == 3
@@ -322,7 +322,7 @@ def test_live_parameters_take_whatever_has_no_name() -> None:
 
 
 def test_following_handles_are_resolved_when_a_task_is_submitted(name: str) -> None:
-    """`map` and retries stay on one version, whatever is published meanwhile; the next call has the new one."""
+    """`map` and retries stay on one version while new versions are published; the next call gets the newest version."""
     handle = zerocopy.lookup(zerocopy.publish(numbered(1), name=name).name)
     answers = [ask.remote(handle) for _ in range(4)]
     results = ask_for_item.map(handle, range(12), max_in_flight=2)
@@ -334,7 +334,7 @@ def test_following_handles_are_resolved_when_a_task_is_submitted(name: str) -> N
 
 
 def test_follow_is_refused_where_calls_run_at_one_time() -> None:
-    """Async methods, threads and concurrency groups: the words name `Live`."""
+    """`follow=True` with async methods, threads or concurrency groups is an error that recommends `Live`."""
     with pytest.raises(DeclarationError, match=r"async method 'ask'.*zerocopy\.Live"):
 
         @zerocopy.actor(follow=True)
@@ -356,7 +356,7 @@ def test_follow_is_refused_where_calls_run_at_one_time() -> None:
 
 
 def test_no_call_waits_for_a_new_version(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The thread loads it, before anybody gets it."""
+    """A background thread loads each new version before a call can get it."""
     loads: list[str] = []
     load = Publication._load
 
@@ -374,7 +374,7 @@ def test_no_call_waits_for_a_new_version(name: str, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_name_that_is_removed(name: str) -> None:
-    """What follows it goes on with what it has."""
+    """A follower keeps its version after the name is removed, and follows again when the name is published again."""
     handle = zerocopy.publish(numbered(1), name=name)
     actor, looked_up = Following.remote(handle), zerocopy.lookup(name)
     current = handle.current()
@@ -416,14 +416,14 @@ print(handle.current()())
 
 @pytest.mark.long
 def test_forks_and_other_connections(name: str, address: str) -> None:
-    """Without a connection of its own a process goes on with what is loaded. On a new one it follows again."""
+    """A process without its own connection to Ray keeps the version that it loaded; on a new connection it follows again."""
     done = run_python(ELSEWHERE, "-", address, name)
     assert done.stdout.split() == ["1", "1", "1", "1", "1", "1", "2"], done.stderr
 
 
 @pytest.mark.long
 def test_following_leaks_nothing(name: str, store_use: Callable[[], int]) -> None:
-    """What nobody asks for any more is dropped, and old versions with it; the thread ends."""
+    """Old versions leave the store soon, and all memory is free after the name is removed and its handles are closed."""
     zerocopy.publish(numbered(0, width=400), name=name)
     handle = zerocopy.lookup(name)
     nbytes = sum(one.shared_bytes for one in zerocopy.publications() if one.version.name == name)

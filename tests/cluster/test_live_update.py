@@ -1,4 +1,4 @@
-"""A live update under load, as `python tests/live_update.py` does it: twenty versions rolled out, two rolled back."""
+"""Does `python tests/live_update.py` succeed: twenty versions rolled out under load, and two rolled back?"""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from conftest import HERE, ORDINARY, run_python
 @pytest.mark.long
 @pytest.mark.alone
 def test_a_live_update_under_load() -> None:
-    """Nothing fails, no answer is of two versions, all follow to the last one, and the store returns to what is kept."""
+    """Under load no call fails or mixes versions, all readers reach the last version, and the store has only kept versions."""
     done = run_python("", str(HERE / "live_update.py"), **ORDINARY)
     assert done.returncode == 0, done.stderr
     report, _ = json.JSONDecoder().raw_decode(done.stdout[done.stdout.index("{") :])

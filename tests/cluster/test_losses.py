@@ -1,4 +1,4 @@
-"""Killed anywhere: nothing half is ever seen, nothing is left behind, and what can come back does."""
+"""After a kill at any point: is no partial version visible, is no memory left over, and do weights come back where they can?"""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ zerocopy.publish(numbered(2, width=700), name=sys.argv[2])
 
 @pytest.mark.parametrize("when", ["before", "during"])
 def test_a_publisher_killed(name: str, address: str, when: str, store_use: Callable[[], int]) -> None:
-    """Before the commit nothing is seen and nothing stays. During it, there is a whole version or none."""
+    """A publisher killed before its commit leaves nothing; during the commit it leaves a complete version or none."""
     zerocopy.publish(numbered(1), name=name)
     assert run_python(KILLED, "-", address, name, when).returncode == -signal.SIGKILL
     with fault(KIND, f"A publisher under a name is killed {when} its commit") as told:
@@ -70,7 +70,7 @@ def test_a_publisher_killed(name: str, address: str, when: str, store_use: Calla
 
 
 def test_a_registry_killed_while_something_is_published(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The publisher begins anew with the next registry, adopted or not."""
+    """The publisher starts again with the next registry, with and without `adopt=True`."""
     commit = writing.Named.commit_with
     killed: list[int] = []
 
@@ -92,7 +92,7 @@ def test_a_registry_killed_while_something_is_published(name: str, monkeypatch: 
 
 
 def kill_after(patch: pytest.MonkeyPatch, method: str, then: Callable[[], object] = lambda: None) -> None:
-    """Once: the registry does what is asked, and is killed before anybody hears of it."""
+    """Kill the registry once, after it ran `method` and before the caller gets its answer."""
     submit, killed = client.submit, []
 
     def submit_and_kill(actor: Any, asked: str, *args: Any) -> Any:
@@ -101,14 +101,14 @@ def kill_after(patch: pytest.MonkeyPatch, method: str, then: Callable[[], object
             ray.wait([reply])
             killed.append(kill_registry())
             then()
-            return submit(actor, asked, *args)  # to one that is dead
+            return submit(actor, asked, *args)  # to the dead registry
         return reply
 
     patch.setattr(client, "submit", submit_and_kill)
 
 
 def test_a_registry_killed_after_the_commit_was_written(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The publisher does not hear of it, and commits again: it is the same version."""
+    """The publisher commits again and gets the same version."""
     kill_after(monkeypatch, "commit")
     assert zerocopy.publish(numbered(1), name=name).version.number == 1
     assert [one.version.number for one in zerocopy.publications() if one.version.name == name] == [1]
@@ -116,7 +116,7 @@ def test_a_registry_killed_after_the_commit_was_written(name: str, monkeypatch: 
 
 
 def test_a_commit_that_is_repeated_moves_no_alias_back(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Somebody else has published meanwhile: "latest" stays there."""
+    """The alias "latest" stays on a newer version that another publisher committed in between."""
     kill_after(monkeypatch, "commit", lambda: zerocopy.publish(numbered(2), name=name))
     assert zerocopy.publish(numbered(1), name=name).version.number == 1
     assert zerocopy.lookup(name).version.number == 2
@@ -124,7 +124,7 @@ def test_a_commit_that_is_repeated_moves_no_alias_back(name: str, monkeypatch: p
 
 
 def test_a_registry_killed_after_it_removed_a_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Removing is asked for again, and is done. To remove what was never there is an error still."""
+    """A removal that is repeated succeeds; to remove a name that does not exist is still an error."""
     zerocopy.publish(numbered(1), name=name)
     kill_after(monkeypatch, "remove")
     zerocopy.remove(name)
@@ -136,11 +136,11 @@ def build_counted(path: str) -> Numbered:
     with Path(path).open("a") as file:
         file.write("x")
     time.sleep(0.5)
-    return numbered(71, width=300)  # no other test has these weights mapped, and would give them back
+    return numbered(71, width=300)  # no other test has these weights mapped and could give them back
 
 
 def test_a_source_runs_once_for_all_who_ask(name: str, tmp_path: Path) -> None:
-    """The registry is killed, and many ask at one moment: one source run brings the version back, with the same number."""
+    """If many callers need lost weights at once, the source runs once and restores the version with the same number."""
     ran = tmp_path / "ran"
     version = zerocopy.publish(build_counted(str(ran)), name=name, source=lambda: build_counted(str(ran))).version
     handle = zerocopy.lookup(name)
@@ -157,12 +157,12 @@ def test_a_source_runs_once_for_all_who_ask(name: str, tmp_path: Path) -> None:
         told.result = "the same version for all six; the source runs once"
     assert [answer() for answer in answers] == [71] * 6
     assert {zerocopy.version_of(answer) for answer in answers} == {version}
-    assert ran.read_text() == "xx"  # once here, once for all of them
+    assert ran.read_text() == "xx"  # one run in this test, one run for all callers
     assert handle.load(verify=True)() == 71
 
 
 def test_a_source_whose_bytes_have_changed(name: str, tmp_path: Path) -> None:
-    """A clear error, and never half of two versions."""
+    """A source that returns other weights causes a clear error, never a mixture of two versions."""
     value = tmp_path / "value"
     value.write_text("1")
 
@@ -183,12 +183,12 @@ def test_a_source_whose_bytes_have_changed(name: str, tmp_path: Path) -> None:
         handle.load()
     assert lost.value.reason == "no source"
     value.write_text("1")
-    assert float(handle.load()[1].weight.detach()[0, 0]) == 1  # it is asked again
+    assert float(handle.load()[1].weight.detach()[0, 0]) == 1  # the source runs again
     assert zerocopy.publications().names.count(name) == 1
 
 
 def test_a_source_that_fails(name: str) -> None:
-    """Its error stands in ours."""
+    """The message of `PublicationLostError` contains the error of the source."""
 
     def build() -> nn.Module:
         raise RuntimeError("no such bucket")
@@ -200,7 +200,7 @@ def test_a_source_that_fails(name: str) -> None:
 
 
 def test_a_checkpoint_comes_back(name: str, tmp_path: Path, store_use: Callable[[], int]) -> None:
-    """What was published from files is read from them again; not from files that have changed. It is not written twice."""
+    """Lost weights of a checkpoint are read from its files again, but not from changed files, and are not stored twice."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(400, 400), nn.Linear(400, 400))
     save_file(model.state_dict(), tmp_path / "model.safetensors")
@@ -218,7 +218,7 @@ def test_a_checkpoint_comes_back(name: str, tmp_path: Path, store_use: Callable[
     assert zerocopy.lookup(name, alias="files").load(verify=True)[1].weight.equal(model[1].weight)
     changed = {key: value + 1 for key, value in model.state_dict().items()}
     publication.close()
-    del model  # it would give the weights back
+    del model  # else this model would give the weights back
     gc.collect()
     kill_registry()
     save_file(changed, tmp_path / "model.safetensors")
@@ -227,14 +227,14 @@ def test_a_checkpoint_comes_back(name: str, tmp_path: Path, store_use: Callable[
 
 
 def test_a_publisher_gives_back(name: str) -> None:
-    """Its pipeline lives in ordinary memory, and has not changed: that is enough. One that has changed is not taken."""
+    """Lost weights are restored from the publisher's own pipeline, unless that pipeline has changed."""
     search = numbered(22)
     version = zerocopy.publish(search, name=name).version
     kill_registry()
     assert zerocopy.version_of(zerocopy.lookup(name).load(verify=True)) == version
     with torch.no_grad():
         search.table.zero_()
-    gc.collect()  # what was loaded would give the table back
+    gc.collect()  # else the loaded pipeline would give the table back
     kill_registry()
     with pytest.raises(PublicationLostError, match="no process that runs holds all"):
         zerocopy.lookup(name).load()
@@ -259,7 +259,7 @@ print(ray.get(publish.remote(sys.argv[2])))
 
 
 def test_a_source_runs_in_the_environment_of_its_publisher(name: str, address: str) -> None:
-    """Also when the publisher and its job are gone."""
+    """This holds also after the publisher and its job have ended."""
     done = run_python(IN_ENVIRONMENT, "-", address, name)
     assert done.stdout.strip() == "1", done.stderr
     kill_registry()
@@ -267,7 +267,7 @@ def test_a_source_runs_in_the_environment_of_its_publisher(name: str, address: s
 
 
 def test_an_instance_is_never_joined_with_another_version(name: str) -> None:
-    """What is copied of one version belongs to its weights: when those are gone, that is an error."""
+    """The copied fields of one version are only used with the weights of that version; if those are gone, it is an error."""
     zerocopy.publish(numbered(1), name=name)
     loaded = zerocopy.lookup(name).load()
     pickled = ray.cloudpickle.dumps(loaded)
@@ -278,7 +278,7 @@ def test_an_instance_is_never_joined_with_another_version(name: str) -> None:
 
 
 def test_publishing_goes_on_after_a_loss(name: str) -> None:
-    """A process that knows a named pipeline publishes it and others without a name, right after the registry was killed."""
+    """Right after the registry was killed, a process can publish pipelines without a name, also one that had a name before."""
     search = numbered(44)
     zerocopy.publish(search, name=name)
     assert ask(search) == 44
@@ -288,7 +288,7 @@ def test_publishing_goes_on_after_a_loss(name: str) -> None:
 
 
 def test_a_source_that_fails_hides_no_holder(name: str) -> None:
-    """What processes have mapped comes back, though the source gives something else by now."""
+    """Weights that a process has mapped come back, also if the source now returns other weights."""
     zerocopy.publish(numbered(46), name=name, source=lambda: numbered(47))
     held = zerocopy.lookup(name).load()
     gc.collect()
@@ -297,7 +297,7 @@ def test_a_source_that_fails_hides_no_holder(name: str) -> None:
 
 
 def test_living_holders_give_back(name: str) -> None:
-    """Without a source: actors that have the weights mapped go on, and bring them back, though they have written to theirs."""
+    """Without a source, actors that have the weights mapped continue to work and give back the published bytes."""
     publication = zerocopy.publish(numbered(3, width=300), name=name)
     following, asked = Following.remote(publication), Asked.remote(publication)
     assert ray.get([following.ask.remote(), asked.ask.remote()]) == [3, 3]
@@ -314,7 +314,7 @@ def test_living_holders_give_back(name: str) -> None:
 
 @ray.remote(num_cpus=0)
 class Holder:
-    """Holds a version, and is killed when it uploads something; or lets others go first."""
+    """Holds a version; with `ends` it is killed when it uploads weights, else it lets other holders go first."""
 
     def __init__(self, name: str, *, ends: bool) -> None:
         self._loaded, submit = zerocopy.lookup(name).load(), client.submit
@@ -334,7 +334,7 @@ class Holder:
 
 
 def test_a_holder_killed_while_it_gives_back(name: str) -> None:
-    """Another one is asked for the same."""
+    """Another holder gives the same weights back."""
     zerocopy.publish(numbered(48, width=300), name=name)
     first, second = Holder.remote(name, ends=True), Holder.remote(name, ends=False)
     assert ray.get([first.ask.remote(), second.ask.remote()]) == [48, 48]
@@ -348,7 +348,7 @@ def test_a_holder_killed_while_it_gives_back(name: str) -> None:
 
 
 def test_the_rest_is_lost_in_clear_words(name: str) -> None:
-    """Without a source and without a holder. The name stays, and another publication of the same weights heals it."""
+    """Weights without a source and a holder are lost with a clear error; publishing the same weights again repairs the name."""
     zerocopy.publish(numbered(33), name=name)
     handle = zerocopy.lookup(name)
     with fault(KIND, "The registry is killed; no process has the weights, and they have no source") as told:
@@ -365,7 +365,7 @@ def test_the_rest_is_lost_in_clear_words(name: str) -> None:
 
 
 def test_numbers_and_aliases_survive_the_registry(name: str) -> None:
-    """They are in Ray's control plane."""
+    """They are stored in Ray's control plane."""
     for number in (1, 2, 3):
         zerocopy.publish(
             numbered(number), name=name, alias=f"alias-{number}", source=lambda number=number: numbered(number)
@@ -404,7 +404,7 @@ print(ray.get([actor.ask.remote() for actor in actors]))
 
 
 def test_restarted_actors_find_their_weights_by_name(name: str, address: str) -> None:
-    """Detached ones, whose driver and handles are gone: by what they were given, if that has a name."""
+    """A detached actor that restarts after its driver ended finds its weights, if the pipeline that it received has a name."""
     started = run_python(DETACHED, "-", address, name)
     assert started.stdout.strip() == "[6, 6, 6, 6]", started.stderr
     actors = [ray.get_actor(one, "detached") for one in ("followed", "instance", "asked", "plain")]
@@ -427,7 +427,7 @@ def answer_of(actor: Any) -> int | None:
 
 
 def test_removing_while_readers_read(name: str, store_use: Callable[[], int]) -> None:
-    """They finish with what they have; new ones are told; the memory goes with the last."""
+    """Readers finish with their version, new readers get an error, and the memory is free after the last reader."""
     publication = zerocopy.publish(numbered(2, width=500), name=name)
     actors = [Asked.remote(publication) for _ in range(2)]
     assert ray.get([actor.ask.remote() for actor in actors]) == [2, 2]
@@ -443,14 +443,14 @@ def test_removing_while_readers_read(name: str, store_use: Callable[[], int]) ->
 
 
 def test_a_task_that_may_not_look_into_the_publisher(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another user's, or another container's: the shard goes by way of the object store."""
+    """If the task runs as another user or in another container, the shard travels through the object store."""
     monkeypatch.setattr(SharedMemory, "path", property(lambda _: "/nowhere"))
     zerocopy.publish(numbered(1, width=600), name=name)
     assert zerocopy.lookup(name).load(verify=True)() == 1
 
 
 def test_a_store_task_that_is_killed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is run again: the publisher's memory is still there."""
+    """The task runs again, because the publisher's memory still exists."""
     submit, stopped = client.submit, []
 
     def kill_worker(actor: Any, method: str, *args: Any) -> Any:
@@ -468,7 +468,7 @@ def test_a_store_task_that_is_killed(name: str, monkeypatch: pytest.MonkeyPatch)
 
 
 class Large(nn.Module):
-    """One storage that takes a while to store."""
+    """A model with one storage that takes some time to store."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -476,7 +476,7 @@ class Large(nn.Module):
 
 
 def kill_store_task() -> bool:
-    """Kill the process that runs one, as soon as it does."""
+    """Kill the process that runs a store task as soon as one runs; whether one was found."""
     for _ in range(200):
         for process in psutil.process_iter(["cmdline"]):
             if any("ray::zerocopy.store" in part for part in process.info["cmdline"] or ()):

@@ -1,4 +1,4 @@
-"""What is promised of publications holds for those that have a name: all kinds, isolation, partial loads, devices, passing."""
+"""Do the promises for publications also hold for publications with a name: all kinds, isolation, equal storages, losses?"""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ from zerocopy.testing import assert_zero_copy
 
 pytestmark = [
     pytest.mark.usefixtures("cluster"),
-    pytest.mark.filterwarnings("ignore"),  # torch's and NumPy's, of prototypes, and of what is to be removed some day
+    pytest.mark.filterwarnings("ignore"),  # torch and NumPy warn of prototypes and of features that will be removed
 ]
 
 
 CHANGED_BY_LOOKING = {
     "test_comes_out_the_same[a `functools.partial`]"
-}  # it pickles a `__dict__` as soon as somebody has looked for one
+}  # it pickles a `__dict__` after any code has asked for its `__dict__`
 
 
 @zerocopy.actor(num_cpus=0.1)
 class Process:
-    """Another process, in which pipelines are looked up and loaded."""
+    """Another process that looks up and loads pipelines."""
 
     def observe(self, name: str) -> tuple[Any, str]:
-        """All that can be observed of the newest version, and which of its tensors is not a view of the store."""
+        """Observe the newest version, and name a tensor of it that is not a view of the store."""
         warnings.simplefilter("ignore")
         loaded = zerocopy.lookup(name).load(verify=True)
         try:
@@ -76,12 +76,12 @@ def assert_same(original: Any, name: str, process: Any, *, is_shared: bool = Tru
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_comes_out_the_same(kind: str, name: str, process: Any) -> None:
-    """Every kind, looked up and loaded here and in another process; published again it is the same version."""
+    """Every kind of object comes out the same here and in another process, and is the same version if published again."""
     assert_same(KINDS[kind](), name, process, is_shared=kind not in COPIED)
 
 
 def test_dtypes(name: str, process: Any) -> None:
-    """Every dtype of torch, with all its bits."""
+    """Every dtype of torch keeps all its bits."""
     tensors = [
         test_faithful.noise().view(torch.uint8)[:, : 4 * dtype.itemsize].clone().view(dtype)
         for dtype in DTYPES
@@ -96,7 +96,7 @@ NAMES = itertools.count()
 @settings(parent=CHECKS, max_examples=20)
 @given(random_pipelines())
 def test_random_pipelines(pipeline: Random) -> None:
-    """Types, identities, storages, bytes, strides, flags and modes are those of the original; what is equal is one version."""
+    """Types, identities, storages, bytes, strides, flags and modes equal the original; equal pipelines are one version."""
     expected = observe(pipeline)
     name = f"random-{next(NAMES)}"
     version = zerocopy.publish(pipeline, name=name).version
@@ -108,7 +108,7 @@ def test_random_pipelines(pipeline: Random) -> None:
 
 
 def test_small_changes(name: str) -> None:
-    """A version in which one small tensor changed, whatever its size, has the right bytes in each."""
+    """A version in which one small tensor changed has the right bytes, for every size of that tensor."""
     module = nn.ParameterList([nn.Parameter(torch.zeros(100_000)), nn.Parameter(torch.zeros(1))])
     zerocopy.publish(module, name=name, keep=0)
     for nbytes in (*range(16, 260, 4), 512, 1024, 2044, 2048, 2052, 4096, 131_072):
@@ -118,7 +118,7 @@ def test_small_changes(name: str) -> None:
 
 
 def test_nothing_to_share(name: str) -> None:
-    """A pipeline without a tensor has nothing to verify, and is no mistake."""
+    """A pipeline without a tensor can be published, and loaded with `verify=True`."""
     zerocopy.publish(nn.Sequential(nn.ReLU()), name=name)
     assert isinstance(zerocopy.lookup(name).load(verify=True)[0], nn.ReLU)
 
@@ -127,7 +127,7 @@ def test_nothing_to_share(name: str) -> None:
 
 
 def write_there(name: str, how: Callable[[Any], None]) -> tuple[list[bytes], list[bytes], list[bytes]]:
-    """What a load is before and after it was written, and a later load in the same process."""
+    """The content of a loaded model before and after a write, and of a later load in the same process."""
     model = zerocopy.lookup(name).load()
     before = content(model)
     with warnings.catch_warnings():
@@ -138,7 +138,7 @@ def write_there(name: str, how: Callable[[Any], None]) -> tuple[list[bytes], lis
 
 @pytest.mark.parametrize("write", WRITES, ids=lambda write: write.__name__)
 def test_writes_stay_where_they_were_made(write: Callable[[Any], None], name: str, process: Any) -> None:
-    """Written in another process, in the publisher, adopted or not, and in a load: nobody else sees it."""
+    """A write in another process, in the publisher, adopted or not, or in a loaded pipeline never reaches another pipeline."""
     for adopt in (False, True):
         original = test_isolation.model()
         expected = content(original)
@@ -155,7 +155,7 @@ def test_writes_stay_where_they_were_made(write: Callable[[Any], None], name: st
 
 
 def twins() -> nn.ModuleList:
-    """Two modules of equal bytes, which are no ties, beside one that is tied, and one of other bytes."""
+    """Two modules with equal bytes that are not tied, a module tied to the first, and a module with other bytes."""
     modules = nn.ModuleList([nn.Linear(200, 200) for _ in range(4)])
     modules[1].load_state_dict(modules[0].state_dict())
     modules[2].weight = modules[0].weight
@@ -163,7 +163,7 @@ def twins() -> nn.ModuleList:
 
 
 def assert_twins(modules: Any) -> None:
-    """Equal, and of memory of their own; the tied one sees what is written."""
+    """Equal modules have separate memory, and the tied module sees a write to the first."""
     weights = [module.weight.detach() for module in modules]
     before = weights[3].clone()
     assert torch.equal(weights[0], weights[1])
@@ -176,20 +176,20 @@ def assert_twins(modules: Any) -> None:
 
 
 def test_equal_storages_are_memory_of_their_own(name: str) -> None:
-    """Content-addressed though they are: in a load, after adoption, in a later version and after a recovery."""
+    """Equal storages have separate memory in each load, after adoption and in later versions, but one copy in the store."""
     for adopt in (False, True):
         modules = twins()
         zerocopy.publish(modules, name=name, adopt=adopt)
         assert_twins(zerocopy.lookup(name).load(verify=True))
         with torch.no_grad():
-            modules[3].weight.add_(1)  # the others are not written again
+            modules[3].weight.add_(1)  # the other modules are not stored again
         zerocopy.publish(modules, name=name, adopt=adopt)
         assert_twins(zerocopy.lookup(name).load(verify=True))
         assert_twins(ray.get(ray.put(modules)))
         assert_twins(modules)
     trained = zerocopy.lookup(name).load()
     with torch.no_grad():
-        trained[1].weight.copy_(trained[3].weight)  # other twins now, of which the store has one
+        trained[1].weight.copy_(trained[3].weight)  # modules 1 and 3 are equal now, and the store has one of them
     zerocopy.publish(trained, name=name)
     loaded = zerocopy.lookup(name).load(verify=True)
     loaded[1].weight.detach().zero_()
@@ -200,7 +200,7 @@ def test_equal_storages_are_memory_of_their_own(name: str) -> None:
 
 @pytest.mark.long
 def test_equal_storages_after_a_recovery(name: str) -> None:
-    """By a source, and from a process that holds them."""
+    """Weights from a source and from another process that holds them are both restored with separate memory."""
     torch.manual_seed(0)
     modules = twins()
     state = modules.state_dict()
@@ -225,7 +225,7 @@ def test_equal_storages_after_a_recovery(name: str) -> None:
 
 @pytest.mark.long
 def test_calls_and_actors_after_a_loss(name: str) -> None:
-    """A handle whose references have died with the registry is as good as before, also as an argument."""
+    """A handle still works after its references died with the registry, also as an argument of tasks and actors."""
     publication = zerocopy.publish(numbered(7), name=name, source=build_seven)
     assert versions.ask(publication) == 7
     for call in (
@@ -255,7 +255,7 @@ class Kept:
 
 
 def test_an_instance_after_a_loss(name: str) -> None:
-    """Its process has the weights: it goes on with weights of its own where the registry has none."""
+    """Its process has the weights, so it can still pass the instance when the registry has lost them."""
     search = numbered(3)
     publication = zerocopy.publish(search, name=name)
     assert versions.ask(search) == 3
@@ -270,7 +270,7 @@ def test_an_instance_after_a_loss(name: str) -> None:
 
 
 def test_an_instance_whose_name_is_removed(name: str) -> None:
-    """The same at once after its name was removed."""
+    """Its process can still pass the instance right after the name was removed."""
     search = numbered(3)
     zerocopy.publish(search, name=name)
     assert versions.ask(search) == 3
@@ -283,7 +283,7 @@ def test_an_instance_whose_name_is_removed(name: str) -> None:
 
 @pytest.mark.long
 def test_holders_of_several_versions_give_back_all(name: str) -> None:
-    """Versions share shards, and a process that has loaded two brings back both."""
+    """Versions share shards, and a process that has loaded two versions gives both back."""
     for order in ([1, 2], [2, 1]):
         modules = twins()
         zerocopy.publish(modules, name=name)

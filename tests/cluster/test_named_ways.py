@@ -1,4 +1,4 @@
-"""Ways to publish, pass and keep pipelines, with a name: adoption, parts, devices, programs, wrappers, connections, leaks."""
+"""Do all ways to publish, pass and keep pipelines work with a name: adoption, parts, devices, wrappers, connections, leaks?"""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ pytestmark = pytest.mark.usefixtures("cluster")
 
 @zerocopy.pipeline
 class Outside:
-    """Holds a pipeline and a publication."""
+    """A pipeline that contains another pipeline and a publication."""
 
     inner: pipelines.Search = shared()
     extra: nn.Module = shared()
@@ -52,7 +52,7 @@ class Outside:
 
 
 def test_adopted_again_and_changed(name: str) -> None:
-    """A pipeline that is adopted twice, written in part, and gets new parts is what was published, each time."""
+    """A pipeline can be adopted again after a write and with a new part, and its publication equals it each time."""
     search = pipelines.search(width=256)
     zerocopy.publish(search, name=name, adopt=True)
     assert_zero_copy(search)
@@ -70,7 +70,7 @@ def test_adopted_again_and_changed(name: str) -> None:
 
 
 def test_two_names_and_none(name: str) -> None:
-    """Under a second name, and without one, before and after: the store has one set that has names, and each handle works."""
+    """A model under two names is stored once for both, and every handle works, also of an earlier publication without a name."""
     search = pipelines.search(width=512)
     nbytes = zerocopy.plan(search).shared_bytes
     unnamed = zerocopy.publish(search)
@@ -88,7 +88,7 @@ def test_two_names_and_none(name: str) -> None:
 
 
 def test_without_a_name_after_one(name: str) -> None:
-    """What is published without a name shares the weights that have one, also when no handle is left; and keeps them."""
+    """A publication without a name shares the weights that already have a name, and keeps them after the name is removed."""
     search = pipelines.search(width=512)
     zerocopy.publish(search, name=name)
     gc.collect()
@@ -104,7 +104,7 @@ def test_without_a_name_after_one(name: str) -> None:
 
 
 def test_parts(name: str) -> None:
-    """`fields` loads those only, from whatever handle; each says what it lacks, and travels."""
+    """`fields` loads only the given fields from every kind of handle; the part names missing fields and can be passed on."""
     search = pipelines.search(width=64)
     zerocopy.publish(search, name=name)
     for handle in (
@@ -137,7 +137,7 @@ def live_device_of(search: zerocopy.Live[Numbered]) -> str:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what is told where there is no GPU")
 def test_devices(name: str) -> None:
-    """Without a GPU "auto" is the CPU, one object serves all ways to say so, and a device that is not there is refused."""
+    """Without a GPU "auto" is the CPU, `current` returns one object for all names of the CPU, and "cuda" is an error."""
     publication, following = zerocopy.publish(numbered(1), name=name), zerocopy.lookup(name)
     assert publication.load("auto")() == following.load("cpu")() == 1
     assert publication.current() is following.current("auto") is following.current(torch.device("cpu"))
@@ -155,14 +155,14 @@ def test_devices(name: str) -> None:
 
 @pytest.fixture(scope="module")
 def process(cluster: None) -> Any:
-    """One process, in which calls of tasks run in place."""
+    """One actor process that runs calls of tasks in itself."""
     process = test_reuse.Process.remote()
     ray.get(process.keep_for.remote(600))
     return process
 
 
 def test_calls_reuse_one_load(process: Any, name: str) -> None:
-    """Given a handle, one that follows, or an instance; what a call has changed the next one does not see."""
+    """Calls that get a handle or an instance reuse one load, and no call sees a change that an earlier call made."""
     module = modules()
     publication = zerocopy.publish(module, name=name)
     for given in (publication, zerocopy.lookup(name), module):
@@ -176,14 +176,14 @@ def test_calls_reuse_one_load(process: Any, name: str) -> None:
 
 
 def test_a_new_version_is_not_what_was_kept(process: Any, name: str) -> None:
-    """The next call has it: of a handle that follows, and of an instance that was changed."""
+    """The next call gets the new version, both for a handle that follows and for an instance that was changed."""
     module = modules()
     zerocopy.publish(module, name=name)
     following = zerocopy.lookup(name)
     for number in range(3):
         with torch.no_grad():
             module[0].weight.fill_(number)
-        assert test_reuse.call(process, test_reuse.look, module)[2][0] == 360_000 * number  # not published by hand
+        assert test_reuse.call(process, test_reuse.look, module)[2][0] == 360_000 * number  # not published by name
         zerocopy.publish(module, name=name)
         for given in (module, following):
             assert test_reuse.call(process, test_reuse.look, given)[2][0] == 360_000 * number
@@ -191,7 +191,7 @@ def test_a_new_version_is_not_what_was_kept(process: Any, name: str) -> None:
 
 
 def test_calls_are_short(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Once workers have the weights, calls with handles or instances that have a name carry no reference."""
+    """When workers have the weights, calls with named handles or instances contain no object reference."""
     from zerocopy._run import short_calls, task
 
     taken: list[bool] = []
@@ -216,7 +216,7 @@ def test_calls_are_short(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_copied_fields_that_change(name: str) -> None:
-    """They arrive as they are at each pass, though the weights have a name; what is looked up is as it was published."""
+    """A passed pipeline arrives with its current copied fields; a pipeline found by name has the published ones."""
     search = pipelines.search(width=64)
     handles = [zerocopy.publish(search, name=name)]
     for _ in range(2):
@@ -231,11 +231,11 @@ def test_copied_fields_that_change(name: str) -> None:
         loaded.top_k = 7
         assert ray.get(pipelines.top_k_and_mode.remote(loaded))[0] == 7
         assert pipelines.answer(loaded, 0.0) == loaded(0.0)
-        handles.clear()  # the same when nothing but the name is left
+        handles.clear()  # in the second round only the name keeps the version
 
 
 def test_pipelines_in_pipelines(name: str) -> None:
-    """And a publication with a name in a field: it arrives as a handle that follows as before."""
+    """A pipeline may contain a pipeline or a named publication; the publication arrives as a handle that follows as before."""
     zerocopy.publish(numbered(1), name=f"{name}-inner")
     for link in (zerocopy.lookup(f"{name}-inner"), zerocopy.lookup(f"{name}-inner", version=1)):
         outside = Outside(pipelines.search(width=64), nn.Linear(64, 64), link, [{"again": link}])
@@ -263,7 +263,7 @@ def inner_of(outside: Outside) -> int:
 
 
 class Plain:
-    """Declares nothing, and so is recognized by the modules that it holds."""
+    """Declares no fields, so zerocopy recognizes it by the modules that it contains."""
 
     def __init__(self, net: nn.Module, other: nn.Module | None = None) -> None:
         self.net = net
@@ -271,7 +271,7 @@ class Plain:
 
 
 def test_another_object_with_the_same_module(name: str) -> None:
-    """It is not the version that the module is a part of, and a refresh never replaces what it holds beside."""
+    """Another object that contains a module of a version is not that version, and `refresh` and `unshare` refuse it."""
     published = Plain(nn.Linear(8, 8))
     zerocopy.publish(published, name=name)
     loaded = zerocopy.lookup(name).load()
@@ -287,7 +287,7 @@ def test_another_object_with_the_same_module(name: str) -> None:
 
 
 def test_classes_by_value(name: str) -> None:
-    """Local classes, undecorated subclasses, slots."""
+    """Local classes, undecorated subclasses and classes with slots work under a name."""
 
     @zerocopy.pipeline
     class Local:
@@ -319,7 +319,7 @@ def test_classes_by_value(name: str) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_programs(name: str) -> None:
-    """TorchScript and exported programs, alone and in a pipeline, share their weights; what is equal is one version."""
+    """TorchScript and exported programs share their weights, alone and in a pipeline; equal programs are one version."""
     linear = nn.Linear(400, 400)
     given = torch.ones(2, 400)
     expected = linear(given)
@@ -357,7 +357,7 @@ def build_tied() -> nn.Module:
 
 
 def test_checkpoints(name: str, tmp_path: Path) -> None:
-    """From files as from a live model: the same version; ties, buffers and dtypes as with a checkpoint without a name."""
+    """A checkpoint and an equal live model are the same version; ties, buffers and dtypes are kept."""
     torch.manual_seed(0)
     model = build_tied()
     save_file({"embedding.weight": model["embedding"].weight.detach()}, tmp_path / "model.safetensors")
@@ -378,7 +378,7 @@ def test_checkpoints(name: str, tmp_path: Path) -> None:
 
 
 def test_wrappers(name: str) -> None:
-    """The imperative face takes what was loaded by a name, or holds it."""
+    """`ModelWrapper` takes a pipeline that was loaded by name, and stores no second copy of its weights."""
     search = pipelines.search(width=64)
     zerocopy.publish(search, name=name)
     loaded = zerocopy.lookup(name).load()
@@ -396,7 +396,7 @@ def test_wrappers(name: str) -> None:
 
 
 def test_copies_of_handles(name: str) -> None:
-    """A copy of a handle that follows follows, one of a version is of that version, and each is closed by itself."""
+    """A copied handle follows the same alias or stays on the same version as its original, and is closed separately."""
     publication, following = zerocopy.publish(numbered(1), name=name), zerocopy.lookup(name)
     fixed = zerocopy.lookup(name, version=1)
     copies = [way(handle) for way in (copy.copy, copy.deepcopy) for handle in (publication, following, fixed)]
@@ -412,7 +412,7 @@ def test_copies_of_handles(name: str) -> None:
 
 
 def test_other_versions_of_python_or_torch(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Handles load what was written by others only where they agree, and say so in all ways to ask."""
+    """A version that another torch version wrote is refused, with a clear error, in every way to load it."""
     from zerocopy._cluster import writing
     from zerocopy._store.manifest import Versions
 
@@ -446,7 +446,7 @@ def has_warned_of(name: str) -> bool:
 
 
 class Broken(nn.Module):
-    """Its versions may fail to be rebuilt where they are loaded."""
+    """A module whose versions can fail while they are loaded."""
 
     def __init__(self, number: int, error: str = "") -> None:
         super().__init__()
@@ -460,7 +460,7 @@ class Broken(nn.Module):
 
 
 def test_a_version_that_cannot_be_loaded_holds_up_no_other(name: str) -> None:
-    """Whatever its code raises: the old one goes on, with one warning, and other names are followed as before."""
+    """If loading a version raises, the old version stays in use with one warning, and other names still get new versions."""
     first, second = zerocopy.publish(Broken(1), name=name), zerocopy.publish(numbered(1), name=f"{name}-other")
     assert (first.current().number, second.current()()) == (1, 1)
     zerocopy.publish(Broken(2, "no such file"), name=name)
@@ -483,7 +483,7 @@ def is_free(store_use: Callable[[], int]) -> bool:
 
 @pytest.mark.long
 def test_nothing_is_left(name: str, store_use: Callable[[], int]) -> None:
-    """Tasks, a closure, `map`, containers, plain and generated actors, pools, `Live`: when they and the name are gone."""
+    """After tasks, closures, `map`, containers, actors, pools and `Live` end and the name is removed, the store is empty."""
     search = pipelines.search(width=1024)
     expected = search(1.0)
     publication, following = zerocopy.publish(search, name=name), zerocopy.lookup(name)
@@ -512,7 +512,7 @@ class Newest:
 
 
 def closure_over(handle: Any) -> Any:
-    """A worker keeps the function, and in it what a handle of one version has found; one that follows keeps nothing."""
+    """A task over a captured handle. A worker keeps the function; a handle that follows an alias keeps no version in it."""
 
     @ray.remote(num_cpus=0.1)
     def captured() -> float:
@@ -523,7 +523,7 @@ def closure_over(handle: Any) -> Any:
 
 @pytest.mark.long
 def test_nothing_is_left_of_changes(name: str, store_use: Callable[[], int]) -> None:
-    """An adopted instance that is passed, trained, passed and published again keeps one set besides what versions keep."""
+    """An instance that is adopted, passed, trained and published again holds one set of weights besides the kept versions."""
     search = pipelines.search(width=1024)
     for adopt in (False, True):
         for _ in range(2):
@@ -541,7 +541,7 @@ def test_nothing_is_left_of_changes(name: str, store_use: Callable[[], int]) -> 
 
 
 def test_a_refused_publishing_leaves_nothing(name: str, store_use: Callable[[], int]) -> None:
-    """What is refused is refused before anything is written; also after it was expected otherwise."""
+    """A refused publication leaves nothing in the store, also if `expect` did not match."""
     with pytest.raises(zerocopy.errors.CannotTravelError):
         zerocopy.publish(pipelines.search(width=1024, settings={"stream": (number for number in ())}), name=name)
     assert store_use() <= 0
@@ -615,11 +615,11 @@ except zerocopy.errors.NotPublishedError as error:
 
 @pytest.mark.long
 def test_connections_that_end(name: str, address: str) -> None:
-    """A handle by name works again after connecting to the same cluster; forks and other clusters are refused in words."""
+    """A named handle works again after a reconnection to the same cluster; a fork or another cluster gets a clear error."""
     done = run_python(CONNECTIONS, "-", address, name)
     assert done.stdout.splitlines() == [
         *["child True"] * 5,
-        "1",  # what `current()` gave before goes on
+        "1",  # the version that `current()` returned before the fork still works
         *["child True"] * 2,
         *["ended True"] * 3,
         "after shutdown 1 1",
@@ -635,7 +635,7 @@ def test_connections_that_end(name: str, address: str) -> None:
 
 
 def test_errors_pickle(name: str) -> None:
-    """With all that they tell; also those that a task raises."""
+    """Errors keep their type, message and attributes through pickle, also errors that a task raises."""
     zerocopy.publish(numbered(1), name=name)
     mistakes = [
         lambda: zerocopy.lookup("nobody"),
@@ -660,7 +660,7 @@ def test_errors_pickle(name: str) -> None:
 
 
 def test_ray_client_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By everything that asks the registry."""
+    """Every call that needs the registry refuses Ray Client."""
     monkeypatch.setattr(ray.util.client.ray, "is_connected", lambda: True)
     for ask in (
         lambda: zerocopy.publish(numbered(1), name="n"),

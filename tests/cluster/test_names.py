@@ -1,4 +1,4 @@
-"""Publications with names: found from anywhere, in versions that count up, at the price of what has changed."""
+"""Can every process find a publication by name, do its versions count up, and does each version store only what changed?"""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def numbers(name: str) -> list[int]:
 
 
 def test_versions_count_up_and_aliases_point_at_them(name: str) -> None:
-    """Each publication is a version. "latest" points at the newest, other aliases where they are told."""
+    """Each publication is a version; "latest" points at the newest one, and other aliases stay where they were set."""
     first = zerocopy.publish(numbered(1), name=name)
     second = zerocopy.publish(numbered(2), name=name, alias="canary")
     assert (first.version.number, second.version.number) == (1, 2)
@@ -58,7 +58,7 @@ def test_versions_count_up_and_aliases_point_at_them(name: str) -> None:
 
 
 def test_equal_content_is_the_version_that_exists(name: str) -> None:
-    """Whoever publishes it: the same weights and copied fields are no new version. Other copied fields are one, at no cost."""
+    """Equal weights and copied fields are no new version; other copied fields are a new version that stores no weights again."""
     search = pipelines.search(width=512)
     version = zerocopy.publish(search, name=name).version
     assert zerocopy.publish(search, name=name).version == version
@@ -71,11 +71,11 @@ def test_equal_content_is_the_version_that_exists(name: str) -> None:
     assert bytes_in_store() - before < 100_000
     search.top_k = 5
     assert zerocopy.publish(search, name=name).version == version
-    assert zerocopy.lookup(name).load().top_k == 5  # "latest" points at it again
+    assert zerocopy.lookup(name).load().top_k == 5  # "latest" points at the first version again
 
 
 def test_what_is_copied_is_told_apart_to_the_last_bit(name: str) -> None:
-    """Copied tensors by their bytes and places, numbers by their bits, and what readers must agree in."""
+    """Copied fields that differ in one bit of a number, in the type of a value or in the storage of a tensor are two versions."""
     first, second = torch.tensor([1, 2, 3, 4, 5]), torch.tensor([1, 2, 3, 4, 5])
     settings: list[Any] = [
         [first[:2].clone()[:1], first[2:].clone()[:1]],
@@ -88,7 +88,7 @@ def test_what_is_copied_is_told_apart_to_the_last_bit(name: str) -> None:
 
 
 def test_equal_content_takes_what_is_asked_for(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A source is recorded; a demand for isolation makes another version, whose readers must fulfil it."""
+    """Publishing equal content again records its `source`; required isolation makes a new version, whose readers must isolate."""
     search = numbered(3)
     assert zerocopy.publish(search, name=name).version.number == 1
     assert zerocopy.publish(search, name=name, source=lambda: numbered(3)).version.number == 1
@@ -109,7 +109,7 @@ print(zerocopy.publish(search, name=sys.argv[2]).version.number)
 
 @pytest.mark.long
 def test_equal_content_of_other_processes(name: str, address: str) -> None:
-    """Sets are pickled in another order by each process, and classes by value with another id: they are equal all the same."""
+    """Equal sets and equal classes pickled by value are one version, though each process pickles them differently."""
     source = "class Code: top = 5\ncompute = Code()\n" + SET
     runs = [run_python(source, "-", address, name, PYTHONHASHSEED=seed) for seed in ("1", "2", "3")]
     assert [run.stdout.strip() for run in runs] == ["1", "1", "1"], runs[-1].stderr
@@ -118,7 +118,7 @@ def test_equal_content_of_other_processes(name: str, address: str) -> None:
 
 
 def test_a_version_costs_what_changed(name: str) -> None:
-    """Storages that the cluster has under any name are not written again."""
+    """Storages that the cluster has under any name are not stored again."""
     torch.manual_seed(0)
     base = nn.Sequential(*[nn.Linear(512, 512) for _ in range(20)])
     nbytes = sum(parameter.nbytes for parameter in base.parameters())
@@ -126,7 +126,7 @@ def test_a_version_costs_what_changed(name: str) -> None:
     zerocopy.publish(base, name=name)
     assert wait_until(lambda: bytes_in_store() - start < 1.02 * nbytes + 200_000, 10)
     once = bytes_in_store() - start
-    for number in range(10):  # ten fine-tunings of one base, each under a name of its own
+    for number in range(10):  # ten fine-tunings of one base, each under its own name
         with torch.no_grad():
             base[-1].weight.fill_(number)
         zerocopy.publish(base, name=f"{name}-{number}")
@@ -136,7 +136,7 @@ def test_a_version_costs_what_changed(name: str) -> None:
 
 
 class Parts(nn.Module):
-    """Equal parts, each of another content, that are changed one by one."""
+    """Parts of equal size and different content, which can be changed one by one."""
 
     def __init__(self, count: int, nbytes: int) -> None:
         super().__init__()
@@ -149,7 +149,7 @@ class Parts(nn.Module):
 
 
 def test_a_version_writes_no_more_than_what_changed(name: str, store_use: Callable[[], int]) -> None:
-    """Also where that is half of several shards: what else is in those is not written anew."""
+    """If a version changes storages in several shards, the other storages of these shards are not stored again."""
     model = Parts(40, 1 << 20)
     zerocopy.publish(model, name=name)
     model.change([0, 6])
@@ -158,7 +158,7 @@ def test_a_version_writes_no_more_than_what_changed(name: str, store_use: Callab
 
 
 def test_many_versions_take_little_room(name: str, store_use: Callable[[], int]) -> None:
-    """What only superseded versions needed goes: where it is too much of the shards, the rest is written anew."""
+    """Storages of superseded versions leave the store; a shard with too many of them is rewritten without them."""
     chosen = random.Random(0)
     model = Parts(64, 128 << 10)
     nbytes = 64 * (128 << 10)
@@ -171,7 +171,7 @@ def test_many_versions_take_little_room(name: str, store_use: Callable[[], int])
 
 
 def test_a_lookup_and_a_load_ask_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A load that follows at once uses what the lookup was told, unless this process has changed something in between."""
+    """A load right after a lookup reuses the registry's answer, unless this process changed the name in between."""
     monkeypatch.setattr(handles, "ANSWER_SECONDS", 5)
     for number in (1, 2, 3):
         zerocopy.publish(numbered(number), name=name)
@@ -190,7 +190,7 @@ def test_a_lookup_and_a_load_ask_once(name: str, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.long
 def test_what_was_looked_up_keeps_nothing(name: str, store_use: Callable[[], int]) -> None:
-    """A handle that follows an alias refers to no version once it was used, so that the memory of those that are removed goes."""
+    """After use, a handle that follows an alias keeps no version, so the memory of removed versions is freed."""
     zerocopy.publish(numbered(1), name=name)
     looked_up = [zerocopy.lookup(name) for _ in range(4)]
     looked_up[0].load()
@@ -206,7 +206,7 @@ def test_what_was_looked_up_keeps_nothing(name: str, store_use: Callable[[], int
 
 
 def test_what_no_version_needs_goes(name: str, store_use: Callable[[], int]) -> None:
-    """`keep` versions stay beside those that an alias points at. The memory of others goes with their last reader."""
+    """`keep` superseded versions stay, and all versions with an alias; the memory of others is freed with their last reader."""
     for number in range(1, 6):
         zerocopy.publish(numbered(number), name=name)
     assert numbers(name) == [3, 4, 5]
@@ -223,7 +223,7 @@ def test_what_no_version_needs_goes(name: str, store_use: Callable[[], int]) -> 
 
 
 def test_removing(name: str) -> None:
-    """Readers keep what they have; numbers go on counting; a version that an alias points at stays."""
+    """Readers keep their version, numbers continue to count up, and a version with an alias cannot be removed."""
     publication = zerocopy.publish(numbered(1), name=name)
     zerocopy.publish(numbered(2), name=name)
     reader, handle = publication.load(), zerocopy.lookup(name, version=1)
@@ -232,7 +232,7 @@ def test_removing(name: str) -> None:
     zerocopy.remove(name, version=1)
     with pytest.raises(NotPublishedError, match="no version 1"):
         handle.load()
-    assert publication.load()() == 1  # this handle has a reference
+    assert publication.load()() == 1  # this handle still holds a reference
     assert reader() == 1
     zerocopy.remove(name)
     with pytest.raises(NotPublishedError, match="No publication has the name"):
@@ -243,7 +243,7 @@ def test_removing(name: str) -> None:
 
 
 def test_expecting_a_version(name: str) -> None:
-    """`expect` refuses what was made for another state, and changes nothing. Of two at one moment, one is refused."""
+    """`expect` refuses a publication if "latest" is another version, and changes nothing; of two at once, one is refused."""
     zerocopy.publish(numbered(1), name=name, expect=0)
     with pytest.raises(
         VersionConflictError, match="has version 1 as 'latest', but expect=0 asks for no version"
@@ -280,7 +280,7 @@ print(zerocopy.publish(numbered(int(sys.argv[3])), name=sys.argv[2]).version.num
 
 
 def test_named_weights_outlive_their_driver(name: str, address: str) -> None:
-    """A driver publishes and ends. Others find the weights, and two of them that publish at one moment get two versions."""
+    """Named weights stay after their driver ends, and two drivers that publish at the same time get two versions."""
     assert run_python(PUBLISH, "-", address, name, "1").stdout.strip() == "1"
     found = zerocopy.lookup(name).load()
     assert found() == 1
@@ -326,7 +326,7 @@ print(version, zerocopy.lookup(sys.argv[2]).load()())
 
 @pytest.mark.long
 def test_classes_of_main(name: str, address: str) -> None:
-    """Two drivers publish classes of their `__main__`: each is a version of its own, and either process loads both."""
+    """Classes of two drivers' `__main__` modules are two versions, and every process can load both."""
     first = run_python(MAIN, "-", address, name, "2", "")
     assert first.stdout.split() == ["1", "4.0"], first.stderr
     second = run_python(MAIN, "-", address, name, "3", "refresh")
@@ -346,7 +346,7 @@ print(zerocopy.lookup(sys.argv[2]).load()())
 
 @pytest.mark.long
 def test_a_name_can_end_with_its_job(name: str, address: str, store_use: Callable[[], int]) -> None:
-    """`lifetime="job"` ties it to the publisher's job."""
+    """With `lifetime="job"` a name is removed when the publisher's job ends."""
     tied = run_python(TIED, "-", address, name)
     assert tied.stdout.strip() == "1", tied.stderr
     assert wait_until(lambda: name not in zerocopy.publications().names, 20)
@@ -354,7 +354,7 @@ def test_a_name_can_end_with_its_job(name: str, address: str, store_use: Callabl
 
 
 def test_handles_travel_by_name(name: str) -> None:
-    """In plain pickle, in closures and globals, without a reference; as arguments, too, and in actors and tasks."""
+    """Named handles travel in plain pickle, closures and arguments of tasks, without an object reference."""
     publication = zerocopy.publish(numbered(4), name=name)
     following = zerocopy.lookup(name)
     for handle in (publication, following, zerocopy.lookup(name, version=1)):
@@ -379,7 +379,7 @@ def test_handles_travel_by_name(name: str) -> None:
 
 
 def test_an_instance_that_has_a_name_travels_by_it(name: str) -> None:
-    """Also where references are forbidden: published or loaded under a name, and with other copied fields."""
+    """A closure may capture an instance with a name, also where captured references are forbidden."""
     search = pipelines.search(width=64)
     zerocopy.publish(search, name=name)
     loaded = zerocopy.lookup(name).load()
@@ -393,12 +393,12 @@ def test_an_instance_that_has_a_name_travels_by_it(name: str) -> None:
     with torch.no_grad():
         search.index.add_(1)
     assert zerocopy.version_of(search) is not None
-    assert ray.get(pipelines.plain_answer.remote(search, 1.0)) == search(1.0)  # as an argument, its own weights
+    assert ray.get(pipelines.plain_answer.remote(search, 1.0)) == search(1.0)  # as an argument, with its own weights
     assert zerocopy.version_of(search) is None
 
 
 def test_versions_of_live_pipelines(name: str) -> None:
-    """`version_of` tells name, number and digest of what was loaded or published under a name, and None of others."""
+    """`version_of` returns name, number and digest of a pipeline that has a name, and None for other pipelines."""
     search = numbered(1)
     assert zerocopy.version_of(search) is None
     version = zerocopy.publish(search, name=name).version
@@ -415,7 +415,7 @@ def test_versions_of_live_pipelines(name: str) -> None:
 
 
 def test_adopting_under_a_name(name: str, store_use: Callable[[], int]) -> None:
-    """The publisher's tensors are views of what the registry owns, in the end and after an error."""
+    """The publisher's tensors become views of the store, and a later write stays in the publisher."""
     search = numbered(5, width=600)
     zerocopy.publish(search, name=name, adopt=True)
     assert_zero_copy(search)
@@ -447,7 +447,7 @@ def test_the_table(name: str) -> None:
 
 
 def test_verifying_what_is_loaded(name: str) -> None:
-    """`verify=True` compares digests; without a name there are none. Bytes that something has overwritten are found."""
+    """`verify=True` compares digests, and so finds overwritten bytes; a publication without a name has no digests."""
     publication = zerocopy.publish(numbered(1), name=name)
     assert publication.load(verify=True)() == 1
     assert publication.load(fields=["encoder"], verify=True).encoder[0].weight[0, 0] == 1
@@ -460,7 +460,7 @@ def test_verifying_what_is_loaded(name: str) -> None:
 
     manifest = manifest_of(publication.reference)
     shard, buffer, offset, _ = manifest.location_rows[0]
-    memory = buffers_of(manifest.shard(shard))[buffer]  # Ray maps it writable
+    memory = buffers_of(manifest.shard(shard))[buffer]  # Ray's own mapping, which is writable
     ctypes.memset(start_of(memory) + offset, 255, 1)
     with pytest.raises(CorruptedError, match="1 of 9 storages have other bytes") as found:
         zerocopy.lookup(name).load(verify=True)
@@ -468,7 +468,7 @@ def test_verifying_what_is_loaded(name: str) -> None:
 
 
 def test_little_room_is_told_of(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The store can make no room for what processes have mapped: it would write to disk, and say nothing."""
+    """A warning reports that the store has too little free memory for a publication; Ray itself would write to disk silently."""
     from zerocopy._store import object_store
 
     monkeypatch.setattr(object_store, "_warned", set())
@@ -482,7 +482,7 @@ def test_little_room_is_told_of(name: str, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_closing_a_named_handle_removes_nothing(name: str) -> None:
-    """It is the handle that is closed."""
+    """Closing affects only that handle; the name and its versions stay."""
     with zerocopy.publish(numbered(1), name=name) as publication:
         pass
     assert publication.closed
@@ -515,14 +515,14 @@ def test_closing_a_named_handle_removes_nothing(name: str) -> None:
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
 def test_arguments_that_make_no_sense(arguments: dict[str, Any], words: str) -> None:
-    """They are refused before anything is written, in words that name them."""
+    """An error names the wrong argument before anything is stored."""
     with pytest.raises(ArgumentError, match=words):
         zerocopy.publish(numbered(1), **arguments)
     assert "n" not in zerocopy.publications().names
 
 
 def test_other_mistakes(name: str) -> None:
-    """Looking up and pointing at what is not there, or at two things at once; what cannot travel."""
+    """Missing names, aliases and versions, contradictory arguments and values that cannot be pickled each get a clear error."""
     with pytest.raises(NotPublishedError, match="publish it with zerocopy.publish\\(..., name='nobody'\\)"):
         zerocopy.lookup("nobody")
     zerocopy.publish(numbered(1), name=name)

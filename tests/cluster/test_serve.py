@@ -1,4 +1,4 @@
-"""Apps that Serve builds from a config, deployed as `serve deploy` does it, on a cluster of their own."""
+"""Do apps work that Serve builds from a config and deploys as `serve deploy` does? They run on their own cluster."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ WIDTH = 1024  # as in `served`
 NBYTES = zerocopy.plan(numbered(1, width=WIDTH)).shared_bytes  # of one version
 
 
-# What one does who has started the cluster. It runs in a process of its own: that of the tests may have another cluster.
+# The next functions run in the process that started Serve's cluster: the tests' process may be connected to another cluster.
 
 
 def start() -> str:
@@ -53,7 +53,7 @@ def start() -> str:
 
 @functools.cache
 def client(address: str) -> Any:
-    """What `serve deploy` uses."""
+    """The client that `serve deploy` uses."""
     from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 
     return ServeSubmissionClient(address)
@@ -73,7 +73,7 @@ def publish(name: str, number: int) -> None:
 
 
 def run_page(path: str, config: str) -> tuple[int, str]:
-    """Build the app of the docs, and ask its deployment."""
+    """Build the app of the docs and call its deployment; return the length of its answer and the table of publications."""
     import yaml
     from ray.serve.schema import ServeDeploySchema
     from starlette.requests import Request
@@ -93,7 +93,7 @@ def free_port() -> int:
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 180, pause: float = 0.5) -> bool:
-    """Whether `condition` comes true in time. It is asked seldom: what Serve tells takes it some work."""
+    """Return whether `condition` becomes true in time. Checks seldom, because Serve's status is slow to compute."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
@@ -103,7 +103,7 @@ def wait_until(condition: Callable[[], bool], seconds: float = 180, pause: float
 
 
 class Cluster:
-    """Serve on a cluster of its own, as it is seen by one who deploys and asks."""
+    """Serve on its own cluster, as a user sees it who deploys apps and sends requests."""
 
     def __init__(self, driver: concurrent.futures.Executor) -> None:
         self.driver = driver
@@ -111,11 +111,11 @@ class Cluster:
         self.port = free_port()
 
     def run(self, function: Callable[..., R], *args: Any) -> R:
-        """What a function of the driver returns."""
+        """Run a function in the driver's process and return its result."""
         return self.driver.submit(function, *args).result()
 
     def deploy(self, **apps: dict[str, str]) -> None:
-        """Deploy these apps instead of those that run."""
+        """Deploy these apps in place of the running ones."""
         applications = [
             {
                 "name": name,
@@ -129,23 +129,23 @@ class Cluster:
         self.run(deploy, self.address, {"http_options": options, "applications": applications})
 
     def status(self, app: str) -> dict[str, Any]:
-        """What Serve tells of an app."""
+        """Serve's status of an app."""
         return self.run(status, self.address).get(app, {"status": "", "deployments": {}})
 
     def replicas(self) -> set[int]:
-        """The processes of all replicas that run."""
+        """The process ids of all running replicas."""
         apps = self.run(status, self.address).values()
         told = [replica for app in apps for one in app["deployments"].values() for replica in one["replicas"]]
         return {replica["pid"] for replica in told if replica["state"] == "RUNNING"}
 
     def ask(self, app: str) -> dict[str, Any]:
-        """What an app answers over HTTP."""
+        """The answer of an app over HTTP."""
         with urllib.request.urlopen(f"http://{HOST}:{self.port}/{app}", timeout=30) as reply:
             answer: dict[str, Any] = json.load(reply)
             return answer
 
     def answers(self, stamp: str) -> dict[str, list[dict[str, Any]]]:
-        """What each replica of each app answers, when they are those of a deploy."""
+        """The answer of each replica of each app, after the deployment with this stamp is running."""
         return {"acting": self._answers("acting", stamp, 2), "plain": self._answers("plain", stamp, 1)}
 
     def _answers(self, app: str, stamp: str, replicas: int) -> list[dict[str, Any]]:
@@ -167,7 +167,7 @@ class Cluster:
 
 @pytest.fixture(scope="module")
 def serving() -> Iterator[Cluster]:
-    """With three apps: two replicas of a `@zerocopy.actor`, a plain class, and one whose pipeline has no name."""
+    """A cluster with three apps: two replicas of a `@zerocopy.actor`, a plain class, and an app with an unnamed pipeline."""
     with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as driver:
         cluster = Cluster(driver)
         cluster.deploy(acting=args(1, "first"), plain=args(2, "first"), unnamed=args(1, "first"))
@@ -180,12 +180,12 @@ def args(number: int, stamp: str) -> dict[str, str]:
 
 
 def facts(answers: list[dict[str, Any]], what: str) -> set[Any]:
-    """All that there is among the answers, or versions, of some replicas."""
+    """All different answers, or versions, of these replicas."""
     return {value for answer in answers for value in answer[what].values()}
 
 
 def test_builders_that_publish_under_a_name(serving: Cluster) -> None:
-    """A handle, an instance and what was looked up arrive in all replicas over one copy, though the builder's process ends."""
+    """A handle, an instance and a looked-up handle reach all replicas over one copy, though the builder's process ends."""
     answers = serving.answers("first")
     assert facts(answers["acting"], "answers") == {1}
     assert facts(answers["plain"], "answers") == {2}
@@ -194,7 +194,7 @@ def test_builders_that_publish_under_a_name(serving: Cluster) -> None:
 
 
 def test_what_has_no_name_is_refused(serving: Cluster) -> None:
-    """Its weights would end with the builder's process. The app's status says so, and names the way out."""
+    """An app with an unnamed pipeline fails to deploy, and its status says that a name is needed."""
     assert wait_until(lambda: serving.status("unnamed")["status"] == "DEPLOY_FAILED"), serving.status("unnamed")
     message = serving.status("unnamed")["message"]
     assert "OutOfBandError: A pipeline of class Numbered" in message
@@ -202,7 +202,7 @@ def test_what_has_no_name_is_refused(serving: Cluster) -> None:
 
 
 def test_redeployed(serving: Cluster) -> None:
-    """With the same weights it is the same version, at no cost; with others it is the next, and the answers change."""
+    """A new deployment with the same weights uses the same version at no cost; with other weights it gets the next version."""
     before = serving.stored()
     serving.deploy(acting=args(1, "second"), plain=args(3, "second"))
     answers = serving.answers("second")
@@ -212,7 +212,7 @@ def test_redeployed(serving: Cluster) -> None:
 
 
 def test_all_replicas_killed_at_once(serving: Cluster) -> None:
-    """The apps come back, and answer as before."""
+    """The apps restart and give the same answers as before."""
     serving.answers("second")
     killed = serving.replicas()
     assert len(killed) == 3
@@ -225,7 +225,7 @@ def test_all_replicas_killed_at_once(serving: Cluster) -> None:
 
 
 def test_updated_while_it_is_asked(serving: Cluster) -> None:
-    """What is `Live` answers with each version that a driver publishes, in the same processes. No request fails."""
+    """`Live` handles answer with each newly published version, in the same processes, and no request fails."""
     processes = {answer["pid"] for app in serving.answers("second").values() for answer in app}
     ended = threading.Event()
 
@@ -238,7 +238,7 @@ def test_updated_while_it_is_asked(serving: Cluster) -> None:
     with concurrent.futures.ThreadPoolExecutor(2) as threads:
         asking = [threads.submit(ask, app) for app in ("acting", "plain")]
         try:
-            for number in (4, 5, 6, 7):  # more than the versions that stay
+            for number in (4, 5, 6, 7):  # more versions than are kept
                 for app in ("acting", "plain"):
                     serving.run(publish, app, number)
                 assert wait_until(lambda number=number: live(serving.answers("second")) == {number}, 30, pause=0.1)
@@ -252,12 +252,12 @@ def test_updated_while_it_is_asked(serving: Cluster) -> None:
 
 
 def live(answers: dict[str, list[dict[str, Any]]]) -> set[int]:
-    """What the `Live` ones among the answers are."""
+    """The answers of the `Live` handles."""
     return {answer["answers"][name] for app in answers.values() for answer in app for name in ("live", "live_handle")}
 
 
 def test_the_page_runs(serving: Cluster, tmp_path: Path) -> None:
-    """The module that the docs show builds an app, and the config that they show names it."""
+    """The module in the docs builds an app, and the config in the docs names that module."""
     module, config = re.findall(r"^```(?:python|yaml)\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE)
     path = tmp_path / "search_app.py"
     path.write_text(module)

@@ -1,6 +1,6 @@
-"""What the package uses that nobody promises is still so: a new Ray, torch, Linux or Python that changes it fails here.
+"""Do the internals of Ray, torch, Linux and Python that the package uses still work as expected?
 
-And nothing of the kind stands anywhere else.
+A new version that changes one of them fails here. Other tests check that only `_compat` uses such internals.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from zerocopy._compat import cpython, linux, notes
 from zerocopy._compat import ray as compat_ray
 from zerocopy._compat import torch as compat_torch
 
-# Of Ray:
+# Ray:
 
 
 def addresses(buffers: list[Any]) -> list[int]:
@@ -49,7 +49,7 @@ def addresses(buffers: list[Any]) -> list[int]:
 
 
 def test_a_driver_and_a_worker_have_different_modes(cluster: None) -> None:
-    """The mode of this process is that of a script, the mode where a task runs that of a worker."""
+    """The mode of this process is that of a script, and the mode of a process that runs a task is that of a worker."""
 
     @ray.remote
     def mode() -> int | None:
@@ -95,15 +95,13 @@ except ValueError as error:
 
 @pytest.mark.long
 def test_connections_and_clusters_are_told_apart(address: str) -> None:
-    """Connection and cluster stay the same until Ray is shut down, and are others afterwards; objects of before have an unknown
-    owner. What is kept while connected is dropped in between. Whether references may be pickled out of band is what the
-    environment said."""
+    """Connection and cluster stay the same until `ray.shutdown()`; then kept objects are dropped and old owners are unknown."""
     done = run_python(RECONNECTING, "-", address, RAY_allow_out_of_band_object_ref_serialization="0")
     assert done.stdout.splitlines() == ["False", "True True", "False", "True", "False False", "True"], done.stderr
 
 
 def test_workers_are_told_the_same_cluster(cluster: None) -> None:
-    """A worker has a connection of its own, to the cluster of the driver."""
+    """A worker has its own connection, to the same cluster as the driver."""
 
     @ray.remote
     def cluster_id() -> str:
@@ -114,7 +112,7 @@ def test_workers_are_told_the_same_cluster(cluster: None) -> None:
 
 
 def test_references_out_of_band_are_counted(cluster: None) -> None:
-    """Pickling a reference outside of Ray's own serialization counts one more, which nothing but dropping it takes away."""
+    """Pickling a reference outside of Ray's own serialization adds one to its count, and only `drop_reference` removes it."""
     ref = ray.put(1)
     worker: Any = ray._private.worker.global_worker
 
@@ -130,7 +128,7 @@ def test_references_out_of_band_are_counted(cluster: None) -> None:
 
 
 def test_serialization_is_noticed(cluster: None) -> None:
-    """A reducer is told apart by whether Ray called it, for an argument or a put, or somebody else."""
+    """A reducer can find out whether Ray called it, for an argument or a put, or other code did."""
     seen: list[bool] = []
 
     class Noticing:
@@ -145,13 +143,13 @@ def test_serialization_is_noticed(cluster: None) -> None:
 
 
 def test_an_unknown_owner_is_told_by_these_words(cluster: None) -> None:
-    """A reference that nobody knows is refused with the words by which the package knows it."""
+    """Ray refuses an unknown reference with the error text that the package looks for."""
     with pytest.raises(ValueError, match=compat_ray.OWNER_UNKNOWN):
         ray.put([ray.ObjectRef(os.urandom(28))])
 
 
 def test_the_node_of_an_owner_is_told(cluster: None) -> None:
-    """A lost object tells the node of its owner, if Ray knew the owner at all."""
+    """The error of a lost object contains the node of its owner, if Ray knew the owner."""
     worker: Any = ray._private.worker.global_worker
     owner = worker.core_worker.get_owner_address(ray.put(1))
     error = ray.exceptions.OwnerDiedError("00", owner, "")
@@ -160,7 +158,7 @@ def test_the_node_of_an_owner_is_told(cluster: None) -> None:
 
 
 def test_own_objects_are_told(cluster: None) -> None:
-    """An object is own in the process that has put it, and in no other."""
+    """An object is `own` only in the process that put it."""
     ref = ray.put(1)
 
     @ray.remote
@@ -173,7 +171,7 @@ def test_own_objects_are_told(cluster: None) -> None:
 
 @pytest.mark.long
 def test_processes_that_end_with_a_task_are_told(cluster: None) -> None:
-    """Those that run a task with `max_calls=1`, whatever thread asks; not a driver, another task, or an actor."""
+    """Only a process that runs a task with `max_calls=1` ends with its task, and every thread of it gets this answer."""
 
     def ends() -> bool:
         found: list[bool] = []
@@ -206,7 +204,7 @@ def test_processes_that_end_with_a_task_are_told(cluster: None) -> None:
 
 
 def test_buffers_are_aligned(cluster: None) -> None:
-    """Ray lays the buffers of an object out in order, large ones at the next multiple of the alignment."""
+    """Ray places the buffers of an object in order, large ones at the next multiple of the alignment."""
     sizes = [16, 5000, 2048, 3001, 70_000]
     starts = addresses(ray.get(ray.put([pickle.PickleBuffer(os.urandom(size)) for size in sizes])))
     assert not any(start % compat_ray.BUFFER_ALIGNMENT for start in starts)
@@ -215,7 +213,7 @@ def test_buffers_are_aligned(cluster: None) -> None:
 
 
 def test_options_are_known_by_name_and_checked() -> None:
-    """Ray tells its options by name, and refuses values, some only before `.options()` or only there."""
+    """Ray lists its options by name and refuses wrong values, some of them only in `.options()`."""
     assert {"num_cpus", "max_restarts", "max_concurrency", "lifetime"} <= compat_ray.OPTIONS["actor"].keys()
     assert {"num_cpus", "num_returns", "max_retries"} <= compat_ray.OPTIONS["task"].keys()
     assert "max_restarts" not in compat_ray.OPTIONS["task"]
@@ -229,7 +227,7 @@ def test_options_are_known_by_name_and_checked() -> None:
 
 
 def test_classes_derived_by_ray_are_known() -> None:
-    """Ray derives a class from the one that it is given, and marks it."""
+    """Ray derives a class from the user's class, and marks the derived class."""
 
     class Plain: ...
 
@@ -248,17 +246,17 @@ class BelowRegistered(Registered): ...
 
 @pytest.mark.usefixtures("cluster")
 def test_the_store_is_connected_to() -> None:
-    """This process has one connection to the socket of its node's store, beside a duplicate of ours."""
+    """This process has one connection to the socket of its node's store, and at most one duplicate that zerocopy made."""
     assert 1 <= len(list(linux.sockets_to(compat_ray.store_socket()))) <= 2
 
 
 def test_available_memory_is_told() -> None:
-    """It is what the node has left, about as psutil tells it, or less in a container."""
+    """The available memory is about the value of psutil, or less in a container."""
     assert 0 < compat_ray.available_memory() <= 1.2 * psutil.virtual_memory().available
 
 
 def test_a_registered_reducer_is_used_by_ray_alone() -> None:
-    """A reducer holds for exactly one class, in Ray's pickle and in subclasses of its pickler, without a connection."""
+    """A registered reducer applies to exactly one class, only in Ray's pickler and its subclasses, also without a connection."""
     compat_ray.register_reducer(Registered, lambda _: (str, ("reduced",)))
     assert pickle.loads(ray.cloudpickle.dumps(Registered())) == "reduced"
     assert type(pickle.loads(pickle.dumps(Registered()))) is Registered
@@ -266,7 +264,7 @@ def test_a_registered_reducer_is_used_by_ray_alone() -> None:
 
 
 def test_what_users_register_goes_before_ours() -> None:
-    """What is registered with Ray wins, and ours is back when it is deregistered; ours goes before `copyreg`."""
+    """A user's serializer in Ray comes before ours until it is deregistered; ours comes before `copyreg`."""
     compat_ray.register_reducer(Registered, lambda _: (str, ("ours",)))
 
     def reduced() -> object:
@@ -284,7 +282,7 @@ def test_what_users_register_goes_before_ours() -> None:
 
 
 def test_reducers_of_users_are_told() -> None:
-    """What was registered with Ray or `copyreg` is told, until it is deregistered; not ours, nor what cloudpickle brings."""
+    """A user's reducer, registered with Ray or `copyreg`, is found until it is deregistered; ours and cloudpickle's are not."""
     told = compat_ray.registered_reducer
     compat_ray.register_reducer(Registered, lambda _: (str, ("ours",)))
     assert told(Registered) is None
@@ -301,7 +299,7 @@ def test_reducers_of_users_are_told() -> None:
 
 @pytest.mark.long
 def test_async_actors_are_told_and_get_silently(cluster: None) -> None:
-    """Only an actor with an async method is one. There `ray.get` gives its advice, once, and what the package uses does not."""
+    """Only an actor with an async method is async; there `ray.get` logs its advice once, and `get_silently` logs nothing."""
 
     class Plain:
         def told(self, _: Any) -> Any:
@@ -325,7 +323,7 @@ def test_async_actors_are_told_and_get_silently(cluster: None) -> None:
 
 
 def test_the_pickler_can_be_derived_from() -> None:
-    """A pickler derived from Ray's overrides how single objects travel, and leaves functions and classes to it."""
+    """A subclass of Ray's pickler can reduce some objects differently, and still pickles functions and classes as Ray does."""
 
     class Pickler(compat_ray.CloudPickler):
         def reducer_override(self, obj: Any) -> Any:
@@ -338,7 +336,7 @@ def test_the_pickler_can_be_derived_from() -> None:
 
 
 def test_modules_pickled_by_value_are_known() -> None:
-    """What a user registers to be pickled by value is told by name, until it is taken back."""
+    """A module that a user registered to be pickled by value is found by its name, until it is unregistered."""
     this = sys.modules[__name__]
     assert not compat_ray.is_pickled_by_value(__name__)
     ray.cloudpickle.register_pickle_by_value(this)
@@ -349,7 +347,7 @@ def test_modules_pickled_by_value_are_known() -> None:
 
 
 def test_processes_of_ray_are_found(cluster: None) -> None:
-    """The raylet of this node is found by name, from a worker first of all as its parent; and its workers by their titles."""
+    """The raylet is found by its process name, in a worker first as its parent; workers are found by their process titles."""
 
     @ray.remote
     class Worker:
@@ -366,7 +364,7 @@ def test_processes_of_ray_are_found(cluster: None) -> None:
 
 
 def test_the_own_raylet_is_told_by_its_store(cluster: None) -> None:
-    """It is the same for the driver and its workers, and the parent of these."""
+    """The driver and its workers find the same raylet, which is the parent of the workers."""
 
     @ray.remote(num_cpus=0.1)
     def told() -> tuple[int, int]:
@@ -380,13 +378,13 @@ def test_the_own_raylet_is_told_by_its_store(cluster: None) -> None:
 
 
 def test_drivers_are_told_by_their_node(cluster: None) -> None:
-    """This process is the driver of its node, and of no other."""
+    """This process is a driver on its own node, and on no other node."""
     assert os.getpid() in compat_ray.drivers_on(ray.get_runtime_context().get_node_id())
     assert compat_ray.drivers_on("00") == []
 
 
 def test_actors_without_room_are_told(cluster: None) -> None:
-    """One that runs has a process; one that the cluster has no room for has none."""
+    """An actor that runs has a process; an actor that waits for resources has none."""
 
     @ray.remote
     class Idle:
@@ -400,7 +398,7 @@ def test_actors_without_room_are_told(cluster: None) -> None:
 
 
 def test_held_objects_are_told(cluster: None) -> None:
-    """Those that this process refers to. To ask changes no count: the object stays as long as before, and no longer."""
+    """An object is held while this process refers to it, and the check itself does not change the object's lifetime."""
     ref = ray.put(np.zeros(1_000_000, np.uint8))
     key = ref.binary()
     for _ in range(3):
@@ -410,11 +408,11 @@ def test_held_objects_are_told(cluster: None) -> None:
     assert wait_until(lambda: compat_ray.are_held([key]) == [False], 20)
 
 
-# Of torch:
+# torch:
 
 
 def test_versions_count_writes() -> None:
-    """Writes in place count, also through views and detached twins, but not through `.data`; inference tensors do not count."""
+    """In-place writes count, also through views and detached tensors, but not through `.data` or for inference tensors."""
     tensor = torch.zeros(4)
     view, detached, data = tensor[1:], tensor.detach(), tensor.data
     assert list(map(compat_torch.version_of, (tensor, view, detached, data))) == [0, 0, 0, 0]
@@ -430,7 +428,7 @@ def test_versions_count_writes() -> None:
 
 
 def test_views_know_their_base() -> None:
-    """A view refers to the tensor that it was made from, a view of a view to the same; others refer to none."""
+    """A view, and a view of a view, refer to the original tensor; other tensors have no base."""
     tensor = torch.zeros(4)
     assert compat_torch.base_of(tensor) is None
     assert compat_torch.base_of(tensor[1:][1:]) is tensor
@@ -438,7 +436,7 @@ def test_views_know_their_base() -> None:
 
 @pytest.mark.parametrize("requires_grad", [True, False])
 def test_leaves_of_a_class(requires_grad: bool) -> None:
-    """A leaf of any class is made over a view: it shares its memory and its version, and is no view."""
+    """A leaf of any class can be made over a view; it shares the view's memory and version, and is not a view itself."""
 
     class Special(nn.Parameter): ...
 
@@ -453,7 +451,7 @@ def test_leaves_of_a_class(requires_grad: bool) -> None:
 
 
 def test_negated_views() -> None:
-    """A negated view shows its memory with the other sign, and says that it does."""
+    """A negated view shows its memory with the opposite sign, and `is_neg` is true."""
     tensor = torch.ones(2)
     view = compat_torch.negated_view(tensor)
     assert view.tolist() == [-1, -1]
@@ -463,13 +461,13 @@ def test_negated_views() -> None:
 
 
 def test_mkldnn_has_a_layout() -> None:
-    """The layout is that of tensors of MKLDNN, and of no others."""
+    """Only MKLDNN tensors have this layout."""
     assert torch.ones(2, 2).to_mkldnn().layout is compat_torch.MKLDNN
     assert torch.ones(2, 2).layout is not compat_torch.MKLDNN
 
 
 def test_storages_have_numbers() -> None:
-    """Views of one storage have one number, which the storage tells too; `.data` assigned is another storage."""
+    """Views of one storage have the id of that storage; assigning `.data` changes the storage."""
     tensor, other = torch.zeros(4), torch.zeros(4)
     assert compat_torch.storage_id(tensor) == compat_torch.storage_id(tensor[1:])
     assert compat_torch.storage_id(tensor) == compat_torch.id_of_storage(tensor.untyped_storage())
@@ -479,7 +477,7 @@ def test_storages_have_numbers() -> None:
 
 
 def test_uses_of_a_storage_are_counted() -> None:
-    """Each tensor counts, one that nobody knows below a NumPy array too, and the storage object that was asked for."""
+    """The count includes each tensor, also a hidden one under a NumPy array, and the Python object of the storage."""
     tensor = torch.zeros(4)
     storage = tensor.untyped_storage()
 
@@ -497,7 +495,7 @@ def test_uses_of_a_storage_are_counted() -> None:
 
 
 def test_numbers_of_storages_can_be_held() -> None:
-    """A storage that is gone lends its number to no other while it is held; its memory is given back at once."""
+    """While the id of a freed storage is held, no other storage gets this id; its memory is freed at once."""
     memory = np.zeros(10)
     is_alive = weakref.ref(memory)
     tensor = torch.from_numpy(memory)
@@ -514,7 +512,7 @@ def test_numbers_of_storages_can_be_held() -> None:
 
 
 def test_registered_hooks_are_counted() -> None:
-    """The number grows with a hook of any kind, on any module."""
+    """The number grows with each hook, of any kind and on any module."""
     before = compat_torch.hooks_registered()
     module = nn.Linear(2, 2)
     assert compat_torch.hooks_registered() == before
@@ -525,7 +523,7 @@ def test_registered_hooks_are_counted() -> None:
 
 
 def test_parametrizations_can_be_made_again() -> None:
-    """A module with parametrizations has a class of its own; from its members it is made again, and works as before."""
+    """A module with parametrizations has its own class, which can be rebuilt from the members of the module."""
 
     class Double(nn.Module):
         def forward(self, weight: torch.Tensor) -> torch.Tensor:
@@ -551,10 +549,10 @@ QUANTIZED = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:TypedStorage", "ignore:torch.quantize_per_tensor")  # torch's own, about itself
+@pytest.mark.filterwarnings("ignore:TypedStorage", "ignore:torch.quantize_per_tensor")  # torch warns about its own code
 @pytest.mark.parametrize("make", QUANTIZED.values(), ids=QUANTIZED)
 def test_quantized_tensors_are_rebuilt_over_memory(make: Callable[[], torch.Tensor]) -> None:
-    """A quantized tensor is rebuilt over the storage that it is given, with its quantizer."""
+    """A quantized tensor can be rebuilt over a given storage, with its quantizer."""
     tensor = make()
     if tensor.qscheme() is torch.per_tensor_affine:
         quantizer: tuple[Any, ...] = tensor.qscheme(), tensor.q_scale(), tensor.q_zero_point()
@@ -578,7 +576,7 @@ class Scaled(nn.Module):
 
 
 def test_tensors_of_exported_programs() -> None:
-    """A program runs on the tensors in its dicts; a shallow copy can be given others, and leaves the original its own."""
+    """A program runs on the tensors in its dicts; a shallow copy can get other tensors without a change of the original."""
     program = torch.export.export(Scaled(), (torch.ones(1, 2),))
     expected = program.module()(torch.ones(1, 2))
     state, constants = compat_torch.tensors_of_exported(program)
@@ -596,10 +594,9 @@ def test_tensors_of_exported_programs() -> None:
     assert program.module()(torch.ones(1, 2)).tolist() == [[10, 20]]
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, about TorchScript
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch warns about TorchScript
 def test_compiled_modules_tell_their_parts() -> None:
-    """A compiled module names its tensors and its submodules; `.data` assigned holds for its code; a shallow copy is saved with
-    other tensors, and leaves the original its own."""
+    """A compiled module lists its tensors and submodules, runs on assigned `.data`, and a copy can get other tensors."""
     program = torch.jit.script(Scaled().eval())
     module = compat_torch.compiled_module(program)
     assert {"scale", "training"} <= set(compat_torch.attribute_names(module))
@@ -619,7 +616,7 @@ def test_compiled_modules_tell_their_parts() -> None:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_frozen_code_holds_constants() -> None:
-    """The weights of a frozen program are constants of its code; `.data` assigned to them holds for it."""
+    """The weights of a frozen program are constants in its code, and the program runs on assigned `.data` of them."""
     frozen = torch.jit.freeze(torch.jit.script(Scaled().eval()))
     module = compat_torch.compiled_module(frozen)
     tensors = [value for value in compat_torch.constants_in_code(module) if isinstance(value, torch.Tensor)]
@@ -628,14 +625,14 @@ def test_frozen_code_holds_constants() -> None:
     assert torch.equal(frozen(torch.ones(1, 2)), frozen(torch.zeros(1, 2)))
 
 
-# Of Linux:
+# Linux:
 
 PAGE = mmap.PAGESIZE
 
 
 @pytest.fixture
 def file() -> Iterator[int]:
-    """The descriptor of a file of 256 pages in memory, without a name: like the store's."""
+    """The descriptor of an unnamed file in memory with 256 pages, like the file of the store."""
     descriptor = os.memfd_create("zerocopy-test")
     os.write(descriptor, b"7" * 256 * PAGE)
     yield descriptor
@@ -647,7 +644,7 @@ def address_of(memory: mmap.mmap) -> int:
 
 
 def test_mappings_tell_their_files(file: int) -> None:
-    """A mapping tells its place, the file's device and inode, from where on it shows it, and whether writes reach it."""
+    """A mapping has its addresses, the file's device and inode, the offset in the file, and whether writes reach the file."""
     status = os.fstat(file)
     for flag, letter in ((mmap.MAP_SHARED, "s"), (mmap.MAP_PRIVATE, "p")):
         with mmap.mmap(file, 4 * PAGE, flags=flag, offset=2 * PAGE) as memory:
@@ -662,7 +659,7 @@ def test_mappings_tell_their_files(file: int) -> None:
 
 
 def test_anonymous_memory_has_no_file() -> None:
-    """Private memory of no file has the inode 0, and is not among the shared files."""
+    """Private memory without a file has the inode 0, and is not among the shared files."""
     with mmap.mmap(-1, PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
         start = address_of(memory)
         (found,) = (mapping for mapping in linux.mappings() if mapping.start <= start < mapping.end)
@@ -671,7 +668,7 @@ def test_anonymous_memory_has_no_file() -> None:
 
 
 def test_a_system_without_mappings_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On Linux nothing is said against it, elsewhere why."""
+    """On Linux there is no reason against mappings; on another system the reason is given."""
     assert linux.why_no_mappings() is None
     monkeypatch.setattr(sys, "platform", "darwin")
     assert linux.why_no_mappings() == "darwin has no /proc"
@@ -685,7 +682,7 @@ def usage_around(address: int) -> linux.Usage:
 
 
 def test_usage_of_mappings(file: int) -> None:
-    """Touched pages of a file are resident, and shared by those who have it mapped; those written in private are anonymous."""
+    """Touched pages of a file are resident and shared among its mappings; pages written in a private mapping are anonymous."""
     with mmap.mmap(file, 256 * PAGE, flags=mmap.MAP_SHARED) as memory:
         assert memory[:] == b"7" * 256 * PAGE
         memory[:] = b"8" * 256 * PAGE
@@ -699,14 +696,14 @@ def test_usage_of_mappings(file: int) -> None:
 
 
 def test_usage_is_that_of_psutil() -> None:
-    """The shares of all mappings add up to what psutil tells, their anonymous memory to what the kernel tells of all together."""
+    """The shares of all mappings sum up to psutil's value, and their anonymous memory to the kernel's total."""
     used = [usage for _, usage in linux.usage(os.getpid())]
     assert sum(usage.share for usage in used) == pytest.approx(psutil.Process().memory_full_info().pss, rel=0.05)
     assert sum(usage.anonymous for usage in used) == pytest.approx(linux.anonymous_bytes(os.getpid()), rel=0.05)
 
 
 def test_anonymous_memory_grows_when_written() -> None:
-    """Memory counts when it is written, not when it is asked for."""
+    """Anonymous memory counts when it is written, not when it is allocated."""
     page = b"1" * PAGE
     with mmap.mmap(-1, 50_000 * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
         before = linux.anonymous_bytes(os.getpid())
@@ -715,11 +712,11 @@ def test_anonymous_memory_grows_when_written() -> None:
         after = linux.anonymous_bytes(os.getpid())
     assert before is not None
     assert after is not None
-    assert after - before == pytest.approx(50_000 * PAGE, rel=0.2)  # other threads of Ray's take some, too
+    assert after - before == pytest.approx(50_000 * PAGE, rel=0.2)  # Ray's threads also allocate some memory
 
 
 def test_processes_that_have_ended() -> None:
-    """Nothing is told of a process that has ended, and was waited for or not."""
+    """A process that has ended has no usage and no open files, before and after it was waited for."""
     ended = os.spawnv(os.P_NOWAIT, "/bin/true", ["true"])
     assert wait_until(lambda: psutil.Process(ended).status() == psutil.STATUS_ZOMBIE)
     assert linux.usage(ended) == []
@@ -732,7 +729,7 @@ def test_processes_that_have_ended() -> None:
 
 
 def own_pages(memory: mmap.mmap) -> tuple[list[tuple[int, int]], ...]:
-    """Ranges of pages of its own, as page numbers: as they are asked for, and in both ways to tell them."""
+    """Ranges of private pages, as page numbers: from the public function, and from each of its two implementations."""
     start, end = address_of(memory), address_of(memory) + len(memory)
     with Path("/proc/self/pagemap").open("rb") as pagemap:
         ways = (linux._scanned, linux._read)
@@ -741,7 +738,7 @@ def own_pages(memory: mmap.mmap) -> tuple[list[tuple[int, int]], ...]:
 
 
 def test_written_pages_are_told(file: int) -> None:
-    """Of a private mapping the pages that were written are told from those that are the file's, or were not touched yet."""
+    """In a private mapping, written pages are distinguished from pages of the file and from untouched pages."""
     with mmap.mmap(file, 8 * PAGE, flags=mmap.MAP_PRIVATE) as memory:
         assert own_pages(memory) == ([], [], [])
         assert memory[:PAGE] == b"7" * PAGE
@@ -753,7 +750,7 @@ def test_written_pages_are_told(file: int) -> None:
 
 
 def test_many_written_pages_are_told(file: int) -> None:
-    """There may be more ranges than the kernel tells at once, and more pages than are read at once."""
+    """All written pages are found, also if one call to the kernel or one read cannot return all of them."""
     count = 2 * linux._ENTRIES_READ + 10
     os.ftruncate(file, count * PAGE)
     with mmap.mmap(file, count * PAGE, flags=mmap.MAP_PRIVATE) as memory:
@@ -765,7 +762,7 @@ def test_many_written_pages_are_told(file: int) -> None:
 
 
 def test_pages_that_may_be_swapped_are_told(file: int) -> None:
-    """A written page is the process' own also after the kernel was asked to swap it out; it does so if there is a swap device."""
+    """A written page stays private after the kernel was asked to swap it out, which it does if a swap device exists."""
     with mmap.mmap(file, 4 * PAGE, flags=mmap.MAP_PRIVATE) as memory:
         memory[PAGE] = 1
         memory.madvise(21)  # MADV_PAGEOUT
@@ -773,7 +770,7 @@ def test_pages_that_may_be_swapped_are_told(file: int) -> None:
 
 
 def test_open_files_can_be_opened_again(file: int) -> None:
-    """A deleted file that a process has open is opened once more; pipes are not listed. psutil leaves deleted files out."""
+    """A deleted file that a process has open can be opened again; pipes are not listed. psutil does not list deleted files."""
     paths = list(linux.open_files(os.getpid()))
     (found,) = (path for path in paths if os.path.samestat(Path(path).stat(), os.fstat(file)))
     with Path(found).open("rb") as again:
@@ -786,7 +783,7 @@ def test_open_files_can_be_opened_again(file: int) -> None:
 
 
 def test_connections_to_a_socket_are_told(tmp_path: Path) -> None:
-    """Of this process' sockets those that are connected to one path, and no others."""
+    """Only those sockets of this process are found that are connected to the given path."""
     path = str(tmp_path / "socket")
     with (
         socket.socket(socket.AF_UNIX) as server,
@@ -803,7 +800,7 @@ def test_connections_to_a_socket_are_told(tmp_path: Path) -> None:
 
 
 def test_pages_are_populated(file: int) -> None:
-    """A range of a private mapping keeps what it shows when the file changes, and what was written there."""
+    """A populated range of a private mapping keeps its content, written bytes included, when the file changes."""
     with mmap.mmap(file, 4 * PAGE, flags=mmap.MAP_PRIVATE) as memory:
         memory[2 * PAGE] = 1
         start = address_of(memory)
@@ -813,7 +810,7 @@ def test_pages_are_populated(file: int) -> None:
 
 
 def test_pages_are_populated_without_the_kernel(file: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same where the kernel does not know how: it refuses a number that it does not know."""
+    """The same on a kernel without MADV_POPULATE_WRITE: it refuses the unknown number."""
     monkeypatch.setattr(linux, "_MADV_POPULATE_WRITE", 1 << 20)
     test_pages_are_populated(file)
 
@@ -825,7 +822,7 @@ def test_what_cannot_be_populated_is_refused() -> None:
 
 
 def test_memory_is_not_reserved() -> None:
-    """A mapping made with this flag says so: the kernel does not count it against what it may promise."""
+    """A mapping made with this flag has the flag "nr": the kernel does not count it in its overcommit limit."""
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | linux.MAP_NORESERVE
     with mmap.mmap(-1, PAGE, flags=flags) as memory:
         start = address_of(memory)
@@ -837,7 +834,7 @@ def test_memory_is_not_reserved() -> None:
 
 
 def test_bytes_are_compared() -> None:
-    """Bytes at two addresses are equal if all of them are; none always are."""
+    """Bytes at two addresses are equal if all of them are equal; zero bytes are always equal."""
     one, other = np.arange(100, dtype=np.uint8), np.arange(100, dtype=np.uint8)
     other[99] = 0
     first, second = addresses([one, other])
@@ -847,7 +844,7 @@ def test_bytes_are_compared() -> None:
 
 
 def test_freed_memory_is_given_back() -> None:
-    """What lies freed between memory in use goes back to the system when the C library is asked for it."""
+    """Freed memory between blocks in use returns to the system when the C library is asked for it."""
     blocks = [bytearray(100_000) for _ in range(1000)]
     kept = blocks[1::2]
     del blocks
@@ -857,11 +854,11 @@ def test_freed_memory_is_given_back() -> None:
     assert all(len(block) == 100_000 for block in kept)
 
 
-# Of CPython:
+# CPython:
 
 
 def test_the_collector_is_paused() -> None:
-    """It does not run inside, does so afterwards if it did before, and may count what was made as old at once."""
+    """The garbage collector does not run inside the context; with `promote=True` new objects move to the oldest generation."""
     assert gc.isenabled()
     with cpython.collector_paused():
         assert not gc.isenabled()
@@ -878,12 +875,12 @@ def test_the_collector_is_paused() -> None:
 
 
 def test_references_are_counted() -> None:
-    """An object that some containers hold has the count for as many, asked about by itself or in any kind of sequence."""
+    """An object in several containers has the reference count for that many, checked alone or in any kind of sequence."""
     holders: list[list[Any]] = [[object()]]
     for count in (1, 2, 3, 4):
         assert cpython.reference_counts(holders[0]) == [cpython.count_for(count)]
         assert cpython.most_references(holders[0]) == cpython.count_for(count)
-        alone = cpython.reference_count(holders[0][0])  # not in an assertion, which gives every part of it a name
+        alone = cpython.reference_count(holders[0][0])  # not inside an assertion: pytest keeps references to its parts
         assert alone == cpython.count_for(count)
         assert cpython.reference_counts(tuple(holders[0])) == [cpython.count_for(count + 1)]
         assert cpython.reference_counts({0: holders[0][0]}.values()) == [cpython.count_for(count + 1)]
@@ -891,7 +888,7 @@ def test_references_are_counted() -> None:
 
 
 def test_what_others_hold_is_told() -> None:
-    """Of a mapping those objects are told that more hold than it and so many others."""
+    """The objects of a mapping are found that have more than the given number of holders, the mapping included."""
     objects = {name: [] for name in ("one", "two", "three")}
     two, three = [objects["two"]], [[objects["three"]], [objects["three"]]]
     assert cpython.held_by_more_than(1, objects) == {"two", "three"}
@@ -902,7 +899,7 @@ def test_what_others_hold_is_told() -> None:
 
 
 def test_members_of_a_module_are_held_by_three() -> None:
-    """The containers that a module keeps are held by its dict, by the copy that it pickles, and by who asks; until shared."""
+    """A module's containers have three holders: its dict, the copied state, and the caller; a further holder adds one."""
     module = nn.Module()
     containers = operator.itemgetter("_parameters", "_modules", "_forward_hooks")
     state = module.__getstate__()
@@ -916,7 +913,7 @@ def test_members_of_a_module_are_held_by_three() -> None:
 
 @pytest.mark.parametrize("pickler", [pickle.Pickler, ray.cloudpickle.CloudPickler])
 def test_a_pickler_remembers_what_it_wrote(pickler: Any) -> None:
-    """Its memo holds every object that it may have to refer to again, also what a reducer made for it, and keeps it alive."""
+    """A pickler's memo keeps alive every object that it may refer to again, also objects that a reducer created."""
 
     class Reduced:
         def __reduce__(self) -> Any:
@@ -933,7 +930,7 @@ def test_a_pickler_remembers_what_it_wrote(pickler: Any) -> None:
 
 
 def test_what_is_immortal_is_never_dropped() -> None:
-    """It lives on when the last name of it is gone."""
+    """An immortal object is not freed when its last reference is deleted."""
     done = run_python(
         """
 from zerocopy._compat.cpython import make_immortal
@@ -954,7 +951,7 @@ del mortal, immortal
 
 
 def test_threads_that_compute_are_told_from_those_that_wait() -> None:
-    """A thread that runs operators, also one that has no function of its own, may compute; threads that wait do not."""
+    """A thread that runs operators may compute, also if its target is an operator itself; a waiting thread does not."""
     done = threading.Event()
     for target in (done.wait, queue.Queue().get):
         threading.Thread(target=target, daemon=True).start()
@@ -975,7 +972,7 @@ def test_threads_that_compute_are_told_from_those_that_wait() -> None:
 
 
 def test_slots_are_named() -> None:
-    """Slots are told by the names of their attributes, inherited ones too; a class without any has none."""
+    """Slots are listed by the names of their attributes, inherited ones included; a class without slots has none."""
 
     class Above:
         __slots__ = ("__private", "first")
@@ -996,14 +993,14 @@ class Remade:
 
 
 def test_new_objects_have_an_opcode() -> None:
-    """Pickle knows the function by its name, writes one opcode for it, and makes the object without its `__init__`."""
+    """Pickle recognizes the function by its name, writes one opcode for it, and makes the object without its `__init__`."""
     data = pickle.dumps(Remade(), protocol=5)
     assert "NEWOBJ" in [opcode.name for opcode, _, _ in pickletools.genops(data)]
     assert vars(pickle.loads(data)) == {}
 
 
 def test_inits_of_protocols_are_told() -> None:
-    """A Protocol has an `__init__` that nobody wrote, and so have classes below it; one that was written is another."""
+    """The generated `__init__` of a Protocol and its subclasses is recognized; a hand-written one is not."""
 
     class Callable_(Protocol):
         def __call__(self) -> None: ...
@@ -1019,7 +1016,7 @@ def test_inits_of_protocols_are_told() -> None:
 
 
 def test_the_module_of_a_caller_is_told() -> None:
-    """Whose code called: a class that is called is no frame of its own, a function of the standard library is."""
+    """The module of the calling code is found: a call of a class adds no frame, a function of the standard library does."""
 
     class Made:
         def __init__(self) -> None:
@@ -1033,16 +1030,16 @@ def test_the_module_of_a_caller_is_told() -> None:
     assert copy.deepcopy(Copied()) == "copy"
 
 
-# Of notes:
+# Notes:
 
 
 def test_notes_are_read_by_others_and_end_with_their_process() -> None:
-    """Lines are read in order, and replaced as a whole; a child has its parent's until it adds its own, which no parent gets."""
+    """Notes are read in order and replaced as a whole; a child has its parent's notes, and the parent never gets the child's."""
     own = notes.Notes()
 
     def told(pid: int) -> list[str]:
         words = ("first", "second", "third", "fourth", "of the child")
-        return [line for line in notes.notes_of(pid) if line in words]  # this process has others, too
+        return [line for line in notes.notes_of(pid) if line in words]  # this process also has other notes
 
     own.add(["first", "second"])
     own.add(["third"])
@@ -1069,7 +1066,7 @@ def test_notes_are_read_by_others_and_end_with_their_process() -> None:
 
 PACKAGE = Path(zerocopy.__file__).parent
 
-# Also in comments and docstrings.
+# These must not appear outside `_compat`, also not in comments and docstrings.
 FORBIDDEN = re.compile(
     r"""
       \b(ray|torch|copyreg)\._(?!_version__) | /proc | CDLL
@@ -1081,19 +1078,19 @@ FORBIDDEN = re.compile(
     re.VERBOSE,
 )
 
-# Private names of torch that have to be known: the package has some like them.
+# Private names of torch, listed because some names of the package look like them.
 OF_TORCH = {
     "_C", "_base", "_c", "_cdata", "_constants", "_free_weak_ref", "_get_method", "_inject_new_class", "_inject_property",
     "_make_subclass", "_method_names", "_mkldnn", "_neg_view", "_rebuild_qtensor", "_state_dict", "_storage_Use_Count",
     "_storage_id", "_type", "_utils", "_version", "_weak_ref",
 }  # fmt: skip
 
-# Used everywhere, see `_compat/torch.py`; a documented method of named tuples; attrs', which is not asked about here.
+# Members of modules that are used everywhere, see `_compat/torch.py`; a documented method of named tuples; a name of attrs.
 ALLOWED = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "_make", "_default"}
 
 
 def files_outside() -> list[Path]:
-    """All but the benchmark, parts of which run without the packages that the fence is made of."""
+    """All files of the package outside `_compat`."""
     return [path for path in PACKAGE.rglob("*.py") if not {"_compat", "bench"} & set(path.parts)]
 
 
@@ -1103,14 +1100,14 @@ def private_attributes(tree: ast.AST, context: type) -> set[str]:
 
 
 def own_names(tree: ast.AST) -> set[str]:
-    """Names that a file gives to functions, classes, variables and attributes of its own."""
+    """Names of the functions, classes, variables and attributes that a file defines."""
     defined = {n.name for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.ClassDef)}
     assigned = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
     return defined | assigned | private_attributes(tree, ast.Store)
 
 
 def test_nothing_private_stands_outside() -> None:
-    """No private name of Ray, torch, Linux or CPython is used but in `_compat`, nor one spelled in a string."""
+    """Only `_compat` uses private names of Ray, torch, Linux and CPython, also in strings."""
     trees = {path: ast.parse(path.read_text()) for path in files_outside()}
     known = set().union(*map(own_names, trees.values())) - OF_TORCH | ALLOWED
     for path, tree in trees.items():
@@ -1121,6 +1118,6 @@ def test_nothing_private_stands_outside() -> None:
 
 
 def test_the_fence_stands_alone() -> None:
-    """What is not promised is asked for from below: `_compat` imports nothing of the package."""
+    """`_compat` imports nothing from the rest of the package."""
     for path in (PACKAGE / "_compat").glob("*.py"):
         assert not re.search(r"^\s*(from|import) zerocopy", path.read_text(), re.MULTILINE), path

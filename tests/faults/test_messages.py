@@ -1,7 +1,7 @@
-"""Messages of Ray that are lost: requests do not arrive. Ray has a switch of its own for such tests.
+"""Are answers right when Ray loses messages, that is, when requests do not arrive? Ray has a setting for such tests.
 
-Each process loses the first two messages of each kind. Meanwhile a publication of 20 MB is loaded by tasks and an actor, all of
-it is dropped, and the store is empty again within the bound.
+Each process loses the first two messages of each kind. During this, tasks and an actor load a publication of 20 MB, all
+references are dropped, and the store must be empty again within the bound.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ ray.shutdown()
 
 @pytest.mark.long
 def test_requests_are_lost() -> None:
-    """Answers are right, and nothing stays in the store."""
+    """If Ray loses requests, answers are still right, and nothing stays in the store."""
     chances = {"req_failure_prob": 100, "resp_failure_prob": 0, "in_flight_failure_prob": 0}
     switch = json.dumps({call: {"num_failures": 2, **chances} for call in CALLS})
     done = run_python(PROGRAM, "-", "Ray loses requests", RAY_testing_rpc_failure=switch, **ORDINARY)

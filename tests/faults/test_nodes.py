@@ -1,7 +1,8 @@
-"""Nodes that end or stop: what is loaded goes on, what has another copy or a source is loaded, the rest says that it is lost.
+"""What can readers still use when a node ends or stops? Loaded pipelines, and weights with another copy or a source.
 
-Each cluster is a program of its own: this process is connected to another one. Ray is told to count a node as dead after some two
-seconds. With its own settings it takes longer, and so does what waits for it: see docs/reliability.md.
+All other loads report that the weights are lost. Each cluster runs in a separate program, because this process is connected to
+another one. Ray is set to count a node as dead after about two seconds. With its default settings this and all that waits for
+it takes longer: see docs/reliability.md.
 """
 
 from __future__ import annotations
@@ -117,14 +118,14 @@ cluster.shutdown()
 
 
 def test_a_node_that_is_killed() -> None:
-    """All its processes at once."""
+    """If all processes of a node are killed at once, loaded pipelines and weights with a copy or a source stay usable."""
     done = run_python(START + GONE, "-", **ORDINARY)
     found = read(done.stdout)
     assert len(found) == 5, done.stderr[-9000:]
 
 
 def test_a_raylet_that_is_stopped() -> None:
-    """Its processes go on, and nobody can fetch anything from it."""
+    """If a raylet is stopped, nothing can be fetched from its node, but weights with a copy or a source can still be loaded."""
     done = run_python(START + STOPPED, "-", **ORDINARY)
     found = read(done.stdout)
     assert len(found) == 6, done.stderr[-9000:]

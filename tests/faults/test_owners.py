@@ -1,6 +1,6 @@
-"""Owners that end: the process that published, the driver. What is loaded goes on; a new load says why it cannot.
+"""What happens when an owner ends, a publisher or a driver? Loaded pipelines stay usable, and a new load explains its error.
 
-Of the registry, and of publishers in the midst, see tests/cluster/test_losses.py.
+For the registry, and for publishers that end while they publish, see tests/cluster/test_losses.py.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Publisher:
 
 
 def test_the_process_that_published() -> None:
-    """What is loaded stays right, and can be published again. What nobody has loaded is lost: its owner has ended."""
+    """A loaded pipeline stays right after its owner ended, and can be published again; weights without a reader are lost."""
     publisher = Publisher.remote()
     used, unused = ray.get([publisher.publish.remote(1), publisher.publish.remote(2)])
     loaded, pid = used.load(), ray.get(publisher.pid.remote())
@@ -53,7 +53,7 @@ def test_the_process_that_published() -> None:
 
 
 def reason_of_loss(publication: zerocopy.Publication) -> str:
-    """Until Ray has seen that the owner ended, a load may still succeed."""
+    """The reason of the loss. Until Ray notices that the owner ended, a load may still succeed."""
     end = time.monotonic() + BOUND
     while time.monotonic() < end:
         try:
@@ -79,7 +79,7 @@ time.sleep(600)
 
 @pytest.fixture
 def driver(name: str, address: str, tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A driver that has published, and made detached actors that have loaded."""
+    """A driver that has published, and has started detached actors that loaded its publications."""
     sign, path = tmp_path / "ready", os.pathsep.join(FOLDERS)
     command = [sys.executable, "-c", DRIVER, address, name, str(sign)]
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **ORDINARY}
@@ -93,7 +93,7 @@ def driver(name: str, address: str, tmp_path: Path) -> Iterator[subprocess.Popen
 
 
 def test_the_driver(name: str, driver: subprocess.Popen[bytes]) -> None:
-    """Detached actors go on with what they have loaded; what has a name is found by others."""
+    """After the driver ends, detached actors keep their loaded weights, and other processes find named publications."""
     actors = [ray.get_actor(one, name) for one in ("unnamed", "named")]
     try:
         with fault(KIND, "The driver is killed; detached actors have loaded its publications") as told:

@@ -1,4 +1,4 @@
-"""Stores and disks that are full, and publications that were written to disk. Nothing half is seen, and nothing stays."""
+"""What happens when the store and the disk are full, or weights were spilled to disk? No partial version is visible or stays."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ ray.shutdown()
 
 @pytest.mark.parametrize(("program", "rows"), [(SPILLED, 1), (FULL, 3)], ids=["written to disk", "full"])
 def test_a_store(program: str, rows: int, tmp_path: Path) -> None:
-    """Each row of the table; and what was published before is right, as is what is published after."""
+    """Weights that Ray wrote to disk load correctly; a publication that finds store and disk full leaves nothing behind."""
     done = run_python(START + program, "-", str(tmp_path), **ORDINARY)
     assert len(read(done.stdout)) == rows, done.stderr[-3000:]
     assert done.returncode == 0, done.stderr[-3000:]

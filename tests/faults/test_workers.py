@@ -1,4 +1,4 @@
-"""Workers that are killed: a row of Ray Data comes once, an actor and a pool go on, a task is tried again."""
+"""What happens when a worker is killed? Each row of Ray Data comes once, actors and pools continue, and tasks run again."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ import zerocopy
 pytestmark = [pytest.mark.usefixtures("cluster"), pytest.mark.long]
 KIND = "Workers"
 STARTING = (
-    60.0  # seconds, where a process starts anew: on a busy machine to import torch takes longer than all the rest
+    60.0  # seconds if a new process starts: on a busy machine the import of torch takes longer than everything else
 )
 
 
 def end_once(mark: Path) -> None:
-    """Kill this process, unless `mark` says that one was killed already. The mark holds the time of it."""
+    """Kill this process, unless the file `mark` exists: then one was killed before. The file holds the time of the kill."""
     if not mark.exists():
         mark.write_text(str(time.monotonic()))
         os.kill(os.getpid(), signal.SIGKILL)
@@ -33,7 +33,7 @@ def end_once(mark: Path) -> None:
 
 @zerocopy.actor
 class Batches:
-    """For `map_batches`: one of its processes ends in the midst."""
+    """For `map_batches`: one of its processes is killed during a batch."""
 
     def __init__(self, search: Numbered, mark: str) -> None:
         self.search, self.mark = search, Path(mark)
@@ -46,9 +46,9 @@ class Batches:
 
 @pytest.mark.filterwarnings(
     "ignore::DeprecationWarning:ray", "ignore::FutureWarning:ray"
-)  # Ray Data's, about its own settings
+)  # Ray Data warns about its own settings
 def test_a_worker_of_map_batches(tmp_path: Path) -> None:
-    """Its batch is given to another one: each row comes once, with the right answer."""
+    """If a worker of `map_batches` is killed, another worker gets its batch, and each row comes once with the right answer."""
     mark = tmp_path / "mark"
     rows = ray.data.range(64, override_num_blocks=8).map_batches(
         Batches,
@@ -67,7 +67,7 @@ def test_a_worker_of_map_batches(tmp_path: Path) -> None:
 
 @zerocopy.actor(num_cpus=0.1, max_restarts=1, max_task_retries=1)
 class Retried:
-    """Ends in the midst of a call."""
+    """Is killed during a call, if the call asks for it."""
 
     def __init__(self, search: Numbered) -> None:
         self.search = search
@@ -82,7 +82,7 @@ class Retried:
 
 
 def test_an_actor_in_the_midst_of_a_call(tmp_path: Path) -> None:
-    """With `max_task_retries` the call is made again by the restarted actor, which has its weights, though they were closed."""
+    """With `max_task_retries` the restarted actor repeats the call, and has its weights although their handle was closed."""
     with zerocopy.publish(numbered(4)) as publication:
         actor = Retried.remote(publication)
     ray.get(actor.pid.remote())
@@ -94,7 +94,7 @@ def test_an_actor_in_the_midst_of_a_call(tmp_path: Path) -> None:
 
 
 def test_an_actor_that_is_not_restarted(tmp_path: Path) -> None:
-    """Ray's own error; others go on."""
+    """Its caller gets Ray's own error, and other actors continue to work."""
     publication = zerocopy.publish(numbered(4))
     actor, other = (Retried.options(max_restarts=0, max_task_retries=0).remote(publication) for _ in range(2))
     ray.get(actor.pid.remote())
@@ -106,7 +106,7 @@ def test_an_actor_that_is_not_restarted(tmp_path: Path) -> None:
 
 
 def test_a_pool(tmp_path: Path) -> None:
-    """`map` goes on: each answer once, in order."""
+    """`map` over a pool continues after one actor was killed, and returns each answer once and in order."""
     pool = Retried.pool(2, numbered(5))
     pids = ray.get([actor.pid.remote() for actor in pool])
     with fault(
@@ -128,7 +128,7 @@ def ask_and_end(search: Numbered, mark: str) -> int:
 
 
 def test_a_task(tmp_path: Path) -> None:
-    """Tried again, also where the call named weights that its worker had loaded before."""
+    """A task whose process is killed runs again in another process."""
     search = numbered(6)
     with fault(KIND, "The process of a task (`max_retries=1`) is killed", bound=STARTING) as told:
         assert ask_and_end(search, str(tmp_path / "mark")) == 6
@@ -137,7 +137,7 @@ def test_a_task(tmp_path: Path) -> None:
 
 
 def test_a_worker_that_is_stopped(tmp_path: Path) -> None:
-    """Others load and answer meanwhile; what it was asked comes when it goes on."""
+    """While a worker is stopped, others load and answer; the stopped worker answers when it runs again."""
     publication = zerocopy.publish(numbered(7))
     stopped, other = Retried.remote(publication), Retried.remote(publication)
     pid = ray.get([stopped.pid.remote(), other.pid.remote()])[0]

@@ -1,4 +1,4 @@
-"""On a machine with a GPU: pipelines are loaded onto it, used and written there, published from there, and let go of."""
+"""On a machine with a GPU, can pipelines be loaded onto it, used and written there, published from there, and freed?"""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from zerocopy.testing import assert_zero_copy, shares_memory
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here"),
     pytest.mark.usefixtures("cluster"),
-    pytest.mark.filterwarnings("ignore"),  # torch's, of TorchScript and of nested tensors
+    pytest.mark.filterwarnings("ignore"),  # torch warns about TorchScript and nested tensors
 ]
 WIDTH = 1024
 WEIGHTS = 2 * 4 * (WIDTH * WIDTH + WIDTH)
@@ -41,7 +41,7 @@ def net() -> nn.Sequential:
 
 @zerocopy.pipeline
 class Search:
-    """Weights, a table, an array, and things of each load's own."""
+    """Shared weights, a shared table and array, and copied fields."""
 
     encoder: nn.Module = shared()
     index: torch.Tensor = shared(factory=lambda: torch.arange(50_000.0))
@@ -62,7 +62,7 @@ def sums(module: nn.Module) -> list[float]:
 
 
 def test_a_pipeline_goes_to_the_gpu() -> None:
-    """Shared and copied tensors are on the GPU, arrays in main memory; all have their bytes, modes and flags."""
+    """A load on a GPU puts shared and copied tensors there and arrays in main memory; bytes, modes and flags stay the same."""
     encoder = net()
     encoder[1].train()
     encoder[0].weight.requires_grad_(False)
@@ -81,7 +81,7 @@ def test_a_pipeline_goes_to_the_gpu() -> None:
 
 
 def test_it_answers_as_one_that_was_moved() -> None:
-    """A transformer gives, to the bit, what its original gives after `.cuda()`."""
+    """A transformer loaded on a GPU gives the same bits as the original after `.cuda()`."""
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(384, 12, 1536, batch_first=True)
     original = nn.TransformerEncoder(layer, 6).eval()
@@ -92,7 +92,7 @@ def test_it_answers_as_one_that_was_moved() -> None:
 
 
 def test_large_weights_are_copied_by_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each thread copies pieces in its turn, on the stream of the caller; the last piece of a tensor may be small."""
+    """Threads copy large weights in pieces, on the CUDA stream of the caller; the last piece of a tensor may be smaller."""
     monkeypatch.setattr(uploads, "LEAST", 1)
     monkeypatch.setattr(uploads, "PIECE", 100_000)
     tensors = [torch.randn(size) for size in (1, 333, 24_999, 25_000, 25_001, 1_000_003)]
@@ -104,7 +104,7 @@ def test_large_weights_are_copied_by_threads(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_ties_and_views() -> None:
-    """Tensors that share memory share it on the GPU, where a write to one is a write to the other."""
+    """Tensors that share memory also share it on the GPU, so a write to one is visible in the other."""
     module = net()
     module[2].weight = module[0].weight
     module.register_buffer("view", module[0].weight.detach()[2:5].t())
@@ -134,7 +134,7 @@ def run_program(program: Any, value: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", PROGRAMS)
 def test_programs(kind: str) -> None:
-    """A program that was made in main memory runs on the GPU."""
+    """A program that was made on the CPU runs on the GPU."""
     program = PROGRAMS[kind]()
     loaded = zerocopy.publish(program).load(device="cuda")
     found = run_program(loaded, INPUT.cuda())
@@ -143,7 +143,7 @@ def test_programs(kind: str) -> None:
 
 
 def test_what_torch_packs_stays_in_main_memory() -> None:
-    """Modules with packed weights are packed in main memory, as torch leaves them there: elsewhere it would end the process."""
+    """Modules with packed weights stay in main memory, as in torch: on a GPU torch would end the process."""
     original = nn.ModuleList(
         [torch.ao.nn.quantized.Conv2d(3, 64, 3), torch.ao.nn.quantized.Linear(64, 64), nn.Linear(9, 9)]
     )
@@ -154,7 +154,7 @@ def test_what_torch_packs_stays_in_main_memory() -> None:
 
 
 def test_devices_of_fields() -> None:
-    """A field's own device wins; `fields=` loads onto a GPU too; `cuda` and `cuda:0` are one device."""
+    """A field's own device has priority; `fields=` can load onto a GPU; `cuda` and `cuda:0` are one device."""
 
     @zerocopy.pipeline
     class Split:
@@ -178,14 +178,14 @@ def test_devices_of_fields() -> None:
 
 @pytest.mark.parametrize("name", ["cuda:7", torch.device("cuda", 7)], ids=str)
 def test_a_gpu_that_is_not_there(name: Any) -> None:
-    """It is refused by name, and the process can go on."""
+    """A missing GPU is an error that names it, and the process can continue to use its other devices."""
     publication = zerocopy.publish(Search(net()))
     with pytest.raises(DeviceError, match="This process has no device 'cuda:7': .*ask Ray for a GPU with num_gpus=1"):
         publication.load(device=name)
     assert devices_of(publication.load(device="cuda").encoder) == {"cuda:0"}
 
 
-# What a load takes, and gives back.
+# Memory of a load.
 
 
 def plasma_maps() -> list[str]:
@@ -195,7 +195,7 @@ def plasma_maps() -> list[str]:
 
 
 def test_nothing_is_left_behind(store_use: Callable[[], int]) -> None:
-    """A load copies no page in main memory, leaves no mapping, and frees the GPU and the store when it goes."""
+    """A load on a GPU copies no page in main memory, leaves no mapping, and frees GPU and store when it is dropped."""
     torch.zeros(1, device="cuda")
     publication = zerocopy.publish(net())
     publication.load(device="cuda")
@@ -218,7 +218,7 @@ def test_nothing_is_left_behind(store_use: Callable[[], int]) -> None:
 
 
 def test_reports() -> None:
-    """What is on a GPU is no view of the store, which is said; memory reports count main memory."""
+    """`assert_zero_copy` reports tensors on a GPU, because they are not views of the store; memory reports count main memory."""
     publication = zerocopy.publish(net())
     one, other = publication.load(device="cuda"), publication.load(device="cuda")
     with pytest.raises(
@@ -248,7 +248,7 @@ class Automatic:
 
 
 def test_auto() -> None:
-    """`auto` is the GPU that Ray assigned to the task or actor, also a part of one; without one it is the CPU."""
+    """`auto` is the GPU, or part of a GPU, that Ray assigned to the task or actor; without a GPU it is the CPU."""
     publication = zerocopy.publish(net())
     assert where(publication)[0] == "cpu"
     assert where.options(num_gpus=0.25)(publication)[0] == "cuda:0"
@@ -261,7 +261,7 @@ def test_auto() -> None:
 
 @zerocopy.actor(device="cuda", num_gpus=0.25, num_cpus=0.1)
 class Worker:
-    """One of several on a GPU."""
+    """One of several actors on a GPU."""
 
     def __init__(self, search: Search) -> None:
         self.search = search
@@ -280,7 +280,7 @@ class Worker:
 
 
 def test_actors_on_one_gpu_are_isolated() -> None:
-    """Three actors on one GPU: what one writes reaches neither the others, nor the store, nor the publisher."""
+    """A write of one actor on a GPU never reaches other actors on this GPU, the store or the publisher."""
     search = Search(net())
     publication = zerocopy.publish(search)
     before = sums(publication.load().encoder)
@@ -323,7 +323,7 @@ def write(model: Any) -> None:
 
 
 def test_tasks_on_a_gpu() -> None:
-    """A task may have a part of a GPU. Where its worker lives on, later calls use what it has loaded, unless one wrote to it."""
+    """Tasks can use a part of a GPU; if the worker stays alive, later calls reuse its load unless a call wrote to it."""
     publication = zerocopy.publish(net())
     expected = sums(publication.load(device="cuda"))
     assert len({ordinary(publication)[0] for _ in range(2)}) == 2
@@ -357,7 +357,7 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
 
 @pytest.fixture
 def reused() -> Iterator[Callable[..., Any]]:
-    """Calls in this process, as calls of a task in its worker."""
+    """Runs calls in this process like the calls of a task in its worker."""
 
     def call(publication: zerocopy.Publication, function: Callable[[Any], Any]) -> Any:
         loads = CallLoads()
@@ -372,7 +372,7 @@ def reused() -> Iterator[Callable[..., Any]]:
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_change_stays_in_its_call(reused: Callable[..., Any], change: str) -> None:
-    """A later call in the same process does not see what a call has written on the GPU."""
+    """A later call in the same process does not see what an earlier call wrote on the GPU."""
     publication = zerocopy.publish(net())
     before = reused(publication, sums)
     for _ in range(3):
@@ -381,14 +381,14 @@ def test_a_change_stays_in_its_call(reused: Callable[..., Any], change: str) -> 
 
 
 def test_loads_are_reused_and_evicted(reused: Callable[..., Any]) -> None:
-    """Calls take turns with two loads. When no call has come for a while, the GPU has its memory back."""
+    """Calls use at most two loads in turn; some time after the last call, the GPU memory is free again."""
     gc.collect()
     torch.cuda.empty_cache()
     before, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
     publication = zerocopy.publish(net())
     places = {reused(publication, lambda model: model[0].weight.data_ptr()) for _ in range(8)}
     assert len(places) <= 2
-    assert torch.cuda.memory_allocated() - before < 2.2 * WEIGHTS  # what earlier tests have dropped may go meanwhile
+    assert torch.cuda.memory_allocated() - before < 2.2 * WEIGHTS  # memory of earlier tests may be freed meanwhile
     assert wait_until(lambda: torch.cuda.memory_allocated() <= before, seconds=10)
     assert wait_until(lambda: torch.cuda.memory_reserved() <= reserved, seconds=3)
 
@@ -403,7 +403,7 @@ def on_the_cpu(search: Any) -> tuple[set[str], list[float]]:
 
 
 def test_published_from_the_gpu() -> None:
-    """A pipeline on a GPU is published as any: loads are on the CPU unless they say otherwise, in workers without a GPU too."""
+    """A pipeline on a GPU can be published; without `device` it is loaded on the CPU, also in workers without a GPU."""
     original = net()
     search = Search(net().cuda(), index=torch.ones(5000, device="cuda").expand(3, 5000))
     for adopt in (False, True):
@@ -425,7 +425,7 @@ def test_published_from_the_gpu() -> None:
 
 @pytest.mark.parametrize("kind", PROGRAMS)
 def test_programs_from_the_gpu(kind: str) -> None:
-    """A program that was made on a GPU runs there after it was published; TorchScript also in main memory."""
+    """A published program that was made on a GPU runs on the GPU and on the CPU."""
     moved, value = net().cuda(), INPUT.cuda()
     program: Any = {
         "scripted": lambda: torch.jit.script(moved),
@@ -442,7 +442,7 @@ def test_programs_from_the_gpu(kind: str) -> None:
 
 
 def test_changes_on_the_gpu(publishings: list[int]) -> None:
-    """An unchanged pipeline is published once. A write by torch and a step are seen; `.data` is, when one publishes by hand."""
+    """An unchanged pipeline is published once; writes and optimizer steps are detected, and writes to `.data` by `publish`."""
     search = Search(net().cuda())
     first = publish_automatically(search).reference
     assert publish_automatically(search).reference == first
@@ -460,7 +460,7 @@ def test_changes_on_the_gpu(publishings: list[int]) -> None:
 
 
 def test_a_loaded_pipeline_is_passed_on() -> None:
-    """What was loaded onto a GPU arrives in another process with what was written to it."""
+    """A pipeline that was loaded onto a GPU and written there arrives in another process with these writes."""
     loaded = zerocopy.publish(Search(net())).load(device="cuda")
     assert on_the_cpu(loaded) == ({"cpu"}, sums(net()))
     write(loaded.encoder)

@@ -1,4 +1,4 @@
-"""Publish, load, load a part, close, unshare."""
+"""Do `publish`, `load`, partial loads, `close` and `unshare` work?"""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.usefixtures("cluster")
 
 @ray.remote
 def describe(publication: zerocopy.Publication) -> dict[str, Any]:
-    """What another process finds in a publication."""
+    """The properties of a publication's pipeline in another process."""
     pipeline = publication.load()
     assert_zero_copy(pipeline)
     return {
@@ -46,7 +46,7 @@ def describe(publication: zerocopy.Publication) -> dict[str, Any]:
 
 
 def test_another_process_loads_the_same() -> None:
-    """A loaded pipeline has the class, the answers, the modes and the copied fields of the original."""
+    """A pipeline loaded in another process has the class, answers, modes and copied fields of the original."""
     search = pipelines.search(settings={"mode": "fast"}, top_k=7)
     search.encoder.eval()
     found = ray.get(describe.remote(zerocopy.publish(search)))
@@ -60,7 +60,7 @@ def test_another_process_loads_the_same() -> None:
 
 
 def test_each_load_is_fresh() -> None:
-    """Loads share memory with each other, but no object; copied fields are private to each."""
+    """Loads share memory with each other but no Python object, and each load has its own copied fields."""
     publication = zerocopy.publish(pipelines.search())
     one, other = publication.load(), publication.load()
     assert one is not other
@@ -71,7 +71,7 @@ def test_each_load_is_fresh() -> None:
 
 
 def test_structure_survives() -> None:
-    """Ties, views of one storage, strides, dtypes, buffers and nested containers come out as they went in."""
+    """Ties, views of one storage, strides, dtypes, buffers and nested containers are unchanged after a load."""
 
     @zerocopy.pipeline
     class Everything:
@@ -107,7 +107,7 @@ def test_structure_survives() -> None:
 
 
 def test_automatic_rule() -> None:
-    """Modules found below undeclared attributes are shared; the rest is private to each load."""
+    """Modules inside undeclared attributes are shared; everything else is private to each load."""
     original = pipelines.Assistant()
     publication = zerocopy.publish(original)
     one, other = publication.load(), publication.load()
@@ -120,7 +120,7 @@ def test_automatic_rule() -> None:
 
 
 def test_entangled_pipelines_keep_identities() -> None:
-    """An object reachable from a shared and from a copied field is one object after loading, too."""
+    """An object that a shared and a copied field both refer to is still one object after loading."""
 
     @zerocopy.pipeline
     class Search:
@@ -140,7 +140,7 @@ def test_entangled_pipelines_keep_identities() -> None:
 
 
 def test_nested_pipelines() -> None:
-    """A pipeline inside a pipeline shares what it declares, and copies what it declares."""
+    """A pipeline inside a pipeline keeps its own shared and copied fields."""
 
     @zerocopy.pipeline
     class Outer:
@@ -157,7 +157,7 @@ def test_nested_pipelines() -> None:
 
 
 def test_arrays_and_tensors_over_one_memory() -> None:
-    """A tensor made of an array stays tied to it, and their bytes are stored once; so through a second hop."""
+    """A tensor that was made from an array stays tied to it, and their bytes are stored once, also when published again."""
 
     @zerocopy.pipeline
     class Both:
@@ -178,7 +178,7 @@ def test_arrays_and_tensors_over_one_memory() -> None:
 
 
 def test_edges() -> None:
-    """Empty arrays, default devices and states that look at their tensors are no obstacle."""
+    """Empty arrays, a default device and a `__setstate__` that reads tensors all work."""
 
     @zerocopy.pipeline
     class Edges:
@@ -198,7 +198,7 @@ def test_edges() -> None:
 
 
 def test_a_pipeline_that_is_a_module() -> None:
-    """Its own parameters are shared as those of the modules below it; its modes and plain attributes arrive."""
+    """A pipeline that is a module shares its own parameters too, and keeps its modes and plain attributes."""
 
     @zerocopy.pipeline
     class Model(nn.Module):
@@ -216,7 +216,7 @@ def test_a_pipeline_that_is_a_module() -> None:
 
 
 def test_a_bare_module() -> None:
-    """`publish` takes a module as it is."""
+    """`publish` also takes a module without a pipeline."""
     module = pipelines.encoder()
     loaded = zerocopy.publish(module).load()
     assert torch.equal(loaded(torch.ones(256)), module(torch.ones(256)))
@@ -224,7 +224,7 @@ def test_a_bare_module() -> None:
 
 
 def test_instances_with_eq_and_slots() -> None:
-    """A pipeline whose `__eq__` makes it unhashable is published as any other."""
+    """A pipeline with slots, and with an `__eq__` that makes it unhashable, can be published."""
 
     @zerocopy.pipeline
     class Search:
@@ -245,7 +245,7 @@ def test_instances_with_eq_and_slots() -> None:
 
 
 def test_user_defined_reduction_keeps_policies() -> None:
-    """A class with a `__getstate__` of its own decides what travels; its fields keep their policies."""
+    """A class with its own `__getstate__` decides what is pickled, and its fields stay shared or copied."""
 
     @zerocopy.pipeline
     class Search:
@@ -266,7 +266,7 @@ def test_user_defined_reduction_keeps_policies() -> None:
 
 
 def test_fields_loads_a_part() -> None:
-    """`fields=` gives the same class with those attributes alone; another attribute says why it is missing."""
+    """`fields=` returns an object of the same class with only these attributes; access to another attribute explains why."""
     search = pipelines.search()
     publication = zerocopy.publish(search)
     part = publication.load(fields=["index", "top_k"])
@@ -286,7 +286,7 @@ def test_fields_loads_a_part() -> None:
 
 
 def test_fields_bring_what_they_refer_to() -> None:
-    """An undeclared attribute counts by name, and a model it refers to comes along."""
+    """`fields=` takes undeclared attributes too, and also loads the models that they refer to."""
 
     @zerocopy.pipeline
     class Search:
@@ -315,11 +315,11 @@ def test_only_needed_shards_are_fetched(monkeypatch: pytest.MonkeyPatch) -> None
     publication.load()
     publication.load(fields=["index"])
     publication.load(fields=["top_k"])
-    assert fetched == [1, 2, 1, 1, 1]  # each time the manifest, then what is needed
+    assert fetched == [1, 2, 1, 1, 1]  # each load fetches the manifest, then the shards that it needs
 
 
 def test_close() -> None:
-    """A closed publication loads no more, and what was loaded keeps working; closing twice is fine."""
+    """A closed publication cannot be loaded, but loaded pipelines still work; closing twice is allowed."""
     search = pipelines.search()
     with zerocopy.publish(search) as publication:
         loaded = publication.load()
@@ -334,12 +334,12 @@ def test_close() -> None:
 
 
 def test_publishing_again_shares_one_set() -> None:
-    """The same pipeline has one set of weights in the store, and publishing it again notices every byte."""
+    """An unchanged pipeline has one set of weights in the store, and publishing it again detects a change of any byte."""
     search = pipelines.search(width=512)
     first = zerocopy.publish(search)
     again = zerocopy.publish(search)
     assert first.reference == again.reference
-    search.encoder[0].weight.data[0, 0] += 1  # no version counter tells
+    search.encoder[0].weight.data[0, 0] += 1  # no version counter shows this write
     changed = zerocopy.publish(search)
     assert changed.reference != first.reference
     assert changed.load().encoder[0].weight[0, 0] == search.encoder[0].weight[0, 0]
@@ -347,7 +347,7 @@ def test_publishing_again_shares_one_set() -> None:
 
 
 def test_closing_one_handle_leaves_the_other() -> None:
-    """Handles of one set of weights are closed one by one."""
+    """Closing one handle does not affect another handle of the same weights."""
     search = pipelines.search()
     first, second = zerocopy.publish(search), zerocopy.publish(search)
     first.close()
@@ -355,7 +355,7 @@ def test_closing_one_handle_leaves_the_other() -> None:
 
 
 def test_unshare(store_use: Any) -> None:
-    """An unshared pipeline is the same objects over private memory, ties included, and lets the store go."""
+    """`unshare` moves the same objects, ties included, to private memory, and releases the store."""
     search = pipelines.search(width=1024, settings={"array": np.ones(3)})
     search.encoder[2].weight = search.encoder[0].weight
     answer = search(1.0)
@@ -376,7 +376,7 @@ def test_unshare(store_use: Any) -> None:
 
 
 def test_inference_mode_does_not_change_what_is_loaded() -> None:
-    """Loading under `inference_mode` gives ordinary tensors, as anywhere."""
+    """Loading under `inference_mode` returns ordinary tensors."""
     publication = zerocopy.publish(pipelines.search())
     with torch.inference_mode():
         loaded = publication.load()
@@ -384,7 +384,7 @@ def test_inference_mode_does_not_change_what_is_loaded() -> None:
 
 
 def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`load(device=...)` moves every tensor, a field's own device wins, `auto` is what Ray assigned."""
+    """`load(device=...)` moves every tensor unless its field has its own device; `auto` is the device that Ray assigned."""
     real = devices.resolve
     monkeypatch.setattr(devices, "resolve", lambda name: torch.device("meta") if name == "there" else real(name))
 
@@ -397,7 +397,7 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
 
     publication = zerocopy.publish(Search(nn.Linear(4, 4), torch.ones(3), torch.ones(2)))
     loaded = publication.load(device="there")
-    loaded.array[0] = 1  # arrays stay where they can be written to
+    loaded.array[0] = 1  # arrays stay in main memory and are writable
     assert (loaded.encoder.weight.device.type, loaded.index.device.type, loaded.own.device.type) == (
         "meta",
         "cpu",
@@ -416,7 +416,7 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_ties_may_not_span_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fields that share memory and declare different devices are refused when published, or when loaded."""
+    """Fields that share memory but would be on different devices are refused by `publish` or `load`."""
 
     @zerocopy.pipeline
     class Search:
@@ -440,7 +440,7 @@ def test_ties_may_not_span_devices(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_versions_that_disagree() -> None:
-    """A handle from other versions is refused by name, and not misread."""
+    """A handle from another torch version is refused with an error that names both versions."""
     publication = zerocopy.publish(pipelines.search())
     publication._versions = attrs.evolve(publication._versions, torch="1.13.1")
     with pytest.raises(VersionError, match=r"written with torch 1\.13, but this process has"):
@@ -448,7 +448,7 @@ def test_versions_that_disagree() -> None:
 
 
 def test_too_large_for_the_store() -> None:
-    """A model larger than the store is refused before a byte is written, with both sizes and the way out."""
+    """A model larger than the store is refused before a byte is written; the error has both sizes and a remedy."""
     huge = nn.Module()
     huge.register_buffer("weight", torch.empty(1_600_000_000, dtype=torch.uint8))
     with pytest.raises(StoreTooSmallError) as caught:
@@ -460,7 +460,7 @@ def test_too_large_for_the_store() -> None:
 
 @pytest.mark.alone
 def test_handles_are_small_and_plain() -> None:
-    """A handle prints, hashes by identity and is a few hundred bytes, whatever the model's size."""
+    """A handle can be printed and hashed, and pickles to less than 3,000 bytes for a model of any size."""
     publication = zerocopy.publish(pipelines.search(width=1024))
     assert repr(publication) == f"<zerocopy.Publication of Search: {publication.shared_bytes:,} bytes>"
     assert len({publication, publication}) == 1

@@ -1,4 +1,4 @@
-"""What prefetching does on four nodes. A program: see `clusters`."""
+"""Does prefetching work on four nodes? This file runs as a program: see `clusters`."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Two:
 
 
 def two(number: float) -> Two:
-    """A pipeline of 40 MB, of which `small` has 4."""
+    """A pipeline of 40 MB, 4 MB of them in `small`."""
     pipeline = Two(small=nn.Linear(1024, 1024, bias=False), large=nn.Linear(9 * 1024, 1024, bias=False))
     with torch.no_grad():
         for parameter in (*pipeline.small.parameters(), *pipeline.large.parameters()):
@@ -44,7 +44,7 @@ def two(number: float) -> Two:
 
 
 def on(nodes: Nodes, name: str) -> Any:
-    """What decorates tasks that run on a node."""
+    """The decorator for tasks that run on this node."""
     return ray.remote(num_cpus=0, resources={name: 1})
 
 
@@ -54,16 +54,17 @@ def bytes_on(publication: Any, nodes: Nodes, name: str) -> int:
 
 
 def crowd(nbytes: int = 140 * MB) -> None:
-    """Fill a store, in a task: what nobody uses has to go."""
+    """Fill the store of a task's node, so that Ray evicts unused objects."""
     kept = [ray.put(np.ones(20 * MB, np.uint8)) for _ in range(nbytes // (20 * MB))]
     time.sleep(0.5)
     del kept
 
 
 def check_the_second_mapper(nodes: Nodes) -> None:
-    """Ray's memory monitor charges a worker what it alone maps. A holder maps the same pages.
+    """After a prefetch, weights no longer count as a reader's private memory, because the holder maps the same pages.
 
-    On a node to which nothing was sent yet: a raylet that has received objects maps their pages as well.
+    Ray's memory monitor charges a worker for pages that only it maps. The check needs a node that has received no object yet: a
+    raylet that has received objects maps their pages as well.
     """
 
     @ray.remote(num_cpus=0, resources={"fourth": 1})
@@ -72,7 +73,7 @@ def check_the_second_mapper(nodes: Nodes) -> None:
             zerocopy.publish(two(8), name="charged")
 
         def store(self) -> None:
-            """End what has mapped the pages, but for this process."""
+            """Does nothing. Its result shows that `__init__` has published."""
 
     @ray.remote(num_cpus=0, resources={"fourth": 1})
     class Reader:
@@ -88,7 +89,7 @@ def check_the_second_mapper(nodes: Nodes) -> None:
     ray.get(publisher.store.remote())
     reader = Reader.remote()
     together = ray.get(reader.charged.remote())
-    for process in psutil.process_iter(["name", "ppid"]):  # those of the store tasks, which Ray ends when they are idle
+    for process in psutil.process_iter(["name", "ppid"]):  # end idle processes of store tasks, which map the pages too
         if process.info["ppid"] == nodes.raylet("fourth") and "IDLE" in process.info["name"]:
             process.kill()
     ray.kill(publisher)
@@ -99,7 +100,7 @@ def check_the_second_mapper(nodes: Nodes) -> None:
 
 
 def check_a_node_has_them_before_anybody_loads(nodes: Nodes) -> None:
-    """What each node has is told; they are kept though others want the room, which what was only loaded is not."""
+    """`nodes()` reports the bytes on each node; a full store keeps prefetched weights and evicts merely loaded ones."""
     publication = zerocopy.publish(two(1))
     assert publication.nodes().complete == [nodes.id_of("first")]
     fetched = publication.prefetch([nodes.id_of("second")])
@@ -130,7 +131,7 @@ RAYLETS: set[int] = set()
 
 
 def check_they_go_when_released_closed_or_dropped(nodes: Nodes) -> None:
-    """The actors that keep them end then, and nothing of them stays on any node."""
+    """The holders of prefetched weights end when the publication is released, closed or dropped."""
     ways: list[Callable[[Any], object]] = [
         lambda publication: publication.release(),
         lambda publication: publication.close(),
@@ -148,7 +149,7 @@ def check_they_go_when_released_closed_or_dropped(nodes: Nodes) -> None:
 
 
 def check_a_holder_that_was_killed(nodes: Nodes) -> None:
-    """The next prefetch makes another one, with a name and without."""
+    """The next prefetch starts another holder, with and without a name."""
     zerocopy.publish(two(11), name="killed")
     for publication in (zerocopy.publish(two(12)), zerocopy.lookup("killed")):
         earlier = set(holders())
@@ -162,7 +163,7 @@ def check_a_holder_that_was_killed(nodes: Nodes) -> None:
 
 
 def check_under_a_name_until_it_is_superseded(nodes: Nodes) -> None:
-    """Whoever prefetches, they stay when that process has ended; and go when the alias points elsewhere."""
+    """Prefetched named weights stay after the prefetching process ends, until their alias points at another version."""
     zerocopy.publish(two(3), name="search")
     ids = [nodes.id_of(name) for name in ("second", "third")]
     ray.get(ray.remote(max_calls=1)(lambda: zerocopy.lookup("search").prefetch(ids).complete).remote())
@@ -172,7 +173,7 @@ def check_under_a_name_until_it_is_superseded(nodes: Nodes) -> None:
     zerocopy.publish(two(4), name="search")
     ray.get(on(nodes, "second")(crowd).remote())
     assert wait_until(lambda: bytes_on(first, nodes, "second") < WEIGHTS / 2, 10)
-    first.prefetch(ids)  # of this version, for good
+    first.prefetch(ids)  # a handle of one version: its weights stay until they are released
     zerocopy.publish(two(5), name="search")
     ray.get(on(nodes, "second")(crowd).remote())
     assert bytes_on(first, nodes, "second") >= WEIGHTS
@@ -183,7 +184,7 @@ def check_under_a_name_until_it_is_superseded(nodes: Nodes) -> None:
 
 
 def check_parts_and_numbers_of_nodes(nodes: Nodes) -> None:
-    """Only the fields that are asked for come; of a number of nodes, those that have most of it."""
+    """`fields` prefetches only these fields; a number of nodes selects the nodes that already have most of the weights."""
     publication = zerocopy.publish(two(6))
     third = nodes.id_of("third")
     part = publication.prefetch([third], fields=["small"])
@@ -193,7 +194,7 @@ def check_parts_and_numbers_of_nodes(nodes: Nodes) -> None:
 
 
 def check_what_makes_no_sense(nodes: Nodes) -> None:
-    """Nothing is fetched then."""
+    """Wrong arguments are refused before anything is fetched."""
     publication = zerocopy.publish(two(7))
     for wanted in (0, True, 5, [], "second", ["0" * 56], [1]):
         with pytest.raises(ArgumentError):
@@ -208,7 +209,7 @@ def check_what_makes_no_sense(nodes: Nodes) -> None:
 
 
 def check_progress_is_shown(nodes: Nodes) -> None:
-    """On a terminal, and not where it is not wanted."""
+    """Progress is shown on a terminal, unless `progress=False`."""
     publication = zerocopy.publish(two(9))
     for options, is_shown in (({}, True), ({"progress": False}, False)):
         with pytest.MonkeyPatch.context() as patch:
@@ -220,7 +221,8 @@ def check_progress_is_shown(nodes: Nodes) -> None:
 
 
 def check_a_node_that_does_not_answer(nodes: Nodes) -> None:
-    """The others have them; the error names it. It is the last check: Ray takes the node for dead soon."""
+    """The other nodes get the weights, and the error names the node that does not answer."""
+    # This is the last check, because Ray soon counts the node as dead.
     publication = zerocopy.publish(two(10))
     second, third = nodes.id_of("second"), nodes.id_of("third")
     os.kill(nodes.raylet("third"), signal.SIGSTOP)

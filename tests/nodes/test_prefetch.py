@@ -1,4 +1,4 @@
-"""Prefetching: weights are on a node before anybody loads them there, and stay as long as they are wanted."""
+"""Does prefetching bring weights to a node before the first load there, and do they stay until they are released?"""
 
 from __future__ import annotations
 

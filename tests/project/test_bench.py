@@ -1,4 +1,4 @@
-"""The benchmark refuses what it does not know, measures what it is given, and tells nothing else."""
+"""Does the benchmark refuse unknown names, measure the chosen models, and report only measured figures?"""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ def wrong():
 
 number = 5
 """
-SIZE = 25 * (1000 * 1000 + 1000) * 4  # so large that the memory that processes take besides is little beside it
+SIZE = 25 * (1000 * 1000 + 1000) * 4  # large in comparison with the other memory of the processes
 TIMES = {"put", "publish", "first_load", "second_load", "forward"}
-STEADY = {"steady_1", "steady_32"}  # of one worker alone
+STEADY = {"steady_1", "steady_32"}  # measured with one worker only
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder, with models of a user's own, for commands that run in this process and draw no plots."""
+    """The current folder, with a user's own models, for commands that run in this process and draw no plots."""
     (tmp_path / "own_models.py").write_text(BUILD)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
@@ -61,13 +61,13 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """The results that a command left."""
+    """The results that a command wrote."""
     found: dict[str, Any] = json.loads((folder / "out/benchmarks/results.json").read_text())
     return found
 
 
 def invented(trial: Trial, environment: dict[str, str]) -> dict[str, Any]:
-    """Stands for `runner.take`: what a trial could have told."""
+    """Replaces `runner.take`: returns a possible result of a trial."""
     if trial.measure == "facts":
         return {"bytes": 1000, "modules": 3, "runs": True}
     if trial.measure == "memory":
@@ -76,12 +76,12 @@ def invented(trial: Trial, environment: dict[str, str]) -> dict[str, Any]:
 
 
 def in_this_process(trial: Trial, environment: dict[str, str]) -> dict[str, Any]:
-    """Stands for `runner.take`: a true trial, in no process of its own."""
+    """Replaces `runner.take`: a real trial, but in this process."""
     return process.outcome(trial)
 
 
 class InstantRay:
-    """Stands for Ray: what an actor is asked runs here and at once, and what is put is pickled."""
+    """Replaces Ray: calls of actors run here at once, and objects in the store are pickles."""
 
     def init(self, *_: Any, **__: Any) -> None: ...
 
@@ -106,7 +106,7 @@ class InstantActor:
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """What the command says as it ends with status 2."""
+    """The message of a command that ends with status 2."""
     with pytest.raises(SystemExit) as stopped:
         main(arguments)
     assert stopped.value.code == 2
@@ -114,7 +114,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 
 def results(**changed: Any) -> dict[str, Any]:
-    """Two repeats of zerocopy, and a peer that failed."""
+    """Results of two repeats of zerocopy, and of a peer that failed."""
     told = {"model": "mlp", "system": "zerocopy", "measure": "times", "workers": 1}
     words = "TypeError: Got unsupported ScalarType BFloat16 in /home/somebody/peer/extract.py"
     return {
@@ -144,7 +144,7 @@ def results(**changed: Any) -> dict[str, Any]:
 def test_unknown_names_are_refused(
     arguments: list[str], words: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """They end the command with words and status 2, before anything starts."""
+    """An unknown name ends the command with a message and status 2 before anything starts."""
     assert words in refused(capsys, *arguments)
 
 
@@ -158,7 +158,7 @@ def test_unknown_names_are_refused(
     ],
 )
 def test_functions_that_give_no_module_are_refused(name: str, words: str, folder: Path) -> None:
-    """In words that say what is missing."""
+    """The error says what is missing."""
     with pytest.raises(ArgumentError, match=words):
         measures.facts(name)
 
@@ -166,19 +166,17 @@ def test_functions_that_give_no_module_are_refused(name: str, words: str, folder
 def test_a_model_that_cannot_be_made_ends_the_command(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With its words, and status 2."""
+    """The command prints the error of the model and ends with status 2."""
     monkeypatch.setattr(runner, "take", in_this_process)
     assert "'own_models:wrong' returned int, not an nn.Module" in refused(capsys, "own_models:wrong")
 
 
 @pytest.mark.long
-@pytest.mark.alone  # beside others Ray may need longer than the 30 s that it gives a node to start
+@pytest.mark.alone  # next to other tests Ray may need more than its limit of 30 s to start a node
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="memory is asked of Linux")
 def test_a_model_of_ones_own_is_measured(tmp_path: Path) -> None:
-    """The one true run: of the command, in fresh processes. It leaves figures, tables and a page.
-
-    Memory is of a tree whose workers share one model, and do not see each other's writes.
-    """
+    """A real run of the command, in fresh processes, writes figures, tables and a page."""
+    # The measured process tree has workers that share one model and do not see each other's writes.
     (tmp_path / "own_models.py").write_text(BUILD)
     chosen = ["--systems", "zerocopy", "--figures", "memory,times", "--workers", "1,2", "--repeats", "1"]
     done = subprocess.run(
@@ -216,7 +214,7 @@ def test_a_model_of_ones_own_is_measured(tmp_path: Path) -> None:
 @pytest.mark.long
 @pytest.mark.alone
 def test_names_and_versions_are_measured(tmp_path: Path) -> None:
-    """A quick run of them writes its own section of a page, in which sizes meet their goals, and leaves the others."""
+    """A quick run writes only its own section of the page, and the measured sizes meet their goals."""
     (tmp_path / "out").mkdir()
     before, after = "# Benchmarks\n\n## The machine\n\nOne.\n\n", "## BERT\n\nTwo.\n"
     page = tmp_path / "out/benchmarks.md"
@@ -249,7 +247,7 @@ def test_names_and_versions_are_measured(tmp_path: Path) -> None:
 
 
 def test_the_section_of_names_tells_goals() -> None:
-    """Beside medians and their spread; what was not measured has no row. It comes before the models."""
+    """Each row has a median, its spread and a goal, unmeasured figures have no row, and the section is above the models."""
     settings = {"model": "stack", "bytes": 5e7, "repeats": 2, "effort": 1}
     trials = [{"written": 0.05, "held": 3000}, {"written": 0.06, "held": 3000}, {"rollout_last": 1.0}]
     told = {"machine": results()["machine"], "settings": settings, "trials": trials}
@@ -267,7 +265,7 @@ def test_the_section_of_names_tells_goals() -> None:
 def test_the_page_tells_only_what_was_measured(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of times alone, by two systems: their figures, and no table of memory or calls."""
+    """A run that measures only times has no tables of memory or calls."""
     monkeypatch.setattr(runner, "take", in_this_process)
     for module in (process, measures, systems):
         monkeypatch.setattr(module, "ray", InstantRay())
@@ -292,7 +290,7 @@ def test_the_page_tells_only_what_was_measured(
 def test_an_interrupted_run_goes_on(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the trials that it lacks, also those of more figures; a comparison with other systems is refused."""
+    """`--resume` runs only the missing trials, also for additional figures; other systems are refused."""
     monkeypatch.setattr(runner, "take", invented)
     chosen = ["own_models:build", "--output", "out", "--systems", "zerocopy", "--repeats", "1", "--workers", "1"]
     both, path = ["--figures", "memory,times"], folder / "out/benchmarks/results.json"
@@ -312,7 +310,7 @@ def test_an_interrupted_run_goes_on(
 
 
 def test_a_comparison_is_of_one_sitting() -> None:
-    """A run that was interrupted between two systems is taken again for both, in every repeat by itself."""
+    """If a run is interrupted between two systems, this repeat is measured again for both systems."""
     choice = runner.Choice(["mlp"], ["zerocopy", "plain"], ["memory", "times"], repeats=2, workers=[4])
     planned = list(runner._plan(choice, {"mlp": {"bytes": 1000, "runs": True}}))
     told = [trial for which, repeat in planned for trial in runner._entries(which, repeat, {"figures": {}})]
@@ -332,7 +330,7 @@ def test_names_lead_to_models() -> None:
 
 
 def test_medians_and_their_spread() -> None:
-    """Figures are read from each repeat, ratios inside a repeat."""
+    """Figures are taken from each repeat, and ratios are computed within one repeat."""
     told = results()
     assert figures.summary(told, "mlp", "zerocopy", figures.PUBLISH_RATIO) == figures.Summary(1.5, 1, 2)
     assert figures.Summary(1.5, 1, 2).text("x") == "1.50 (1.00 to 2.00)"
@@ -342,7 +340,7 @@ def test_medians_and_their_spread() -> None:
 
 
 def test_growth_is_taken_inside_a_repeat() -> None:
-    """Memory with the most workers, less that with the fewest."""
+    """Growth is the memory with the most workers minus the memory with the fewest, within one repeat."""
     base = {"model": "mlp", "system": "zerocopy", "measure": "memory", "repeat": 0}
     taken = [{**base, "workers": count, "figures": {"taken": 1000 * count}} for count in (1, 4)]
     told = results(trials=taken)
@@ -351,7 +349,7 @@ def test_growth_is_taken_inside_a_repeat() -> None:
 
 
 def test_the_page_shows_a_failure_as_what_it_said() -> None:
-    """In a peer's own words, without folders; figures that no trial told have no column."""
+    """The page shows a peer's own error message without folders, and no columns for figures that no trial measured."""
     page = report.page(results(), ["benchmarks/bars-mlp.png", "benchmarks/bars-other.png"])
     assert "- ray-zerocopy 0.2.0 (times): TypeError: Got unsupported ScalarType BFloat16 in …" in page
     assert "| ray-zerocopy 0.2.0 | failed |" in page
@@ -362,7 +360,7 @@ def test_the_page_shows_a_failure_as_what_it_said() -> None:
 
 
 def test_the_page_says_what_did_not_fit() -> None:
-    """A system that was measured with fewer workers than others is too large for more, one that failed is not."""
+    """A system that did not fit with more workers is marked "too large"; a system that failed is marked "failed"."""
     base = {"model": "mlp", "measure": "memory", "repeat": 0}
     taken = [
         *({**base, "system": "zerocopy", "workers": count, "figures": {"taken": 1000}} for count in (1, 4)),
@@ -378,7 +376,7 @@ def test_the_page_says_what_did_not_fit() -> None:
 
 
 def test_the_page_says_how_to_repeat_it() -> None:
-    """By the options that the run was given, as the command line takes them."""
+    """The page shows a command with the options of the run, which the command line accepts."""
     from benchmarks.__main__ import _parser
 
     page = report.page(results())
@@ -389,7 +387,7 @@ def test_the_page_says_how_to_repeat_it() -> None:
 
 
 def test_the_terminal_shows_the_same() -> None:
-    """Tables and failures."""
+    """The terminal shows the same tables and failures as the page."""
     text = report.terminal(results())
     assert "MLP: 1.0 kB, 3 modules" in text
     assert "3 (2 to 4)" in text
@@ -397,7 +395,7 @@ def test_the_terminal_shows_the_same() -> None:
 
 
 def test_plots_are_drawn(tmp_path: Path) -> None:
-    """What has figures is drawn, as PNG, and nothing else."""
+    """Only measured figures are drawn, as PNG files."""
     from benchmarks import plots
 
     assert plots.draw(results(), tmp_path) == [tmp_path / "bars-mlp.png"]
@@ -405,7 +403,7 @@ def test_plots_are_drawn(tmp_path: Path) -> None:
 
 
 def test_results_are_kept_a_trial_on_each_line(tmp_path: Path) -> None:
-    """And read again as they were."""
+    """Saved results are equal after reading."""
     path = report.save(results(), tmp_path)
     assert report.load(path) == results()
     trials = [line.strip().rstrip(",") for line in path.read_text().splitlines() if '"repeat":' in line]
@@ -413,13 +411,13 @@ def test_results_are_kept_a_trial_on_each_line(tmp_path: Path) -> None:
 
 
 def test_results_of_no_trial_are_kept(tmp_path: Path) -> None:
-    """As what they are: JSON."""
+    """Results without trials can also be saved and read."""
     nothing = results(trials=[], models={})
     assert report.load(report.save(nothing, tmp_path)) == nothing
 
 
 def test_errors_are_told_in_one_line() -> None:
-    """The class and first line; of an error that Ray carried, its cause's."""
+    """The line has the class and first line of the error, or of its cause if Ray wrapped the error."""
     error = RuntimeError("carried")
     error.cause = ValueError("first\nsecond")  # type: ignore[attr-defined]
     assert said(error) == "ValueError: first"
@@ -427,7 +425,7 @@ def test_errors_are_told_in_one_line() -> None:
 
 
 def test_the_peak_is_seen_from_outside() -> None:
-    """A process that took memory and gave it back is seen at its largest."""
+    """The peak of a process is measured from outside, also if the process has freed the memory again."""
     before = resident([os.getpid()])
     with Peak([os.getpid()]) as peak:
         taken = bytearray(os.urandom(1) * 50_000_000)
@@ -439,13 +437,13 @@ def test_the_peak_is_seen_from_outside() -> None:
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
 def test_facts_count_shared_memory_once() -> None:
-    """The bytes of a model are those of its storages."""
+    """The bytes of a model are the bytes of its storages, each counted once."""
     told = measures.facts("script")
     assert told == {"bytes": 4 * (4096 * 4096 + 4096) * 4, "modules": 6, "runs": True}
 
 
 def test_importing_is_light() -> None:
-    """`import zerocopy` brings no benchmark, and the benchmark none of what it compares."""
+    """`import zerocopy` does not import the benchmark, and the benchmark does not import the systems that it compares."""
     done = run_python(
         "import sys, zerocopy\n"
         "assert not any(name.startswith('benchmarks') for name in sys.modules)\n"

@@ -1,4 +1,4 @@
-"""The code in the README and the guide runs as it stands there."""
+"""Does the code in the README and the pages run exactly as printed there?"""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ PAGES = {
 
 
 def program(page: str, folder: Path) -> Path:
-    """Every block of a page that is marked `python`, one after the other. Those marked `py` are shown and not run."""
+    """A program of all blocks of a page that are marked `python`. Blocks marked `py` are shown but not run."""
     path = folder / "page.py"
     path.write_text(program_of(ROOT / page))
     return path
 
 
 def test_the_readme_runs(tmp_path: Path) -> None:
-    """As a program of its own, on the cluster that it starts."""
+    """The README runs as a separate program, on the cluster that it starts."""
     done = run_python("", str(program("README.md", tmp_path)))
     assert done.returncode == 0, done.stderr[-3000:]
     assert "shared once per node" in done.stdout
@@ -44,7 +44,7 @@ def test_the_readme_runs(tmp_path: Path) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("page", PAGES)
 def test_code_runs(page: str, tmp_path: Path, run_as_main: Callable[..., str]) -> None:
-    """What a page shows is a program that runs."""
+    """The code of each page is a program that runs."""
     assert PAGES[page] in run_as_main(program(page, tmp_path))
 
 
@@ -57,7 +57,7 @@ def test_links_lead_somewhere() -> None:
 
 
 def test_the_map_of_the_house_is_complete() -> None:
-    """The table in the docs names every wing once, and says of it what the wing says of itself."""
+    """The table in the docs has each wing once, with the text of the wing's docstring."""
     page = (ROOT / "docs/how-it-works.md").read_text()
     named = dict(re.findall(r"^\| `(\w+)/` \| (.*?) \|", page, re.MULTILINE))
     wings = {path.parent.name: path.read_text() for path in (ROOT / "zerocopy").glob("_*/__init__.py")}
@@ -65,7 +65,7 @@ def test_the_map_of_the_house_is_complete() -> None:
 
 
 def test_troubleshooting_is_keyed_by_real_texts() -> None:
-    """Each heading quotes an error or a warning of the package, with ... in the place of names and numbers."""
+    """Each heading quotes an error or a warning of the package, with ... in place of names and numbers."""
     texts = [text for path in (ROOT / "zerocopy").rglob("*.py") for text in _texts_of(path)]
     headings = re.findall(r"^## (.*)$", (ROOT / "docs/troubleshooting.md").read_text(), re.MULTILINE)
     ours = [heading for heading in headings if not heading.startswith("TypeError: ")]
@@ -76,7 +76,7 @@ def test_troubleshooting_is_keyed_by_real_texts() -> None:
 
 
 def _texts_of(path: Path) -> list[str]:
-    """The strings of a file, with ... in the place of what is filled in."""
+    """The strings of a file, with ... in place of formatted values."""
     nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, (ast.JoinedStr, ast.Constant))]
     joined = [node.values if isinstance(node, ast.JoinedStr) else [node] for node in nodes]
     return ["".join(str(part.value) if isinstance(part, ast.Constant) else "..." for part in parts) for parts in joined]

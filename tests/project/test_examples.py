@@ -1,4 +1,4 @@
-"""Do the examples run, and show what they promise?"""
+"""Do the examples run and print the results that they promise?"""
 
 import re
 from pathlib import Path
@@ -18,7 +18,7 @@ def words_after(label, output):
 
 
 def test_actors_answer_alike_and_stay_isolated(run_as_main):
-    """A pool answers as the publisher does, and a worker that overwrites its weights does so for itself alone."""
+    """A pool gives the same answers as the publisher, and a write of one worker stays in that worker."""
     output = run_as_main(EXAMPLES / "actors.py")
     answers = words_after("the pool answers", output)
     assert answers == words_after("this process says", output)
@@ -32,8 +32,8 @@ def test_actors_answer_alike_and_stay_isolated(run_as_main):
 
 
 def test_ray_data_workers_read_the_weights_from_the_store(run_as_main, monkeypatch):
-    """Every worker of `map_batches` has the whole model from the object store, and all rows come out right."""
-    monkeypatch.setenv("RAY_BACKEND_LOG_LEVEL", "fatal")  # as the example does, but not for the tests that follow
+    """Every worker of `map_batches` reads the whole model from the object store, and all rows are right."""
+    monkeypatch.setenv("RAY_BACKEND_LOG_LEVEL", "fatal")  # like the example, but undone before the next test
     output = run_as_main(EXAMPLES / "ray_data.py")
     weights = int(re.search(r"weights: (\d+) MB", output)[1])
     workers = [list(map(int, found)) for found in re.findall(r"worker \d+: (\d+) rows, reads (\d+) MB", output)]
@@ -43,7 +43,7 @@ def test_ray_data_workers_read_the_weights_from_the_store(run_as_main, monkeypat
 
 
 def test_tasks_run_elsewhere_with_the_same_results(run_as_main):
-    """A task's plain call runs in another process; `remote`, `map` and `local` of a method agree."""
+    """A plain call of a task runs in another process; `remote`, `map` and `local` of a method give the same results."""
     output = run_as_main(EXAMPLES / "tasks.py")
     score, pid, here, own_pid = re.search(r"(\S+) from process (\d+), (\S+) from this process, (\d+)", output).groups()
     assert score == here
@@ -57,8 +57,8 @@ def test_tasks_run_elsewhere_with_the_same_results(run_as_main):
 
 
 def test_fine_tunings_cost_what_differs(run_as_main):
-    """The base is written whole, and of each fine-tuning only its last layer, though each answers for itself."""
-    wait_until(lambda: not any(node.objects for node in zerocopy.memory_report().nodes), 15)  # other tests' are freed
+    """The base is stored completely and each fine-tuning stores only its last layer; each gives its own answers."""
+    wait_until(lambda: not any(node.objects for node in zerocopy.memory_report().nodes), 15)  # objects of other tests
     output = run_as_main(EXAMPLES / "fine_tunings.py")
     found = re.findall(r"(\S+) bytes of weights, (\S+) bytes written", output)
     sizes = [(int(weights.replace(",", "")), int(written.replace(",", ""))) for weights, written in found]
@@ -72,7 +72,7 @@ def test_fine_tunings_cost_what_differs(run_as_main):
 
 
 def test_several_models_are_loaded_together_or_in_part(run_as_main):
-    """Tasks load the whole pipeline, an actor a part of it, and both answer as the publisher does."""
+    """Tasks load the whole pipeline and an actor loads a part of it; both give the same answers as the publisher."""
     output = run_as_main(EXAMPLES / "several_models.py")
     assert words_after("tasks answer as this process", output) == ["True"]
     assert words_after("the actor finds the same", output) == ["True"]
@@ -80,7 +80,7 @@ def test_several_models_are_loaded_together_or_in_part(run_as_main):
 
 
 def test_torchscript_workers_read_the_weights_from_the_store(run_as_main):
-    """Programs of every kind answer as their module does, over weights that are in the store alone."""
+    """Every kind of TorchScript program gives the answers of its module, with weights only in the store."""
     output = run_as_main(EXAMPLES / "torchscript.py")
     for kind in ("scripted", "traced", "frozen"):
         assert words_after(kind, output)[-1] == "True"
@@ -88,7 +88,7 @@ def test_torchscript_workers_read_the_weights_from_the_store(run_as_main):
 
 
 def test_a_web_service_is_updated_while_it_is_asked(run_as_main):
-    """Two replicas answer over HTTP with one version after the other, and no request fails."""
+    """Two replicas answer over HTTP with each new version in turn, and no request fails."""
     output = run_as_main(EXAMPLES / "web_service.py")
     assert words_after("requests that failed", output) == ["0"]
     found = [(float(score), int(count)) for score, count in re.findall(r"\((\S+), (\d+)\)", output)]

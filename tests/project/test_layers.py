@@ -1,4 +1,4 @@
-"""The shape of the package: imports flow one way, the face is one list, importing it starts nothing."""
+"""Does the package keep its structure: imports in one direction, one list of public names, an import without side effects?"""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import zerocopy
 
 PACKAGE = Path(zerocopy.__file__).parent
 
-# From the ground up: a file imports only from its own wing and from what stands above it in this list.
+# From the lowest wing up: a file imports only from its own wing and from wings above it in this list.
 WINGS = [
     "errors",
     "_words",
@@ -60,7 +60,7 @@ def imported(path: Path) -> set[str]:
 
 
 def test_imports_flow_one_way() -> None:
-    """Every file is in a wing of the list, and imports only from its own wing and those above it there."""
+    """Every file belongs to a wing of the list, and imports only from its own wing and from wings above it in the list."""
     assert {wing_of(path) for path in files()} == set(WINGS)
     for path in files():
         below = set(WINGS[: WINGS.index(wing_of(path)) + 1])
@@ -76,7 +76,7 @@ def imported_files(path: Path) -> Iterator[Path]:
 
 
 def test_no_imports_go_in_a_circle() -> None:
-    """Within a wing, too, imports flow one way."""
+    """Imports within a wing also go in one direction."""
     graph = {path: set(imported_files(path)) for path in files()}
     assert sum(map(len, graph.values())) > 100
     graphlib.TopologicalSorter(graph).prepare()  # raises CycleError
@@ -90,7 +90,7 @@ def test_one_module_puts_and_gets() -> None:
 
 
 def test_the_face_is_complete() -> None:
-    """`__all__` is sorted, the wrappers under a heading of their own; every name is there, and nothing else is public."""
+    """`__all__` lists all public names, sorted, with the wrappers in their own sorted part."""
     start = zerocopy.__all__.index("ActorWrapper")
     others, wrappers = zerocopy.__all__[:start], zerocopy.__all__[start:]
     assert (others, wrappers) == (sorted(others), sorted(wrappers))
@@ -99,7 +99,7 @@ def test_the_face_is_complete() -> None:
 
 
 def test_public_names_name_no_private_file() -> None:
-    """What a pickle, `help` or an error says of where a public class or function is from is where users find it."""
+    """Pickles, `help` and errors name the public module of each public class and function."""
     for name in set(zerocopy.__all__) - {"errors", "testing"}:
         assert "._" not in getattr(getattr(zerocopy, name), "__module__", "zerocopy"), name
     for name in ("Field", "Publication", "SharePlan", "Pool", "MemoryReport", "ModelWrapper", "Task"):
@@ -108,12 +108,12 @@ def test_public_names_name_no_private_file() -> None:
 
 
 def test_the_version_is_that_of_the_distribution() -> None:
-    """`zerocopy.__version__` is what is installed."""
+    """`zerocopy.__version__` is the installed version."""
     assert zerocopy.__version__ == importlib.metadata.version("zerocopy-ray")
 
 
 def test_importing_is_light_and_starts_nothing() -> None:
-    """`import zerocopy` adds little to importing torch and Ray; it starts neither Ray nor CUDA, no thread and no process."""
+    """`import zerocopy` takes little time after torch and Ray, and starts neither Ray nor CUDA, nor a thread."""
     program = (
         "import sys, threading, time\n"
         "import ray, torch, ray.actor, ray.cloudpickle\n"

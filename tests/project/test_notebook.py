@@ -17,13 +17,13 @@ NOTEBOOK = Path(__file__).parents[2] / "examples" / "notebook.ipynb"
 
 @pytest.fixture(scope="module")
 def outputs() -> dict[str, list[Any]]:
-    """What each cell shows, by the last line of its code. The notebook starts a cluster of its own."""
+    """The outputs of each cell, by the last line of its code. The notebook starts its own cluster."""
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     nbclient.NotebookClient(notebook, timeout=240).execute()
     return {cell.source.splitlines()[-1]: cell.outputs for cell in notebook.cells if cell.cell_type == "code"}
 
 
-TABLES = {  # what the only table of a cell has in its first column; a report has two
+TABLES = {  # the first column of the only table of a cell; a memory report has two tables
     "zerocopy.plan(search)": ["search.encoder", "search.index", "search.labels"],
     "publication": ["search"],
     "zerocopy.publications()": ["search", "search"],
@@ -32,7 +32,7 @@ TABLES = {  # what the only table of a cell has in its first column; a report ha
 
 @pytest.mark.parametrize("cell", TABLES)
 def test_tables_show_once(cell: str, outputs: dict[str, list[Any]]) -> None:
-    """One output, which has a text and one table, and neither is empty."""
+    """Each object shows one output with a text and one table, neither of them empty."""
     (shown,) = outputs[cell]
     page = shown.data["text/html"]
     assert page.count("<table") == 1
@@ -41,7 +41,7 @@ def test_tables_show_once(cell: str, outputs: dict[str, list[Any]]) -> None:
 
 
 def test_the_report_tells_of_workers(outputs: dict[str, list[Any]]) -> None:
-    """Two tables, in one output: two actors have loaded one copy."""
+    """The memory report shows two tables in one output, and the two actors that have loaded."""
     (shown,) = outputs["zerocopy.memory_report()"]
     page = shown.data["text/html"]
     assert page.count("<table") == 2
@@ -50,7 +50,7 @@ def test_the_report_tells_of_workers(outputs: dict[str, list[Any]]) -> None:
 
 
 def test_progress_is_drawn_without_widgets(outputs: dict[str, list[Any]]) -> None:
-    """One bar for a map, which ends full, and what the cell gives; both can be read as text."""
+    """A map shows one progress bar, which ends full, and the result of the cell; both have a text form."""
     for cell, described in (("answers[:5]", "answer"), ("pool", "Worker.ask")):
         bar, result = outputs[cell]
         assert re.fullmatch(
@@ -62,14 +62,14 @@ def test_progress_is_drawn_without_widgets(outputs: dict[str, list[Any]]) -> Non
 
 
 def test_the_class_that_was_defined_again(outputs: dict[str, list[Any]]) -> None:
-    """The old instance is taken, and answers as before; the new one has the new code."""
+    """An instance of the old class still works and answers as before; an instance of the new class has the new code."""
     (result,) = outputs["answer(search, queries[0]), answer(improved, queries[0])"]
     old, new = re.fullmatch(r"\('(\w+)', '(\w+)'\)", result.data["text/plain"]).groups()  # type: ignore[union-attr]
     assert new == old.upper() != old
 
 
 def test_nothing_else_is_said(outputs: dict[str, list[Any]]) -> None:
-    """No cell writes a line but the one that starts Ray, which tells of packages that it misses."""
+    """Only the cell that starts Ray writes a line: Ray reports packages that are not installed."""
     first, *others = outputs.values()
     assert [shown for cell in others for shown in cell if shown.output_type == "stream"] == []
     assert "zerocopy" not in "".join(shown.text for shown in first)

@@ -1,4 +1,4 @@
-"""The integrity run of `nox -s soak`, for a few seconds."""
+"""Does the integrity run of `nox -s soak` succeed for a few seconds?"""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import soak
 @pytest.mark.long
 @pytest.mark.usefixtures("cluster")
 def test_weights_stay_what_they_are_under_churn() -> None:
-    """No reader finds another weight than that of its version, whatever others load, write, hand on, adopt, fork and close."""
+    """Every reader finds only the weights of its version, while others load, write, pass on, adopt, fork and close."""
     found = soak.run(4.0, seed=1, workers=1)
     assert not [what for what in found if what.startswith("WRONG")]
     assert {

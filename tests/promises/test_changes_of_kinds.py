@@ -1,4 +1,4 @@
-"""Changes of what is no plain tensor in a plain module arrive: subclasses, TorchScript, arrays, several views of one memory."""
+"""Do changes of special tensors arrive: subclasses, TorchScript, arrays, several storages over one memory?"""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from zerocopy import shared
 from zerocopy._store import object_store
 
 pytestmark = pytest.mark.usefixtures("cluster")
-SIDE = 300  # of a weight: too large to be compared whole
+SIDE = 300  # rows and columns of a weight, which is then too large to be compared completely
 
 
 @zerocopy.pipeline
 class Holder:
-    """Holds any shared value."""
+    """A pipeline with one shared field of any kind."""
 
     value: Any = shared()
 
@@ -71,7 +71,7 @@ def plain(weight: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("kind", SUBCLASSES)
 @pytest.mark.parametrize("adopt", [False, True], ids=["in ordinary memory", "adopted"])
 def test_changes_of_subclasses_arrive(kind: str, change: str, adopt: bool) -> None:
-    """Tensors of subclasses, and what they wrap, are compared as plain ones are."""
+    """Changes of tensor subclasses, and of the tensors that they wrap, arrive like changes of plain tensors."""
     pipeline = Holder(SUBCLASSES[kind]())
     publication = zerocopy.publish(pipeline, adopt=adopt)
     passed(pipeline)
@@ -104,10 +104,10 @@ class Scripted(nn.Module):
         return self.inner(batch) + self.shift
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's, about TorchScript
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch warns about TorchScript
 @pytest.mark.parametrize("change", PROGRAM_CHANGES)
 def test_changes_of_programs_arrive(change: str) -> None:
-    """TorchScript has no members of Python: its tensors and modes are asked of the compiled module."""
+    """Changes of the tensors and modes of a TorchScript program arrive, although it has no Python members."""
     pipeline = Holder(torch.jit.script(Scripted()))
     passed(pipeline)
     PROGRAM_CHANGES[change](pipeline.value)
@@ -120,7 +120,7 @@ def test_changes_of_programs_arrive(change: str) -> None:
 
 @pytest.mark.parametrize("holder", ["a field", "an attribute of a module"])
 def test_another_array_arrives(holder: str) -> None:
-    """Arrays that take the place, the memory and the id of others are not mistaken for them."""
+    """A new array at the address and with the id of an old array is detected as a change."""
     module = nn.Linear(4, 4)
     pipeline = Holder(np.zeros(SIDE * SIDE) if holder == "a field" else module)
     module.table = np.zeros(SIDE * SIDE)
@@ -140,7 +140,7 @@ def test_another_array_arrives(holder: str) -> None:
 
 @pytest.mark.parametrize("twin", ["an array first", "two tensors over an array", "DLPack"])
 def test_a_step_over_any_storage_of_a_memory_arrives(twin: str) -> None:
-    """torch may have several storages for one memory. A fused step over a row of one of them is seen."""
+    """A fused optimizer step over one row is detected, also if torch has several storages over the same memory."""
     table = np.ones((1000, 64), np.float32)
     tensor = torch.from_numpy(table)
     other = torch.from_dlpack(tensor) if twin == "DLPack" else torch.from_numpy(table)
@@ -155,7 +155,7 @@ def test_a_step_over_any_storage_of_a_memory_arrives(twin: str) -> None:
 
 
 def test_another_shape_arrives() -> None:
-    """Also where strides and the number of elements are the same."""
+    """A change of shape arrives, also if strides and the number of elements stay the same."""
     pipeline = Holder(nn.Linear(1, 8, bias=False))
     passed(pipeline)
     pipeline.value.weight.data = pipeline.value.weight.data.t()
@@ -164,7 +164,7 @@ def test_another_shape_arrives() -> None:
 
 @pytest.mark.parametrize("by_hand", [False, True], ids=["passed", "published"])
 def test_a_write_during_publishing_arrives_next_time(by_hand: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What another thread writes after the bytes were read counts as a change."""
+    """A write of another thread after the bytes were read counts as a change."""
     pipeline = Holder(nn.Linear(SIDE, SIDE))
     put = object_store.put
 

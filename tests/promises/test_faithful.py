@@ -1,4 +1,4 @@
-"""Whatever PyTorch object goes in comes out the same, in another process, over shared memory."""
+"""Is every PyTorch object the same after it was published and loaded in another process, over shared memory?"""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from zerocopy.testing import assert_zero_copy
 
 pytestmark = [
     pytest.mark.usefixtures("cluster"),
-    pytest.mark.filterwarnings("ignore"),  # torch's and NumPy's, of prototypes, and of what is to be removed some day
+    pytest.mark.filterwarnings("ignore"),  # torch and NumPy warn of prototypes and of features that will be removed
 ]
 SIZE = 128
 BYTES = SIZE * SIZE * 4
@@ -41,13 +41,13 @@ BYTES = SIZE * SIZE * 4
 
 @zerocopy.pipeline
 class Holder:
-    """Holds one value of any kind in a shared field."""
+    """A pipeline with one shared field of any kind."""
 
     value: Any = shared()
 
 
 class Box(nn.Module):
-    """Holds one value of any kind as a plain attribute of a module."""
+    """A module with one plain attribute of any kind."""
 
     def __init__(self, value: Any) -> None:
         super().__init__()
@@ -55,15 +55,15 @@ class Box(nn.Module):
 
 
 class Labelled(torch.Tensor):
-    """A subclass that torch functions keep."""
+    """A tensor subclass that torch functions keep."""
 
 
 class Tagged(nn.Parameter):
-    """A subclass of parameters."""
+    """A parameter subclass."""
 
 
 class Scaled(torch.Tensor):
-    """A wrapper without memory of its own, around integers and their scale."""
+    """A wrapper without its own memory, around integers and their scale."""
 
     @staticmethod
     def __new__(cls, content: torch.Tensor, scale: torch.Tensor) -> Scaled:
@@ -87,7 +87,7 @@ class Scaled(torch.Tensor):
 
 
 class Doubled(nn.Module):
-    """A parametrization of a user's own."""
+    """A user-defined parametrization."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -111,7 +111,7 @@ class Slotted:
 
 
 class Stateful(nn.Module):
-    """A module with a state of its own making."""
+    """A module with its own `__getstate__` and `__setstate__`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -126,7 +126,7 @@ class Stateful(nn.Module):
 
 
 class Reduced(nn.Module):
-    """A module that says itself how it is made."""
+    """A module with its own `__reduce__`."""
 
     def __init__(self, weight: torch.Tensor) -> None:
         super().__init__()
@@ -320,7 +320,7 @@ DTYPES = sorted(
 
 @ray.remote
 def observed(publication: zerocopy.Publication) -> tuple[Any, str]:
-    """What another process sees of a publication, and which of its tensors is not a view of the store."""
+    """Observe a publication in another process, and name a tensor of it that is not a view of the store."""
     warnings.simplefilter("ignore")
     loaded = publication.load()
     try:
@@ -339,7 +339,7 @@ def assert_same(original: Any, *, is_shared: bool = True) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_comes_out_the_same(kind: str) -> None:
-    """Everything that can be observed is equal in another process; the plan tells what is copied."""
+    """Everything that can be observed of an object is equal in another process, and the plan shows copied parts."""
     original = KINDS[kind]()
     plan = zerocopy.plan(original)
     assert plan.shared_bytes >= 0.9 * BYTES / 4, "the weights are not shared"
@@ -348,7 +348,7 @@ def test_comes_out_the_same(kind: str) -> None:
 
 
 def test_the_docs_list_every_kind() -> None:
-    """The table in the docs names each kind that is tested here, and says what becomes of it."""
+    """The table in the docs lists each kind that is tested here, and whether it is shared or copied."""
     page = (Path(__file__).parents[2] / "docs/kinds.md").read_text()
     listed = dict(re.findall(r"^\| (.+?) \| (shared|copied) \|", page, re.MULTILINE))
     assert {kind: listed.get(kind) for kind in KINDS} == {
@@ -376,7 +376,7 @@ def one_process_group() -> Any:
 
 @pytest.mark.parametrize("kind", REFUSED)
 def test_refused_by_path(kind: str) -> None:
-    """What cannot travel is named by its path, four levels down, before anything is written; the docs list it."""
+    """An object that cannot be pickled is refused before anything is written; the error has its path, the docs list its kind."""
     culprit = REFUSED[kind]()
     module = nn.Sequential(linear(), nn.Sequential(linear()))
     module[1][0].settings = {"deep": [1, types.SimpleNamespace(culprit=culprit)]}
@@ -389,13 +389,13 @@ def test_refused_by_path(kind: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_dtypes(dtype: torch.dtype) -> None:
-    """Every dtype of torch, as a parameter or a buffer, with all its bits."""
+    """Every dtype of torch keeps all its bits."""
     tensor = torch.arange(SIZE * SIZE * 16, dtype=torch.int64).view(torch.uint8)[: SIZE * SIZE * dtype.itemsize]
     assert_same(Box([tensor.clone().view(torch.uint8).view(dtype), torch.empty(0, dtype=dtype)]))
 
 
 def test_arrow_tables() -> None:
-    """Arrow tables and pandas strings are views of the store, too."""
+    """Arrow tables and pandas frames with strings are shared and equal after loading."""
     table = pa.table({"a": np.arange(9000.0), "b": ["text"] * 9000})
     frame = pd.DataFrame({"s": ["text", None] * 4500, "a": np.arange(9000.0), "b": np.arange(9000)})
     publication = zerocopy.publish(Holder([table, frame]))
@@ -406,21 +406,21 @@ def test_arrow_tables() -> None:
 
 
 def test_memory_mapped_arrays(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """A memory-mapped array goes to the store as the bytes it has, and is the same type again."""
+    """A memory-mapped array is stored by its bytes and has the same type after loading."""
     loaded = zerocopy.publish(Holder(memory_mapped(tmp_path_factory))).load()
     assert type(loaded.value) is np.memmap
     assert (loaded.value == 3).all()
 
 
 def test_gradients_are_dropped() -> None:
-    """As with pickle, gradients do not travel."""
+    """Gradients are not published, as in pickle."""
     module = linear()
     module(noise()).sum().backward()
     assert zerocopy.publish(module).load().weight.grad is None
 
 
 def test_graph_modules() -> None:
-    """A traced graph is rebuilt from its code, over shared weights."""
+    """A traced `GraphModule` is rebuilt from its code, over shared weights."""
     traced = torch.fx.symbolic_trace(nn.Sequential(linear()))
     publication = zerocopy.publish(traced)
     loaded = publication.load()
@@ -430,7 +430,7 @@ def test_graph_modules() -> None:
 
 
 def test_compiled_modules() -> None:
-    """A compiled module arrives, to be compiled again where it runs."""
+    """A compiled module can be published, and is compiled again in the process that runs it."""
     compiled = torch.compile(linear(), backend="eager")
     publication = zerocopy.publish(compiled)
     loaded = publication.load()
@@ -440,7 +440,7 @@ def test_compiled_modules() -> None:
 
 @zerocopy.actor(num_cpus=0.1)
 class Prober:
-    """Loads once to have everything imported, then again to be measured."""
+    """Loads once so that everything is imported, and then again for the measurement."""
 
     def measure(self, publication: zerocopy.Publication) -> tuple[int, float]:
         warnings.simplefilter("ignore")
@@ -452,7 +452,7 @@ class Prober:
 
 @pytest.mark.long
 def test_all_at_once_takes_no_memory() -> None:
-    """Of a pipeline of a hundred megabytes, in all the ways to hold them, a load takes less than 2 %."""
+    """A load of a pipeline with 100 MB in many kinds of objects takes less than 2 % of its size in private memory."""
     big = noise(2048, 2048)
     value = {
         "linear": parametrizations.weight_norm(nn.Linear(2048, 2048)),
@@ -474,7 +474,7 @@ def test_all_at_once_takes_no_memory() -> None:
 
 
 def test_taken_apart_tensors_are_published_once() -> None:
-    """Passing a pipeline of sparse, quantized and subclassed tensors again writes nothing, until one of them changes."""
+    """A pipeline of sparse, quantized and subclassed tensors is written again only after one of them has changed."""
     value = {
         "sparse": noise().relu().to_sparse(),
         "quantized": torch.quantize_per_tensor(noise(), 0.1, 3, torch.quint8),

@@ -1,4 +1,4 @@
-"""On a machine with a GPU: whatever goes in comes out the same there, but for its device."""
+"""On a machine with a GPU, is every object the same there after loading, except for its device?"""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ import zerocopy
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here"),
     pytest.mark.usefixtures("cluster"),
-    pytest.mark.filterwarnings("ignore"),  # torch's, of prototypes
+    pytest.mark.filterwarnings("ignore"),  # torch warns of prototypes
 ]
 
 
 def in_main_memory(observation: Any) -> Any:
-    """What was observed, as if it had been on the CPU."""
+    """The observation with "cpu" in place of "cuda"."""
     if isinstance(observation, (list, tuple)):
         return type(observation)(map(in_main_memory, observation))
     return "cpu" if observation == "cuda" else observation
@@ -36,12 +36,12 @@ def assert_same(original: Any) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_comes_out_the_same(kind: str) -> None:
-    """Everything that can be observed is equal on the GPU, and again after it was published from there."""
+    """Everything that can be observed of an object is equal on the GPU, and equal again after it was published from there."""
     assert_same(KINDS[kind]())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_dtypes(dtype: torch.dtype) -> None:
-    """Every dtype of torch, with all its bits."""
+    """Every dtype of torch keeps all its bits on the GPU."""
     tensor = torch.arange(SIZE * SIZE * 16, dtype=torch.int64).view(torch.uint8)[: SIZE * SIZE * dtype.itemsize]
     assert_same(Box([tensor.clone().view(torch.uint8).view(dtype), torch.empty(0, dtype=dtype)]))

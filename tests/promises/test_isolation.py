@@ -1,4 +1,4 @@
-"""A write in one worker reaches no other worker, no later load and not the publisher."""
+"""Do writes stay isolated? A write in one worker never reaches another worker, a later load or the publisher."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def workers(cluster: None) -> Iterator[tuple[Any, Any]]:
 
 @pytest.mark.parametrize("write", WRITES, ids=lambda write: write.__name__)
 def test_writes_stay_where_they_were_made(write: Callable[[Model], None], workers: tuple[Any, Any]) -> None:
-    """Every way to write works, without a warning, and is seen by nobody else."""
+    """Every kind of write works without a warning, and never reaches another pipeline."""
     writer, reader = workers
     original = model()
     expected = content(original)
@@ -115,7 +115,7 @@ def test_writes_stay_where_they_were_made(write: Callable[[Model], None], worker
 
 
 def test_a_write_in_the_publisher_reaches_nobody() -> None:
-    """The publisher's own tensors are not those of the store."""
+    """The publisher's tensors have their own memory, so its writes never reach a loaded pipeline."""
     original = model()
     expected = content(original)
     publication = zerocopy.publish(original)
@@ -125,7 +125,7 @@ def test_a_write_in_the_publisher_reaches_nobody() -> None:
 
 
 def test_writes_of_one_load_stay_within_ties() -> None:
-    """Within one load tied tensors still see each other's writes."""
+    """Within one load, a write to a tensor is visible in the tensors that are tied to it."""
     net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     net[1].weight = net[0].weight
     loaded = zerocopy.publish(net).load()
@@ -165,7 +165,7 @@ except zerocopy.errors.IsolationError as error:
 
 
 def test_fallback_and_the_setting_against_it(address: str) -> None:
-    """Where no private mapping is possible, Ray's own is used, and one warning says what that means; a setting refuses."""
+    """Without private mappings zerocopy uses Ray's mapping and warns once; with ZEROCOPY_REQUIRE_ISOLATION it raises an error."""
     done = run_python(FALLBACK, "-", address)
     fell_back, seen, refused = done.stdout.splitlines()
     assert fell_back == "['IsolationWarning']", done.stderr
@@ -177,7 +177,7 @@ def test_fallback_and_the_setting_against_it(address: str) -> None:
 
 
 def test_the_publisher_may_require_isolation_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The setting travels with the handle: a worker that cannot map privately refuses."""
+    """ZEROCOPY_REQUIRE_ISOLATION of the publisher also applies to readers: one that cannot map privately raises an error."""
     monkeypatch.setenv("ZEROCOPY_REQUIRE_ISOLATION", "1")
     publication = zerocopy.publish(model())
     monkeypatch.delenv("ZEROCOPY_REQUIRE_ISOLATION")

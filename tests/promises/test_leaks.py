@@ -1,4 +1,4 @@
-"""Nothing leaks: the store is back where it was when the last user is gone."""
+"""Does anything leak? When the last user of weights is gone, the store has as many bytes as before."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def is_free(store_use: Callable[[], int]) -> bool:
 
 @pytest.mark.long
 def test_automatic_publishing(store_use: Callable[[], int]) -> None:
-    """After the pipeline and its results are dropped, nothing is left of it, however often it was passed and changed."""
+    """After a pipeline and its results are dropped, nothing of it stays in the store, also if it was passed and changed often."""
     search = pipelines.search(width=1024)
     for _ in range(3):
         results = [answer.remote(search, 1.0) for _ in range(5)]
@@ -38,13 +38,13 @@ def test_automatic_publishing(store_use: Callable[[], int]) -> None:
         with torch.no_grad():
             search.encoder[0].weight.add_(1)
     assert wait_until(lambda: store_use() < 2.5 * WEIGHTS), "the weights of earlier versions are still there"
-    assert store_use() > 0.9 * WEIGHTS  # what an idle worker kept of an earlier test may go at the same time
+    assert store_use() > 0.9 * WEIGHTS  # memory that an idle worker kept from an earlier test may be freed meanwhile
     del search, results
     assert is_free(store_use)
 
 
 def test_handles_and_loaded_pipelines(store_use: Callable[[], int]) -> None:
-    """The last handle frees the store only when no loaded pipeline is left."""
+    """Weights stay in the store until the last handle, loaded pipeline and tensor are gone."""
     search = pipelines.search(width=1024)
     expected = search(1.0)
     publication = zerocopy.publish(search)
@@ -53,7 +53,7 @@ def test_handles_and_loaded_pipelines(store_use: Callable[[], int]) -> None:
     del search, publication
     gc.collect()
     assert loaded(1.0) == expected
-    assert store_use() > 0.9 * WEIGHTS  # what an idle worker kept of an earlier test may go at the same time
+    assert store_use() > 0.9 * WEIGHTS  # memory that an idle worker kept from an earlier test may be freed meanwhile
     total = float(weight.detach().sum())
     del loaded
     gc.collect()
@@ -63,17 +63,17 @@ def test_handles_and_loaded_pipelines(store_use: Callable[[], int]) -> None:
 
 
 def test_a_handle_dropped_while_the_pipeline_lives(store_use: Callable[[], int]) -> None:
-    """Publishing by hand holds the weights by the handle alone."""
+    """Only the handle keeps explicitly published weights in the store, not the pipeline that was published."""
     search = pipelines.search(width=1024)
     publication = zerocopy.publish(search)
-    assert store_use() > 0.9 * WEIGHTS  # what an idle worker kept of an earlier test may go at the same time
+    assert store_use() > 0.9 * WEIGHTS  # memory that an idle worker kept from an earlier test may be freed meanwhile
     del publication
     assert is_free(store_use)
     assert search.top_k == 5
 
 
 def test_a_handle_keeps_nothing_of_the_publisher() -> None:
-    """Who drops the model after publishing has its memory back; a pipeline in a cycle with a shared dict goes, too."""
+    """A model dropped after publishing is freed, also a pipeline in a reference cycle with its shared dict."""
     module = pipelines.encoder(64)
     gone = weakref.ref(module[0].weight)
     publication = zerocopy.publish(module)
@@ -96,7 +96,7 @@ def test_a_handle_keeps_nothing_of_the_publisher() -> None:
 
 
 def test_copies_of_a_handle_are_handles() -> None:
-    """Copies of a handle are closed by themselves: closing one leaves the others."""
+    """Each copy of a handle is closed separately; closing one does not affect the others."""
     search = pipelines.search(width=64)
     first, second = zerocopy.publish(search), zerocopy.publish(search)
     twin = copy.copy(first)
@@ -107,7 +107,7 @@ def test_copies_of_a_handle_are_handles() -> None:
 
 
 def test_close_releases_automatic_publishing_too(store_use: Callable[[], int]) -> None:
-    """`with` gives the memory back at its end, though the pipeline was also passed by itself."""
+    """The end of `with` frees the store, also if the pipeline was passed directly meanwhile."""
     search = pipelines.search(width=1024)
     with zerocopy.publish(search):
         ray.get(answer.remote(search, 1.0))
@@ -118,7 +118,7 @@ def test_close_releases_automatic_publishing_too(store_use: Callable[[], int]) -
 
 
 def test_tasks_actors_and_pools(store_use: Callable[[], int]) -> None:
-    """Generated tasks and actors hold weights as long as they run, and no longer."""
+    """Tasks, actors and pools keep weights in the store only while they run."""
     search = pipelines.search(width=1024)
     assert pipelines.answer(search, 1.0) == search(1.0)
     with pipelines.Worker.pool(1, search) as pool:
@@ -127,13 +127,13 @@ def test_tasks_actors_and_pools(store_use: Callable[[], int]) -> None:
     expected = search(1.0)
     del search
     assert ray.get(worker.ask.remote(1.0)) == expected
-    assert store_use() > 0.9 * WEIGHTS  # what an idle worker kept of an earlier test may go at the same time
+    assert store_use() > 0.9 * WEIGHTS  # memory that an idle worker kept from an earlier test may be freed meanwhile
     del worker, pool
     assert is_free(store_use)
 
 
 def test_a_bare_module(store_use: Callable[[], int]) -> None:
-    """A module given to a task is published, and freed with the module."""
+    """A module that is passed to a task is published, and its weights are freed with the module."""
     module = pipelines.encoder(1024)
 
     @zerocopy.task
@@ -141,13 +141,13 @@ def test_a_bare_module(store_use: Callable[[], int]) -> None:
         return float(module[0].weight.detach().sum())
 
     assert total(module) == pytest.approx(float(module[0].weight.detach().sum()))
-    assert store_use() > 0.9 * WEIGHTS  # what an idle worker kept of an earlier test may go at the same time
+    assert store_use() > 0.9 * WEIGHTS  # memory that an idle worker kept from an earlier test may be freed meanwhile
     del module
     assert is_free(store_use)
 
 
 def test_a_failed_publishing_leaves_nothing(store_use: Callable[[], int]) -> None:
-    """What is refused is refused before anything is written."""
+    """A pipeline that cannot be pickled is refused before anything is written."""
     with pytest.raises(zerocopy.errors.CannotTravelError):
         zerocopy.publish(pipelines.search(width=1024, settings={"stream": (number for number in ())}))
     assert store_use() <= 0

@@ -1,4 +1,4 @@
-"""No pipeline ever changes by itself, and none takes another one's memory away: connections, forks, threads, owners."""
+"""Do loaded pipelines keep their bytes when connections end, processes fork, threads run and owners end?"""
 
 from __future__ import annotations
 
@@ -131,8 +131,8 @@ cluster.shutdown()
 
 @pytest.mark.long
 def test_a_pipeline_outlives_its_connection_and_its_children() -> None:
-    """Loaded and adopted pipelines keep their bytes after `ray.shutdown()`, when another session fills the store, and when
-    forked children have dropped their copies. A child cannot use its parent's connection, and says so."""
+    """Loaded and adopted pipelines keep their bytes after `ray.shutdown()`, and after forked children drop their copies."""
+    # They keep them also when another session fills the store. A child that uses its parent's connection gets a clear error.
     done = run_python(CONNECTIONS)
     assert done.stdout.splitlines() == [
         "disconnected True",
@@ -156,7 +156,7 @@ def square(seed: int = 0, size: int = 1500) -> nn.Linear:
 
 @contextlib.contextmanager
 def in_other_threads(*steps: Callable[[], object]) -> Iterator[None]:
-    """Repeat each of `steps` in a thread of its own, and raise what they raise."""
+    """Repeat each of `steps` in its own thread, and fail if one of them raises."""
     errors: list[BaseException] = []
     done = threading.Event()
 
@@ -181,7 +181,7 @@ def in_other_threads(*steps: Callable[[], object]) -> Iterator[None]:
 
 @pytest.mark.usefixtures("cluster")
 def test_readers_and_writers_notice_nothing_of_unshare() -> None:
-    """While pages become private, other threads read what is there, and no write of theirs is lost."""
+    """During `unshare` other threads read the right bytes, and none of their writes is lost."""
     expected = square().weight.detach().clone()
     for _ in range(5):
         module = zerocopy.publish(square()).load()
@@ -204,7 +204,7 @@ def test_readers_and_writers_notice_nothing_of_unshare() -> None:
 
 @pytest.mark.usefixtures("cluster")
 def test_threads_go_on_during_an_adoption_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was adopted so far gets private memory again, and other threads read the same all the time."""
+    """If an adoption fails, the adopted tensors get private memory again, and other threads read the same bytes all the time."""
     put, puts = object_store.put, []
 
     def put_some(value: object) -> Any:
@@ -232,7 +232,7 @@ def test_threads_go_on_during_an_adoption_that_fails(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.usefixtures("cluster")
 def test_threads_go_on_during_adoption() -> None:
-    """Operators that run while tensors are re-pointed end well, and give the right answer."""
+    """Operators that run in other threads during an adoption give the right answer."""
     batch = torch.ones(64, 1500)
     for seed in range(8):
         module = nn.Sequential(square(seed), square(seed + 1)).requires_grad_(False)
@@ -248,7 +248,7 @@ def test_threads_go_on_during_adoption() -> None:
 
 @pytest.mark.usefixtures("cluster")
 def test_replaced_memory_is_kept_for_a_while_if_threads_compute(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where no other thread computes it is freed at once, else after the grace period."""
+    """Replaced memory is freed at once if no other thread computes, else after a grace period."""
     monkeypatch.setattr(adoption, "GRACE_SECONDS", 1.0)
     freed: list[str] = []
 
@@ -267,7 +267,7 @@ def test_replaced_memory_is_kept_for_a_while_if_threads_compute(monkeypatch: pyt
 
 @pytest.mark.usefixtures("cluster")
 def test_unshare_refuses_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """More private memory than is free is refused before anything happens: the kernel would end a process."""
+    """`unshare` raises an error, before it changes anything, if the weights do not fit in free memory."""
     module = zerocopy.publish(square()).load()
     monkeypatch.setattr(mapping, "available_memory", lambda: 1_000_000)
     with pytest.raises(OutOfMemoryError, match="1,000,000 are free") as caught:
@@ -291,7 +291,7 @@ class Publisher:
 
 @pytest.mark.usefixtures("cluster")
 def test_a_pipeline_outlives_its_publisher() -> None:
-    """A loaded pipeline whose publisher is gone is published anew, whether it is passed or published by hand."""
+    """A loaded pipeline whose publisher has ended can be published again, and then has a living owner."""
     publisher = Publisher.remote()
     publication = ray.get(publisher.publish.remote(0))
     untouched, passed, in_part = publication.load(), publication.load(), publication.load()
@@ -309,13 +309,13 @@ def test_a_pipeline_outlives_its_publisher() -> None:
 
 
 def all_references(publication: zerocopy.Publication) -> list[ray.ObjectRef[Any]]:
-    """What a publication rests on."""
+    """All object references that a publication needs."""
     return [publication.reference, *manifest_of(publication.reference).shards]
 
 
 @pytest.mark.usefixtures("cluster")
 def test_memory_that_arrays_share_by_dlpack_is_not_moved() -> None:
-    """Such an array refers to the tensor, not to its storage."""
+    """Adoption does not move memory that an array shares by DLPack, so the array and the tensor stay tied."""
     module = nn.Module()
     module.register_buffer("table", torch.ones(1000, 300))
     module.weight = nn.Parameter(torch.ones(1000, 300))
@@ -329,7 +329,7 @@ def test_memory_that_arrays_share_by_dlpack_is_not_moved() -> None:
 
 @pytest.mark.usefixtures("cluster")
 def test_unshare_gives_back_what_several_adoptions_took() -> None:
-    """A pipeline of which parts were adopted at different times needs nothing of the store afterwards."""
+    """After `unshare` a pipeline needs nothing from the store, also if its parts were adopted at different times."""
     module = nn.ModuleList([square(0, 300), square(1, 300)])
     zerocopy.publish(module, adopt=True)
     module[1] = square(2, 300)
@@ -342,7 +342,7 @@ def test_unshare_gives_back_what_several_adoptions_took() -> None:
 
 @pytest.mark.usefixtures("cluster")
 def test_a_child_waits_for_no_thread_of_its_parent() -> None:
-    """A publication can be closed in a child, though another thread was publishing when the child was forked."""
+    """A forked child can close a publication, also if another thread of its parent was publishing during the fork."""
     publication = zerocopy.publish(square(0, 300))
     locked, done = threading.Event(), threading.Event()
 
@@ -355,7 +355,7 @@ def test_a_child_waits_for_no_thread_of_its_parent() -> None:
     thread.start()
     locked.wait()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of Python's, about forks beside threads
+        warnings.simplefilter("ignore")  # Python warns about forks in a process with threads
         child = os.fork()
     if child == 0:
         publication.close()

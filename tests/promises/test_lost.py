@@ -1,4 +1,4 @@
-"""What is sent finds its weights again, after a restart or a retry, as long as it may; and what is lost says why."""
+"""Do arguments of actors and tasks keep their weights through restarts and retries, and do errors explain lost weights?"""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("cluster")
 
 @zerocopy.actor(num_cpus=0.1, max_restarts=1)
 class Holder:
-    """Gets weights in every way that an argument may bring them."""
+    """Takes weights in every kind of argument."""
 
     def __init__(self, *given: Any, **named: Any) -> None:
         self.given = [*given, *named.values()]
@@ -39,7 +39,7 @@ class Holder:
 
 
 def _answer(value: Any) -> float:
-    """What a pipeline says, wherever it is found."""
+    """The answer of a pipeline that is given directly, in a container or as a handle; the sum of an array."""
     if isinstance(value, (dict, list)):
         (value,) = value.values() if isinstance(value, dict) else value
     if isinstance(value, np.ndarray):
@@ -48,7 +48,7 @@ def _answer(value: Any) -> float:
 
 
 def restarted(actor: Any) -> None:
-    """Kill the process of an actor and wait until Ray has started it anew."""
+    """Kill the process of an actor and wait until Ray has restarted it."""
     first = ray.get(actor.pid.remote())
     os.kill(first, 9)
 
@@ -63,11 +63,11 @@ def restarted(actor: Any) -> None:
 
 @pytest.mark.long
 def test_a_restarted_actor_has_its_weights_whatever_became_of_its_arguments(store_use: Callable[[], int]) -> None:
-    """Closed, dropped or changed after the call: an actor finds what it was given as long as its handle lives, and no longer."""
+    """An actor keeps its weights through a restart while its handle lives, also if its arguments were closed or changed."""
     search, passed, wrapped = (pipelines.search(width=64, top_k=number) for number in (1, 2, 3))
     expected = [search(1.0), search(1.0), search(1.0), passed(1.0), wrapped(1.0), search(1.0), 30_000.0]
     wrapper = zerocopy.ModelWrapper.from_model(wrapped)
-    # More than Ray puts into the call itself: it would store it, and drop it once the actor has started.
+    # Larger than an argument inside the call: Ray would store it, and drop it when the actor has started.
     wide = pipelines.search(width=64, settings={"copied": os.urandom(300_000)}, encoder=search.encoder, top_k=1)
     large, of_passed = zerocopy.publish(wide), zerocopy.publish(passed)
     with zerocopy.publish(search) as publication:
@@ -91,7 +91,7 @@ def test_a_restarted_actor_has_its_weights_whatever_became_of_its_arguments(stor
 
 @zerocopy.task(max_retries=2, num_cpus=1)
 def answer_at_the_second_try(*given: Any, marks: str) -> list[float]:
-    """Ends its process at the first try; then waits for a sign."""
+    """Ends its process at the first attempt; at the second attempt waits until the file `go` exists."""
     tries, sign = Path(marks) / "tries", Path(marks) / "go"
     tries.write_text(tries.read_text() + "x" if tries.exists() else "x")
     if len(tries.read_text()) == 1:
@@ -103,7 +103,7 @@ def answer_at_the_second_try(*given: Any, marks: str) -> list[float]:
 
 @pytest.mark.long
 def test_a_retried_task_has_its_weights(store_use: Callable[[], int], tmp_path: Path) -> None:
-    """Closed while the call waits, runs or is tried again: a task finds what it was given until its result is there."""
+    """A task keeps its weights until its result exists, also if they are closed while it waits, runs or is retried."""
     search = pipelines.search(width=64)
     wide = pipelines.search(width=64, settings={"copied": os.urandom(300_000)})
     expected = [search(1.0), search(1.0), search(1.0), wide(1.0)]
@@ -127,7 +127,7 @@ def answer_each(pipeline: pipelines.Search, nested: list[Any], number: float) ->
 
 @pytest.mark.long
 def test_a_map_has_its_weights_to_its_end(store_use: Callable[[], int]) -> None:
-    """What is given to `map` may be closed, dropped or emptied while it runs."""
+    """`map` keeps its weights to its end, also if its arguments are closed, dropped or emptied meanwhile."""
     search = pipelines.search(width=64)
     expected = [2 * search(float(number)) for number in range(6)]
     given, nested = [zerocopy.publish(search)], [zerocopy.publish(search)]
@@ -153,10 +153,10 @@ def take_all_cpus(sign: str) -> None:
 
 
 def test_a_call_that_waits_has_its_weights(tmp_path: Path) -> None:
-    """A publication may be closed while a direct call waits for a worker, be it one that has dropped the weights."""
+    """A publication may be closed while a direct call waits for a worker, also if that worker has dropped the weights."""
     search = pipelines.search(width=64)
     publication = zerocopy.publish(search)
-    assert pipelines.answer(publication, 1.0) == search(1.0)  # now a call names the weights, for a worker that has them
+    assert pipelines.answer(publication, 1.0) == search(1.0)  # later calls only name the weights that workers have
     blocker = take_all_cpus.remote(str(tmp_path / "go"))
     answers: list[float] = []
     thread = threading.Thread(target=lambda: answers.append(pipelines.answer(publication, 1.0)))
@@ -237,7 +237,7 @@ cluster.shutdown()
 
 @pytest.mark.long
 def test_what_is_lost_says_why(tmp_path: Path) -> None:
-    """Each way to lose weights is named, in words and as `reason`, with a way out that fits, also where a task says it."""
+    """For each cause of lost weights the error has a message, a `reason` and a matching hint, also in a task."""
     pickled = tmp_path / "publication.pickle"
     done = run_python(LOSSES, "-", str(pickled), **ORDINARY)
     with pytest.raises(PublicationLostError, match="belongs to another cluster") as of_another:

@@ -1,4 +1,4 @@
-"""Zero copy, measured by the kernel: private memory of workers, peak of the publisher, the total."""
+"""Is it really zero copy? The kernel measures workers' private memory, the publisher's peak, and the total."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def model() -> nn.Sequential:
 
 @contextmanager
 def peak_of_private_memory() -> Iterator[Callable[[], int]]:
-    """Samples this process' anonymous memory every millisecond; call the result for the growth of its peak."""
+    """Samples this process's anonymous memory every millisecond. The result is a function that returns the growth of the peak."""
     start = peak = private_bytes()
     done = threading.Event()
 
@@ -50,7 +50,7 @@ def peak_of_private_memory() -> Iterator[Callable[[], int]]:
 @zerocopy.actor(num_cpus=0.1)
 class Prober:
     def prepare(self) -> None:
-        """What every torch process pays once: thread pools, kernels, this module's imports."""
+        """Cause the memory costs that every torch process has once: thread pools, kernels, the imports of this module."""
         nn.Linear(2048, 2048)(torch.ones(1, 2048))
         private_bytes()
 
@@ -63,11 +63,11 @@ class Prober:
 
 
 def test_a_worker_takes_no_memory_of_its_own(cluster: None) -> None:
-    """Loading and running adds less than 2 % of the model to a worker, and all together stay within 2.1 times its bytes."""
+    """A load and a run add less than 2 % of the model to a worker, and all processes together less than 1.1 times its bytes."""
     weights = model()
     with Prober.pool(4) as pool:
         ray.get([prober.prepare.remote() for prober in pool])
-        # Pages of the store that this process has ever touched stay mapped: only what is added counts.
+        # All pages of the store that this process has touched stay mapped, so only additional memory counts.
         idle = {process.pid: process.private + process.share for process in zerocopy.memory_report().processes}
         publication = zerocopy.publish(weights)
         pids = [os.getpid()]
@@ -83,7 +83,7 @@ def test_a_worker_takes_no_memory_of_its_own(cluster: None) -> None:
 
 
 def test_publishing_makes_no_second_copy(cluster: None) -> None:
-    """The peak of the publisher's private memory grows by less than 2 % of the model, also for many small tensors."""
+    """Publishing raises the peak of private memory by less than 2 % of the model; many small tensors need little more."""
     small = nn.ModuleList([nn.Linear(200, 200, bias=False) for _ in range(600)])
     zerocopy.publish(nn.Linear(8, 8)).close()
     weights = model()
@@ -98,7 +98,7 @@ def test_publishing_makes_no_second_copy(cluster: None) -> None:
 
 
 def test_report(cluster: None) -> None:
-    """A report names processes, adds up and prints, in a notebook as HTML."""
+    """A memory report names processes, has totals, and prints as text and, in a notebook, as HTML."""
     report = zerocopy.memory_report()
     names = [process.name for process in report.processes]
     assert names[0] == "this process"
@@ -109,20 +109,20 @@ def test_report(cluster: None) -> None:
         assert word in text
     assert report._repr_html_().count("<tr>") == len(report.processes) + 2
     ended = os.spawnv(os.P_NOWAIT, "/bin/true", ["true"])
-    os.waitid(os.P_PID, ended, os.WEXITED | os.WNOWAIT)  # ended, but not yet waited for
+    os.waitid(os.P_PID, ended, os.WEXITED | os.WNOWAIT)  # it has ended, but nobody has waited for it yet
     assert zerocopy.memory_report([2**22 + 1, ended]).processes == ()
     os.waitpid(ended, 0)
 
 
 def test_sums() -> None:
-    """Shared pages count once, by their proportional shares; what is saved is the rest."""
+    """Shared pages count once, by their proportional shares; the saved bytes are the rest."""
     one = ProcessMemory(1, "one", private=10, mapped=100, share=50, total=60)
     report = MemoryReport((one, ProcessMemory(2, "two", 20, 100, 50, 70)))
     assert (report.shared, report.private, report.total, one.saved) == (100, 30, 130, 50)
 
 
 def test_memory_written_is_private(cluster: None) -> None:
-    """Written pages of a mapping count as the writer's own."""
+    """Written pages of a mapping count as private memory of the writer."""
     loaded = zerocopy.publish(pipelines.encoder(1024)).load()
     before = zerocopy.memory_report([os.getpid()]).processes[0].private
     with torch.no_grad():
@@ -131,7 +131,7 @@ def test_memory_written_is_private(cluster: None) -> None:
 
 
 def test_no_file_stays_behind(cluster: None) -> None:
-    """Loading opens the store's file and closes it again: dropped mappings leave no descriptor."""
+    """Dropped mappings leave no open file descriptor."""
     publication = zerocopy.publish(pipelines.encoder(256))
     publication.load()
 

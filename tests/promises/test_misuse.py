@@ -1,4 +1,4 @@
-"""A table of misuses and the errors that they raise at the earliest moment."""
+"""Which error does each misuse raise? The table lists them; each is raised as early as possible."""
 
 from __future__ import annotations
 
@@ -639,7 +639,7 @@ MISUSES: list[tuple[Callable[[], object], type[Exception], str]] = [
 
 @pytest.mark.parametrize(("misuse", "builtin", "text"), MISUSES, ids=[misuse.__name__ for misuse, _, _ in MISUSES])
 def test_misuse(misuse: Callable[[], object], builtin: type[Exception], text: str) -> None:
-    """Each misuse is refused in these words, by an error that is ours and a builtin too, and that pickles. No Ray needed."""
+    """Each misuse raises, without Ray, an error with this message that is also a builtin error and can be pickled."""
     with pytest.raises(errors.ZeroCopyError) as caught:
         misuse()
     assert isinstance(caught.value, builtin)
@@ -651,7 +651,7 @@ def test_misuse(misuse: Callable[[], object], builtin: type[Exception], text: st
 
 
 def test_every_error_is_ours() -> None:
-    """All errors have one base, and each is also a builtin that a caller would catch."""
+    """All errors have one base class, and each is also a builtin error."""
     tree = [value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, Exception)]
     tree = [cls for cls in tree if cls.__module__ == errors.__name__ and not issubclass(cls, Warning)]
     assert len(tree) > 8
@@ -662,7 +662,7 @@ def test_every_error_is_ours() -> None:
 
 
 def test_ray_client(monkeypatch: pytest.MonkeyPatch, cluster: None) -> None:
-    """A connection through Ray Client is refused, by every way to publish."""
+    """Every way to publish refuses a connection through Ray Client."""
     search = pipelines.search(width=2)
     monkeypatch.setattr(ray.util.client.ray, "is_connected", lambda: True)
     for use in (lambda: zerocopy.publish(search), lambda: pipelines.answer.remote(search, 1.0), object_store.require):
@@ -673,7 +673,7 @@ def test_ray_client(monkeypatch: pytest.MonkeyPatch, cluster: None) -> None:
 
 
 def test_closed_publication(cluster: None) -> None:
-    """A closed publication is refused as an argument, too."""
+    """A closed publication is also refused as an argument."""
     publication = zerocopy.publish(pipelines.search(width=2))
     publication.close()
     for use in (
@@ -686,7 +686,7 @@ def test_closed_publication(cluster: None) -> None:
 
 
 def test_a_publication_in_the_place_of_its_pipeline(cluster: None) -> None:
-    """It is published already, and holds no tensors: what asks for a live pipeline says so."""
+    """A function that needs a live pipeline refuses a publication with a hint."""
     publication = zerocopy.publish(pipelines.search(width=2))
     for use in (zerocopy.publish, zerocopy.plan, zerocopy.version_of, assert_zero_copy):
         with pytest.raises(errors.ArgumentError, match="got a publication. Hint: "):
@@ -704,6 +704,6 @@ def test_a_publication_in_the_place_of_its_pipeline(cluster: None) -> None:
 
 
 def test_copied_annotation_is_a_policy() -> None:
-    """The annotations are ordinary `Annotated` types."""
+    """`Shared[...]` and `Copied[...]` are ordinary `Annotated` types."""
     assert Copied[int] == Annotated[int, Copied[int].__metadata__[0]]
     assert isinstance(Shared[torch.Tensor].__metadata__[0], type(shared()))

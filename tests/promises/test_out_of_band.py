@@ -1,4 +1,4 @@
-"""References out of band: a closure may capture them in Ray's ordinary mode, and is refused by name where they are forbidden."""
+"""May a closure capture weights? In Ray's ordinary mode yes; if references out of band are forbidden, an error names them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("cluster")
 
 @pytest.mark.alone
 def test_closures_and_globals() -> None:
-    """A pipeline or a publication captured by a function arrives as well; closing it releases what that pinned."""
+    """A function may capture a pipeline or a publication, which then work in its worker."""
     search = pipelines.search(width=64)
     publication = zerocopy.publish(search)
 
@@ -34,7 +34,7 @@ def test_closures_and_globals() -> None:
 
 @pytest.mark.alone
 def test_what_a_closure_pins_is_released_by_close(store_use: Callable[[], int]) -> None:
-    """A publication captured by a function is pinned until it is closed."""
+    """A publication that a function has captured is pinned in the store only until it is closed."""
     publication = zerocopy.publish(pipelines.search(width=1024))
 
     def make() -> object:
@@ -52,7 +52,7 @@ def test_what_a_closure_pins_is_released_by_close(store_use: Callable[[], int]) 
 
 @pytest.mark.alone
 def test_plain_pickles_of_a_handle_are_handles() -> None:
-    """They are closed by themselves: closing the handle leaves what was made of its pickle, and the other way round."""
+    """A handle and a handle from its pickle are closed separately; closing one does not affect the other."""
     search = pipelines.search(width=64)
     first, second = zerocopy.publish(search), zerocopy.publish(search)
     assert pickle.loads(pickle.dumps(first)).load()(1.0) == search(1.0)
@@ -89,7 +89,7 @@ print(ray.get(answer.remote(search)) == search(1.0) == ray.get(answer.remote(pub
 
 
 def test_captures_are_refused_in_our_words(address: str) -> None:
-    """With references out of band forbidden, a capture is refused by name and with the way out; arguments work."""
+    """If references out of band are forbidden, a capture raises an error with a name and a hint; arguments still work."""
     done = run_python(FORBIDDEN, "-", address, RAY_allow_out_of_band_object_ref_serialization="0")
     lines = done.stdout.splitlines()
     assert len(lines) == 6, done.stderr
@@ -101,7 +101,7 @@ def test_captures_are_refused_in_our_words(address: str) -> None:
 
 @ray.remote(num_cpus=0.1, max_calls=1)
 def pickle_briefly(given: list[zerocopy.Publication], loaded: pipelines.Search) -> tuple[int, list[str], list[bytes]]:
-    """What pickling says, and makes, in a process that ends with this task."""
+    """The errors and the results of pickling in a process that ends with this task."""
     search = pipelines.search(width=64)
     stuck = pipelines.search(width=64, settings={"lock": threading.Lock()})
     publication = zerocopy.publish(search)
@@ -124,7 +124,7 @@ def pickle_briefly(given: list[zerocopy.Publication], loaded: pipelines.Search) 
 
 
 def test_a_process_that_ends_soon_pickles_nothing_that_ends_with_it() -> None:
-    """A task with `max_calls=1`, as Serve's builder is one, is told of `name=`; what cannot travel at all says so first."""
+    """In a task with `max_calls=1`, such as Serve's builder, pickling weights that would end with it raises a hint to `name=`."""
     _, errors, _ = ray.get(pickle_briefly.remote([], pipelines.search(width=8)))
     assert errors[0].startswith("OutOfBandError: A pipeline of class Search was pickled")
     assert all(error.startswith("OutOfBandError: A publication of Search was pickled") for error in errors[1:3])
@@ -137,10 +137,10 @@ def test_a_process_that_ends_soon_pickles_nothing_that_ends_with_it() -> None:
 @pytest.mark.long
 @pytest.mark.alone
 def test_it_pickles_what_others_own() -> None:
-    """What it was given can be used after its process has ended."""
+    """Such a process can pickle weights that other processes own, and these still work after it ended."""
     search = pipelines.search(width=64)
     publication = zerocopy.publish(search)
-    # Ray never ends a worker in which a function has captured nested references, as other tests here do: it has one of its own.
+    # This task gets its own worker: Ray never ends a worker where a function captured nested references, as in other tests here.
     of_its_own = pickle_briefly.options(runtime_env={"env_vars": {"A_WORKER_OF_ITS_OWN": "1"}})
     pid, _, made = ray.get(of_its_own.remote([publication], search))
     assert wait_until(lambda: not psutil.pid_exists(pid))
@@ -170,6 +170,6 @@ print(ray.get(outer.remote()))
 @pytest.mark.long
 @pytest.mark.alone
 def test_tasks_with_gpus_capture_as_others_do() -> None:
-    """Ray gives them `max_calls=1` by itself."""
+    """A task with a GPU may capture a pipeline, although Ray gives such tasks `max_calls=1` by default."""
     done = run_python(ON_A_GPU)
     assert done.stdout.strip() == "True", done.stderr

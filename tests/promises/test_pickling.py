@@ -1,4 +1,4 @@
-"""Whatever Ray's pickle keeps, the short ways through it keep; and what Ray does with the `__init__` of an actor, ours do."""
+"""Do objects arrive as with Ray's own pickle, also on zerocopy's faster ways, and do actors run every kind of `__init__`?"""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ from zerocopy.testing import assert_zero_copy, shares_memory
 pytestmark = [
     pytest.mark.usefixtures("cluster"),
     pytest.mark.filterwarnings("ignore"),
-]  # torch's and Ray's, about themselves
+]  # torch and Ray warn about their own code
 WEIGHT = torch.arange(5000.0)
 
 
 @zerocopy.pipeline
 class Holder:
-    """Holds one value of any kind in a shared field."""
+    """A pipeline with one shared field of any kind."""
 
     value: Any = shared()
 
@@ -66,19 +66,19 @@ def registered(
         yield
     finally:
         ray.util.deregister_serializer(cls)
-        if brought is not None:  # what cloudpickle itself brings for this type Ray takes away as well
+        if brought is not None:  # Ray also removes cloudpickle's own reducer for this type
             table[cls] = brought
 
 
 class ByThePair:
-    """What a pair of serializers made."""
+    """The result of a registered pair of serializer and deserializer."""
 
     def __init__(self, content: Any) -> None:
         self.content = content
 
 
 class Guarded(nn.Module):
-    """A module that pickle refuses."""
+    """A module that cannot be pickled."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -93,19 +93,19 @@ def guarded_of(weight: nn.Parameter) -> Guarded:
 
 
 class Labelled(torch.Tensor):
-    """A tensor of a class of its own."""
+    """A tensor subclass."""
 
 
 class Tagged(nn.Parameter):
-    """A parameter of a class of its own."""
+    """A parameter subclass."""
 
 
 class Titled(np.ndarray):
-    """An array of a class of its own."""
+    """An array subclass."""
 
 
 class Engine:
-    """No module, but it holds one, and a lock."""
+    """Not a module, but has a module and a lock."""
 
     def __init__(self) -> None:
         self.net = nn.Linear(2, 2)
@@ -119,7 +119,7 @@ class Pair(NamedTuple):
 
 @zerocopy.pipeline
 class Inner:
-    """A pipeline inside of another one."""
+    """A pipeline inside another pipeline."""
 
     net: nn.Module = shared()
     rest: Any = copied(default=1)
@@ -150,10 +150,8 @@ REGISTRABLE: dict[str, Callable[[], Any]] = {
 @pytest.mark.parametrize("kind", REGISTRABLE)
 @pytest.mark.parametrize("zone", [Zone.SHARED, Zone.AUTO, Zone.COPIED])
 def test_a_registered_pair_wins(kind: str, zone: Zone) -> None:
-    """What `ray.util.register_serializer` gives is walked on, once for an object that is held twice, wherever it is held.
-
-    After it was deregistered the object travels, or is refused, as before.
-    """
+    """A serializer that is registered with Ray is used until it is deregistered, and its result is searched for tensors."""
+    # It is used once for an object that occurs twice. After it is deregistered, the object is pickled, or refused, as before.
     obj = REGISTRABLE[kind]()
     holder = nn.Module()
     holder.held = [obj, {"again": obj}]
@@ -169,13 +167,13 @@ def test_a_registered_pair_wins(kind: str, zone: Zone) -> None:
 
 
 def joined(obj: Any, zone: Zone, **options: Any) -> Any:
-    """Stripped and grafted around the same tensors."""
+    """The object after `strip` and `graft`, with the same tensors."""
     stripped = strip([obj], zone=zone, split=Split.NOWHERE, **options)
     return graft(stripped.payload, stripped.externals)[0]
 
 
 def outcome(holder: Any, zone: Zone) -> Any:
-    """The type that the held object arrives as, or the kind of what is refused."""
+    """The type of the held object after the round trip, or the kind of the object that is refused."""
     try:
         return type(joined(holder, zone).held[0]).__name__
     except CannotTravelError as error:
@@ -183,7 +181,7 @@ def outcome(holder: Any, zone: Zone) -> Any:
 
 
 def test_registered_modules_are_shared() -> None:
-    """A module with a lock travels by its pair, in fields and found by the automatic rule; its weights are views of the store."""
+    """A module with a lock can be published with a registered pair, in any place; its weights are views of the store."""
 
     @zerocopy.pipeline
     class Found:
@@ -203,7 +201,7 @@ def test_registered_modules_are_shared() -> None:
             one, other = publication.load(), publication.load()
             assert_zero_copy(one)
             assert shares_memory(one, other)
-        assert ray.get(weight_sum.remote(Holder(module))) == float(WEIGHT.sum())  # which has registered nothing
+        assert ray.get(weight_sum.remote(Holder(module))) == float(WEIGHT.sum())  # this worker has registered nothing
     with pytest.raises(CannotTravelError, match="lock"):
         zerocopy.publish(module)
 
@@ -216,7 +214,7 @@ def weight_sum(holder: Holder) -> float:
 
 @pytest.mark.parametrize("cls", [torch.Tensor, nn.Parameter, np.ndarray])
 def test_tensors_and_arrays_themselves_are_always_shared(cls: type) -> None:
-    """Ray registers serializers for these types itself, for its other ways to send tensors: weights are shared nonetheless."""
+    """Tensors, parameters and arrays are shared also if a serializer is registered for their type, as Ray does itself."""
     value = {torch.Tensor: WEIGHT, nn.Parameter: nn.Parameter(WEIGHT), np.ndarray: WEIGHT.numpy()}[cls]
     with registered(cls, lambda _: None):
         loaded = zerocopy.publish(Holder([value])).load()
@@ -226,7 +224,7 @@ def test_tensors_and_arrays_themselves_are_always_shared(cls: type) -> None:
 
 @zerocopy.pipeline
 class Sealed:
-    """A pipeline that is to be registered by a user."""
+    """A pipeline for which a user registers a serializer."""
 
     net: nn.Module = shared()
     own: nn.Module = copied()
@@ -244,7 +242,7 @@ def sealed_of(parts: tuple[Any, ...]) -> Sealed:
 
 
 def test_a_registered_pipeline() -> None:
-    """A user's pair wins over the package's own reducer; policies hold for what it gives; deregistering brings passing back."""
+    """A user's serializer for a pipeline replaces zerocopy's reducer until it is deregistered, and fields keep their policies."""
     sealed = Sealed(nn.Linear(4, 4), nn.Linear(4, 4), threading.Lock())
     with registered(Sealed, lambda sealed: (sealed.net, {"own": sealed.own}), sealed_of):
         publication = zerocopy.publish(sealed)
@@ -261,7 +259,7 @@ def test_a_registered_pipeline() -> None:
 
 
 def test_copyreg_counts_too() -> None:
-    """What `copyreg` has for a module, a pipeline or a tensor's class is its way to pickle."""
+    """A reducer that `copyreg` has for a module, a pipeline or a tensor subclass is used."""
     made = {nn.Linear: nn.Linear(2, 2), Labelled: torch.ones(3).as_subclass(Labelled), Sealed: None}
     made[Sealed] = Sealed(nn.Linear(2, 2), nn.Linear(2, 2), threading.Lock())
     for cls, obj in made.items():
@@ -273,7 +271,7 @@ def test_copyreg_counts_too() -> None:
 
 
 class Frozen(nn.Module):
-    """A module that pickles as bytes, for want of a better idea."""
+    """A module whose `__reduce__` returns bytes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -291,7 +289,7 @@ def frozen_of(content: bytes) -> Frozen:
 
 @pytest.mark.parametrize("cls", [nn.Linear, Labelled, Frozen], ids=["registered", "a tensor", "a reduction of its own"])
 def test_what_is_pickled_as_bytes_is_published_again_when_it_changes(cls: Any) -> None:
-    """A module, or a tensor, that gives no tensor to pickle is known to have changed by its own."""
+    """A change of a module or tensor that pickles as bytes is detected by its own tensors."""
     obj = torch.ones(3).as_subclass(Labelled) if cls is Labelled else cls(2, 2) if cls is nn.Linear else cls()
     tensor = obj if cls is Labelled else next(obj.parameters())
     holder = nn.ModuleList([nn.Linear(1, 1)])
@@ -310,7 +308,7 @@ def test_what_is_pickled_as_bytes_is_published_again_when_it_changes(cls: Any) -
 
 
 def test_wrapped_objects_are_registered_too() -> None:
-    """The wrapper of a pipeline that its author cannot mark: its pair wins, and what is to be copied is copied."""
+    """A registered pair also applies to an object in a `ModelWrapper`."""
     engine = Engine()
     with registered(Engine, lambda engine: engine.net):
         wrapper = zerocopy.ModelWrapper.from_model(engine, mode="actor")
@@ -318,7 +316,7 @@ def test_wrapped_objects_are_registered_too() -> None:
         wrapper.close()
 
 
-# Classes with odd bases, reducers, slots and states:
+# Classes with unusual bases, reducers, slots and states:
 
 T = TypeVar("T")
 
@@ -328,7 +326,7 @@ class Described(Protocol):
 
 
 class Mixed:
-    """A base with slots that no instance fills."""
+    """A base class with empty slots."""
 
     __slots__ = ()
 
@@ -370,7 +368,7 @@ class WithSlot:
 
 @functools.cache
 def class_of(base: str, slots: str, state: str, reducer: str) -> Any:
-    """A class as described, in this module, so that it is pickled by reference; None where Python has no such class."""
+    """A class with these properties, in this module so that it is pickled by reference; None if Python does not allow it."""
     body: dict[str, Any] = {"__module__": __name__, "__hash__": object.__hash__, **state_methods(state)}
     bases = BASES[base]
     if slots != "none":
@@ -380,7 +378,7 @@ def class_of(base: str, slots: str, state: str, reducer: str) -> Any:
     name = f"Odd{next(_count)}"
     try:
         cls = types.new_class(name, bases, exec_body=lambda members: members.update(body))
-    except TypeError:  # no slots beside what has a length of its own, no two layouts
+    except TypeError:  # variable-size types allow no slots, and two layouts conflict
         return None
     return globals().setdefault(name, cls)
 
@@ -415,7 +413,7 @@ def reducing_methods(reducer: str, content: tuple[Any, ...]) -> dict[str, Any]:
 
     def new(cls: Any, *args: Any) -> Any:
         obj = super(cls, cls).__new__(cls, *args)
-        with contextlib.suppress(AttributeError):  # it has slots only
+        with contextlib.suppress(AttributeError):  # a class with slots only
             object.__setattr__(obj, "by_new", 1)
         return obj
 
@@ -434,12 +432,12 @@ def new_arguments(cls: Any) -> tuple[Any, ...]:
 
 
 def instance_of(cls: Any, slots: str, initialized: bool) -> Any:
-    """An instance with all that its class has room for."""
+    """An instance with a value in every attribute and slot that its class allows."""
     obj = cls.__new__(cls, *new_arguments(cls))
     if issubclass(cls, nn.Module) and initialized:
         with contextlib.suppress(
             TypeError
-        ):  # torch.compile, where it was used before, asks for weak references at the end
+        ):  # if torch.compile was used before, `__init__` needs weak references at its end
             nn.Linear.__init__(obj, 2, 2) if issubclass(cls, nn.Linear) else nn.Module.__init__(obj)
         obj.child = nn.Linear(2, 2)
         obj.tied = obj.child
@@ -449,7 +447,7 @@ def instance_of(cls: Any, slots: str, initialized: bool) -> Any:
     if slots in ("filled", "inherited"):
         object.__setattr__(obj, "kept" if slots == "filled" else "inherited", ["in a slot", WEIGHT])
     for name, value in (("extra", [WEIGHT]), ("by_new", 2)):
-        with contextlib.suppress(AttributeError, TypeError):  # it has slots only
+        with contextlib.suppress(AttributeError, TypeError):  # a class with slots only
             object.__setattr__(obj, name, value)
     return obj
 
@@ -471,7 +469,7 @@ def reducer_registered(cls: Any, reducer: str) -> Iterator[None]:
 
 
 def by_ray(obj: Any) -> Any:
-    """What Ray's pickle makes of an object, observed; None where it cannot travel so."""
+    """The observed result of Ray's pickle for an object; None if it cannot be pickled."""
     try:
         return observe(pickle.loads(ray.cloudpickle.dumps(obj)))
     except Exception:
@@ -489,7 +487,7 @@ WAYS: dict[str, dict[str, Any]] = {
 @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
 @given(SPECS)
 def test_what_pickle_keeps_is_kept(spec: tuple[str, str, str, str, bool]) -> None:
-    """An object of an odd class arrives as Ray's pickle would bring it: type, items, attributes, bytes, identities."""
+    """An object of an unusual class arrives as with Ray's pickle: with its type, items, attributes, bytes and identities."""
     *described, initialized = spec
     _, slots, _, reducer = described
     cls = class_of(*described)
@@ -509,7 +507,7 @@ def test_what_pickle_keeps_is_kept(spec: tuple[str, str, str, str, bool]) -> Non
 
 
 def test_most_of_the_odd_classes_travel() -> None:
-    """The test above compares something: Ray's pickle takes most of the classes, and of each base and each reducer some."""
+    """Ray's pickle takes some classes of each base and each reducer, so the test above does compare objects."""
     compared = set()
     for base, slots, state, reducer in itertools.product(BASES, ("none",), ("its own", "more"), REDUCERS):
         cls = class_of(base, slots, state, reducer)
@@ -520,7 +518,7 @@ def test_most_of_the_odd_classes_travel() -> None:
 
 
 def test_modules_without_weak_references() -> None:
-    """A module that is a tuple, which Python has no weak references to, is published once until it changes."""
+    """A module that allows no weak references, such as a tuple, is published only once until it changes."""
     module = instance_of(class_of("a tuple", "none", "its own", "none"), "none", True)
     assert not type(module).__weakrefoffset__
     holder = Holder([module])
@@ -549,13 +547,13 @@ class StatedTensor(torch.Tensor):
 
 
 class DictModule(nn.Module, dict):
-    """A module that is a dict, too."""
+    """A module that is also a dict."""
 
     __hash__ = object.__hash__  # type: ignore[assignment]
 
 
 def test_states_of_tensors() -> None:
-    """A subclass of tensors keeps what it has in slots and in attributes, and its own way to be set."""
+    """A tensor subclass keeps its slots and attributes, and its own `__setstate__` is used."""
     slotted, stated = WEIGHT.clone().as_subclass(SlottedTensor), WEIGHT.clone().as_subclass(StatedTensor)
     slotted.label, slotted.more = "in a slot", "an attribute"
     first, second = zerocopy.publish(Holder([slotted, stated])).load().value
@@ -564,7 +562,7 @@ def test_states_of_tensors() -> None:
 
 
 def test_parametrized_modules_of_odd_classes() -> None:
-    """A parametrized module that is a dict, with a state of its own, keeps all of that."""
+    """A parametrized module that is a dict and has its own state methods keeps its parametrization, items and state."""
 
     class Odd(nn.Linear, dict):
         __hash__ = object.__hash__  # type: ignore[assignment]
@@ -586,7 +584,7 @@ def test_parametrized_modules_of_odd_classes() -> None:
 
 
 def test_what_new_makes_stays() -> None:
-    """Attributes that `__new__` gives and the state leaves out are there after loading."""
+    """Attributes that `__new__` sets and the state leaves out exist after loading."""
 
     class Locked(nn.Module):
         def __new__(cls) -> Locked:
@@ -606,7 +604,7 @@ def test_what_new_makes_stays() -> None:
 
 
 def test_a_reducer_of_one_instance() -> None:
-    """A `__reduce_ex__` that was given to one module alone is asked, as pickle asks it."""
+    """A `__reduce_ex__` that is set on one instance is used, as in pickle."""
     module = nn.Linear(2, 2)
     module.__reduce_ex__ = lambda _: (ByThePair, (WEIGHT,))  # type: ignore[method-assign, assignment]
     assert pickle.loads(ray.cloudpickle.dumps(module)).content.shape == WEIGHT.shape
@@ -615,7 +613,7 @@ def test_a_reducer_of_one_instance() -> None:
 
 
 def test_arrays_that_set_themselves() -> None:
-    """A subclass of arrays with a way of its own to be set is set by it."""
+    """An array subclass with its own `__setstate__` is loaded with it."""
 
     class Set(np.ndarray):
         def __reduce__(self) -> Any:
@@ -631,7 +629,7 @@ def test_arrays_that_set_themselves() -> None:
 
 
 def test_ordinary_modules_take_the_short_way() -> None:
-    """Generic, abstract and mixed-in bases leave a module ordinary; whatever keeps something beside its members does not."""
+    """Modules with generic bases are reduced in the fast way; modules with content besides their members are not."""
     reduce = ModuleReducer().reduce
     cls = class_of("a generic module", "none", "its own", "none")
     assert reduce(nn.Linear(2, 2)) is not None
@@ -666,7 +664,7 @@ class Chain(nn.Module, list):
 
 @pytest.mark.parametrize("cls", [Shelf, Chain])
 def test_pipelines_that_are_containers(cls: Any) -> None:
-    """Items arrive, those that are modules shared, those that a copied field holds too copied, once each."""
+    """In a pipeline that is a container, items that are modules are shared, and items that a copied field also has are copied."""
     pipeline = cls(nn.Linear(4, 4), nn.Linear(4, 4))
     items = [nn.Linear(4, 4), pipeline.own, pipeline.net, WEIGHT, pipeline]
     pipeline.extend(items) if cls is Chain else pipeline.update(enumerate(items))
@@ -686,7 +684,7 @@ def test_pipelines_that_are_containers(cls: Any) -> None:
 
 
 def test_classes_by_value() -> None:
-    """Odd classes that no worker can import arrive with all that they hold."""
+    """Instances of unusual classes that no worker can import arrive with all their content."""
 
     class Local(nn.Module, dict):
         __hash__ = object.__hash__  # type: ignore[assignment]
@@ -708,7 +706,7 @@ def observed(publication: zerocopy.Publication) -> Any:
 
 
 def test_an_object_with_attributes_is_one_in_both_parts() -> None:
-    """A tuple of a class with attributes that a shared and a copied field hold stays one object."""
+    """A tuple subclass with attributes stays one object if a shared and a copied field both have it."""
 
     class Named(Pair):
         pass
@@ -796,7 +794,7 @@ def in_a_dict_module(lock: Any) -> Any:
 
 
 class Giving(nn.Module):
-    """A module that gives a lock to pickle which it does not hold, after what it holds."""
+    """A module whose `__reduce__` adds a lock that the module itself does not have."""
 
     def __init__(self, _: Any = None) -> None:
         super().__init__()
@@ -844,7 +842,7 @@ def with_slot(lock: Any) -> Any:
 
 @pytest.mark.parametrize("kind", PATHS)
 def test_what_is_refused_has_a_path(kind: str) -> None:
-    """It is the culprit's, or, of what an object pickles instead of itself, that object's."""
+    """The error has the path of the refused object, or of the object whose pickle contains it."""
     make, below = PATHS[kind]
     culprit = make(threading.Lock())
     for pipeline, start in ((Holder({"net": culprit}), "holder.value['net']"), (Holder(culprit), "holder.value")):
@@ -858,7 +856,7 @@ def test_what_is_refused_has_a_path(kind: str) -> None:
 
 
 def test_a_program_alone_has_a_path() -> None:
-    """An exported program that is published by itself, too."""
+    """An error about an exported program that is published directly has a path too."""
     with pytest.raises(
         CannotTravelError, match=r"^\"exportedprogram.constants\['table'\]\" is a 'lock', which cannot leave"
     ):
@@ -866,7 +864,7 @@ def test_a_program_alone_has_a_path() -> None:
 
 
 def test_what_a_registered_pair_gives_has_a_path() -> None:
-    """A lock that a user's pair brings along is told by the object that the pair is for."""
+    """If a user's serializer returns a lock, the error has the path of the serialized object."""
     engine = Engine()
     with (
         registered(Engine, lambda engine: [engine.net, threading.Lock()]),
@@ -876,7 +874,7 @@ def test_what_a_registered_pair_gives_has_a_path() -> None:
 
 
 def test_hints_for_meta_tensors() -> None:
-    """A model without weights is to be loaded; one that accelerate has offloaded is to be loaded without offloading."""
+    """The hint for meta tensors is to load the weights, or, after offloading by accelerate, to load without offloading."""
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     with pytest.raises(
@@ -894,11 +892,11 @@ def test_hints_for_meta_tensors() -> None:
         zerocopy.publish(Holder(model))
 
 
-# The `__init__` of actors, and what async actors are told:
+# The `__init__` of actors, and Ray's advice to async actors:
 
 
 class Base:
-    """Undecorated, with an async `__init__`."""
+    """An undecorated class with an async `__init__`."""
 
     async def __init__(self, pipeline: Any) -> None:
         await asyncio.sleep(0)
@@ -907,18 +905,18 @@ class Base:
 
 @zerocopy.actor(num_cpus=0.1)
 class Derived(Base):
-    """Inherits it."""
+    """Inherits the async `__init__`."""
 
 
 class Further(Derived):
-    """Overrides it, and has async methods that load."""
+    """Overrides the async `__init__`, and has an async method that loads."""
 
     async def __init__(self, pipeline: pipelines.Search, limit: int = 3) -> None:
         await super().__init__(pipeline)
         self.limit = limit
 
     async def loaded(self, publication: zerocopy.Publication, passed: pipelines.Search) -> Any:
-        """What arrived, by every way to load, and what Ray's logger was told before and after a `ray.get` of this author."""
+        """Load in every way, and return results and the messages of Ray's logger before and after a `ray.get` in this method."""
         with logged() as texts:
             here = publication.load()
             there = await asyncio.to_thread(publication.load)
@@ -941,7 +939,7 @@ def logged() -> Iterator[list[str]]:
 
 
 def test_async_init_and_quiet_loads() -> None:
-    """An async `__init__` runs with its arguments loaded. No load gives the advice that Ray gives to authors who block."""
+    """An async `__init__` gets its arguments loaded, and no load causes Ray's advice against a blocking `ray.get`."""
     search = pipelines.search(width=32)
     publication = zerocopy.publish(search)
     actor = Further.remote(search, limit=4)
@@ -952,7 +950,7 @@ def test_async_init_and_quiet_loads() -> None:
 
 
 def test_what_init_gives_is_handed_on() -> None:
-    """Whatever else an `__init__` may be, Python refuses it, or runs it, as it does in a plain class."""
+    """Python refuses a wrong `__init__`, such as a generator, with the same error as in a plain class."""
 
     def generator(self: Any) -> Iterator[int]:
         yield 1
@@ -978,7 +976,7 @@ def test_what_init_gives_is_handed_on() -> None:
 
 
 class Called(type):
-    """A metaclass that makes instances in a way of its own, which Ray's actors do not ask."""
+    """A metaclass with its own `__call__`, which Ray's actors do not use."""
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         made = super().__call__(*args, **kwargs)
@@ -988,7 +986,7 @@ class Called(type):
 
 @zerocopy.actor(num_cpus=0.1)
 class Partial(metaclass=Called):
-    """Its `__init__` is a method with an argument filled in."""
+    """Its `__init__` is a `partialmethod`."""
 
     called = False
 
@@ -1003,7 +1001,7 @@ class Partial(metaclass=Called):
 
 
 def test_a_partial_method_as_init_and_a_metaclass() -> None:
-    """Both work as they do in plain actors."""
+    """A `partialmethod` as `__init__` and a metaclass work as in plain actors."""
     search = pipelines.search(width=8)
     here = Partial(search)
     assert (here.flag, here.called) == (True, True)

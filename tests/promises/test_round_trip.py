@@ -1,4 +1,4 @@
-"""Random pipelines through the store: what comes out is what went in, and writes stay where they are made."""
+"""Are random pipelines equal to the original after a round trip through the store, and do writes stay in one load?"""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from zerocopy import copied, shared
 pytestmark = [pytest.mark.usefixtures("cluster"), pytest.mark.filterwarnings("ignore")]
 
 EXAMPLES = int(os.environ.get("ZEROCOPY_EXAMPLES", "300"))  # a longer run: ZEROCOPY_EXAMPLES=5000
-ELSEWHERE = 20  # every so many examples are loaded in another process too
+ELSEWHERE = 20  # each 20th example is also loaded in another process
 CHECKS = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
 DTYPES = [
     torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.complex64, torch.int64,
@@ -48,10 +48,10 @@ class Random:
 
 
 class Block(nn.Module):
-    """A module with members of every sort."""
+    """A module with members of every kind."""
 
     def forward(self) -> list[str]:
-        """What its parameters, buffers and linear layers amount to, here and below."""
+        """The sums of its parameters and buffers and the outputs of its linear layers, also of the blocks inside it."""
         members = [*self.parameters(recurse=False), *self.buffers(recurse=False)]
         found = [str(member.detach().to(torch.complex64).sum().item()) for member in members]
         for child in self.children():
@@ -63,7 +63,7 @@ class Block(nn.Module):
 
 
 def pick(draw: st.DrawFn, items: list[Any]) -> Any:
-    """One of them. `sampled_from` would make a strategy at each draw, and describe every item."""
+    """One of the items. `sampled_from` would create a strategy at each draw and describe every item."""
     return items[draw(st.integers(0, len(items) - 1))]
 
 
@@ -91,7 +91,7 @@ POOLS = st.lists(tensors(), min_size=1, max_size=4)
 
 
 def pool_of(draw: st.DrawFn) -> list[torch.Tensor]:
-    """Tensors to be used more than once, and views of them."""
+    """Tensors that are used several times, and views of them."""
     own = draw(POOLS)
     return own + [pick(draw, views(tensor.detach())) for tensor in own]
 
@@ -119,7 +119,7 @@ def block_of(draw: st.DrawFn, pool: list[torch.Tensor], depth: int = 2) -> nn.Mo
 
 
 def value_of(draw: st.DrawFn, pool: list[Any], depth: int = 3) -> Any:
-    """Something of the pool, or plain data, by itself or in containers."""
+    """An object of the pool or plain data, alone or in containers."""
     kind = draw(st.integers(0, 4 if depth else 1))
     if kind == 0:
         return pick(draw, pool)
@@ -148,7 +148,7 @@ def observed(publication: zerocopy.Publication) -> Any:
 @CHECKS
 @given(pipelines())
 def test_what_comes_out_is_what_went_in(pipeline: Random) -> None:
-    """Types, identities, storages, bytes, strides, flags and modes are those of the original, here and elsewhere."""
+    """A loaded pipeline has the types, identities, storages, bytes, strides, flags and modes of the original in every process."""
     expected = observe(pipeline)
     with zerocopy.publish(pipeline) as publication:
         loaded = publication.load()
@@ -157,7 +157,7 @@ def test_what_comes_out_is_what_went_in(pipeline: Random) -> None:
         assert loaded.model() == pipeline.model()
         if next(_count) % ELSEWHERE == 0:
             assert not difference(expected, ray.get(observed.remote(publication)))
-    with contextlib.suppress(AttributeError, NotImplementedError, RuntimeError):  # where pickle has an answer
+    with contextlib.suppress(AttributeError, NotImplementedError, RuntimeError):  # compared only if pickle succeeds
         pickled = pickle.loads(pickle.dumps(pipeline))
         assert list(pickled.model.state_dict()) == list(loaded.model.state_dict())
         assert pickled.model() == loaded.model()
@@ -168,14 +168,14 @@ def test_what_comes_out_is_what_went_in(pipeline: Random) -> None:
 @CHECKS
 @given(pipelines(), st.data())
 def test_writes_change_nothing_elsewhere(pipeline: Random, data: st.DataObject) -> None:
-    """Whatever is written into one load, neither another load nor the original sees it."""
+    """A write to one load never reaches another load or the original."""
     expected = observe(pipeline)
     with zerocopy.publish(pipeline) as publication:
         written, other = publication.load(), publication.load()
         for tensor in [*written.model.parameters(), *written.model.buffers()]:
             if tensor.numel() and data.draw(FLAGS):
                 tensor.data.view(-1)[:1].zero_() if tensor.is_contiguous() else None
-                with torch.no_grad(), contextlib.suppress(RuntimeError):  # overlapping memory refuses to be filled
+                with torch.no_grad(), contextlib.suppress(RuntimeError):  # torch refuses to fill overlapping memory
                     tensor.copy_(torch.ones_like(tensor))
         assert not difference(expected, observe(other))
         assert not difference(expected, observe(publication.load()))

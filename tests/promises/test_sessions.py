@@ -1,4 +1,4 @@
-"""Crowded stores, and connections to Ray that end."""
+"""What happens when the store is full, and when connections to Ray end?"""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ assert_zero_copy(zerocopy.publish(search).load())
 
 @pytest.mark.long
 def test_crowded_stores_and_ended_sessions(address: str) -> None:
-    """A model beyond the free memory of the store lies in a file, mapped the same way; after `ray.shutdown()` a publication is
-    lost, in words, what was loaded goes on, and a new session publishes anew."""
+    """A model larger than the store's free memory is mapped from a file, and loaded pipelines work after `ray.shutdown()`."""
+    # After `ray.shutdown()` loads of a publication raise an error, and a new session can publish the pipelines again.
     done = run_python(PROGRAM, "-", address)
     lost = "This publication of Search belongs to a connection to Ray that has ended. Hint: publish the pipeline again."
     assert done.stdout.splitlines() == [

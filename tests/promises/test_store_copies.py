@@ -1,4 +1,4 @@
-"""What came from the store and has its bytes is never written again: only changed storages are."""
+"""Does passing on a pipeline that came from the store write only the storages that changed?"""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ def fused_step(module: nn.Sequential) -> None:
     optimizer.zero_grad()
 
 
-TINY = 1  # storage, the counter of batches: each load copies it, and to write its bytes again costs nothing
+TINY = 1  # one storage, the batch counter: each load copies it, and writing its few bytes again costs nothing
 
-# What is done to a pipeline, and how many storages of its 13 are then written: a layer has two.
+# A change of the pipeline, and how many of its 13 storages are then written: a layer has two.
 CHANGES: dict[str, tuple[Callable[[nn.Sequential], object], int]] = {
     "frozen": (lambda module: module.requires_grad_(False), 0),
     "frozen in part": (lambda module: module[0].requires_grad_(False), 0),
@@ -75,7 +75,7 @@ def passed(pipeline: Any) -> Any:
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("kind", ["loaded", "adopted", "loaded in another pipeline"])
 def test_only_changed_storages_are_written(kind: str, change: str, publishings: list[int]) -> None:
-    """A pipeline that came from the store is passed on after a change, by hand and automatically, and after another one."""
+    """After a change of a loaded or adopted pipeline, passing it on writes only the changed storages, and only once."""
     pipeline = Two(stack())
     publication = zerocopy.publish(pipeline, adopt=kind == "adopted")
     if kind != "adopted":
@@ -96,7 +96,7 @@ def test_only_changed_storages_are_written(kind: str, change: str, publishings: 
 
 
 def test_replicas_that_freeze_their_models_share_one_copy(store_use: Callable[[], int]) -> None:
-    """Three loads are frozen and passed on, as replicas of Serve do by themselves: the store holds one set of weights."""
+    """The store has one set of weights when three replicas freeze their loaded models and pass them on."""
     publication = zerocopy.publish(pipelines.encoder(1024))
     before = store_use()
     kept = []
@@ -107,7 +107,7 @@ def test_replicas_that_freeze_their_models_share_one_copy(store_use: Callable[[]
 
 
 def test_a_shallow_copy_shares_the_weights(publishings: list[int]) -> None:
-    """A copy of a loaded pipeline, and a pipeline over some of its modules, write nothing but their structure."""
+    """Passing a shallow copy of a loaded pipeline, or a pipeline with some of its modules, writes no weights."""
     loaded = zerocopy.publish(Two(stack())).load()
     del publishings[:]
     for pipeline in (copy.copy(loaded), Two(loaded.first[0]), Two(loaded.first[1], loaded.first[2].weight)):
@@ -116,7 +116,7 @@ def test_a_shallow_copy_shares_the_weights(publishings: list[int]) -> None:
 
 
 def test_what_is_changed_in_ordinary_memory_is_written_alone(publishings: list[int]) -> None:
-    """In the process that publishes, too, a changed layer is written without the others."""
+    """In the publishing process, a changed layer is also written without the other layers."""
     pipeline = Two(stack())
     passed(pipeline)
     del publishings[:]
@@ -127,7 +127,7 @@ def test_what_is_changed_in_ordinary_memory_is_written_alone(publishings: list[i
 
 
 def test_superseded_weights_are_freed(store_use: Callable[[], int]) -> None:
-    """What is needed of old weights is written again where most of them is not: the store does not keep both."""
+    """Old weights leave the store: if a small part of them is still needed, it is written again with the new weights."""
     pipeline = Two(pipelines.encoder(1024), torch.ones(1000))
     size = zerocopy.plan(pipeline).shared_bytes
     before = store_use()
@@ -141,7 +141,7 @@ def test_superseded_weights_are_freed(store_use: Callable[[], int]) -> None:
 
 @pytest.mark.parametrize("kind", ["loaded twice", "adopted beside a load", "published beside a load", "arrays"])
 def test_two_loads_in_one_pipeline_stay_two(kind: str) -> None:
-    """Weights that lie in one place of the store, and are different memory, are different memory where they arrive."""
+    """Two loads of the same weights in one pipeline still have separate memory in the process that receives it."""
     model: Any = np.zeros(5000) if kind == "arrays" else nn.Linear(64, 64)
     publication = zerocopy.publish(Two(model), adopt=kind == "adopted beside a load")
     first = model if "beside" in kind else publication.load().first
@@ -155,7 +155,7 @@ def test_two_loads_in_one_pipeline_stay_two(kind: str) -> None:
 
 @pytest.mark.parametrize("by_hand", [False, True], ids=["passed", "published"])
 def test_a_version_keeps_no_older_ones(by_hand: bool, store_use: Callable[[], int]) -> None:
-    """However often parts of a pipeline change in turn, the store holds about what its last version needs."""
+    """If parts of a pipeline change often, the store keeps at most about twice the bytes of its last version."""
     pipeline = Two(pipelines.encoder(512, seed=1), pipelines.encoder(512, seed=2))
     size = zerocopy.plan(pipeline).shared_bytes
     before = store_use()
@@ -172,7 +172,7 @@ def test_a_version_keeps_no_older_ones(by_hand: bool, store_use: Callable[[], in
 
 
 def test_half_of_an_old_shard_is_needed_in_every_version(store_use: Callable[[], int]) -> None:
-    """An object of the store that is needed for less than half of its bytes is given up, also if a later version inherited it."""
+    """An object in the store is dropped when less than half of its bytes are needed, also if a later version inherited it."""
     layers = 12
     pipeline = Two(nn.Sequential(*(nn.Linear(256, 256, bias=False) for _ in range(layers))))
     size = zerocopy.plan(pipeline).shared_bytes
@@ -187,7 +187,7 @@ def test_half_of_an_old_shard_is_needed_in_every_version(store_use: Callable[[],
 
 @pytest.mark.parametrize("adopt", [False, True], ids=["loaded", "adopted"])
 def test_what_was_written_once_is_published_once(adopt: bool, publishings: list[int]) -> None:
-    """A pipeline that came from the store, and was written after that, is compared with what it was published as since."""
+    """A loaded pipeline that was written and passed on is not published again until the next write."""
     pipeline = Two(stack())
     publication = zerocopy.publish(pipeline, adopt=adopt)
     pipeline = pipeline if adopt else publication.load()

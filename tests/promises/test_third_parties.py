@@ -1,6 +1,6 @@
-"""Models of other libraries, as they are: made from configs, or the packaged MiniLM.
+"""Do unchanged models of other libraries work: models made from configs, and the packaged MiniLM?
 
-The libraries are imported where they are used: they take ten seconds, which processes that run other tests need not spend.
+The libraries are imported inside functions: the import takes ten seconds, which other test processes then do not need.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ RUNS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
 
 @ray.remote(num_cpus=0.1)
 class Elsewhere:
-    """One process for all of them."""
+    """One process for all models."""
 
     def run(self, publication: zerocopy.Publication, run: Callable[[Any], Any]) -> Any:
         loaded = publication.load()
@@ -89,7 +89,7 @@ def elsewhere(cluster: None) -> Any:
 @pytest.mark.long
 @pytest.mark.parametrize("kind", RUNS)
 def test_runs_elsewhere_over_shared_weights(kind: str, elsewhere: Any) -> None:
-    """It gives the same in another process, where every weight is a view of the store."""
+    """A model of another library gives the same results in another process, where every weight is a view of the store."""
     make, run = RUNS[kind]
     original = make()
     with torch.inference_mode():

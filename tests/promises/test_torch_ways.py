@@ -1,4 +1,4 @@
-"""After publishing, every way of torch to change a module works as before."""
+"""Do all functions of torch that change a module still work after it was published?"""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("cluster")
 
 
 class Scaled(torch.Tensor):
-    """A subclass, whose tensors torch always swaps."""
+    """A tensor subclass, for which torch always swaps tensors."""
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -92,7 +92,7 @@ def swapping(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("state", STATES)
 def test_every_way_to_change_a_module_works(state: str, change: str) -> None:
-    """A module changes as one that was never published does, and is published again as it is then."""
+    """A published, adopted or loaded module changes like one that was never published, and is then published with the change."""
     torch.manual_seed(0)
     ours, plain = STATES[state](net()), net()
     plain.load_state_dict(ours.state_dict())
@@ -134,7 +134,7 @@ def observers() -> nn.ModuleDict:
 
 @pytest.mark.parametrize("state", STATES)
 def test_observers_grow(state: str) -> None:
-    """Observers start with one element, and grow to one per channel."""
+    """Observers of a published module can grow from one element to one per channel."""
     ours, plain = STATES[state](observers()), observers()
     batch = torch.randn(32, 16, generator=torch.Generator().manual_seed(0))
     for module in (ours, plain):
@@ -146,7 +146,7 @@ def test_observers_grow(state: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.bfloat16, torch.float32, torch.complex128])
 def test_single_elements_and_copied_tensors_grow(dtype: torch.dtype) -> None:
-    """Storages of one element, and those of `copied()` fields, can be resized after a load."""
+    """Storages with one element, and storages of `copied()` fields, can be resized after a load."""
     found = zerocopy.publish(Observed(observers(), torch.ones(1000), torch.ones((), dtype=dtype))).load()
     for tensor in (found.index, found.table):
         before = tensor.flatten()[:1].clone()
@@ -157,7 +157,7 @@ def test_single_elements_and_copied_tensors_grow(dtype: torch.dtype) -> None:
 
 
 def test_views_of_a_tiny_storage_stay_tied() -> None:
-    """Tensors and arrays over one storage of a few bytes are over one storage after a load."""
+    """Tensors and arrays that share one storage of a few bytes still share it after a load."""
     base = torch.arange(4, dtype=torch.uint8)
     value = {"base": base, "view": base[1:3], "array": base.numpy()}
     found = zerocopy.publish(Observed(observers(), base, value)).load().index
@@ -167,7 +167,7 @@ def test_views_of_a_tiny_storage_stay_tied() -> None:
 
 
 def test_tiny_storages_are_no_copies_to_complain_about() -> None:
-    """What each load copies on purpose is not reported, and a pipeline with nothing else is passed on as it came."""
+    """`assert_zero_copy` ignores tiny storages, which each load copies by design, and passing them on writes nothing."""
     publication = zerocopy.publish(nn.BatchNorm1d(2))
     module = publication.load()
     assert_zero_copy(module)

@@ -1,6 +1,6 @@
-"""What can a process write to the store? By what it has loaded, nothing; on purpose, as much as any worker of Ray.
+"""What can a process write to the store? Nothing through its loaded pipelines; on purpose, as much as any worker of Ray.
 
-Each way to write is tried in a worker. The driver looks afterwards: at Ray's own bytes, and at what it loads itself.
+A worker tries each way to write. Then the driver checks Ray's own bytes and a load of its own.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def refuse_if(failed: bool) -> None:
-    """Raise what the last call of the C library has left."""
+    """Raise the error of the last call of the C library, if it failed."""
     if failed:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
@@ -56,7 +56,7 @@ def by_memmove(search: Numbered) -> None:
 
 
 def by_a_system_call(search: Numbered) -> None:
-    """The kernel writes what it reads from a file."""
+    """The kernel reads from a file into the weights."""
     with tempfile.TemporaryFile(buffering=0) as file:
         file.write(NINES)
         file.seek(0)
@@ -93,7 +93,7 @@ def after_mprotect(search: Numbered) -> None:
 
 
 def before_msync(search: Numbered) -> None:
-    """A write, and the order to write it to the file."""
+    """Write, and then ask the kernel to write the page to the file."""
     by_memmove(search)
     start = address_of(search) - address_of(search) % mmap.PAGESIZE
     refuse_if(_libc.msync(ctypes.c_void_p(start), mmap.PAGESIZE, 4) != 0)  # MS_SYNC
@@ -104,12 +104,12 @@ PRIVATE += [before_msync]
 
 
 def own_descriptors() -> Iterator[int]:
-    """Those of this process by which the store's file is open."""
+    """The descriptors of this process that have the store's file open."""
     for entry in os.scandir("/proc/self/fd"):
         try:
             if is_store_file(str(Path(entry.path).readlink())):
                 yield int(entry.name)
-        except FileNotFoundError:  # that of the folder itself
+        except FileNotFoundError:  # the descriptor of the folder itself
             continue
 
 
@@ -118,7 +118,7 @@ def own_descriptor() -> int:
 
 
 def removing_pages(search: Numbered) -> None:
-    """MADV_REMOVE, which frees pages of the file itself."""
+    """Call madvise with MADV_REMOVE, which frees pages of the file itself."""
     start = address_of(search) - address_of(search) % mmap.PAGESIZE
     refuse_if(_libc.madvise(ctypes.c_void_p(start), mmap.PAGESIZE, 9) != 0)
 
@@ -132,12 +132,12 @@ def truncating_the_descriptor(search: Numbered) -> None:
 
 
 def mapping_the_descriptor(search: Numbered) -> None:
-    """Shared and writable."""
+    """Map the descriptor shared and writable."""
     mmap.mmap(own_descriptor(), mmap.PAGESIZE, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
 
 
 def protecting_a_shared_mapping(search: Numbered) -> None:
-    """Shared and read-only, and made writable afterwards."""
+    """Map the descriptor shared and read-only, and then make the mapping writable."""
     shared = mmap.mmap(own_descriptor(), mmap.PAGESIZE, mmap.MAP_SHARED, mmap.PROT_READ)
     refuse_if(_libc.mprotect(ctypes.c_void_p(start_of(shared)), mmap.PAGESIZE, 3) != 0)
 
@@ -149,7 +149,7 @@ WAYS = {way.__name__: way for way in PRIVATE + REFUSED}
 
 @ray.remote(num_cpus=0.1)
 def attempt(publication: zerocopy.Publication, way: str) -> tuple[float, str]:
-    """What this process sees afterwards, and what refused it."""
+    """Try a way to write; return the first weight afterwards, and the error if the write was refused."""
     search, refused = publication.load(), ""
     try:
         WAYS[way](search)
@@ -159,7 +159,7 @@ def attempt(publication: zerocopy.Publication, way: str) -> tuple[float, str]:
 
 
 def stored_bytes(publication: zerocopy.Publication) -> list[bytes]:
-    """What plain `ray.get` finds in the store of a publication."""
+    """The bytes of a publication in the store, from plain `ray.get`."""
     manifest = manifest_of(publication.reference)
     shards = [*manifest.shards, publication.reference]
     return [bytes(buffer) for shard in shards for buffer in ray.get(shard)[0]]
@@ -167,7 +167,7 @@ def stored_bytes(publication: zerocopy.Publication) -> list[bytes]:
 
 @pytest.mark.parametrize("way", PRIVATE, ids=lambda way: way.__name__)
 def test_a_write_stays_private(way: Callable[[Numbered], None]) -> None:
-    """Whoever writes, and however: only the writer sees it."""
+    """Only the writing process sees a write to its loaded weights, for every way to write."""
     publication = zerocopy.publish(numbered(1))
     before = stored_bytes(publication)
     assert ray.get(attempt.remote(publication, way.__name__)) == (9.0, "")
@@ -177,7 +177,7 @@ def test_a_write_stays_private(way: Callable[[Numbered], None]) -> None:
 
 @pytest.mark.parametrize("way", REFUSED, ids=lambda way: way.__name__)
 def test_a_way_to_the_file_is_refused(way: Callable[[Numbered], None]) -> None:
-    """The kernel refuses: what is open is open for reading."""
+    """The kernel refuses writes through the store's file, because a load opens it only for reading."""
     publication = zerocopy.publish(numbered(1))
     before = stored_bytes(publication)
     seen, refused = ray.get(attempt.remote(publication, way.__name__))
@@ -187,7 +187,7 @@ def test_a_way_to_the_file_is_refused(way: Callable[[Numbered], None]) -> None:
 
 
 def test_the_source_of_a_copy_to_a_device_stays_private() -> None:
-    """It is mapped for reading alone. To make it writable makes it no less private."""
+    """The source is mapped read-only, and stays private also if a process makes the mapping writable."""
     publication = zerocopy.publish(numbered(1))
     before = stored_bytes(publication)
     buffers = buffers_of(publication.reference)
@@ -200,7 +200,7 @@ def test_the_source_of_a_copy_to_a_device_stays_private() -> None:
 
 
 def test_what_is_open_is_open_for_reading() -> None:
-    """A process that has loaded holds the store's file by read-only descriptors, closed to programs that it starts."""
+    """After a load a process has only read-only descriptors of the store's file, and child programs do not inherit them."""
     loaded = zerocopy.publish(numbered(1)).load()
     found = list(own_descriptors())
     assert found
@@ -213,7 +213,7 @@ def test_what_is_open_is_open_for_reading() -> None:
 
 @ray.remote(num_cpus=0.1)
 def write_on_purpose(held: list[Any], how: str) -> None:
-    """As a worker of Ray may, which has never heard of zerocopy. `held` is a reference to an array of ones."""
+    """Write as any worker of Ray can without zerocopy. `held` has a reference to an array of ones."""
     array = ray.get(held[0])
     address = array.__array_interface__["data"][0]
     if how == "by Ray's own mapping":
@@ -229,7 +229,7 @@ def write_on_purpose(held: list[Any], how: str) -> None:
 
 
 def _opened_for_writing(mapping: linux.Mapping) -> int:
-    """The store's file, by way of what the raylet has open."""
+    """The store's file, opened through a descriptor of the raylet."""
     for path in (path for raylet in raylets() for path in linux.open_files(raylet.pid)):
         if is_store_file(str(Path(path).readlink())) and Path(path).stat().st_ino == mapping.inode:
             return os.open(path, os.O_RDWR)
@@ -238,7 +238,7 @@ def _opened_for_writing(mapping: linux.Mapping) -> int:
 
 @pytest.mark.parametrize("how", ["by Ray's own mapping", "by the raylet's descriptor"])
 def test_what_any_worker_of_ray_could_do(how: str) -> None:
-    """Without zerocopy: objects of plain Ray can be written by whoever means to."""
+    """Without zerocopy, any worker can overwrite objects of plain Ray on purpose."""
     reference = ray.put(np.ones(300_000, np.float32))
     ray.get(write_on_purpose.remote([reference], how))
     assert ray.get(reference)[:2].tolist() == [9.0, 1.0]
@@ -246,7 +246,7 @@ def test_what_any_worker_of_ray_could_do(how: str) -> None:
 
 @ray.remote(num_cpus=0.1)
 def write_by_own_descriptor(publication: zerocopy.Publication) -> None:
-    """Opens once more, for writing, what a load has open for reading: as the user who owns the file it may."""
+    """Open the file of a load again for writing, which the file's owner is allowed to do, and write."""
     search = publication.load()
     address = address_of(search)
     mapping = next(found for found in linux.mappings() if found.start <= address < found.end)
@@ -257,7 +257,7 @@ def write_by_own_descriptor(publication: zerocopy.Publication) -> None:
 
 
 def test_a_write_on_purpose_is_found_out_by_digests(name: str) -> None:
-    """A worker that means harm does it to a publication as well. `load(verify=True)` tells, since digests are kept apart."""
+    """If a worker overwrites a publication on purpose, `load(verify=True)` detects it, because digests are stored separately."""
     publication = zerocopy.publish(numbered(1), name=name)
     ray.get(write_by_own_descriptor.remote(publication))
     assert publication.load()() == -1
@@ -283,17 +283,15 @@ print(ports() == before, any("memfd:zerocopy" in name and "-notes" not in name f
 
 
 def test_no_port_is_opened_and_nothing_is_left(name: str, address: str, tmp_path: Path) -> None:
-    """Publishing, loading and following listen nowhere, leave no file, and close the memory that shards went through.
-
-    The notes of what is mapped stay as long as the process.
-    """
+    """Publishing, loading and following open no port, leave no file, and close the memory that transferred shards."""
+    # Only the notes of mapped objects stay, until the process ends.
     done = run_python(LISTENING, "-", address, name, TMPDIR=str(tmp_path))
     assert done.stdout.split("\n")[0] == "True False [1, 2]", done.stderr
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_registry_listens_as_any_actor_does(name: str) -> None:
-    """Ray's own port, by which an actor gets its calls, and no other."""
+    """The registry listens only on the port of Ray by which every actor gets its calls."""
     zerocopy.publish(numbered(1), name=name)
     from registries import registry_pid
 
@@ -307,5 +305,5 @@ def test_the_registry_listens_as_any_actor_does(name: str) -> None:
 
 
 def listening(pid: int) -> int:
-    """At how many ports a process listens."""
+    """The number of ports on which a process listens."""
     return sum(one.status == psutil.CONN_LISTEN for one in psutil.Process(pid).net_connections())

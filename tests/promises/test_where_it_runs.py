@@ -1,4 +1,4 @@
-"""Where the system tells or allows less than elsewhere, the package says what is missing and what it does instead."""
+"""What does the package do where the system reports or allows less? It says what is missing and what it does instead."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from zerocopy.errors import IsolationError, IsolationWarning
 IS_ROOT = os.geteuid() == 0
 
 
-# A kernel that tells less: a process gets a /proc with some files of the real one, in a mount namespace of its own.
+# A kernel that reports less: a process gets its own mount namespace, where /proc has only some of the real files.
 
 PARTIAL_PROC = """
 import os, subprocess, sys
@@ -66,8 +66,9 @@ tell_with()
 
 
 def test_a_kernel_that_tells_less(tmp_path: Path) -> None:
-    """Without smaps_rollup smaps tells the same; without smaps the process' status tells private memory, and a note says what is
-    missing; under an empty /proc nothing is told, in words."""
+    """If the kernel hides parts of /proc, a memory report measures what it can and says what is missing."""
+    # Without smaps_rollup it uses smaps. Without smaps it uses the process's status for private memory, and a note says what is
+    # missing. With an empty /proc an error explains that nothing can be measured.
     as_root = ["unshare", "--mount"] if IS_ROOT else ["unshare", "--mount", "--user", "--map-root-user"]
     command = [*as_root, sys.executable, "-c", PARTIAL_PROC, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
@@ -79,15 +80,15 @@ def test_a_kernel_that_tells_less(tmp_path: Path) -> None:
     ], done.stderr
 
 
-# A process that may not open the files of the raylet: Ray's mapping is shared, so a write would reach every worker.
+# A process that may not open the raylet's files has only Ray's shared mapping, so a write would reach every worker.
 
 
 @ray.remote(num_cpus=0.1, max_restarts=0)
 class Elsewhere:
-    """A worker that publishes and loads, after it has perhaps become another user."""
+    """A worker that publishes and loads, possibly as another user."""
 
     def told(self, user: int | None = None) -> tuple[bool, list[tuple[type, str]], str, bool]:
-        """Whether answers are right, what was warned of, how isolation is refused, and whether a report says who is left out."""
+        """Whether answers are right, the warnings, the error without isolation, and whether a report names omitted processes."""
         if user is not None:
             os.setgroups([])
             os.setuid(user)
@@ -112,15 +113,16 @@ class Elsewhere:
 WAYS: dict[str, tuple[str, int | None]] = {"in another user namespace": ("unshare --user --map-root-user", None)}
 if (
     IS_ROOT
-):  # the raylet of anybody else has no capabilities that a worker could lack, and no worker may become another user
+):  # only root's raylet has capabilities that a worker can lack, and only root's worker can become another user
     WAYS["with fewer capabilities"] = ("setpriv --bounding-set=-all --inh-caps=-all", None)
     WAYS["of another user"] = ("", 65534)
 
 
 @pytest.mark.long
 def test_workers_that_may_not_open_the_store(cluster: None) -> None:
-    """In another user namespace, with fewer capabilities or of another user a worker loads right values, warns once, naming the
-    condition, and refuses where isolation is required. A report says whose memory it may not see."""
+    """A worker that may not open the store's file loads right values and warns once, or raises an error if it must isolate."""
+    # It runs in another user namespace, with fewer capabilities or as another user. The warning has the reason. A report names
+    # the processes whose memory it may not read.
     told = []
     for command, user in WAYS.values():
         environment = {"py_executable": f"{command} {sys.executable}"} if command else {}
@@ -135,12 +137,12 @@ def test_workers_that_may_not_open_the_store(cluster: None) -> None:
         assert "a write to them reaches every worker" in text
 
 
-# A cluster whose store is small for what is passed to it.
+# A cluster whose store is small in comparison with the arguments.
 
 
 def test_a_crowded_store_is_warned_of(cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where Ray would not run two calls at a time, for what they copy, and where weights leave little of the store, a warning
-    names the bytes and the option, once."""
+    """One warning names the bytes and the option if copied arguments or weights take too much of the store."""
+    # Copied arguments take too much if Ray could not run two calls at a time, weights if they leave little room in the store.
     monkeypatch.setattr(object_store, "_warned", set())
     monkeypatch.setenv("RAY_max_task_args_memory_fraction", "0.01")
     limit = int(0.01 * STORE_BYTES) // 2
@@ -157,14 +159,14 @@ def test_a_crowded_store_is_warned_of(cluster: None, monkeypatch: pytest.MonkeyP
     ) as told:
         zerocopy.publish(pipelines.encoder(2048))
     assert told[0].filename == __file__
-    zerocopy.publish(pipelines.encoder(2040))  # it was said already
+    zerocopy.publish(pipelines.encoder(2040))  # the warning was already shown
     monkeypatch.setenv("RAY_max_task_args_memory_fraction", "0.5")
     zerocopy.publish(wide)
 
 
 @pytest.fixture
 def huge_pages() -> Iterator[int]:
-    """A file in huge pages, as a store of them is. The pool has twice as many pages as the file."""
+    """A file in huge pages, like a store in huge pages. The pool has twice as many pages as the file."""
     pool = Path("/proc/sys/vm/nr_hugepages")
     before = pool.read_text()
     if os.geteuid() != 0:
@@ -182,9 +184,9 @@ def huge_pages() -> Iterator[int]:
 
 
 def test_a_store_of_huge_pages(huge_pages: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Objects at any place of it are mapped privately, can be written and detached. Where no page is free for copies, a mapping
-    is refused in words, instead of a process that ends at a write."""
-    monkeypatch.setattr(mapping, "raylets", lambda: [psutil.Process()])  # whose open files are looked through
+    """Objects at any offset in a store of huge pages can be mapped privately, written and detached."""
+    # If no page is free for copies, mapping raises an error, so that no process ends later at a write.
+    monkeypatch.setattr(mapping, "raylets", lambda: [psutil.Process()])  # zerocopy searches this process's open files
     page = os.fstat(huge_pages).st_blksize
     store = mmap.mmap(huge_pages, 3 * page, flags=mmap.MAP_SHARED)
     start = page + 12 * 4096 + 64

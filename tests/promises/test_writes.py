@@ -1,4 +1,4 @@
-"""No write is missed, whoever made it: what is passed on has the bytes that the live pipeline has."""
+"""Is every write detected? A pipeline that is passed always arrives with its current bytes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("cluster")
 
 
 class Net(nn.Module):
-    """Large and small weights, statistics, an observer, an inference tensor."""
+    """A module with large and small weights, statistics, an observer and an inference tensor."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ def in_c(net: Net) -> None:
 
 
 def statistics(net: Net) -> None:
-    """The function leaves the counter of batches as it is, which has a version."""
+    """Update the statistics with a function that does not change the batch counter, which has a version counter."""
     norm = net.norm
     batch_norm(torch.randn(32, 8) + 5, norm.running_mean, norm.running_var, training=True)
 
@@ -119,7 +119,7 @@ WRITES: dict[str, Callable[[Net], object]] = {
     "another storage": torch.no_grad()(lambda net: net.small.bias.set_(torch.ones(8))),
 }
 
-# Only the kernel sees a few elements of a large tensor that were written past torch.
+# Only the kernel can detect a write without torch to a few elements of a large tensor.
 FEW: dict[str, Callable[[Net], object]] = {
     "one element of a large tensor by .data": lambda net: net.large.weight.data[100, 101].fill_(7),
     "one element of a large tensor by NumPy": lambda net: net.large.weight.detach().numpy().__setitem__((100, 101), 7),
@@ -131,13 +131,13 @@ def content(net: nn.Module) -> dict[str, list[float]]:
 
 
 def passed(pipeline: Any) -> Any:
-    """What arrives where `pipeline` is passed."""
+    """The pipeline as it arrives when it is passed."""
     return ray.get(ray.put(pipeline))
 
 
 @pytest.mark.parametrize("write", WRITES)
 def test_a_write_arrives_when_the_pipeline_is_passed_again(write: str) -> None:
-    """In the process that published, where weights lie in ordinary memory."""
+    """A write in the publishing process, where weights are in ordinary memory, arrives when the pipeline is passed again."""
     trained = Trained(Net())
     before = content(passed(trained).net)
     WRITES[write](trained.net)
@@ -146,7 +146,7 @@ def test_a_write_arrives_when_the_pipeline_is_passed_again(write: str) -> None:
 
 @pytest.mark.parametrize("write", WRITES)
 def test_a_write_arrives_in_a_new_pipeline_over_the_same_modules(write: str) -> None:
-    """Weights that another pipeline has in the store are not taken for those that the modules have now."""
+    """A new pipeline over changed modules arrives with the current weights, not with those of an earlier pipeline."""
     trained = Trained(Net())
     before = content(passed(trained).net)
     WRITES[write](trained.net)
@@ -155,7 +155,7 @@ def test_a_write_arrives_in_a_new_pipeline_over_the_same_modules(write: str) -> 
 
 @pytest.mark.parametrize("write", WRITES | FEW)
 def test_a_write_to_a_loaded_pipeline_arrives(write: str) -> None:
-    """A model that was trained where it was loaded is handed on trained; also when it was handed on before."""
+    """A loaded model that is trained is passed on with the trained weights, also if it was passed on before."""
     publication = zerocopy.publish(Trained(Net()))
     loaded = publication.load()
     before = content(passed(loaded).net)
@@ -166,7 +166,7 @@ def test_a_write_to_a_loaded_pipeline_arrives(write: str) -> None:
 
 @pytest.mark.parametrize("write", WRITES | FEW)
 def test_a_write_to_an_adopted_pipeline_arrives(write: str) -> None:
-    """The same where the publisher's own weights are views of the store."""
+    """A write also arrives if the publisher's own weights are views of the store."""
     trained = Trained(Net())
     publication = zerocopy.publish(trained, adopt=True)
     before = content(passed(trained).net)
@@ -177,7 +177,7 @@ def test_a_write_to_an_adopted_pipeline_arrives(write: str) -> None:
 
 @pytest.mark.parametrize("write", FEW)
 def test_publish_compares_every_byte(write: str) -> None:
-    """The remedy for a few elements of ordinary memory that were written past torch."""
+    """`publish` detects a write without torch to a few elements in ordinary memory, because it compares every byte."""
     trained = Trained(Net())
     zerocopy.publish(trained)
     FEW[write](trained.net)
@@ -186,7 +186,7 @@ def test_publish_compares_every_byte(write: str) -> None:
 
 @zerocopy.task
 def use(trained: Trained, write: str | None) -> dict[str, list[float]]:
-    """What a call finds, before it writes."""
+    """Return the content before this call writes."""
     found = content(trained.net)
     if write is not None:
         trained.net.train()
@@ -195,7 +195,7 @@ def use(trained: Trained, write: str | None) -> dict[str, list[float]]:
 
 
 def test_later_calls_of_a_worker_see_no_write() -> None:
-    """A call of a task finds what was published, whatever earlier calls in its process have written."""
+    """A task call gets the published weights, no matter what earlier calls in its process have written."""
     trained = Trained(Net().eval())
     publication = zerocopy.publish(trained)
     expected = content(trained.net)
@@ -216,7 +216,7 @@ KEEPS: dict[str, Callable[[torch.Tensor], Any]] = {
 
 @zerocopy.task
 def keep_or_write(trained: Trained, keep: str, write: bool) -> dict[str, list[float]]:
-    """What a call finds, before it keeps a way to write later, or writes by what an earlier call has kept."""
+    """Return the content before this call keeps a view of the weights, or writes through the view of an earlier call."""
     found = content(trained.net)
     if write:
         KEPT[keep][...] = 99
@@ -226,7 +226,7 @@ def keep_or_write(trained: Trained, keep: str, write: bool) -> dict[str, list[fl
 
 
 def test_later_calls_see_no_write_by_what_an_earlier_call_has_kept() -> None:
-    """A load of which a call has kept a view is not used again: the view may be written at any time."""
+    """If a call keeps a view of a load, this load is not reused, because a write through the view can happen at any time."""
     publication = zerocopy.publish(Trained(Net().eval().requires_grad_(False)))
     expected = content(publication.load().net)
     for keep in KEEPS:
@@ -235,7 +235,7 @@ def test_later_calls_see_no_write_by_what_an_earlier_call_has_kept() -> None:
 
 
 def test_a_few_rows_of_a_large_embedding_arrive() -> None:
-    """A fused step changes them alone, and no version counter."""
+    """A fused step that changes only a few rows, and no version counter, is detected."""
     trained = Trained(nn.Embedding(100_000, 16))
     optimizer = torch.optim.SGD(trained.net.parameters(), lr=1.0, fused=True)
     passed(trained)

@@ -1,4 +1,4 @@
-"""`publish(..., adopt=True)`: the publisher's own pipeline uses the store too."""
+"""Does the publisher's own pipeline use the store after `publish(..., adopt=True)`?"""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def layers() -> nn.Sequential:
 
 
 def test_no_second_copy() -> None:
-    """The publisher's private memory shrinks by the weights, which are then pages of the store; results stay."""
-    zerocopy.publish(layers(), adopt=True)  # what the first one allocates for good
+    """After adoption the publisher has no private copy of its weights, and its results stay the same."""
+    zerocopy.publish(layers(), adopt=True)  # the first adoption allocates some memory once
     model, value = layers(), torch.ones(1, WIDTH)
     answer = model(value).detach()
     ids = [id(parameter) for parameter in model.parameters()]
@@ -47,7 +47,7 @@ def test_no_second_copy() -> None:
 
 
 def test_the_peak_is_below_a_quarter_more() -> None:
-    """While it is published, the source shrinks as the store grows."""
+    """During adoption the peak of memory is at most a quarter above the weights: private memory shrinks as the store grows."""
     model = layers()
     peaks = [0]
     put, written = object_store.put, [0]
@@ -70,7 +70,7 @@ def test_the_peak_is_below_a_quarter_more() -> None:
 
 
 def test_training_goes_on_in_private() -> None:
-    """An optimizer made before goes on, and what it writes reaches neither the store nor a load."""
+    """After adoption an existing optimizer still works, and its writes never reach the store or another load."""
     model = layers()[:2]
     optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
     publication = zerocopy.publish(model, adopt=True)
@@ -86,7 +86,7 @@ def test_training_goes_on_in_private() -> None:
 
 
 def test_ties_views_and_strides_stay() -> None:
-    """Tensors over one storage go on sharing it, whatever their strides; their flags and attributes stay."""
+    """After adoption tensors over one storage still share it, and keep their strides, flags and attributes."""
 
     class Tied(nn.Module):
         def __init__(self) -> None:
@@ -116,7 +116,7 @@ def test_ties_views_and_strides_stay() -> None:
 
 
 def test_memory_that_others_see_stays() -> None:
-    """A storage of which somebody else has a view, NumPy too, is published but stays where it is."""
+    """A storage with a view outside the pipeline, also a NumPy array, is published but not moved."""
     model = nn.ModuleList([nn.Linear(WIDTH, WIDTH) for _ in range(3)])
     view = model[0].weight.detach()
     array = model[1].weight.detach().numpy()
@@ -130,7 +130,7 @@ def test_memory_that_others_see_stays() -> None:
 
 
 def test_a_pipeline(store_use: Callable[[], int]) -> None:
-    """Shared tensors of a pipeline are adopted too, its arrays are not; publishing again writes nothing."""
+    """Shared tensors of a pipeline are adopted, its arrays are not, and publishing again writes nothing."""
 
     @zerocopy.pipeline
     class Search:
@@ -154,7 +154,7 @@ def test_a_pipeline(store_use: Callable[[], int]) -> None:
 
 @pytest.mark.parametrize("fails_at", [1, 4, "manifest"])
 def test_a_failure_leaves_the_pipeline_whole(fails_at: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where writing fails, early, half-way or at the end, the pipeline has private memory, as before, and works."""
+    """If writing to the store fails at any point, the pipeline has private memory as before, and works."""
     model, value = layers(), torch.ones(1, WIDTH)
     answer = model(value).detach()
     calls = [0]
@@ -179,7 +179,7 @@ def test_a_failure_leaves_the_pipeline_whole(fails_at: Any, monkeypatch: pytest.
 
 
 def test_publishing_leaves_storages_resizable() -> None:
-    """Publishing reads memory without telling torch that NumPy has it, after which torch would never resize it."""
+    """A published tensor can still be resized, because publishing does not make a NumPy view of its storage."""
     model = nn.Linear(WIDTH, WIDTH)
     zerocopy.publish(model)
     assert model.weight.untyped_storage().resizable()

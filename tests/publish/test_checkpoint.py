@@ -1,4 +1,4 @@
-"""`publish_checkpoint`: from files to the store."""
+"""Does `publish_checkpoint` bring weights from files to the store?"""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("cluster")
 
 
 class Model(nn.Module):
-    """A tie, a persistent and a hidden buffer, a frozen parameter, mixed dtypes, a scalar, an empty one."""
+    """A module with a tie, persistent and other buffers, a frozen parameter, mixed dtypes, a scalar and an empty tensor."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ def save(model: nn.Module, path: Path, prefix: str = "", leave_out: str = "") ->
 def made() -> Model:
     torch.manual_seed(0)
     model = Model()
-    model(torch.arange(4))  # moves the statistics
+    model(torch.arange(4))  # changes the statistics
     return model.eval()
 
 
@@ -60,7 +60,7 @@ INDEX = torch.arange(8)
 
 
 def test_as_if_it_had_been_loaded(tmp_path: Path) -> None:
-    """What is loaded equals the saved model: weights, ties, buffers, flags, dtypes; its files are needed no longer."""
+    """A loaded model equals the saved one in weights, ties, buffers, flags and dtypes, and no longer needs its files."""
     model = made()
     save(model, tmp_path / "model.safetensors", leave_out="head.weight")
     publication = zerocopy.publish_checkpoint(Model, tmp_path / "model.safetensors")
@@ -77,7 +77,7 @@ def test_as_if_it_had_been_loaded(tmp_path: Path) -> None:
 
 
 def test_eval_mode(tmp_path: Path) -> None:
-    """Two calls on one input agree: what is built for training arrives in eval mode, but with `train=True`."""
+    """A model arrives in eval mode, also if it was built in train mode, unless `train=True`."""
     net = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5))
     save(net, tmp_path / "model.safetensors")
 
@@ -91,7 +91,7 @@ def test_eval_mode(tmp_path: Path) -> None:
 
 
 def shards(folder: Path) -> Path:
-    """Two files and their index, as `save_pretrained` writes them."""
+    """A folder with two files and their index, as `save_pretrained` writes it."""
     content = {name: tensor for name, tensor in made().state_dict().items() if name != "head.weight"}
     names = sorted(content)
     files = {"model-00001-of-00002.safetensors": names[:3], "model-00002-of-00002.safetensors": names[3:]}
@@ -126,7 +126,7 @@ def torch_file(content: Any, path: Path, zipped: bool = True) -> Path:
 
 @contextlib.contextmanager
 def warned(*words: str) -> Iterator[None]:
-    """Each of these words is in a warning of the block; without words there is none."""
+    """Check that each of these words is in a warning of the block; without words, that there is no warning."""
     with warnings.catch_warnings(record=True, action="always", category=CheckpointWarning) as heard:
         yield
     text = " ".join(str(one.message) for one in heard)
@@ -136,7 +136,7 @@ def warned(*words: str) -> Iterator[None]:
 
 @pytest.mark.parametrize("form", SAVED)
 def test_files_as_people_have_them(form: str, tmp_path: Path) -> None:
-    """Folders, indices, patterns, state dicts alone and in checkpoints of a training: all give the model that was saved."""
+    """Folders, index files, patterns, state dicts and training checkpoints all give the model that was saved."""
     with warned("'module.'" if form == "of a wrapper" else ""):
         loaded = zerocopy.publish_checkpoint(Model, SAVED[form](tmp_path)).load()
     assert_zero_copy(loaded)
@@ -145,7 +145,7 @@ def test_files_as_people_have_them(form: str, tmp_path: Path) -> None:
 
 
 def test_which_state_dict(tmp_path: Path) -> None:
-    """Where a file has several, `key=` tells which; without it the usual one is taken, and a strange choice is refused."""
+    """`key=` selects one of several state dicts; without it the one with a usual name is used, else an error lists the keys."""
     one, other = nn.Linear(3, 3), nn.Linear(3, 3)
     path = torch_file({"model": one.state_dict(), "ema": other.state_dict()}, tmp_path / "last.ckpt")
     build = functools.partial(nn.Linear, 3, 3)
@@ -159,7 +159,7 @@ def test_which_state_dict(tmp_path: Path) -> None:
 
 
 def test_names_that_differ(tmp_path: Path) -> None:
-    """A head that all names have, or lack, is found and said; other names are changed by a mapping or a function."""
+    """A prefix that all names have or lack is detected with a warning; `rename=` maps other names by a dict or a function."""
 
     def build() -> nn.Module:
         return nn.ModuleDict({"bert": nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 3)), "head": nn.Linear(3, 2)})
@@ -199,7 +199,7 @@ def test_names_that_differ(tmp_path: Path) -> None:
 
 
 def test_two_heads_are_not_guessed(tmp_path: Path) -> None:
-    """Where names of two models fit one, nobody chooses silently."""
+    """If the names of two models in a file fit one model, it is an error, not a silent choice."""
     both = nn.ModuleDict({"query": nn.Linear(3, 3), "passage": nn.Linear(3, 3)})
     save(both, tmp_path / "model.safetensors")
     build = functools.partial(nn.Linear, 3, 3)
@@ -212,7 +212,7 @@ def test_two_heads_are_not_guessed(tmp_path: Path) -> None:
 
 
 def test_what_no_file_has(tmp_path: Path) -> None:
-    """With `strict=False` a new head is what its own initialization gives, and the base comes from the files."""
+    """With `strict=False` a new head keeps its own initialization, and the base comes from the files."""
 
     class Net(nn.Module):
         def __init__(self, classes: int) -> None:
@@ -241,7 +241,7 @@ def test_what_no_file_has(tmp_path: Path) -> None:
 
 
 def test_ties_are_those_of_the_model(tmp_path: Path) -> None:
-    """Two tensors of a file in one memory stay two, if the model has two; two values for tied tensors are refused."""
+    """Ties come from the model, not from the file; two different values for tied tensors are refused."""
 
     class Pair(nn.Module):
         def __init__(self, tied: bool) -> None:
@@ -266,7 +266,7 @@ def test_ties_are_those_of_the_model(tmp_path: Path) -> None:
 
 
 def test_a_module_that_reads_its_state_in_its_own_way(tmp_path: Path) -> None:
-    """What `load_state_dict` of a module does to the tensors is done: here names and values of an older form."""
+    """A module's own changes in `load_state_dict` apply: here it converts names and values of an older format."""
 
     class Scaled(nn.Module):
         def __init__(self) -> None:
@@ -285,7 +285,7 @@ def test_a_module_that_reads_its_state_in_its_own_way(tmp_path: Path) -> None:
 
 
 def test_several_files_and_a_pipeline(tmp_path: Path) -> None:
-    """Two models in a pipeline, each with its path before its names, or each with its own files; copied fields stay."""
+    """Models of a pipeline are read from files with their paths as prefixes, or each from its own files; copied fields stay."""
 
     @zerocopy.pipeline
     class Pair:
@@ -309,7 +309,7 @@ def test_several_files_and_a_pipeline(tmp_path: Path) -> None:
 
 
 def test_conversion(tmp_path: Path) -> None:
-    """Floating-point tensors are converted on the way, others stay. Without `dtype=` a difference is said."""
+    """`dtype=` converts floating-point tensors only; without it a warning reports a difference between files and model."""
     model = made()
     save(model.double(), tmp_path / "model.safetensors", leave_out="head.weight")
     with warned("are torch.float64, as in the files; it was built with torch.float32"):
@@ -321,7 +321,7 @@ def test_conversion(tmp_path: Path) -> None:
 
 
 def test_what_does_not_fit_is_listed(tmp_path: Path) -> None:
-    """One short error counts what is missing, unexpected or has another shape, and its attributes list everything."""
+    """One short error counts names that are missing, unexpected or of another shape, and its attributes list all of them."""
     content = {name: tensor.clone() for name, tensor in made().state_dict().items()}
     del content["norm.weight"], content["norm.bias"]
     content |= {"low.bias": torch.ones(4), **{f"more.{n}": torch.ones(3) for n in range(200)}}
@@ -334,7 +334,7 @@ def test_what_does_not_fit_is_listed(tmp_path: Path) -> None:
     assert "2 names (norm.weight, norm.bias) missing from the files; 200 names (more." in str(caught.value)
     assert "1 name (low.bias is [4], not [16]) of another shape" in str(caught.value)
     assert len(str(caught.value)) < 500
-    # What the state dict does not have, but the model: `from_pretrained` ignores it too.
+    # A name that the model has but its state dict has not: `from_pretrained` ignores it too.
     save(made(), tmp_path / "model.safetensors", leave_out="head.weight")
     with_hidden = safetensors.load_file(tmp_path / "model.safetensors") | {"table": torch.zeros(16)}
     safetensors.save_file(with_hidden, tmp_path / "model.safetensors")
@@ -342,7 +342,7 @@ def test_what_does_not_fit_is_listed(tmp_path: Path) -> None:
 
 
 def test_files_that_are_none(tmp_path: Path) -> None:
-    """Each file that cannot be used is named, with the way out."""
+    """The error for an unusable file names the file and a remedy."""
     refused(str(tmp_path / "*.safetensors"), "No file matches")
     refused(tmp_path / "none", r"none' cannot be read.*snapshot_download")
     refused(tmp_path, "has no weights: 0 entries")
@@ -381,7 +381,7 @@ def refused(files: Any, words: str) -> None:
 
 
 def test_arguments_of_another_kind(tmp_path: Path) -> None:
-    """An instance, a state dict or a number in the place of something else is told so, with what to write."""
+    """An argument of the wrong kind, such as an instance or a state dict, gets an error that says what to write."""
     path = tmp_path / "model.safetensors"
     save(made(), path, leave_out="head.weight")
     with pytest.raises(
@@ -448,9 +448,9 @@ for dtype, written in ((None, size), (torch.float16, size // 2)):
 
 
 @pytest.mark.long
-@pytest.mark.alone  # beside other tests the raylet grows by some megabytes of its own
+@pytest.mark.alone  # next to other tests the raylet itself grows by some megabytes
 def test_the_peak_is_the_weights(tmp_path: Path) -> None:
-    """Driver and store together take hardly more than the weights, as they are and converted."""
+    """Driver and store together need hardly more memory than the weights, with and without conversion."""
     done = run_python(PEAK, "-", str(tmp_path / "model.safetensors"))
     assert done.returncode == 0, done.stderr[-2000:]
     told = [tuple(map(float, line.split())) for line in done.stdout.splitlines()]
@@ -458,4 +458,4 @@ def test_the_peak_is_the_weights(tmp_path: Path) -> None:
     for peak, after, count in told:
         assert count > 16
         assert after < 1.06
-        assert peak < 1.15  # of 200 and 100 MB; the processes' own growth counts
+        assert peak < 1.15  # of 200 and 100 MB, including other growth of the processes

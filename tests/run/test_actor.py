@@ -1,4 +1,4 @@
-"""Classes that start Ray actors, and stay classes."""
+"""Do actor classes start Ray actors and still work as plain classes?"""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("cluster")
 
 
 def test_still_a_plain_class() -> None:
-    """`Worker(search)` makes an ordinary object, without Ray; the class is the one that was written."""
+    """`Worker(search)` makes an ordinary object without Ray, and the decorator returns the same class."""
     worker = pipelines.Worker(pipelines.search(width=8), limit=3)
     assert type(worker) is pipelines.Worker
     assert (worker.limit, worker.ask(1.0)) == (3, worker.pipeline(1.0))
@@ -30,7 +30,7 @@ def test_still_a_plain_class() -> None:
 
 
 def test_starting_an_actor_says_nothing(caplog: pytest.LogCaptureFixture) -> None:
-    """Ray finds nothing to warn of in the class."""
+    """Ray does not warn about the class."""
     logger = logging.getLogger("ray")
     logger.addHandler(caplog.handler)
     try:
@@ -61,7 +61,7 @@ def test_remote_options_and_arguments() -> None:
 
 
 def test_generated_init_and_typed_spelling() -> None:
-    """A class without `__init__` gets one from its annotations; the mixin makes an actor of a class by itself."""
+    """A class without `__init__` gets one from its annotations; a subclass of `zerocopy.Actor` needs no decorator."""
     search = pipelines.search(width=32)
     assert pipelines.Annotated(search).limit == 3
     annotated, typed, louder = (
@@ -76,7 +76,7 @@ def test_generated_init_and_typed_spelling() -> None:
 
 @pytest.mark.long
 def test_inherited_inits_load_too() -> None:
-    """An `__init__` that a base class brings, decorated or not, gets its arguments loaded."""
+    """An `__init__` inherited from a base class gets its arguments loaded."""
 
     class Base:
         def __init__(self, pipeline: Any) -> None:
@@ -100,7 +100,7 @@ def test_inherited_inits_load_too() -> None:
 
 
 def test_pool() -> None:
-    """A pool answers in order, with every actor at work, over one copy of the weights."""
+    """A pool answers in order, uses all its actors, and each actor has its own view of one copy of the weights."""
     search = pipelines.search(width=64)
     with pipelines.Worker.pool(3, search) as pool:
         assert len(pool) == 3
@@ -132,18 +132,18 @@ def test_pool() -> None:
 
 
 def test_a_pool_without_room_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Calls wait for actors that the cluster has no room for; after a while a warning tells how many, and what to do."""
+    """If the cluster has no room for all actors of a pool, a warning says how many still wait, and what to do."""
     monkeypatch.setattr("zerocopy._run.results.SLOW_SECONDS", 1.0)
     cpus = ray.cluster_resources()["CPU"]
     with pipelines.Worker.options(num_cpus=0.6 * cpus).pool(2, pipelines.search(width=8)) as pool:
         assert wait_until(lambda: any(map(has_process, pool)), 60)
         words = rf"1 of 2 Worker actors still wait .* has {cpus:g} CPU.*Hint: .*num_cpus=0.5"
-        with pytest.raises(UserWarning, match=words):  # warnings are errors here: else the calls would wait for ever
+        with pytest.raises(UserWarning, match=words):  # warnings are errors here, else the calls would wait forever
             list(pool.map("ask", [1.0, 2.0]))
 
 
 def test_a_restarted_actor_loads_again() -> None:
-    """An actor that dies is restarted by Ray and has its pipeline, though the publisher's own is long gone."""
+    """An actor that Ray restarts has its pipeline, also after the publisher has dropped its own."""
     search = pipelines.search(width=64)
     expected = search(1.0)
     worker = pipelines.Worker.remote(search)
@@ -160,9 +160,9 @@ def test_a_restarted_actor_loads_again() -> None:
     assert ray.get(worker.ask.remote(1.0)) == expected
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")  # Ray Data's, about its own settings
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")  # Ray Data warns about its own settings
 def test_ray_data() -> None:
-    """`map_batches` takes the class, and a pipeline or a publication among its arguments."""
+    """`map_batches` takes an actor class, with a pipeline or a publication as an argument."""
     search = pipelines.search(width=32)
     ray.data.DataContext.get_current().enable_progress_bars = False
     for given, size in ((search, 2), (zerocopy.publish(search), 1)):
@@ -179,7 +179,7 @@ def test_ray_data() -> None:
 
 @pytest.mark.long
 def test_subclasses_and_errors_of_init() -> None:
-    """What goes wrong in the worker's `__init__` stands inside Ray's error."""
+    """Ray's error contains the error of the actor's `__init__`."""
 
     @zerocopy.actor(num_cpus=0.1)
     class Picky:
@@ -194,7 +194,7 @@ def test_subclasses_and_errors_of_init() -> None:
 
 
 def test_device_of_the_actor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`device=` of the actor is where its pipelines are loaded."""
+    """An actor's pipelines are loaded on the device that its `device=` names."""
 
     @zerocopy.actor(device="cuda:7", num_cpus=0.1)
     class Remote:
@@ -209,7 +209,7 @@ def test_device_of_the_actor(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.long
 def test_what_was_looked_up_arrives_with_its_version(name: str) -> None:
-    """An actor that is given the handle of a name has a pipeline that knows the name, number and digest it came from."""
+    """A pipeline that an actor gets from a named handle has the name, number and digest of its version."""
     version = zerocopy.publish(pipelines.search(width=64), name=name).version
 
     @zerocopy.actor(num_cpus=0.1)
@@ -254,15 +254,15 @@ serve.shutdown()
 
 
 @pytest.mark.long
-@pytest.mark.alone  # the controller pickles references too
+@pytest.mark.alone  # Serve's controller pickles references too
 def test_serve(address: str) -> None:
-    """A deployment's arguments arrive loaded."""
+    """Arguments of a deployment arrive loaded."""
     done = run_python(SERVE, "-", address)
     assert done.stdout.splitlines()[:2] == ["True", "True"], done.stdout + done.stderr
 
 
 @pytest.mark.long
 def test_serve_where_references_are_forbidden(address: str) -> None:
-    """Where references out of band are forbidden a deployment's arguments are refused in our words."""
+    """If references out of band are forbidden, a deployment with an unnamed pipeline gets a clear error."""
     done = run_python(SERVE, "-", address, RAY_allow_out_of_band_object_ref_serialization="0")
     assert "refused A pipeline of class Search was captured" in done.stdout, done.stdout + done.stderr

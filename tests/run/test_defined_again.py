@@ -1,4 +1,4 @@
-"""A notebook's cell that is run twice makes a class anew. What was made of the old one goes on."""
+"""Do objects of the old class still work after a notebook cell has defined the class again?"""
 
 from __future__ import annotations
 
@@ -54,13 +54,13 @@ class Slotted:
 
 
 class Notebook:
-    """Runs cells as a notebook does, in one namespace that is `__main__` to what they define."""
+    """Runs cells like a notebook, in one namespace that acts as `__main__`."""
 
     def __init__(self) -> None:
         self._names: dict[str, Any] = {"__name__": "__main__", "zerocopy": zerocopy, "nn": nn, "torch": torch}
 
     def run(self, *cells: str, **values: Any) -> SimpleNamespace:
-        """What is defined after some cells, in which words in capitals stand for values."""
+        """Run cells, with words in capitals replaced by values, and return all definitions."""
         for cell in cells:
             for word, value in values.items():
                 cell = cell.replace(word, repr(value))  # noqa: PLW2901
@@ -69,7 +69,7 @@ class Notebook:
 
 
 def test_instances_and_publications_of_the_old_class_are_taken() -> None:
-    """They go on with the code that they have, wherever an annotation names the new class; and the other way round."""
+    """Old instances and publications keep their code and are accepted where an annotation names the new class, and vice versa."""
     notebook = Notebook()
     first = notebook.run(PIPELINES, USERS, NUMBER=1)
     old = first.Search(encoder=nn.Linear(2, 2))
@@ -95,7 +95,7 @@ def test_instances_and_publications_of_the_old_class_are_taken() -> None:
 
 
 def test_an_object_that_got_the_new_class_has_its_code_everywhere() -> None:
-    """`%autoreload` assigns `__class__`: no tensor has changed, and yet the module is another one."""
+    """If `%autoreload` assigns a new `__class__`, the new code runs everywhere, although no tensor has changed."""
     notebook = Notebook()
     first = notebook.run(PIPELINES, USERS, NUMBER=1)
     encoder = first.Encoder(2, 2)
@@ -110,7 +110,7 @@ def test_an_object_that_got_the_new_class_has_its_code_everywhere() -> None:
 
 
 def test_named_versions(name: str) -> None:
-    """The new class is another version, to which what was loaded changes; run again unchanged, it is the same one."""
+    """A changed class is a new version that `refresh` applies to loaded pipelines; an unchanged class is the same version."""
     notebook = Notebook()
     encoder = nn.Linear(2, 2)
     first = zerocopy.publish(notebook.run(PIPELINES, NUMBER=1).Search(encoder=encoder), name=name)
@@ -126,7 +126,7 @@ def test_named_versions(name: str) -> None:
 
 
 def test_what_cannot_become_the_new_class_says_so(name: str) -> None:
-    """Other slots cannot be given to an object that exists: it stays as it was."""
+    """If the new class has other slots, `refresh` raises an error and leaves the object unchanged."""
     notebook = Notebook()
     zerocopy.publish(notebook.run(SLOTTED, NAMES=()).Slotted(nn.Linear(2, 2)), name=name)
     loaded = zerocopy.lookup(name).load()

@@ -1,4 +1,4 @@
-"""Calls of a task reuse what their worker process has loaded, unless it was changed or something refers to it."""
+"""Do task calls reuse a load of their worker process, unless the load was changed or something still refers to it?"""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Search:
 
 @zerocopy.task
 def place(model: Any) -> int:
-    """The address of a loaded weight: each load has a mapping of its own."""
+    """The address of a loaded weight: each load has its own mapping."""
     return (model.encoder if isinstance(model, Search) else model)[0].weight.data_ptr()
 
 
@@ -91,7 +91,7 @@ escaped: list[Any] = []
 
 @ray.remote(num_cpus=0.1)
 class Process:
-    """One process, in which calls of tasks run in place. Ray pickles actor classes by value, their globals too."""
+    """One actor process that runs task calls in itself. Ray pickles actor classes by value, with their globals."""
 
     def call(self, task: Any, *arguments: Any) -> Any:
         return task(*arguments)
@@ -115,13 +115,13 @@ class Process:
 @pytest.fixture(scope="module")
 def process(cluster: None) -> Any:
     process = Process.remote()
-    ray.get(process.keep_for.remote(600))  # however slow the machine is
+    ray.get(process.keep_for.remote(600))  # long enough for a slow machine
     return process
 
 
 @pytest.fixture(scope="module")
 def empty_process(cluster: None) -> Any:
-    """Keeps nothing before and after each test that has it."""
+    """A process that keeps no loads before and after each test that uses it."""
     return Process.remote()
 
 
@@ -138,7 +138,7 @@ def test_calls_reuse_one_load(process: Any) -> None:
 
 
 def test_ray_tasks_reuse_too() -> None:
-    """Calls that run as Ray tasks reuse loads too, given a publication, a module or a pipeline."""
+    """Calls that run as Ray tasks also reuse loads, for publications, modules and pipelines."""
     module, search = modules(), Search(modules())
     for given in (zerocopy.publish(module), module, search):
         places = [place(given) for _ in range(12)]
@@ -168,7 +168,7 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_change_stays_in_its_call(process: Any, change: str) -> None:
-    """The next call in the same process does not see what a call has changed."""
+    """A change that a call makes never reaches the next call in the same process."""
     publication = zerocopy.publish(modules())
     before = call(process, look, publication)
     call(process, apply, publication, CHANGES[change])
@@ -176,7 +176,7 @@ def test_a_change_stays_in_its_call(process: Any, change: str) -> None:
 
 
 def test_what_escapes_is_not_used_again(process: Any) -> None:
-    """A module that a call has stored somewhere is not given to later calls."""
+    """A module that a call has stored somewhere is not reused in later calls."""
     publication = zerocopy.publish(modules())
 
     def keep(model: Any) -> None:
@@ -191,18 +191,18 @@ def test_what_escapes_is_not_used_again(process: Any) -> None:
 
 
 def test_one_call_at_a_time(process: Any) -> None:
-    """A call within a call has a load of its own."""
+    """A call inside another call has its own load."""
     publication = zerocopy.publish(modules())
     outer, inner = call(process, nested, publication, [publication])
     assert outer != inner
 
 
 def test_a_load_in_use_is_not_validated() -> None:
-    """A change that a call makes is found, though the process validated its loads while the call had one."""
+    """A change that a call makes is detected, also if the process validates its loads during the call."""
     publication = zerocopy.publish(modules())
     before = float(publication.load()[0].weight.detach().sum())
     loads = CallLoads()
-    reference = weakref.ref(loads.load(publication, None))  # so nobody seems to refer to the model any more
+    reference = weakref.ref(loads.load(publication, None))  # now no strong reference to the model is visible
     CACHE.validate()
     for entry in loads._entries:
         with pytest.raises(RuntimeError, match="IN_USE cannot be CHECK_STARTED"):
@@ -214,7 +214,7 @@ def test_a_load_in_use_is_not_validated() -> None:
 
 
 def test_what_is_kept_is_unchanged_until_written_or_held() -> None:
-    """It counts as changed until it is recorded, while anything else refers to a part of it, and after a write."""
+    """A load counts as changed until it is recorded, while other code refers to a part of it, and after a write."""
     roots = [modules()]
     kept = Kept(roots, roots[0].parameters())
     assert not kept.is_unchanged()
@@ -229,7 +229,7 @@ def test_what_is_kept_is_unchanged_until_written_or_held() -> None:
 
 
 def test_states_follow_one_another() -> None:
-    """Six events of states are possible; any other raises."""
+    """Six pairs of a state and an event are allowed; any other pair raises an error."""
     possible = {}
     for state in State:
         for event in Event:
@@ -248,7 +248,7 @@ def test_states_follow_one_another() -> None:
 
 
 def test_a_cache_keeps_to_its_limits() -> None:
-    """A cache keeps as many publications and copies as its limits say, and evicts them when they are idle."""
+    """A cache keeps at most the publications and copies of its limits, and evicts them when they are idle."""
     cache = LoadCache(Limits(publications=2, copies=1, idle_seconds=0.2))
     for publication in [zerocopy.publish(modules()) for _ in range(3)]:
         calls = [CallLoads(cache), CallLoads(cache)]
@@ -268,14 +268,14 @@ def test_an_error_keeps_nothing(empty_process: Any) -> None:
 
 
 def test_copied_fields_are_fresh(process: Any) -> None:
-    """Rule 3: copied fields are fresh in every call, around the same shared part."""
+    """Copied fields are fresh in every call, also if the shared part is reused."""
     publication = zerocopy.publish(Search(modules()))
     assert [call(process, note, publication) for _ in range(3)] == [["seen"]] * 3
     assert len({call(process, place, publication) for _ in range(6)}) <= 2
 
 
 def test_arrays_are_loaded_afresh(process: Any) -> None:
-    """A pipeline that shares a NumPy array is loaded for each call: no version counter tells of a write to the array."""
+    """A pipeline with a shared NumPy array is loaded for each call, because no version counter shows a write to the array."""
     publication = zerocopy.publish(Search(modules(), index=np.zeros(100_000)))
     assert [call(process, write_index, publication) for _ in range(3)] == [1.0] * 3
 

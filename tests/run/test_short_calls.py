@@ -1,4 +1,4 @@
-"""A direct call of a task carries no reference to weights that workers have loaded already."""
+"""Do direct task calls omit the object reference when workers have already loaded the weights?"""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def note(search: Search, word: str) -> list[str]:
 
 @zerocopy.task(num_cpus=1)
 def forget(model: nn.Module) -> None:
-    """Drops all that this worker keeps, as a worker does some seconds after its last call."""
+    """Drop all loads of this worker, as a worker does some seconds after its last call."""
     from zerocopy._run import reuse
 
     reuse.CACHE._entries.clear()
@@ -54,7 +54,7 @@ def forget(model: nn.Module) -> None:
 
 @zerocopy.task(num_cpus=1)
 def pass_on(model: nn.Module) -> str:
-    """The publication as which this process passes on a pipeline that was loaded for this call."""
+    """The reference of the publication that this process uses to pass on the pipeline of this call."""
     from zerocopy._publish.publish import publish_automatically
 
     return publish_automatically(model).reference.hex()
@@ -72,7 +72,7 @@ def fail(model: nn.Module, word: str) -> None:
 
 @pytest.fixture
 def answers(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """How each short call was answered."""
+    """The kind of each reply to a short call."""
     told: list[str] = []
     unpack_reply = short_calls.unpack_reply
 
@@ -86,7 +86,7 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
 
 def warm(publication: Any, answers: list[str]) -> None:
-    """Call until a short call is answered: any worker may run it, and not each has the weights."""
+    """Call until a short call succeeds: any worker may run it, and some do not have the weights."""
     for _ in range(200):
         short_calls._trust.clear()
         give(publication, 0)
@@ -98,7 +98,7 @@ def warm(publication: Any, answers: list[str]) -> None:
 
 
 def test_trust_ends_and_is_withdrawn() -> None:
-    """A publication is trusted for a while after each call; once a worker did not have it, not until a while later."""
+    """A publication is trusted for some time after each call; after a worker did not have it, it is not trusted for some time."""
     trust = short_calls.Trust()
     assert not trust.holds_at(10.0)
     trust = trust.confirmed(10.0)
@@ -111,13 +111,13 @@ def test_trust_ends_and_is_withdrawn() -> None:
 
 @pytest.mark.parametrize("result", [b"", b"text", None, [1, 2], short_calls.UNKNOWN], ids=repr)
 def test_replies_are_tagged(result: Any) -> None:
-    """No result is taken for the reply of a worker that does not have the weights."""
+    """No result of a task can be confused with the reply of a worker that does not have the weights."""
     assert short_calls.unpack_reply(short_calls.pack_reply(result)) == (True, result)
     assert not short_calls.unpack_reply(short_calls.UNKNOWN).is_known
 
 
 def test_the_next_call_is_short(answers: list[str]) -> None:
-    """The first call carries a reference, the next ones a name; results are the same, by any kind of argument."""
+    """The first call has a reference and later calls only a name, with the same results, for every kind of argument."""
     module = model()
     for given in (zerocopy.publish(module), module, Search(module)):
         warm(given, answers)
@@ -130,7 +130,7 @@ def test_the_next_call_is_short(answers: list[str]) -> None:
 
 @pytest.mark.parametrize("value", [b"", b"text", "text", None, 1.5, 2**70, True, 3j], ids=repr)
 def test_brief_values_travel(answers: list[str], value: Any) -> None:
-    """Brief values arrive unchanged, and come back unchanged."""
+    """Arguments and results with brief values are unchanged in a short call."""
     publication = zerocopy.publish(model())
     warm(publication, answers)
     result = give(publication, value)
@@ -139,7 +139,7 @@ def test_brief_values_travel(answers: list[str], value: Any) -> None:
 
 
 def test_other_values_travel_as_always(answers: list[str]) -> None:
-    """A call with any other value is an ordinary call of Ray."""
+    """A call with another value, such as a list, an array or a long text, is an ordinary Ray call."""
     publication, reference = zerocopy.publish(model()), ray.put("behind")
     warm(publication, answers)
     assert give(publication, [1, 2]) == [1, 2]
@@ -150,7 +150,7 @@ def test_other_values_travel_as_always(answers: list[str]) -> None:
 
 
 def test_a_worker_without_the_weights_is_called_again(answers: list[str]) -> None:
-    """A worker without the weights says so, which the caller does not see. For a while no call is short then."""
+    """If a worker does not have the weights, the call is repeated invisibly, and for some time no call is short."""
     module = model()
     publication = zerocopy.publish(module)
     warm(publication, answers)
@@ -161,7 +161,7 @@ def test_a_worker_without_the_weights_is_called_again(answers: list[str]) -> Non
 
 
 def test_copied_fields_arrive_as_they_are() -> None:
-    """Short calls see what the caller has changed in copied fields, and nothing that earlier calls did to them."""
+    """A short call gets the caller's current copied fields, without the changes of earlier calls."""
     search = Search(model())
     assert [note(search, "a") for _ in range(4)] == [["a"]] * 4
     search.notes.append("mine")
@@ -169,7 +169,7 @@ def test_copied_fields_arrive_as_they_are() -> None:
 
 
 def test_a_changed_weight_arrives(answers: list[str]) -> None:
-    """A call after a write sees what was written."""
+    """A call after a write gets the written weights."""
     module = model()
     warm(module, answers)
     with torch.no_grad():
@@ -178,7 +178,7 @@ def test_a_changed_weight_arrives(answers: list[str]) -> None:
 
 
 def test_what_a_short_call_loads_is_known(answers: list[str]) -> None:
-    """A pipeline that a short call has loaded is passed on as the publication that it came from."""
+    """A pipeline that a short call has loaded is passed on as its original publication."""
     publication = zerocopy.publish(model())
     warm(publication, answers)
     assert {pass_on(publication) for _ in range(4)} == {publication.reference.hex()}
@@ -186,7 +186,7 @@ def test_what_a_short_call_loads_is_known(answers: list[str]) -> None:
 
 
 def test_an_error_is_the_functions(answers: list[str]) -> None:
-    """An error of the function arrives with its class and its text."""
+    """An error of the function arrives with its class and text."""
     publication = zerocopy.publish(model())
     warm(publication, answers)
     for _ in range(3):
@@ -195,7 +195,7 @@ def test_an_error_is_the_functions(answers: list[str]) -> None:
 
 
 def test_a_closed_publication_is_refused(answers: list[str]) -> None:
-    """A closed publication is refused, though a worker may still have it loaded."""
+    """A closed publication is refused, also if a worker still has it loaded."""
     publication = zerocopy.publish(model())
     warm(publication, answers)
     publication.close()
@@ -204,7 +204,7 @@ def test_a_closed_publication_is_refused(answers: list[str]) -> None:
 
 
 def test_several_results_are_references() -> None:
-    """With `num_returns` a call is never short."""
+    """A call with `num_returns` always returns references to Ray's objects and is never short."""
     publication = zerocopy.publish(model())
     for split in (give.options(num_returns=2), halves, halves.options(num_cpus=1)):
         for _ in range(3):

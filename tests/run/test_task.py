@@ -1,4 +1,4 @@
-"""Functions and methods that run as Ray tasks."""
+"""Do functions and methods run as Ray tasks, in every way to call them?"""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("cluster")
 
 
 def test_every_way_to_call() -> None:
-    """Direct, `remote`, `options`, `map` and `local` give the same answer, for an instance and for a publication."""
+    """Direct calls, `remote`, `options`, `map` and `local` give the same answer, for an instance and for a publication."""
     search = pipelines.search(width=32)
     expected = search(2.0)
     for given in (search, zerocopy.publish(search)):
@@ -48,7 +48,7 @@ def test_runs_elsewhere_with_shared_weights() -> None:
 
 
 def test_metadata_survives() -> None:
-    """Name, docstring and signature are those of the function, for methods too."""
+    """A task keeps the name, docstring and signature of its function or method."""
     assert pipelines.answer.__name__ == "answer"
     assert pipelines.answer.__doc__ == "Answer a query."
     assert str(inspect.signature(pipelines.answer)) == "(pipeline: 'Search', query: 'float') -> 'float'"
@@ -58,7 +58,7 @@ def test_metadata_survives() -> None:
 
 
 def test_methods() -> None:
-    """A method runs remotely with `self` loaded, as do an inherited and an overriding one with `super()`."""
+    """A method runs remotely with `self` loaded, also an inherited method and one that calls `super()`."""
     search = pipelines.search(width=32)
     assert search.rank(2.0, scale=2.0) == 2 * search(2.0)
     assert ray.get(search.rank.remote(2.0)) == pipelines.Search.rank(search, 2.0) == search(2.0)
@@ -95,7 +95,7 @@ def schedule() -> tuple[int, int]:
 
 
 def test_references_inside_a_worker() -> None:
-    """A direct call inside a worker resolves references, as a remote one does."""
+    """A direct call inside a worker resolves references, like a remote call."""
 
     @zerocopy.task
     def outer(value: int) -> int:
@@ -109,7 +109,7 @@ def test_references_inside_a_worker() -> None:
 
 
 def test_defaults_of_pipeline_arguments() -> None:
-    """An argument's default is always fine, whatever its annotation says."""
+    """The default of an argument is always accepted, for every annotation."""
 
     @zerocopy.task
     def optional(query: float, pipeline: pipelines.Search = None) -> bool:  # type: ignore[assignment]
@@ -126,7 +126,7 @@ def test_remote_always_schedules() -> None:
 
 
 def test_generators() -> None:
-    """A generator function's direct call gives Ray's generator of references."""
+    """A direct call of a generator function returns Ray's generator of references."""
     search = pipelines.search(width=8)
     results = pipelines.stream(search, 3)
     assert isinstance(results, ray.ObjectRefGenerator)
@@ -135,7 +135,7 @@ def test_generators() -> None:
 
 
 def test_several_results() -> None:
-    """Ray's `num_returns` gives as many references."""
+    """With Ray's `num_returns` a call returns that many results."""
 
     @zerocopy.task(num_returns=2)
     def split(value: str) -> list[str]:
@@ -145,7 +145,7 @@ def test_several_results() -> None:
 
 
 def test_map_is_lazy_ordered_and_bounded() -> None:
-    """Items are taken as results are, never more than `max_in_flight` ahead."""
+    """`map` takes items only when results are requested, and at most `max_in_flight` items ahead."""
     taken: list[int] = []
 
     def items() -> Iterator[float]:
@@ -166,7 +166,7 @@ def test_map_is_lazy_ordered_and_bounded() -> None:
 
 
 def test_map_shows_progress_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """A bar counts results where the output is a terminal, and nothing is printed elsewhere."""
+    """A progress bar counts results on a terminal; other outputs show nothing."""
     search = pipelines.search(width=8)
     monkeypatch.delenv("FORCE_COLOR", raising=False)
     list(pipelines.answer.map(search, [1.0, 2.0, 3.0]))
@@ -181,9 +181,9 @@ def test_map_shows_progress_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsy
 
 
 def test_map_stops_at_the_first_error(tmp_path: Path) -> None:
-    """The first error is raised, and the calls under way are cancelled."""
+    """`map` raises the first error and cancels the calls that still run or wait."""
 
-    @zerocopy.task(num_cpus=CPUS, max_retries=0)  # one after the other
+    @zerocopy.task(num_cpus=CPUS, max_retries=0)  # one call at a time
     def fail_at_two(number: int) -> int:
         if number == 2:
             raise KeyError("two")
@@ -200,7 +200,7 @@ def test_map_stops_at_the_first_error(tmp_path: Path) -> None:
 
 
 def test_map_over_pipelines_and_several_results() -> None:
-    """Items may be pipelines; a task of several results is mapped too; a generator function is refused."""
+    """`map` takes pipelines as items and tasks with several results, but no generator functions."""
     searches = [pipelines.search(width=8, top_k=number) for number in range(3)]
 
     @zerocopy.task
@@ -222,7 +222,7 @@ def test_map_over_pipelines_and_several_results() -> None:
 
 
 def test_copied_fields_are_fresh_in_every_call() -> None:
-    """What one call does to its pipeline is not seen by the next one."""
+    """A change that one call makes to its pipeline never reaches the next call."""
 
     @zerocopy.task
     def spoil(pipeline: pipelines.Search) -> tuple[dict[str, Any], float]:
@@ -238,7 +238,7 @@ def test_copied_fields_are_fresh_in_every_call() -> None:
 
 
 def test_errors_keep_their_class() -> None:
-    """An error of the function, and of loading in the worker, can be caught by its class."""
+    """An error of the function, or of a load in the worker, can be caught by its class."""
 
     @zerocopy.task(max_retries=0)
     def divide(pipeline: pipelines.Search, by: int) -> float:
@@ -258,7 +258,7 @@ def test_errors_keep_their_class() -> None:
 
     lost, pid = ray.get(publish_and_end.remote())
     assert wait_until(lambda: not Path(f"/proc/{pid}").exists())
-    time.sleep(4)  # until Ray has seen it: Ray 2.60 needs less than 1 s, 2.53 more
+    time.sleep(4)  # until Ray notices the end: Ray 2.60 needs less than 1 s, Ray 2.53 needs more
     with pytest.raises(PublicationLostError, match="the process that published them ended"):
         divide(lost, 1)
     with pytest.raises(PublicationLostError):
@@ -266,7 +266,7 @@ def test_errors_keep_their_class() -> None:
 
 
 def test_local_copies_as_a_remote_call_would() -> None:
-    """`local` runs in this process, and does not change the arguments of its caller."""
+    """`local` runs in this process and, like a remote call, does not change the caller's arguments."""
 
     @zerocopy.task
     def change(pipeline: pipelines.Search, items: list[int]) -> tuple[int, list[int]]:
@@ -280,14 +280,14 @@ def test_local_copies_as_a_remote_call_would() -> None:
 
 
 def test_references_as_arguments() -> None:
-    """Object references are resolved, as by Ray."""
+    """Object references as arguments are resolved, as in Ray."""
     search = pipelines.search(width=8)
     assert pipelines.answer(search, ray.put(2.0)) == search(2.0)
     assert pipelines.answer.local(search, ray.put(2.0)) == search(2.0)
 
 
 def test_tasks_as_values() -> None:
-    """A task, and a bound one, can be arguments, and be called in the worker."""
+    """A task or a bound task method can be an argument, and can be called in the worker."""
 
     @ray.remote
     def call(function: Callable[..., float], *args: Any) -> float:
@@ -305,7 +305,7 @@ def test_tasks_as_values() -> None:
 
 
 def test_local_functions_with_closures() -> None:
-    """A function defined inside another, over its variables and other remote functions, works."""
+    """A task defined inside a function works with variables and remote functions of that function."""
     offset = 10
 
     @ray.remote
@@ -320,14 +320,14 @@ def test_local_functions_with_closures() -> None:
 
 
 def test_annotations_for_type_checkers_only() -> None:
-    """An annotation that names what exists only under TYPE_CHECKING is not checked; the others are."""
+    """An annotation with a name that exists only under TYPE_CHECKING is not checked; other annotations are."""
     assert pipelines.annotated_for_type_checkers(1, nn.Linear(1, 1)) == "Linear"
     with pytest.raises(ArgumentError, match="expects torch.nn.modules.module.Module for 'module', got 'str'"):
         pipelines.annotated_for_type_checkers(1, "no")
 
 
 def test_bad_arguments_are_refused_here() -> None:
-    """A call raises if an argument cannot travel."""
+    """A call raises an error in the caller's process if an argument cannot be pickled."""
     search = pipelines.search(width=8, settings={"stream": (number for number in ())})
     with pytest.raises(CannotTravelError, match=r"search.settings\['stream'\]"):
         pipelines.answer.remote(search, 1.0)
@@ -388,7 +388,7 @@ with Worker.pool(1, search) as pool:
 
 @pytest.mark.long
 def test_everything_in_main(address: str) -> None:
-    """Pipelines, tasks and actors defined in `__main__`, without a file as in a notebook, work."""
+    """Pipelines, tasks and actors that are defined in `__main__` work, also without a file as in a notebook."""
     done = run_python(MAIN, "-", address)
     assert done.stdout.split() == ["True"] * 6, done.stdout + done.stderr
 
@@ -406,7 +406,7 @@ def kinds(
 
 
 def test_a_parameter_can_ask_for_the_publication() -> None:
-    """Annotated so, it arrives as it is, whatever was given; where a pipeline may arrive as well, that does."""
+    """A parameter annotated as `zerocopy.Publication` gets the publication; one that also allows a pipeline gets the pipeline."""
     search = pipelines.search(width=8)
     publication = zerocopy.publish(search)
     expected = ("Publication", search.encoder[0].weight.sum().item())
@@ -425,7 +425,7 @@ class Holder(zerocopy.Actor):
 
 
 def test_an_actor_can_ask_for_the_publication() -> None:
-    """It loads when it wants to, or only a part; the weights stay as long as its handle."""
+    """An actor with a publication can load later or only a part, and its handle keeps the weights."""
     search = pipelines.search(width=8)
     publication = zerocopy.publish(search)
     holder = Holder.options(num_cpus=0.1).remote(publication)

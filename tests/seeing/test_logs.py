@@ -1,4 +1,4 @@
-"""One log line for each publish and each load, of the logger "zerocopy"."""
+"""Does the logger "zerocopy" write one line for each publish and each load?"""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ WHAT = r"(?P<what>published|loaded) (?P<name>.*): (?P<bytes>\d+) bytes in (?P<se
 
 
 def lines_of(records: list[logging.LogRecord]) -> list[tuple[str, ...]]:
-    """What was told, but for the seconds."""
+    """The content of the log lines, without the seconds."""
     matches = [re.fullmatch(WHAT, record.getMessage()) for record in records if record.name == "zerocopy"]
     assert all(match is not None and float(match["seconds"]) > 0 for match in matches)
     return [match.group("what", "name", "bytes", "isolation") for match in matches if match is not None]
@@ -38,7 +38,7 @@ class Listener:
 
 
 def test_a_publish_and_a_load_are_one_line_each(cluster: None, name: str, caplog: pytest.LogCaptureFixture) -> None:
-    """With name, version, bytes, seconds and isolation; without a name, the class stands in its place."""
+    """Each line has the name or else the class, the version, bytes, seconds and isolation."""
     with caplog.at_level(logging.INFO, "zerocopy"):
         zerocopy.publish(nn.Linear(8, 8), name=name).load()
         zerocopy.publish(nn.Linear(4, 4, bias=False)).load()
@@ -51,7 +51,7 @@ def test_a_publish_and_a_load_are_one_line_each(cluster: None, name: str, caplog
 
 
 def test_what_is_passed_is_told_when_it_is_published(cluster: None, caplog: pytest.LogCaptureFixture) -> None:
-    """A pipeline that Ray publishes by itself has one line, and none when it is passed again."""
+    """A pipeline that is published because it is passed has one log line, and no line when it is passed again."""
     from pipelines import search
 
     one = search()
@@ -62,7 +62,7 @@ def test_what_is_passed_is_told_when_it_is_published(cluster: None, caplog: pyte
 
 
 def test_workers_tell_theirs(cluster: None, name: str) -> None:
-    """Also of a task that keeps what it has loaded: calls that reuse it are no loads."""
+    """A worker writes a log line for each of its loads."""
     publication = zerocopy.publish(nn.Linear(8, 8), name=name)
     listener = Listener.remote(publication, isolated=True)
     assert ray.get(listener.load.remote(publication))[-1:] == [
@@ -91,7 +91,7 @@ _handler: _Count | None = None
 
 
 def test_calls_that_reuse_a_load_tell_nothing(cluster: None) -> None:
-    """A worker may load twice, and takes turns from then on."""
+    """Calls that reuse a load write no log line; a worker loads at most twice."""
     publication = zerocopy.publish(nn.Linear(8, 8))
     counts = [told(publication) for _ in range(20)]
     assert counts[-1] <= 4
@@ -99,7 +99,7 @@ def test_calls_that_reuse_a_load_tell_nothing(cluster: None) -> None:
 
 @pytest.mark.long
 def test_nothing_is_printed_by_default() -> None:
-    """Whoever configures no logging sees no line."""
+    """Without a logging configuration no line is printed."""
     done = run_python(
         "import ray, zerocopy\n"
         "from torch import nn\n"

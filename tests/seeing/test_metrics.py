@@ -1,4 +1,4 @@
-"""Metrics stand at Ray's Prometheus endpoint: scraped from a cluster that exports them."""
+"""Are zerocopy's metrics available at Ray's Prometheus endpoint? A test reads them from a cluster that exports them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import nn
 import zerocopy
 from zerocopy._seeing import events, metrics
 
-# The first connection of the process ends before anything is scraped: the figures are of the second.
+# The first connection of the process ends before metrics are read, so all figures are from the second connection.
 SCRAPED = r"""
 import json, re, sys, time, urllib.request, warnings
 import ray, torch, zerocopy
@@ -85,14 +85,14 @@ ray.shutdown()
 
 @pytest.mark.long
 def test_figures_are_scraped() -> None:
-    """All counters and gauges have the figures of what was done, on the second connection of a process."""
+    """All counters and gauges have the right values, also on the second connection of a process."""
     done = run_python(SCRAPED, **ORDINARY)
     assert done.returncode == 0, done.stderr[-3000:]
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     nbytes = 512 * 512 * 4
     assert found["publishes_total search"] == 2
     assert found["publish_seconds_count search"] == 2
-    assert found["loads_total search"] == 2  # one when it arrived, one to refresh it
+    assert found["loads_total search"] == 2  # one load at arrival, one for the refresh
     assert found["load_seconds_count search"] == 2
     assert 0 < found["load_seconds_sum search"] < 30
     assert found["refreshes_total search"] == 1
@@ -104,7 +104,7 @@ def test_figures_are_scraped() -> None:
 
 
 def test_gauges_go_back_to_zero(cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is no longer shown is no longer told."""
+    """After a pipeline is dropped, its bytes no longer count in the gauges."""
     told = metrics.of_session()
     assert told is not None
 
@@ -121,7 +121,7 @@ def test_gauges_go_back_to_zero(cluster: None, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_what_goes_wrong_there_reaches_nobody(cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A load, a publish and a refresh succeed, though no metric can be written."""
+    """Publish, load and refresh succeed even if metrics cannot be written."""
 
     def fail() -> None:
         raise RuntimeError("no metrics")
@@ -133,7 +133,7 @@ def test_what_goes_wrong_there_reaches_nobody(cluster: None, monkeypatch: pytest
 
 
 def test_a_forked_child_counts_nothing(cluster: None) -> None:
-    """The connection is its parent's, and so is the thread that sets gauges."""
+    """A forked child writes no metrics, because connection and thread belong to its parent."""
     import os
 
     assert metrics.of_session() is not None

@@ -1,4 +1,4 @@
-"""A memory report: of this cluster, of all its nodes, by publication."""
+"""Does a memory report show this cluster, with all its nodes, by publication?"""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def of_kind(report: zerocopy.MemoryReport, kind: str) -> list[zerocopy.Publicati
 
 
 def test_a_publication_of_this_process_is_told(cluster: None) -> None:
-    """It stands in the report as soon as it is published, costs one copy until it is loaded, and goes when it is closed."""
+    """A publication is in the report from its publishing until it is closed, and counts one copy before it is loaded."""
 
     class Mine(nn.Linear):
         pass
@@ -66,7 +66,7 @@ def test_a_publication_of_this_process_is_told(cluster: None) -> None:
 
 @pytest.mark.long
 def test_loads_and_writes_of_busy_processes_are_told(cluster: None, name: str) -> None:
-    """Each process counts as a plain copy less; what was written since counts as its writer's own; a process need not answer."""
+    """Each loading process saves one plain copy, written bytes count as private, and busy processes are measured too."""
     publication = zerocopy.publish(weights(), name=name)
     readers = [Reader.remote() for _ in range(3)]
     pids = ray.get([reader.load.remote(publication) for reader in readers])
@@ -95,7 +95,7 @@ def test_loads_and_writes_of_busy_processes_are_told(cluster: None, name: str) -
 
 @pytest.mark.long
 def test_shared_is_never_below_one_copy(cluster: None) -> None:
-    """Also of a report on one of many processes, whose proportional share is less."""
+    """Shared memory is at least one copy, also in a report on one process whose proportional share is smaller."""
     publication = zerocopy.publish(weights())
     readers = [Reader.remote() for _ in range(2)]
     pid, _ = ray.get([reader.load.remote(publication) for reader in readers])
@@ -107,7 +107,7 @@ def test_shared_is_never_below_one_copy(cluster: None) -> None:
 
 
 def test_versions_of_a_name_share_what_is_equal(cluster: None, name: str) -> None:
-    """Each version tells all that it rests on; together they count each object of the store once."""
+    """Each version shows all bytes that it needs; the node's total counts each object in the store once."""
     model = nn.Sequential(*[weights() for _ in range(4)])
     before = sum(node.objects for node in zerocopy.memory_report().nodes)
     kept = [zerocopy.publish(model, name=name)]
@@ -120,7 +120,7 @@ def test_versions_of_a_name_share_what_is_equal(cluster: None, name: str) -> Non
 
 
 def test_named_versions_outlive_the_knowledge_of_their_publisher(address: str, name: str) -> None:
-    """What the registry keeps is told, though its publisher has ended and nobody has loaded it."""
+    """A named version is in the report after its publisher has ended, also if no process has loaded it."""
     done = run_python(
         "import sys, ray, torch, zerocopy\n"
         "ray.init(sys.argv[1], log_to_driver=False)\n"
@@ -135,7 +135,7 @@ def test_named_versions_outlive_the_knowledge_of_their_publisher(address: str, n
 
 
 def test_many_loads_are_told_exactly(cluster: None) -> None:
-    """Notes of memory that is gone are dropped now and then; what lives stays told."""
+    """The number of loads is exact after many loads, because notes of freed memory are removed from time to time."""
 
     class Often(nn.Linear):
         pass
@@ -148,7 +148,7 @@ def test_many_loads_are_told_exactly(cluster: None) -> None:
 
 
 def test_adopted_weights_are_a_load(cluster: None) -> None:
-    """A publisher that adopts has no second copy: it uses the store's."""
+    """An adopting publisher counts as a load, because it uses the copy in the store."""
 
     class Adopted(nn.Linear):
         pass
@@ -160,7 +160,7 @@ def test_adopted_weights_are_a_load(cluster: None) -> None:
 
 
 def test_a_report_as_data(cluster: None) -> None:
-    """As a dict it is JSON; as text and HTML it has all columns."""
+    """A report can be a dict that is valid JSON, and has all columns as text and HTML."""
     publication = zerocopy.publish(weights())
     loaded = publication.load()
     report = zerocopy.memory_report()
@@ -181,7 +181,7 @@ def test_a_report_as_data(cluster: None) -> None:
 
 
 def test_a_report_as_a_plot(cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bars of what is shared and private, beside what plain copies would take; written where that is asked for."""
+    """A plot shows bars of shared and private bytes and of plain copies, and can be saved to a file."""
     publication = zerocopy.publish(weights())
     loaded = [publication.load() for _ in range(3)]
     report = zerocopy.memory_report([os.getpid()])
@@ -198,7 +198,7 @@ def test_a_report_as_a_plot(cluster: None, tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_without_ray() -> None:
-    """This process alone is measured, and a note says so."""
+    """Without Ray a report measures only this process, and a note says so."""
     done = run_python(
         "import os, ray, zerocopy\n"
         "report = zerocopy.memory_report()\n"
@@ -249,7 +249,7 @@ cluster.shutdown()
 
 @pytest.mark.long
 def test_all_nodes_of_this_cluster_and_no_other(cluster: None) -> None:
-    """Two nodes share a host with another cluster: each process is told once, on its node; one that stands still is left out."""
+    """With several nodes and clusters on one host, each process is listed once on its node; a stopped node is left out."""
     other_cluster = own_raylet()
     assert other_cluster is not None
     done = run_python(NODES, **ORDINARY, PYTHONPATH=IMPORT_PATH)

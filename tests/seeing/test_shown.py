@@ -1,4 +1,4 @@
-"""What does a person see of objects, who prints them or lets a notebook show them?"""
+"""What does a user see when objects are printed, or shown in a notebook?"""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Plain:
 
 
 def test_reprs_say_what_matters() -> None:
-    """Short, in one line, and without addresses in memory."""
+    """The `repr` of each object is one short line without memory addresses."""
     search = pipelines.search(width=8)
     shown = {
         repr(pipelines.answer): "<zerocopy.Task answer(pipeline: 'Search', query: 'float') -> 'float', num_cpus=1>",
@@ -43,7 +43,7 @@ def test_reprs_say_what_matters() -> None:
 
 
 def test_publications_show_as_a_table_in_notebooks(name: str) -> None:
-    """Named and closed ones too; and a text where no publication has a name."""
+    """Publications show as a table, also named and closed ones; an empty list shows a text."""
     publication = zerocopy.publish(nn.Linear(8, 8))
     named = zerocopy.publish(nn.Linear(8, 8), name=name)
     cells = [re.findall("<td.*?>(.*?)</td>", one._repr_html_()) for one in (publication, named, zerocopy.lookup(name))]
@@ -59,7 +59,7 @@ def test_publications_show_as_a_table_in_notebooks(name: str) -> None:
 
 
 def test_it_says_that_it_has_started_ray(address: str) -> None:
-    """Once, and how to choose oneself."""
+    """One message says that zerocopy has started Ray, and how to start it yourself."""
     program = (
         "from torch import nn\nimport zerocopy\nzerocopy.publish(nn.Linear(2, 2))\nzerocopy.publish(nn.Linear(2, 2))\n"
     )
@@ -71,7 +71,7 @@ def test_it_says_that_it_has_started_ray(address: str) -> None:
 
 
 def test_lookups_start_no_ray() -> None:
-    """They join a cluster; where none can be reached they say so at once, though the address of an ended one is left behind."""
+    """Lookups join a cluster but never start one; if none runs they fail at once, also if RAY_ADDRESS names an ended one."""
     program = (
         "import ray, zerocopy\n"
         "for call in (zerocopy.publications, lambda: zerocopy.lookup('a'), lambda: zerocopy.remove('a')):\n"

@@ -1,4 +1,4 @@
-"""What will be shared, without Ray."""
+"""Does a plan show what will be shared, without Ray?"""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def by_path(plan: zerocopy.SharePlan) -> dict[str, zerocopy.PlanEntry]:
 
 
 def test_fields_follow_their_policies() -> None:
-    """Each field is an entry, with its tensors and its bytes."""
+    """Each field is an entry with its policy, tensors and bytes."""
     plan = zerocopy.plan(pipelines.search(width=256))
     entries = by_path(plan)
     assert {path: entry.policy for path, entry in entries.items()} == {
@@ -38,7 +38,7 @@ def test_fields_follow_their_policies() -> None:
 
 
 def test_modules_are_found_anywhere_below() -> None:
-    """Without declarations every module is shared, however deep and private; tensors outside of modules are copied."""
+    """Without declarations every module is shared, at any depth and also in private attributes; other tensors are copied."""
     plan = zerocopy.plan(pipelines.Assistant(width=64))
     shared_paths = {entry.path for entry in plan.entries if entry.policy == "shared"}
     assert shared_paths == {"assistant.models['draft']", "assistant.models['final'][0]", "assistant._hidden"}
@@ -48,7 +48,7 @@ def test_modules_are_found_anywhere_below() -> None:
 
 
 def test_a_copied_field_keeps_its_modules() -> None:
-    """A module below a `copied()` field is copied; one that is shared elsewhere stays shared."""
+    """A module inside a `copied()` field is copied, unless a shared field also has it."""
 
     @zerocopy.pipeline
     class Search:
@@ -63,7 +63,7 @@ def test_a_copied_field_keeps_its_modules() -> None:
 
 
 def test_a_module_in_a_copied_field_is_copied() -> None:
-    """A module that is itself the value of a `copied()` field is copied, in every spelling."""
+    """A module that is the value of a copied field is copied, with `copied()` and with `Copied[...]`."""
 
     @zerocopy.pipeline
     class Search:
@@ -89,7 +89,7 @@ def test_a_module_in_a_copied_field_is_copied() -> None:
 
 
 def test_what_a_class_leaves_out_is_not_looked_at() -> None:
-    """An attribute that `__getstate__` drops may be anything, and travels no more than with pickle."""
+    """An attribute that `__getstate__` leaves out may be any object, and is not pickled."""
 
     @zerocopy.pipeline
     class Search:
@@ -107,7 +107,7 @@ def test_what_a_class_leaves_out_is_not_looked_at() -> None:
 
 
 def test_hooks_that_reach_the_pipeline() -> None:
-    """A hook that is a method of the pipeline makes it whole, and the plan says so."""
+    """If a hook is a method of the pipeline, the pipeline is loaded as a whole, and the plan says so."""
 
     @zerocopy.pipeline
     class Search:
@@ -123,7 +123,7 @@ def test_hooks_that_reach_the_pipeline() -> None:
 
 
 def test_ties_are_named_and_counted_once() -> None:
-    """A tied parameter, and a view of it in another field, cost their bytes once."""
+    """Bytes of a tied parameter, and of a view of it in another field, count once."""
 
     @zerocopy.pipeline
     class Search:
@@ -139,7 +139,7 @@ def test_ties_are_named_and_counted_once() -> None:
 
 
 def test_what_cannot_be_shared_is_said() -> None:
-    """A tensor that no storage describes is copied, and the plan gives the reason."""
+    """A value that cannot be shared, such as an array of Python objects, is copied, and the plan gives the reason."""
 
     @zerocopy.pipeline
     class Search:
@@ -151,7 +151,7 @@ def test_what_cannot_be_shared_is_said() -> None:
 
 
 def test_entangled_pipelines_are_named() -> None:
-    """Where a mutable object is reachable from both sides, the plan says so, and where."""
+    """If a mutable object is reachable from a shared and a copied field, the plan names its path."""
     config = {"threshold": 0.5}
 
     @zerocopy.pipeline
@@ -167,7 +167,7 @@ def test_entangled_pipelines_are_named() -> None:
 
 
 def test_nested_pipelines_follow_their_own_policies() -> None:
-    """A pipeline inside a pipeline is not shared as a whole: its fields are."""
+    """For a pipeline inside a pipeline, the plan lists its own fields with their policies."""
 
     @zerocopy.pipeline
     class Outer:
@@ -185,13 +185,13 @@ def test_nested_pipelines_follow_their_own_policies() -> None:
 
 
 def test_a_bare_module_is_a_pipeline() -> None:
-    """One entry, all shared."""
+    """The plan of a bare module has one entry, which is shared."""
     plan = zerocopy.plan(nn.Linear(4, 4, dtype=torch.bfloat16))
     assert [(entry.path, entry.policy, entry.dtypes) for entry in plan.entries] == [("linear", "shared", ("bfloat16",))]
 
 
 def test_prints_as_a_table() -> None:
-    """Every column is there, on a terminal and in a notebook."""
+    """The table has every column, on a terminal and in a notebook."""
     plan = zerocopy.plan(pipelines.search(width=256))
     text = str(plan)
     assert text.splitlines()[0].startswith("search: 528.4 kB shared once per node")
@@ -203,7 +203,7 @@ def test_prints_as_a_table() -> None:
 
 
 def test_holds_no_tensor_and_is_frozen() -> None:
-    """A plan is data: it keeps no weights alive and cannot be changed."""
+    """A plan keeps no weights alive and cannot be changed."""
     plan = zerocopy.plan(pipelines.search(width=16))
     with pytest.raises(attrs.exceptions.FrozenInstanceError):
         plan.shared_bytes = 0
@@ -211,7 +211,7 @@ def test_holds_no_tensor_and_is_frozen() -> None:
 
 
 def test_a_module_that_two_fields_hold_is_a_tie() -> None:
-    """Its bytes count once, and both rows say where it is; what leads back to itself is no tie."""
+    """The bytes of a module in two fields count once, and both rows list the tie; a cycle is not a tie."""
 
     @zerocopy.pipeline
     class Two:

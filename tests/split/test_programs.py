@@ -1,4 +1,4 @@
-"""TorchScript programs: their weights are in the store once, not also inside their code."""
+"""Are the weights of TorchScript and exported programs in the store only once, and not also in their code?"""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ INPUT = torch.linspace(-1, 1, 4 * WIDTH).reshape(4, WIDTH)
 
 
 class Net(nn.Module):
-    """Tied weights, a plain tensor attribute, a list of tensors, a buffer and a second method."""
+    """A module with tied weights, a plain tensor attribute, a list of tensors, buffers and a second method."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ def run(publication: zerocopy.Publication) -> tuple[Any, Any, int]:
 
 @pytest.mark.parametrize("kind", PROGRAMS)
 def test_programs_share_their_weights(kind: str) -> None:
-    """A program gives the same answers elsewhere, with all its methods, over views of the store."""
+    """A program gives the same answers in another process, with all its methods, over views of the store."""
     program = PROGRAMS[kind]()
     pipeline = Pipeline(program)
     expected = program(INPUT)
@@ -101,7 +101,7 @@ def test_programs_share_their_weights(kind: str) -> None:
 
 
 def test_isolation_and_ties() -> None:
-    """A write in one loaded program stays there, and is seen through its tied weight."""
+    """A write in one loaded program is visible in its tied weight, and never reaches another load."""
     program = scripted()
     publication = zerocopy.publish(program)
     one, other = publication.load(), publication.load()
@@ -114,7 +114,7 @@ def test_isolation_and_ties() -> None:
 
 
 def test_found_by_the_automatic_rule_and_published_once() -> None:
-    """A program held by an undeclared attribute is shared, and passing it again writes nothing until it changes."""
+    """A program in an undeclared attribute is shared, and passing it again writes nothing until it changes."""
 
     @zerocopy.pipeline
     class Search:
@@ -132,7 +132,7 @@ def test_found_by_the_automatic_rule_and_published_once() -> None:
 
 
 def test_parts_and_functions() -> None:
-    """`fields=` brings a program with its weights; a scripted function travels as its code."""
+    """`fields=` loads a program with its weights; a scripted function is pickled as its code."""
 
     @zerocopy.pipeline
     class Search:
@@ -152,7 +152,7 @@ def double(value: torch.Tensor) -> torch.Tensor:
 
 
 class Exported(nn.Module):
-    """Parameters, a buffer, a hidden buffer, a constant and a lifted tensor."""
+    """A module with parameters, a buffer, a non-persistent buffer, a constant and a lifted tensor."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -175,7 +175,7 @@ def run_exported(publication: zerocopy.Publication) -> Any:
 
 
 def test_exported_programs() -> None:
-    """An exported program, alone and in a pipeline, computes the same over shared parameters, buffers and constants."""
+    """An exported program, alone and in a pipeline, gives the same results over shared parameters, buffers and constants."""
     model = Exported().eval()
     program = torch.export.export(model, (INPUT,))
     for given in (program, Pipeline(program)):

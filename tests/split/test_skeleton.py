@@ -1,4 +1,4 @@
-"""Split and joined again: the round trip, against pickle itself."""
+"""Is an object equal to the original, and to pickle's result, after it was split and joined again?"""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 
 
 def through_bytes(obj: Any, zone: Zone = Zone.SHARED) -> Any:
-    """Strip, describe, rebuild over copies of the storages' bytes, and graft."""
+    """Strip an object, describe its tensors, rebuild them over copies of their bytes, and graft the object."""
     stripped = strip([obj], zone=zone, split=Split.NOWHERE)
     table = TensorTable()
     for external in stripped.externals[1:]:
@@ -62,7 +62,7 @@ def tensors(draw: st.DrawFn) -> torch.Tensor:
 
 @st.composite
 def structures(draw: st.DrawFn) -> Any:
-    """Nested containers in which tensors occur more than once, also as views of each other."""
+    """Nested containers with repeated tensors, also as views of each other."""
     pool = draw(st.lists(tensors(), min_size=1, max_size=3))
     pool += [tensor[:1] for tensor in pool if tensor.dim()]
     leaves = st.one_of(st.sampled_from(pool), st.integers(), st.text(max_size=3), st.none())
@@ -92,10 +92,10 @@ def shape_of(obj: Any) -> Any:
 @settings(max_examples=150, deadline=None)
 @given(structures())
 def test_round_trip(structure: Any) -> None:
-    """Values, dtypes, shapes, strides, offsets, identities and shared storages all come back."""
+    """Values, dtypes, shapes, strides, offsets, identities and shared storages are equal after a round trip."""
     loaded = through_bytes(structure)
     assert shape_of(loaded) == shape_of(structure)
-    with contextlib.suppress(AttributeError):  # pickle has no answer for torch's unsigned dtypes
+    with contextlib.suppress(AttributeError):  # pickle does not support torch's unsigned dtypes
         assert shape_of(loaded) == shape_of(pickle.loads(pickle.dumps(structure)))
     before, after = tensors_in(structure), tensors_in(loaded)
     for old, new in zip(before, after, strict=True):
@@ -111,7 +111,7 @@ def test_round_trip(structure: Any) -> None:
 
 
 def test_tensor_details() -> None:
-    """Parameters stay parameters; `requires_grad`, conjugation, negation and leaves survive; nothing becomes a view."""
+    """Tensors keep their parameter class, `requires_grad`, conjugation and negation, stay leaves, and become no views."""
     parameter = nn.Parameter(torch.ones(3), requires_grad=False)
     grown = torch.ones(2, requires_grad=True)
     conjugate = torch.tensor([1 + 2j]).conj()
@@ -126,7 +126,7 @@ def test_tensor_details() -> None:
 
 
 def test_attributes_of_tensors() -> None:
-    """Python attributes on a parameter come along, also where it occurs twice."""
+    """A parameter keeps its Python attributes, also if it occurs twice."""
     parameter = nn.Parameter(torch.ones(2))
     parameter.tags = ["frozen"]
     first, second = through_bytes([parameter, parameter])
@@ -135,7 +135,7 @@ def test_attributes_of_tensors() -> None:
 
 
 def test_arrays() -> None:
-    """Arrays keep order, strides, dtype and flags; an array over a tensor's memory still is one."""
+    """Arrays keep order, strides, dtype and flags; an array over a tensor's memory still shares that memory."""
     fortran = np.asfortranarray(np.arange(6.0).reshape(2, 3))
     frozen = np.arange(4)
     frozen.flags.writeable = False
@@ -155,7 +155,7 @@ def test_arrays() -> None:
 
 
 def test_modules_and_modes() -> None:
-    """Train and eval modes, non-persistent buffers, `None` parameters and hooks survive."""
+    """Modules keep train and eval modes, non-persistent buffers, `None` parameters and hooks."""
     module = nn.Sequential(nn.Linear(2, 2, bias=False), nn.BatchNorm1d(2).eval())
     module.register_buffer("scale", torch.ones(1), persistent=False)
     module[0].register_forward_pre_hook(double_the_input)
@@ -174,7 +174,7 @@ def double_the_input(module: nn.Module, args: Any) -> Any:
 
 
 def test_values_are_written_in_the_zone_of_their_policy() -> None:
-    """The example in `zones.py`, and a copied value that refers back to its pipeline."""
+    """Each field's value is written in the zone of its policy, also a copied value that refers back to its pipeline."""
 
     @zerocopy.pipeline
     class Search:
@@ -199,7 +199,7 @@ def test_values_are_written_in_the_zone_of_their_policy() -> None:
 
 
 def test_the_culprit_is_named() -> None:
-    """What cannot be pickled is named by its path, at any depth."""
+    """The error for an object that cannot be pickled has the path of the object, at any depth."""
     culprit = (number for number in range(3))
     module = nn.Sequential(nn.Linear(1, 1))
     module[0].extra = {"deep": [1, (2, culprit)]}
@@ -210,7 +210,7 @@ def test_the_culprit_is_named() -> None:
 
 
 def test_skeleton_is_small() -> None:
-    """What remains without tensors does not grow with them."""
+    """The skeleton, which has no tensors, does not grow with the size of the tensors."""
     small, large = (introspect(Subject(nn.Linear(width, width))) for width in (4, 2048))
     assert len(large.shared.payload) - len(small.shared.payload) < 100
     sizes = [storage.nbytes for storage in large.table.storages]

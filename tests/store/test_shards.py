@@ -1,4 +1,4 @@
-"""How storages are grouped, without a cluster."""
+"""How are storages grouped into shards and buffers? These tests need no cluster."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from zerocopy._store.write import ALIGNMENT, FIELD_SHARD, MB, ORDINARY, PACKED, 
 
 @given(st.lists(st.sampled_from([0, 1, 1000, PACKED, MB, 70 * MB]), max_size=60), st.data())
 def test_every_storage_has_one_place(sizes: list[int], data: st.DataObject) -> None:
-    """Each storage with bytes is in exactly one shard, in order, and no shard is needlessly large."""
+    """Each storage with bytes is in exactly one shard, in order, and no shard is larger than necessary."""
     ends = data.draw(st.lists(st.integers(0, len(sizes)), max_size=4))
     shards = layout(sizes, ends)
     flat = [index for shard in shards for index in shard]
@@ -27,13 +27,13 @@ def test_every_storage_has_one_place(sizes: list[int], data: st.DataObject) -> N
 
 
 def test_fields_get_shards_of_their_own() -> None:
-    """A large field is cut from the next, so that each can be fetched alone; small ones lie together."""
+    """A large field has its own shard, so that it can be fetched alone; small fields share a shard."""
     assert layout([FIELD_SHARD, 10, 20], [1, 2, 3]) == [[0], [1, 2]]
     assert layout([10, 20, 30], [1, 2, 3]) == [[0, 1, 2]]
 
 
 def test_layout_packs_small_storages() -> None:
-    """Large storages are buffers of their own, without a copy; small ones share an aligned one."""
+    """Each large storage is one buffer, without a copy; small storages share an aligned buffer."""
     large = torch.zeros(PACKED, dtype=torch.uint8)
     small = [torch.full((5,), number, dtype=torch.uint8) for number in range(3)]
     buffers, places = buffers_for([storage_of(tensor) for tensor in (small[0], large, small[1], small[2])])
@@ -46,7 +46,7 @@ def test_layout_packs_small_storages() -> None:
 
 
 def test_addresses_are_not_taken_on_trust() -> None:
-    """Where buffers start is told from how Ray lays them out, if the last one is there; else each is asked."""
+    """Buffer addresses are computed from Ray's layout if the last buffer confirms it, else read from each buffer."""
     memory = np.zeros(3000, np.uint8)
     first = ALIGNMENT - start_of(memory) % ALIGNMENT
     laid_out = [memory[first : first + 10], memory[first + 64 : first + 164], memory[first + 192 : first + 200]]

@@ -1,4 +1,4 @@
-"""The budget, as ratios within one run and wide enough for a noisy machine. `nox -s bench` prints the figures."""
+"""Is zerocopy fast enough? The limits are ratios within one run, for noisy machines too. `nox -s bench` prints the figures."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.usefixtures("cluster"), pytest.mark.alone]
 
 
 def ratio(call: Callable[[], Any], baseline: Callable[[], Any], rounds: int = 25) -> float:
-    """How many times as long a call takes: the median of rounds that make both, so that a slow moment hits both."""
+    """How many times longer than the baseline a call takes. Each round makes both calls, so that a slow moment affects both."""
 
     def seconds(function: Callable[[], Any]) -> float:
         start = time.perf_counter()
@@ -31,7 +31,7 @@ def ratio(call: Callable[[], Any], baseline: Callable[[], Any], rounds: int = 25
 
 
 def stack(blocks: int, width: int = 8) -> nn.Module:
-    """Five modules and four tensors a block."""
+    """A model with five modules and four tensors per block."""
     return nn.Sequential(
         *[nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.LayerNorm(width), nn.Dropout()) for _ in range(blocks)]
     ).eval()
@@ -56,13 +56,13 @@ def test_loading_grows_with_modules() -> None:
 
 
 def test_loading_does_not_grow_with_bytes() -> None:
-    """A model of 16,000 times the bytes loads in about the same time."""
+    """A model with 12,000 times the bytes loads in about the same time."""
     small, large = stack(20, 8), stack(20, 1024)
     assert ratio(zerocopy.publish(large).load, zerocopy.publish(small).load) < 3
 
 
 def test_loading_large_models_does_not_grow_with_bytes() -> None:
-    """A model of 128 times the bytes, large from the start, loads about as fast."""
+    """A large model with 128 times the bytes of another large model loads in about the same time."""
 
     def published(width: int) -> zerocopy.Publication:
         return zerocopy.publish(nn.Sequential(*[nn.Linear(width, width, bias=False) for _ in range(8)]))
@@ -71,7 +71,7 @@ def test_loading_large_models_does_not_grow_with_bytes() -> None:
 
 
 def test_loading_costs_what_unpickling_modules_does() -> None:
-    """A load takes no more than twice the time that pickle needs for the modules alone, without any weights."""
+    """A load takes at most twice the time that pickle needs for the modules without weights."""
     model = stack(200)
     publication = zerocopy.publish(model)
     bare = ray.cloudpickle.dumps(model.to("meta"))
@@ -79,7 +79,7 @@ def test_loading_costs_what_unpickling_modules_does() -> None:
 
 
 def test_a_warm_task_call_costs_little_more_than_none() -> None:
-    """A call given a publication, or the model itself, over a Ray task that does nothing."""
+    """A warm task call with a publication, or with the model, takes little longer than an empty Ray task."""
     model = stack(60)
     publication = zerocopy.publish(model)
     assert ratio(lambda: echo(publication, 1), lambda: ray.get(nothing.remote(1)), 60) < 3
@@ -87,7 +87,7 @@ def test_a_warm_task_call_costs_little_more_than_none() -> None:
 
 
 def test_publishing_costs_little_more_than_putting(store_use: Callable[[], int]) -> None:
-    """Publishing 100 MB over a bare put of the same bytes."""
+    """Publishing 50 MB takes less than three times as long as `ray.put` of the same bytes."""
 
     def publish() -> float:
         model = stack(12, 1024)
@@ -106,7 +106,7 @@ def test_publishing_costs_little_more_than_putting(store_use: Callable[[], int])
         return taken
 
     def taken(call: Callable[[], float]) -> float:
-        """Into pages of the store that were used before: they are slow when they are touched for the first time."""
+        """Measure a call, and wait until the store is empty, so that the next call uses warm pages: new pages are slow."""
         seconds = call()
         assert wait_until(lambda: store_use() < 1_000_000)
         return seconds

@@ -1,4 +1,4 @@
-"""`extract_tensors` and its inverse."""
+"""Do `extract_tensors` and its inverse `replace_tensors` work?"""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from zerocopy.testing import shares_memory
 
 
 class Everything(nn.Module):
-    """Ties, a shared child, odd dtypes, strides, buffers, flags, attributes, a parametrization, a frozen parameter."""
+    """A module with ties, a shared child, unusual dtypes, strides, buffers, flags, attributes, a parametrization."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,19 +40,19 @@ class Everything(nn.Module):
 
 
 def test_inverse() -> None:
-    """What was taken out and put back is observed to be the same: ties, dtypes, strides, flags, modes, attributes."""
+    """After `extract_tensors` and `replace_tensors` a module has the same ties, dtypes, strides, flags, modes and attributes."""
     module = Everything()
     module.norm.eval()
     before = observe(module)
     skeleton, tensors = extract_tensors(module)
     assert difference(before, observe(module)) == ""
     replace_tensors(skeleton, tensors)
-    # Where its storages lie, a tensor taken out alone cannot tell.
+    # An extracted tensor alone does not show where its storage is.
     assert difference(before, observe(skeleton)) == ""
 
 
 def test_form() -> None:
-    """The skeleton holds no data; arrays stand in the order of `named_modules`, and are views of the module's memory."""
+    """The skeleton has no data; arrays are in the order of `named_modules`, and are views of the module's memory."""
     module = Everything()
     skeleton, tensors = extract_tensors(module)
     assert all(tensor.is_meta for tensor in (*skeleton.parameters(), *skeleton.buffers()))
@@ -81,7 +81,7 @@ def put_back(skeleton: Any, tensors: Any) -> Any:
 
 
 def test_through_the_store(cluster: None) -> None:
-    """Arrays that come from the object store are mapped, not copied, and a write to the module stays out of the store."""
+    """Arrays from the object store are mapped, not copied, and a write to the module never reaches the store."""
     module = nn.Sequential(nn.Linear(3000, 3000), nn.Linear(3000, 3000, bias=False))
     module[1].weight = module[0].weight
     skeleton, tensors = extract_tensors(module)
@@ -94,7 +94,7 @@ def test_through_the_store(cluster: None) -> None:
 
 
 def test_read_only_arrays_are_copied() -> None:
-    """A read-only array that is not in the store becomes a tensor of its own, without a warning."""
+    """A read-only array that is not in the store is copied into a new tensor, without a warning."""
     skeleton, tensors = extract_tensors(nn.Linear(4, 4))
     array = tensors[0]["params"]["weight"].copy()
     array.flags.writeable = False
@@ -107,7 +107,7 @@ def test_read_only_arrays_are_copied() -> None:
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 def test_refusals() -> None:
-    """Each misuse in words."""
+    """Each misuse raises an error with a clear message."""
     for wrong in ("text", torch.jit.script(nn.Linear(2, 2))):
         with pytest.raises(TypeError, match="extract_tensors expects an nn.Module"):
             extract_tensors(wrong)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""The imperative face: what users of `ray_zerocopy` write, word for word, and what it gives them beyond that."""
+"""Do the wrappers work with unchanged code of `ray_zerocopy` users, and what do they offer in addition?"""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ pytestmark = [
 
 
 class Model(nn.Module):
-    """Adds up to no good."""
+    """A model with a linear layer and dropout."""
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class Model(nn.Module):
 
 
 class Pipeline:
-    """An encoder, a decoder, and a config dict."""
+    """A pipeline with an encoder, a decoder and a config dict."""
 
     def __init__(self) -> None:
         self.encoder = Model(1)
@@ -76,12 +76,12 @@ class Pipeline:
         return os.getpid()
 
     def describe(self, value: torch.Tensor) -> tuple[int, torch.Tensor]:
-        """Where it runs, and where the encoder's method does."""
+        """Return the process of this method, and the result of the encoder's method."""
         return os.getpid(), self.encoder.encode(value)
 
 
 class Nested:
-    """Models at every depth, one of them twice, and two tied."""
+    """A pipeline with models at every depth; one model occurs twice and two models are tied."""
 
     def __init__(self) -> None:
         self.stages = {"first": {"model": Model(1)}, "rest": [Model(2), (Model(3),)]}
@@ -96,7 +96,7 @@ class Nested:
 
 
 class Compiled:
-    """A pipeline of TorchScript."""
+    """A pipeline of TorchScript programs."""
 
     def __init__(self) -> None:
         self.encoder = torch.jit.script(Model(1).eval())
@@ -107,7 +107,7 @@ class Compiled:
 
 
 class Loader:
-    """Ray Data's worker: the one that users of `ray_zerocopy` write."""
+    """A worker for Ray Data, as users of `ray_zerocopy` write it."""
 
     def __init__(self, model_wrapper: Any) -> None:
         self.model = model_wrapper.load()
@@ -119,7 +119,7 @@ class Loader:
 
 
 def expected(pipeline: Any) -> torch.Tensor:
-    """What the original computes in eval mode."""
+    """The result of the original in eval mode."""
     twin = pickle.loads(pickle.dumps(pipeline))
     for model in vars(twin).values():
         if isinstance(model, nn.Module):
@@ -128,14 +128,14 @@ def expected(pipeline: Any) -> torch.Tensor:
         return twin(INPUT)
 
 
-# In actors.
+# Actors.
 
 
 @pytest.mark.long
-@pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")  # Ray Data's, about its own settings
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")  # Ray Data warns about its own settings
 @pytest.mark.parametrize(("wrap", "actors"), [(ModelWrapper.from_model, 2), (ActorWrapper, 1)])
 def test_ray_data(wrap: Callable[[Any], Any], actors: int) -> None:
-    """`map_batches` with the wrapper among the constructor's arguments."""
+    """`map_batches` takes a wrapper as an argument of the constructor."""
     pipeline = Pipeline()
     rows = ray.data.from_items([{"value": INPUT[0].numpy()} for _ in range(16)])
     answers = rows.map_batches(
@@ -151,7 +151,7 @@ def test_ray_data(wrap: Callable[[Any], Any], actors: int) -> None:
 
 @pytest.mark.long
 def test_four_actors_share_one_copy_and_no_write() -> None:
-    """Four plain Ray actors given one wrapper read one copy of the weights, and none sees what another writes."""
+    """Four plain Ray actors with one wrapper read one copy of the weights, and a write of one never reaches another."""
 
     @ray.remote(num_cpus=0.1)
     class Worker:
@@ -175,7 +175,7 @@ def test_four_actors_share_one_copy_and_no_write() -> None:
 
 
 def test_only_eval_mode_differs() -> None:
-    """A loaded object has its models in eval mode; the original stays as it was, and all else is as it was there."""
+    """A loaded object differs from the original only in its models' eval mode, and the original is unchanged."""
     pipeline = Nested()
     pipeline.half.weight.requires_grad_(False)
     pipeline.again.linear.weight.tag = ["mine"]
@@ -196,7 +196,7 @@ def test_only_eval_mode_differs() -> None:
 
 
 def test_a_bare_model_and_what_is_said_of_it() -> None:
-    """A bare model loads as itself; the wrapper tells what it holds, prints it, and cannot be called."""
+    """A wrapped bare model loads as this model; the wrapper lists and prints its models, and cannot be called."""
     wrapper = ModelWrapper.from_model(Model())
     assert isinstance(wrapper.load(), Model)
     assert wrapper._is_standalone_module
@@ -215,7 +215,7 @@ def test_a_bare_model_and_what_is_said_of_it() -> None:
 
 
 def test_attribute_names_limit_what_is_shared() -> None:
-    """With `model_attr_names` the models in these attributes are shared, and the others copied; in eval mode all of them."""
+    """With `model_attr_names` only the models in these attributes are shared, and all models are in eval mode."""
     pipeline = Pipeline()
     wrapper = ModelWrapper.from_model(pipeline, model_attr_names=["encoder"])
     assert list(wrapper.model_refs) == ["encoder"]
@@ -232,7 +232,7 @@ def test_attribute_names_limit_what_is_shared() -> None:
 
 
 def test_fields_of_a_pipeline_class_rule() -> None:
-    """An instance of a pipeline class is wrapped by its own declaration."""
+    """A wrapped instance of a pipeline class is shared and copied as its fields declare."""
 
     @zerocopy.pipeline
     class Declared:
@@ -257,7 +257,7 @@ def test_fields_of_a_pipeline_class_rule() -> None:
 @pytest.mark.alone
 @pytest.mark.parametrize("pickler", [pickle, ray.cloudpickle])
 def test_pickles(pickler: Any) -> None:
-    """Wrappers survive plain pickle and Ray's, also into another process."""
+    """Wrappers work after plain pickle and Ray's pickle, also in another process."""
 
     @ray.remote
     def load(content: bytes) -> Any:
@@ -273,7 +273,7 @@ def test_pickles(pickler: Any) -> None:
 
 
 def test_serialize_and_deserialize() -> None:
-    """`deserialize` makes of what `serialize` gives an equal wrapper, in both modes."""
+    """`deserialize` makes an equal wrapper from the result of `serialize`, in both modes."""
     for mode in ("actor", "task"):
         wrapper = ModelWrapper.from_model(Pipeline(), mode=mode)
         again = ModelWrapper.deserialize(**wrapper.serialize())
@@ -283,7 +283,7 @@ def test_serialize_and_deserialize() -> None:
 
 
 def test_weights_are_written_once(store_use: Callable[[], int]) -> None:
-    """Wrapping again, in another mode or for some attributes only, writes no weights again; nor does publishing."""
+    """Wrapping again in another mode or for other attributes, or publishing, writes no weights again."""
     pipeline = Pipeline()
     weights = 2 * 4 * WIDTH * WIDTH
     kept = [ModelWrapper.from_model(pipeline), ModelWrapper.from_model(pipeline)]
@@ -293,7 +293,7 @@ def test_weights_are_written_once(store_use: Callable[[], int]) -> None:
 
 
 def test_the_wrapper_keeps_no_model_alive() -> None:
-    """What was wrapped can be dropped: the wrapper holds references to the store only."""
+    """A wrapped model can be dropped, because the wrapper has only references to the store."""
     weakly = []
     for mode in ("actor", "task"):
         model = Model()
@@ -305,7 +305,7 @@ def test_the_wrapper_keeps_no_model_alive() -> None:
 
 
 class Merging(nn.Linear):
-    """Merges its adapter into its weight when it is put into eval mode, as LoRA layers do."""
+    """Merges its adapter into its weight when it changes to eval mode, like LoRA layers."""
 
     merged = False
 
@@ -331,7 +331,7 @@ class Restoring(nn.Linear):
 
 
 def test_the_original_is_never_touched() -> None:
-    """What models do when they change mode or are unpickled happens to what is loaded, in private, not to the original."""
+    """Changes that models make to themselves in eval mode or when unpickled affect only the loaded object, not the original."""
     merging, restoring = Merging(4, 4), Restoring()
     holder = {"merging": merging, "restoring": restoring}
     before = merging.weight.detach().clone()
@@ -351,7 +351,7 @@ def test_the_original_is_never_touched() -> None:
 
 
 def test_classes_of_a_script_stay_themselves(address: str) -> None:
-    """Wrapping changes no class, function or global of `__main__`: nothing is unpickled where it is wrapped."""
+    """Wrapping changes no class, function or global of `__main__`, because it unpickles nothing."""
     done = run_python(
         "import sys, ray, torch, zerocopy\n"
         "from torch import nn\n"
@@ -379,7 +379,7 @@ def test_classes_of_a_script_stay_themselves(address: str) -> None:
 
 
 def test_a_dict_is_written_once(store_use: Callable[[], int]) -> None:
-    """Also objects that cannot be referred to weakly share one set of weights."""
+    """Wrapping a dict, which allows no weak references, several times also writes its weights once."""
     pipeline = {"model": Model()}
     kept = [ModelWrapper.from_model(pipeline) for _ in range(3)]
     assert store_use() < 1.5 * 4 * WIDTH * WIDTH
@@ -388,7 +388,7 @@ def test_a_dict_is_written_once(store_use: Callable[[], int]) -> None:
 
 @pytest.mark.alone
 def test_close_frees_what_plain_pickle_holds(store_use: Callable[[], int]) -> None:
-    """References in plain pickles cannot be counted: `close()` lets go of them too."""
+    """`close()` also frees weights for which plain pickles have references, which Ray cannot count."""
     wrapper = ModelWrapper.from_model(Pipeline())
     pickle.dumps(wrapper)
     assert store_use() > 4 * WIDTH * WIDTH
@@ -397,7 +397,7 @@ def test_close_frees_what_plain_pickle_holds(store_use: Callable[[], int]) -> No
 
 
 def test_a_listed_model_may_have_another_name() -> None:
-    """`model_attr_names` shares a model whatever else refers to it."""
+    """`model_attr_names` shares a model also if another attribute refers to it."""
     pipeline = Pipeline()
     pipeline.alias = pipeline.encoder
     wrapper = ModelWrapper.from_model(pipeline, model_attr_names=["encoder"])
@@ -407,7 +407,7 @@ def test_a_listed_model_may_have_another_name() -> None:
 
 
 def test_devices() -> None:
-    """The device given to `load` wins over the wrapper's own; one that is absent is refused when loading."""
+    """The device of `load` has priority over the wrapper's device; a device that does not exist is refused by `load`."""
     wrapper = ActorWrapper(Pipeline(), device="cpu")
     assert wrapper.load().encoder.linear.weight.device.type == "cpu"
     for load in (wrapper.load, ModelWrapper.from_model(Model()).load):
@@ -422,12 +422,12 @@ def test_devices() -> None:
         tasks(INPUT)
 
 
-# In tasks.
+# Tasks.
 
 
 @pytest.mark.parametrize("wrap", [ModelWrapper.for_tasks, TaskWrapper, rewrite_pipeline])
 def test_each_call_of_a_model_is_a_task(wrap: Callable[..., Any]) -> None:
-    """The pipeline's own code runs here, each call of a model in a Ray task, the model in eval mode there."""
+    """The pipeline's own code runs in this process, and each call of a model runs in a Ray task, in eval mode."""
     pipeline = Pipeline()
     wrapped = wrap(pipeline, method_names=("__call__", "encode"))
     torch.testing.assert_close(wrapped(INPUT), expected(pipeline))
@@ -443,7 +443,7 @@ def test_each_call_of_a_model_is_a_task(wrap: Callable[..., Any]) -> None:
 
 
 def test_what_stands_for_a_model() -> None:
-    """It is an instance of the model's class, has the signatures of its methods, and refuses what is not exposed."""
+    """The object in place of a model is an instance of its class, has its signatures, and refuses methods that it lacks."""
     wrapped = ModelWrapper.for_tasks(Pipeline(), method_names=("encode",))
     assert isinstance(wrapped.encoder, nn.Module)
     assert isinstance(wrapped.encoder, Model)
@@ -456,7 +456,7 @@ def test_what_stands_for_a_model() -> None:
 
 
 def test_nested_models_in_tasks() -> None:
-    """Models at any depth become tasks, each found once; references among the arguments are resolved, as Ray does."""
+    """Models at any depth become tasks, each found once; references as arguments are resolved, as in Ray."""
     pipeline = Nested()
     wrapped = ModelWrapper.for_tasks(pipeline)
     assert wrapped.again is wrapped._hidden
@@ -467,7 +467,7 @@ def test_nested_models_in_tasks() -> None:
 
 @pytest.mark.long
 def test_tasks_from_a_worker() -> None:
-    """A task-mode pipeline passed to a task calls its models from there, each in a task of its own."""
+    """A task-mode pipeline that is passed to a task calls its models from there, each in its own task."""
 
     @ray.remote
     def answer(wrapped: Any) -> tuple[int, int, torch.Tensor]:
@@ -484,7 +484,7 @@ def test_tasks_from_a_worker() -> None:
 
 
 class Layers:
-    """Its models sit in a `ModuleList`, one of them has a bound method held."""
+    """A pipeline with models in a `ModuleList`, and with a bound method of one of them."""
 
     def __init__(self) -> None:
         self.layers = nn.ModuleList([Model(1), Model(2)])
@@ -497,7 +497,7 @@ class Layers:
 
 
 def test_containers_and_bound_methods() -> None:
-    """The modules in a `ModuleList` are the models; a bound method of one runs as a task."""
+    """The modules in a `ModuleList` become tasks, and a bound method of one of them runs as a task."""
     pipeline = Layers()
     wrapped = ModelWrapper.for_tasks(pipeline, method_names=("encode",))
     torch.testing.assert_close(wrapped(INPUT), ModelWrapper.from_model(pipeline).load()(INPUT).detach())
@@ -515,7 +515,7 @@ class Keywords(nn.Module):
 
 
 def test_calls_are_like_the_original() -> None:
-    """Keywords of any name arrive, and arrays that come back can be written."""
+    """Keyword arguments may have any name, and returned arrays are writable."""
     wrapped = ModelWrapper.for_tasks(Keywords(), ("numbers",))
     assert wrapped(INPUT, model="a", method="b") == ("a", "b")
     numbers = wrapped.numbers()
@@ -523,14 +523,14 @@ def test_calls_are_like_the_original() -> None:
 
 
 def test_exported_programs() -> None:
-    """An exported program runs in tasks."""
+    """An exported program can run in tasks."""
     program = torch.export.export(Model().eval(), (INPUT,))
     torch.testing.assert_close(ModelWrapper.for_tasks(program)(INPUT), program.module()(INPUT).detach())
 
 
 @pytest.mark.long
 def test_actors_that_hold_every_cpu() -> None:
-    """A call from an actor finds room: it takes the place of its caller, who waits."""
+    """A model call from an actor runs even if actors hold all CPUs, because it uses the CPU of its waiting caller."""
 
     @ray.remote(num_cpus=CPUS / 2)
     class Caller:
@@ -547,7 +547,7 @@ def test_actors_that_hold_every_cpu() -> None:
 
 
 def test_a_task_wrapper_is_itself() -> None:
-    """Attributes are given, taken and deleted as the original's; a deep copy is a wrapper too."""
+    """A task wrapper allows setting, reading and deleting any attribute, and its deep copy is also a wrapper."""
     wrapped = TaskWrapper(Pipeline())
     wrapped._pipeline = 3
     assert wrapped._pipeline == 3
@@ -557,7 +557,7 @@ def test_a_task_wrapper_is_itself() -> None:
 
 
 def test_an_error_in_a_model_arrives() -> None:
-    """What a model raises in its task is raised by the call."""
+    """A call raises the error that the model raised in its task."""
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         ModelWrapper.for_tasks(Pipeline())(torch.ones(1, 7))
 
@@ -576,7 +576,7 @@ def programs() -> dict[str, Any]:
 @pytest.mark.parametrize("kind", ["scripted", "traced", "frozen"])
 @pytest.mark.parametrize("wrapper", [JITModelWrapper, ModelWrapper])
 def test_torchscript(kind: str, wrapper: type[ModelWrapper[Any]]) -> None:
-    """Programs of every kind load, and run in tasks by `__call__` and `forward`; `ModelWrapper` takes them too."""
+    """Every kind of program loads, and runs in tasks by `__call__` and `forward`, also with `ModelWrapper`."""
     program = programs()[kind]
     answer = program(INPUT).detach()
     torch.testing.assert_close(wrapper.from_model(program).load()(INPUT).detach(), answer)
@@ -587,7 +587,7 @@ def test_torchscript(kind: str, wrapper: type[ModelWrapper[Any]]) -> None:
 
 
 def test_torchscript_pipelines() -> None:
-    """A pipeline of programs in both wrappers; several hold one."""
+    """A pipeline of programs works in both wrappers, and its loads share memory."""
     pipeline = Compiled()
     answer = pipeline(INPUT).detach()
     torch.testing.assert_close(JITTaskWrapper(pipeline)(INPUT), answer)
@@ -599,7 +599,7 @@ def test_torchscript_pipelines() -> None:
 
 
 class Wide(nn.Module):
-    """40 MB."""
+    """A model of 40 MB."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -611,7 +611,7 @@ class Wide(nn.Module):
 
 @pytest.mark.long
 def test_torchscript_is_zero_copy() -> None:
-    """A worker's private memory grows by less than 2 % of the weights when it loads and runs a program, frozen or not."""
+    """A worker that loads and runs a program, frozen or not, needs less than 2 % of its weights as private memory."""
 
     @ray.remote(num_cpus=0.1)
     class Worker:
@@ -637,7 +637,7 @@ def test_torchscript_is_zero_copy() -> None:
 
 
 def test_functions_for_models() -> None:
-    """A reference of `prepare_model_for_actors` loads anywhere, also where Ray resolved it as an argument."""
+    """A reference from `prepare_model_for_actors` can be loaded in any process, also after Ray resolved it as an argument."""
 
     @ray.remote
     def load(given: Any) -> torch.Tensor:
@@ -656,7 +656,7 @@ def test_functions_for_models() -> None:
 
 @pytest.mark.long
 def test_functions_for_pipelines() -> None:
-    """A skeleton and its references, by hand and from `constructor_kwargs`."""
+    """A pipeline can be loaded from its skeleton and references, passed by hand or from `constructor_kwargs`."""
     pipeline = Pipeline()
     skeleton, model_refs = rewrite_pipeline_for_actors(pipeline)
     assert list(model_refs) == ["encoder", "decoder"]
@@ -677,7 +677,7 @@ def test_functions_for_pipelines() -> None:
 
 
 def test_methods_of_the_pipeline_may_be_named() -> None:
-    """`method_names` may name what the pipeline has and no model: it runs as the pipeline's own, and the models in tasks."""
+    """`method_names` may name a method of the pipeline: it runs in this process, and its model calls run in tasks."""
     pipeline = Pipeline()
     for wrapped in (
         TaskWrapper(pipeline, ("__call__", "describe", "encode")),
@@ -733,13 +733,13 @@ MISUSES: list[tuple[Callable[[], Any], type[Exception], str]] = [
 
 @pytest.mark.parametrize(("call", "kind", "words"), MISUSES, ids=[words[:40] for _, _, words in MISUSES])
 def test_misuse(call: Callable[[], Any], kind: type[Exception], words: str) -> None:
-    """Each misuse is refused at once, in words."""
+    """Each misuse raises an error at once, with a clear message."""
     with pytest.raises(kind, match=words):
         call()
 
 
 def test_what_cannot_travel_is_named() -> None:
-    """A lock inside a wrapped object is refused by its path there."""
+    """A wrapped object with a lock is refused with the path of the lock."""
     pipeline = Pipeline()
     pipeline.encoder.lock = __import__("threading").Lock()
     with pytest.raises(CannotTravelError, match=r"pipeline\.encoder\.lock"):
@@ -748,7 +748,7 @@ def test_what_cannot_travel_is_named() -> None:
 
 @pytest.mark.long
 def test_without_ray_and_after_it(tmp_path: Path) -> None:
-    """A wrapper that plain pickle brought to a process without Ray says so; one whose cluster is gone does not hang."""
+    """A wrapper raises a clear error in a process without Ray, and after its cluster has ended."""
     content = tmp_path / "wrapper.pickle"
     writer = (
         "import pickle, ray, torch, zerocopy\n"
@@ -769,7 +769,7 @@ def test_without_ray_and_after_it(tmp_path: Path) -> None:
 
 
 def test_a_closed_store() -> None:
-    """A wrapper whose publication was closed says so."""
+    """A closed wrapper raises an error."""
     wrapper = ModelWrapper.from_model(Model())
     wrapper.close()
     with pytest.raises(PublicationClosedError):

@@ -1,8 +1,9 @@
-"""Have the bytes of storages changed, whoever wrote them?
+"""Have the bytes of storages changed, no matter which code wrote them?
 
-Of memory that shows the store the kernel knows: see `windows`. Other memory is read, at a bounded price: all bytes of small
-storages, and some spots of large ones. A dense write changes at least one spot, whatever it is made by. A write to a few
-elements of a large storage may change none: version counters and the steps of optimizers tell of most.
+The kernel knows which pages of mapped store objects were written: see `windows`. Other memory is read, at a limited cost: all
+bytes of small storages, and some spots of large ones. A dense write changes at least one spot, no matter which code makes it. A
+write to a few elements of a large storage may change no spot. Version counters and the steps of optimizers show most of these
+writes.
 """
 
 from __future__ import annotations
@@ -28,16 +29,16 @@ from zerocopy._store.tensors import TensorTable
 from zerocopy._store.windows import Window
 
 SPOT = 64  # bytes: a cache line
-SPOTS = 8  # of a large storage, spread from its start to its end
-MOST_SPOTS = 2048  # of all large storages together, but two of each
-WHOLE = 16 << 10  # bytes: a storage up to this is small
-MOST_WHOLE = 512 << 10  # bytes of all small storages together
+SPOTS = 8  # per large storage, spread from its start to its end
+MOST_SPOTS = 2048  # the limit for all large storages together; but each has at least two
+WHOLE = 16 << 10  # bytes: a storage of at most this size is small
+MOST_WHOLE = 512 << 10  # bytes: the limit for all small storages together
 
 
 class Contents:
-    """The bytes of some storages at one moment, as far as one can tell without reading all. Keeps none of them alive.
+    """The bytes of some storages at one moment, as far as changes can be detected without reading all bytes.
 
-    Of storages on a device nothing is read, only the steps of optimizers are counted.
+    Keeps no storage alive. For storages on a device, nothing is read; only the steps of optimizers are counted.
     """
 
     def __init__(self, table: TensorTable) -> None:
@@ -52,7 +53,7 @@ class Contents:
             self._shown.append((weakref.ref(window), [members[i].key for i in shown], [extents[i] for i in shown]))
             for member, extent in itertools.compress(zip(members, extents, strict=True), written):
                 self._rewritten[member.key] = _Rewritten(weakref.ref(window), extent)
-        # There may be several storages of torch for one memory.
+        # torch may have several storages for the same memory.
         ids = {storage_id(tensor): table.key_of(spec) for tensor, spec in table.items() if has_storage(tensor)}
         keys = {storage.key for storage in outside}
         self._stepped = {number: key for number, key in ids.items() if key in keys}
@@ -66,14 +67,14 @@ class Contents:
         self._bytes = b"".join(self._every_spot)
 
     def note_written(self, places: Mapping[object, Placement]) -> None:
-        """Note where in the store the bytes of storages are, by key, if they no longer were those that their windows show."""
+        """Record the new places in the store of storages whose windows had been written. `places` are by key."""
         for key, rewritten in self._rewritten.items():
             if key in places:
                 rewritten.place = places[key]
                 rewritten.buffer = buffers_of(places[key].shard)[places[key].buffer]
 
     def are_unchanged(self) -> bool:
-        """Whether all storages are as they were. All of them must be alive."""
+        """Whether all storages are unchanged. All of them must be alive."""
         return (
             count_steps(self._stepped) == self._steps
             and b"".join(self._every_spot) == self._bytes
@@ -81,7 +82,7 @@ class Contents:
         )
 
     def changed(self, alive: Container[object]) -> set[object]:
-        """Keys of the storages that have changed, among those of which one knows that they are `alive`, by key."""
+        """The keys of changed storages. Memory outside of windows is compared only for storages known to be `alive`, by key."""
         steps = zip(self._stepped.values(), self._steps, count_steps(self._stepped), strict=True)
         changed = {*self._written(), *(key for key, before, now in steps if before != now)}
         start = 0
@@ -102,15 +103,15 @@ class Contents:
 
 @attrs.define
 class _Rewritten:
-    """Memory in a window that had been written, and was put into the store anew. Nobody tells of further writes."""
+    """Memory in a window that was written, and then put into the store again. The kernel shows no further writes to it."""
 
     window: weakref.ref[Window]
     extent: Range
     place: Placement | None = None
-    buffer: Any = None  # pins the object that it was put into
+    buffer: Any = None  # pins the store object that has the new bytes
 
     def is_unchanged(self) -> bool:
-        """Whether all bytes are as they were put."""
+        """Whether the memory still has the bytes that were put into the store."""
         if self.place is None or self.window() is None:
             return False
         start, end = self.extent
@@ -118,7 +119,7 @@ class _Rewritten:
 
 
 def _spots_of(storages: Sequence[Storage]) -> Iterator[list[Any]]:
-    """What is read of each storage, given in the order of their sizes, as memory that is kept alive by nobody."""
+    """Yields the memory to read for each storage. `storages` are sorted by size. The results keep no memory alive."""
     ends = itertools.accumulate(storage.nbytes for storage in storages)
     small = sum(s.nbytes <= WHOLE and end <= MOST_WHOLE for s, end in zip(storages, ends, strict=True))
     count = max(2, min(SPOTS, MOST_SPOTS // max(len(storages) - small, 1)))

@@ -1,8 +1,8 @@
-"""Has a load that its process keeps changed, or does something else refer to it?
+"""Has a load that its process keeps changed, or does other code refer to it?
 
-The kernel tells whether mapped memory was written. Places, members and modes tell of other changes, version counters and the
-steps of optimizers of what is on a device. Reference counts tell whether a module or a tensor has escaped: whoever has it may
-change it at any later time.
+The kernel shows whether mapped memory was written. Places, members and modes show other changes. For memory on a device, version
+counters and the steps of optimizers show changes. Reference counts show whether a module or a tensor has escaped: the code that
+holds it may change it at any later time.
 """
 
 from __future__ import annotations
@@ -25,15 +25,16 @@ from zerocopy._store.tensors import TensorTable
 
 
 class Kept:
-    """Modules and tensors of one load, and how they were. Keeps them alive."""
+    """The modules and tensors of one load, and their recorded state. Keeps them alive."""
 
     def __init__(self, roots: Sequence[Any], tensors: Iterable[torch.Tensor], memory: Iterable[Any] = ()) -> None:
-        """Count references now. Nobody but the load may have any yet, the caller's own variables included.
+        """Count the references now. At this time, only the load may refer to the objects, not even variables of the caller.
 
         Args:
-            roots: what was loaded: modules, with all that they have registered, and tensors.
+            roots: the loaded objects: modules, with everything that they have registered, and tensors.
             tensors: the tensors of the load.
-            memory: the mapped memory that they are views of. Where it is not private, nobody can tell who has written.
+            memory: the mapped memory that the tensors are views of. If it is not private, writes of other processes cannot be
+                detected, so the load always counts as changed.
         """
         self._is_isolated = all(isinstance(one, PrivateMap) for one in memory)
         self._modules = list(paths.registered_below(paths.modules_among(roots)).values())
@@ -45,20 +46,21 @@ class Kept:
         self._recorded: tuple[TensorStates, Contents, list[bool], list[int]] | None = None
 
     def record(self) -> None:
-        """Record how everything is now. Until then it counts as changed."""
+        """Record the present state. Before this call, the load counts as changed."""
         self._members.record_modes()
         table = TensorTable()
         for tensor in filter(has_storage, self._tensors):
             table.add(tensor)
         states, modes = TensorStates(self._tensors), self._modes_without_members()
-        # Uses are counted last, because torch counts a Python object for the storage from the time on that it was asked for one.
+        # Uses are counted last: once torch is asked for a storage, it has a Python object for the storage, which counts as a use.
         self._recorded = states, Contents(table), modes, self._count_uses()
 
     def is_unchanged(self, breath: float = 0.0) -> bool:
-        """Whether everything is as recorded, and nobody else refers to any of it.
+        """Whether everything is as recorded, and no other code refers to any part of it.
 
         Args:
-            breath: seconds to sleep after each part, for other threads. The interpreter alone would let them wait longer.
+            breath: seconds to sleep after each part, so that other threads can run. Without it, the interpreter would let them
+                wait longer.
         """
         try:
             for part_is_unchanged in self._parts_unchanged():
@@ -66,7 +68,7 @@ class Kept:
                     return False
                 if breath:
                     time.sleep(breath)
-        except Exception:  # comparing a member with another one that took its place may raise anything
+        except Exception:  # comparing a member with its replacement may raise any error
             return False
         return True
 
@@ -82,13 +84,13 @@ class Kept:
         yield contents.are_unchanged()
 
     def _modes_without_members(self) -> list[bool]:
-        return [getattr(module, "training", False) for module in self._without_members]  # a frozen program has none
+        return [getattr(module, "training", False) for module in self._without_members]  # a frozen program has no mode
 
     def _count_references(self) -> list[int]:
         return reference_counts((*self._modules, *self._tensors))
 
     def _count_uses(self) -> list[int]:
-        """How many tensors refer to each storage: views and detached twins refer to it, and not to the tensor."""
+        """The use count of each storage. Views and detached twins of a tensor refer to its storage, not to the tensor."""
         return list(map(storage_use_count, map(storage_id, filter(has_storage, self._tensors))))
 
 

@@ -1,7 +1,7 @@
-"""What do modules hold by name, and is it unchanged?
+"""Which members do modules have by name, and have these changed?
 
-This is asked at every pass, and a step of Python for each module would be too slow. So whole lists are taken out of all
-modules, and compared.
+This check runs each time a pipeline is passed, so a Python step per module would be too slow. Instead, whole lists are extracted
+from all modules at once, and compared.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import nn
 
 from zerocopy._compat.torch import hooks_registered
 
-Vars: TypeAlias = dict[str, Any]  # what `vars` gives for a module
+Vars: TypeAlias = dict[str, Any]  # the result of `vars(module)`
 
 _MEMBERS = ("_parameters", "_buffers", "_modules")
 TENSORS = (torch.Tensor, np.ndarray)
@@ -50,7 +50,7 @@ class Members:
         self._hooks = _Hooks(module_vars)
 
     def tensors(self, modules: Sequence[nn.Module]) -> list[Any] | None:
-        """The tensors that the same modules hold, in the same order at any time; None if they hold other things now."""
+        """The tensors that the same modules hold, always in the same order; None if the modules have changed."""
         module_vars = list(map(vars, modules))
         state, values = self._look(module_vars)
         if state != self._state or _classes_of(modules) != self._classes or not self._hooks.is_unchanged(module_vars):
@@ -59,7 +59,7 @@ class Members:
         return [*itertools.compress(values, self._tensors), *attributes]
 
     def _look(self, module_vars: Sequence[Vars]) -> tuple[tuple[list[Any], ...], list[Any]]:
-        """What is compared, and the values of all members."""
+        """The lists to compare, and the values of all members."""
         members: list[Vars] = list(_flatten(map(_members_of, module_vars)))
         filled = list(filter(None, members))
         values = list(_flatten(map(dict.values, filled)))
@@ -74,14 +74,14 @@ class Members:
 
 
 def _classes_of(modules: Sequence[nn.Module]) -> list[int]:
-    """Notebooks give an object the class that was defined again, by `__class__`: `%autoreload` does so."""
+    """Ids of the classes. A notebook can assign a redefined class to the `__class__` of an object, as `%autoreload` does."""
     return list(map(id, map(type, modules)))
 
 
 class HeldMembers:
-    """Parameters, buffers, children, modes and hooks of some modules, and how many attributes they have.
+    """Parameters, buffers, children, modes and hooks of some modules, and the number of their attributes.
 
-    Keeps all of it alive. So nothing has to be looked up, and values that are the same objects compare fast.
+    Keeps all of them alive. So no lookup is needed, and an object is compared with itself quickly.
     """
 
     def __init__(self, module_vars: Sequence[Vars]) -> None:
@@ -95,15 +95,15 @@ class HeldMembers:
         self.record_modes()
 
     def record_modes(self) -> None:
-        """Record the modes that the modules are in now."""
+        """Record the present modes of the modules, and the number of their attributes."""
         self._modes = list(map(_training_of, self._module_vars))
         self._counts = list(map(len, self._module_vars))
 
     def parts_unchanged(self) -> Iterator[bool]:
-        """Whether each part is unchanged, one after the other. A part takes a fraction of a millisecond for a thousand modules.
+        """Yields for each part whether it is unchanged. A part takes a fraction of a millisecond for a thousand modules.
 
         Raises:
-            Exception: whatever the comparison of two values raises that are not the same object.
+            Exception: any error from the comparison of two different objects.
         """
         yield self._hooks.is_unchanged(self._module_vars)
         yield (
@@ -116,7 +116,7 @@ class HeldMembers:
 
 
 class _Hooks:
-    """The hooks of some modules. There are many, so they are compared only if this process has registered one since."""
+    """The hooks of some modules. There are many, so they are compared only after this process has registered another hook."""
 
     def __init__(self, module_vars: Iterable[Vars]) -> None:
         self._state = self._state_of(module_vars)
@@ -133,11 +133,11 @@ class _Hooks:
 
     @staticmethod
     def _state_of(module_vars: Iterable[Vars]) -> tuple[list[Any], ...]:
-        return _names_and_ids(filter(None, _flatten(map(_hooks_of, module_vars))))  # no two hooks have one name
+        return _names_and_ids(filter(None, _flatten(map(_hooks_of, module_vars))))  # no two hooks have the same name
 
 
 def _names_and_ids(dicts: Iterable[dict[Any, Any]]) -> tuple[list[Any], ...]:
-    """Of some dicts their sizes, and the names and the identities of their values one after the other."""
+    """The sizes of some dicts, the names in all of them, and the ids of all their values."""
     every = list(dicts)
     filled = list(filter(None, every))
     return list(map(len, every)), list(_flatten(filled)), list(map(id, _flatten(map(dict.values, filled))))

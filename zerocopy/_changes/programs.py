@@ -1,4 +1,4 @@
-"""Have TorchScript modules changed? Their members are not Python's, and torch makes Python objects for their tensors anew."""
+"""Have TorchScript modules changed? Their members are not in Python, and torch creates new Python objects for their tensors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Programs:
     """TorchScript modules at one moment: their tensors, and the modes of their parts. Keeps none of them alive."""
 
     def __init__(self, objects: Iterable[Any]) -> None:
-        """`objects`: what may be or not be such a module."""
+        """`objects`: any objects. Those that are not TorchScript modules are ignored."""
         found = [obj for obj in objects if isinstance(obj, torch.jit.ScriptModule)]
         self._states = [
             (weakref.ref(program), _modes_of(program), TensorStates(list(programs.tensors_of(program))))
@@ -24,7 +24,7 @@ class Programs:
         ]
 
     def are_unchanged(self) -> bool:
-        """Whether all of them are alive, with the same tensors in the same modes."""
+        """Whether all of them are alive, and have the same tensors and the same modes."""
         for ref, modes, states in self._states:
             program = ref()
             if program is None or _modes_of(program) != modes:
@@ -35,4 +35,4 @@ class Programs:
 
 
 def _modes_of(program: torch.jit.ScriptModule) -> list[bool]:
-    return [getattr(part, "training", False) for part in program.modules()]  # a frozen program has none
+    return [getattr(part, "training", False) for part in program.modules()]  # a frozen program has no mode

@@ -1,10 +1,10 @@
 """Has a pipeline changed since it was published or loaded?
 
-This is asked at every pass. So it takes microseconds per tensor, and no walk. Identities, places, version counters and modes tell
-of what Python and torch have changed, `contents` of all other writes.
+This check runs each time a pipeline is passed. So it takes microseconds per tensor, and does not walk the pipeline. Identities,
+places, version counters and modes show the changes that Python and torch made. `contents` detects all other writes.
 
-Nothing is kept alive. Tensors are not even referred to weakly, because `torch.utils.swap_tensors` refuses those that are. They
-are found again in the modules that hold them, or given by the one who asks.
+Nothing is kept alive. There are not even weak references to tensors, because `torch.utils.swap_tensors` refuses a tensor that has
+one. The tensors are found again in the modules that hold them, or the caller provides them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from zerocopy._store.tensors import TensorTable
 
 
 class Snapshot:
-    """How the shared tensors of a pipeline were at one moment, and the modules that hold them. Keeps none of them alive."""
+    """The state of a pipeline's shared tensors at one moment, and the modules that hold them. Keeps none of them alive."""
 
     def __init__(self, found: Introspection) -> None:
         modules = list(filter(has_members, paths.modules_among(found.mutable)))
@@ -37,17 +37,17 @@ class Snapshot:
         ids = set(map(id, known))
         deeper = {id(tensor): tensor for tensor in (*found.table.objects, *found.composites) if id(tensor) not in ids}
         routes = paths.routes_to(modules, deeper.keys()) if deeper else {}
-        self._routes = [routes.get(target, ()) for target in deeper]  # an empty route leads nowhere
+        self._routes = [routes.get(target, ()) for target in deeper]  # an empty route leads to no object
         self._tensors = TensorStates([*known, *deeper.values()])
         self._programs = Programs(found.mutable)
         self._contents = Contents(found.table)
 
     def is_unchanged(self, loose: Sequence[Any], components: Sequence[Any]) -> bool:
-        """Whether tensors are as they were, and modules hold the same things by the same names, in the same modes.
+        """Whether the tensors are unchanged, and the modules have the same members under the same names, and the same modes.
 
         Args:
-            loose: tensors that the pipeline holds now outside of modules.
-            components: those of the introspection, which somebody has kept alive.
+            loose: the tensors that the pipeline holds outside of modules now.
+            components: the components in the introspection, which the caller has kept alive.
         """
         modules = [module for ref in self._modules if (module := ref()) is not None]
         members = self._members.tensors(modules) if len(modules) == len(self._modules) else None
@@ -60,11 +60,11 @@ class Snapshot:
         )
 
     def note_written(self, places: Mapping[object, Placement]) -> None:
-        """Note where the storages have been written, by key."""
+        """Record where the storages were written in the store, by key."""
         self._contents.note_written(places)
 
     def unchanged(self, table: TensorTable) -> set[object]:
-        """Keys of those storages of `table` that have the bytes that they had, as far as one can tell without reading all."""
+        """Keys of storages in `table` whose bytes have not changed, as far as this can be detected without reading all."""
         by_key: dict[object, list[Any]] = defaultdict(list)
         for tensor, spec in table.items():
             by_key[table.key_of(spec)].append(tensor)
@@ -74,5 +74,5 @@ class Snapshot:
 
 
 def _weakly(module: nn.Module) -> Callable[[], nn.Module | None]:
-    """A weak reference; a strong one to a module that is a tuple, a number or the like, too, where Python has no weak ones."""
+    """A weak reference; a strong one if the class does not support weak ones, such as a module that is also a tuple."""
     return weakref.ref(module) if type(module).__weakrefoffset__ else lambda: module

@@ -1,7 +1,7 @@
-"""How often has an optimizer stepped over a storage?
+"""How many steps have optimizers made on a storage?
 
-Fused optimizers write without moving a version counter, and a step may change a few elements only. But torch calls a hook after
-the steps of every optimizer.
+The steps are counted, so that a change of weights is found without reading them. Fused optimizers do not increase version
+counters, and a step may change only a few elements. But torch calls a hook after each step of every optimizer.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from zerocopy._compat.torch import storage_id
 
-# By id of the storage. The id may be given to another one: only differences mean something.
+# By id of the storage. Another storage may get the same id later, so only differences have a meaning.
 _steps: dict[int, int] = {}
 
 
 def count_steps(storage_ids: Iterable[int]) -> list[int]:
-    """How often optimizers have stepped over each of these storages, from the first time on that this is asked."""
+    """The number of optimizer steps on each of these storages, counted since the first call of this function."""
     _install()
     return [_steps.get(storage, 0) for storage in storage_ids]
 
@@ -38,7 +38,7 @@ def _note_step(optimizer: Optimizer, _args: object, _kwargs: object) -> None:
 
 
 def _storage_ids_of(parameter: Any) -> Iterator[int]:
-    """Of a subclass that wraps other tensors those of all of them; none of a sparse one."""
+    """Ids of a parameter's storages. A subclass that wraps tensors has the storages of all of them; a sparse tensor has none."""
     with contextlib.suppress(RuntimeError):  # also NotImplementedError
         yield storage_id(parameter)
     if hasattr(parameter, "__tensor_flatten__"):

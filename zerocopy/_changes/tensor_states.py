@@ -1,4 +1,4 @@
-"""Which version, storage and place do tensors have?"""
+"""Which versions, storages and places in memory do tensors have?"""
 
 from __future__ import annotations
 
@@ -31,21 +31,21 @@ class TensorStates:
         self._storages = _StorageIdentities([*plain, *itertools.chain(*map(_parts_of, others))])
 
     def are_unchanged(self, tensors: Sequence[Any]) -> bool:
-        """Whether these are the same ones in the same order, and nobody has written to them by way of torch."""
+        """Whether these are the same tensors in the same order, and no code has written to them through torch."""
         return list(map(id, tensors)) == self._ids and self.are_like(tensors)
 
     def are_like(self, tensors: Sequence[Any]) -> bool:
-        """The same, but the Python objects may be others: torch makes those of programs anew."""
+        """Like `are_unchanged`, but the Python objects may be different: torch creates new ones for the tensors of programs."""
         if len(tensors) != len(self._ids) or any(array() is None for array in self._arrays):
             return False
         plain, others = self._divided(tensors)
         try:
             return _state_of(plain) == self._state and list(map(_state_of_any, others)) == self._states_of_others
-        except RuntimeError:  # an id was used again by a tensor of another kind
+        except RuntimeError:  # a tensor of another kind has the same id now
             return False
 
     def unchanged(self, tensors: Iterable[Any]) -> set[int]:
-        """Ids of those of `tensors` that were there, and to which nobody has written by way of torch."""
+        """Ids of the plain tensors in `tensors` that were recorded, and that no code has written to through torch."""
         ids = itertools.compress(self._ids, self._are_plain)
         states = dict(zip(ids, zip(*self._state[:_BYTES], strict=True), strict=True))
         known = [tensor for tensor in tensors if id(tensor) in states and is_plain(tensor) and not _is_special(tensor)]
@@ -61,22 +61,22 @@ class TensorStates:
 
 
 class _StorageIdentities:
-    """Keeps the identities of some tensors' storages from being used again, but not their memory."""
+    """Prevents the ids of some tensors' storages from being used again. Does not keep their memory."""
 
     def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
         self._held = hold_storage_ids(tensors)
-        self._release: Any = release_storage_id  # this module may be gone when it is needed
+        self._release: Any = release_storage_id  # `__del__` may run when the globals of this module are gone
 
     def __del__(self) -> None:
         for held in self._held:
             self._release(held)
 
 
-_BYTES = 6  # so many columns of a state tell of the bytes
+_BYTES = 6  # the first columns of a state, which show changes of bytes
 
 
 def _state_of(tensors: Sequence[Any]) -> tuple[list[Any], ...]:
-    """Versions, storages, places and kinds of plain tensors, a list of each: this is asked at every pass."""
+    """Versions, storages, places and kinds of plain tensors, as one list of each. Runs each time a pipeline is passed."""
     return (
         list(map(version_of, tensors)),
         list(map(storage_id, tensors)),
@@ -90,7 +90,7 @@ def _state_of(tensors: Sequence[Any]) -> tuple[list[Any], ...]:
 
 
 def _state_of_any(tensor: Any) -> tuple[object, ...]:
-    """The same of one tensor of any kind, or of an array."""
+    """The state of one tensor of any kind, or of an array."""
     if isinstance(tensor, np.ndarray):
         place = tensor.__array_interface__["data"][0], tensor.shape, tensor.strides
         return type(tensor), tensor.dtype, tensor.flags.writeable, place
@@ -99,19 +99,19 @@ def _state_of_any(tensor: Any) -> tuple[object, ...]:
 
 
 def _version_of(tensor: torch.Tensor) -> int:
-    """The version counter; 0 where there is none."""
+    """The version counter; 0 if the tensor has none."""
     if nn.parameter.is_lazy(tensor) or tensor.is_inference() or tensor.is_nested:
         return 0
     return int(version_of(tensor))
 
 
 def _place_of(tensor: torch.Tensor) -> tuple[object, ...]:
-    """Where in memory a tensor lies, and how."""
+    """Where a tensor is in memory, with its shape, stride and dtype."""
     return storage_id(tensor), tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
 def _parts_of(tensor: Any) -> Iterator[torch.Tensor]:
-    """The tensors with a storage that a tensor consists of: itself, as a rule; those that a subclass wraps; or none."""
+    """The tensors with a storage in a tensor: usually the tensor itself, or those that a wrapper subclass holds, or none."""
     if (
         isinstance(tensor, np.ndarray)
         or nn.parameter.is_lazy(tensor)
@@ -127,12 +127,12 @@ def _parts_of(tensor: Any) -> Iterator[torch.Tensor]:
 
 
 def has_storage(tensor: Any) -> bool:
-    """Whether a tensor is a view of plain memory, which it names as its storage."""
+    """Whether an object is a plain strided tensor, which is a view of a storage."""
     if isinstance(tensor, np.ndarray) or nn.parameter.is_lazy(tensor):
         return False
     return tensor.layout is torch.strided and not tensor.is_nested and type(tensor) in (torch.Tensor, nn.Parameter)
 
 
 def _is_special(tensor: Any) -> bool:
-    """Whether a tensor has no version counter; an array has none either."""
+    """Whether an object has no version counter: an inference tensor or an array."""
     return isinstance(tensor, np.ndarray) or tensor.is_inference()

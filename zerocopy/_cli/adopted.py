@@ -1,4 +1,4 @@
-"""How does a command publish, whose process needs no second copy of the weights?"""
+"""How does a command publish without keeping a second copy of the weights in its process?"""
 
 from __future__ import annotations
 

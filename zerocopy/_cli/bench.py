@@ -1,4 +1,7 @@
-"""What does a user's own model take and how long, shared and with a copy in each worker: within two minutes."""
+"""How much memory and time does a user's own model take, shared and with a copy in each worker?
+
+The measurement takes two minutes at most.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +28,8 @@ from zerocopy._store.object_store import arguments_fraction
 from zerocopy._tables import as_text, format_bytes
 from zerocopy._words import first_line
 
-SECONDS = 115.0  # in which all is measured
-SPARE = 0.8  # of the memory that is free, for copies
+SECONDS = 115.0  # the time limit for all measurements
+SPARE = 0.8  # the part of the free memory for copies
 
 
 @click.command()
@@ -85,10 +88,10 @@ def _shared(trial: Trial, model: Any) -> Figures:
 
 
 def _pickled(model: Any) -> tuple[list[bytes] | None, str]:
-    """The model as plain pickle gives it, in a list that gives it away; or why there is none."""
+    """The model as plain pickle writes it, in a list from which it can be removed; or None and the reason."""
     try:
         return [pickle.dumps(model, protocol=5)], ""
-    except Exception as error:  # of the user's classes
+    except Exception as error:  # an error of the user's classes
         return None, f"Plain copies were not measured: pickle says {first_line(error)}"
 
 
@@ -100,36 +103,36 @@ def _copies(trial: Trial, pickled: list[bytes], seconds: float) -> tuple[Figures
 
 
 def _fitting(workers: int, nbytes: int) -> int:
-    """How many copies fit the memory that is free; each is there as bytes, too, while it is unpickled."""
+    """How many copies fit into the free memory. While a copy is unpickled, its bytes are in memory too."""
     room = SPARE * psutil.virtual_memory().available
     return max(1, min(workers, int(room / max(nbytes, 1) / 2)))
 
 
 @attrs.frozen
 class _Result:
-    """What was measured of a model."""
+    """The measurements of a model."""
 
     name: str
     weights: Weights
     workers: int
     shared: Figures
     copies: Figures | None
-    why: str  # there are no copies
+    why: str  # why there are no figures of copies
 
     @property
     def memory_of_copies(self) -> int:
-        """Of all workers: computed where fewer ran, or none."""
+        """The memory of copies in all workers. It is computed if fewer workers ran, or none."""
         if self.copies is None:
             return self.workers * (self.weights.shared + self.weights.copied)
         return self.copies.memory * self.workers // self.copies.workers
 
     @property
     def is_computed(self) -> bool:
-        """Whether that is not what was measured."""
+        """Whether `memory_of_copies` was computed, and not measured."""
         return self.copies is None or self.copies.workers != self.workers
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as data: bytes and seconds."""
+        """All values as data: bytes and seconds."""
         return {
             "model": self.name,
             "shared_bytes": self.weights.shared,
@@ -143,7 +146,7 @@ class _Result:
         }
 
     def text(self) -> str:
-        """A table, and remarks."""
+        """A table, and notes."""
         title = f"{self.name}: {format_bytes(self.weights.shared)} shared, {format_bytes(self.weights.copied)} copied"
         headers = (f"{self.workers} workers" if self.workers > 1 else "1 worker", "zerocopy", "plain copies", "ratio")
         table = as_text(headers, list(self._rows()), right=headers[1:])

@@ -1,4 +1,4 @@
-"""What is in a folder of Hugging Face's? Its files are mapped, and no weight is read."""
+"""What is in a model folder of Hugging Face? The files are mapped, and no weights are read."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import attrs
 from zerocopy._publish import files
 from zerocopy.errors import CheckpointError
 
-DEPTH = 3  # of the names of parts
+DEPTH = 3  # levels in the names of parts
 
 
 @attrs.frozen
@@ -21,11 +21,11 @@ class Folder:
     """A model on disk.
 
     Attributes:
-        name: what the folder is called.
+        name: the name of the folder.
         kind: the architecture that config.json names, or empty.
         files: the files with weights.
-        fields: bytes of each part, the most first.
-        dtypes: bytes of each dtype, the most first.
+        fields: bytes of each part, largest first.
+        dtypes: bytes of each dtype, largest first.
         config_dtype: the dtype that config.json names, or empty.
     """
 
@@ -61,7 +61,7 @@ def folder_of(path: Path) -> Folder:
 
 
 def by_part(nbytes: dict[str, int]) -> tuple[tuple[str, int], ...]:
-    """Bytes of each part of a model, the most first: layers that are numbered are one part."""
+    """Bytes of each part of a model, largest first. Numbered layers are one part."""
     parts: Counter[str] = Counter()
     for name, count in nbytes.items():
         *modules, parameter = name.split(".")

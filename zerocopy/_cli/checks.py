@@ -1,4 +1,4 @@
-"""Is what was found on a node well? Each check is given what it looks at."""
+"""Is everything well on a node? Each check receives the facts that it needs."""
 
 from __future__ import annotations
 
@@ -25,15 +25,16 @@ from zerocopy._tables import format_bytes
 
 IN_MEMORY = ("tmpfs", "ramfs", "shm")
 REMOTE = ("nfs", "cifs", "smb", "fuse", "lustre", "ceph", "gpfs", "9p", "afs", "glusterfs")
-CROWDED = 0.8  # of the container's memory, for the store alone
-CLOSE = 0.05  # of the memory, below which Ray's monitor is about to kill
+CROWDED = 0.8  # the part of the container's memory that is too much for the store alone
+CLOSE = 0.05  # the part of the memory that is left when Ray's monitor is about to kill
 
 
 def checks_of(facts: Facts, *, is_own: bool) -> list[Finding]:
-    """All that is found on one node.
+    """All findings on one node.
 
     Args:
-        is_own: the cluster was started for this, with a small store: what Ray would choose is looked at, too.
+        is_own: whether the cluster was started only for this, with a small store. Then /dev/shm is compared with the store that
+            Ray would choose by default.
     """
     found = [
         check_mapping(facts.mapping),
@@ -117,7 +118,7 @@ def check_store_place(place: Place, store: int) -> Finding:
 
 
 def check_spill_place(place: Place) -> Finding:
-    """Whether what does not fit goes to a disk of this machine."""
+    """Whether objects that do not fit into the store go to a disk of this machine."""
     name = "fallback folder"
     where = f"{place.folder} ({place.filesystem or 'unknown'})"
     if place.filesystem.startswith(REMOTE):
@@ -132,7 +133,7 @@ def check_spill_place(place: Place) -> Finding:
 
 
 def check_huge_pages(place: Place, free: int, store: int) -> Finding:
-    """Whether a store of huge pages leaves some for private mappings, which reserve as many as the weights take."""
+    """Whether a store of huge pages leaves enough of them for private mappings, which reserve as many as the weights take."""
     name = "huge pages"
     if not place.filesystem.startswith("hugetlb"):
         return ok(name, "The store has ordinary pages.")
@@ -147,7 +148,7 @@ def check_huge_pages(place: Place, free: int, store: int) -> Finding:
 
 
 def check_shared_memory(place: Place, shared_memory: int | None, store: int) -> Finding:
-    """Whether /dev/shm holds the store."""
+    """Whether /dev/shm is large enough for the store."""
     name = str(containers.SHARED_MEMORY)
     if shared_memory is None:
         return ok(name, "There is none here.")
@@ -161,7 +162,7 @@ def check_shared_memory(place: Place, shared_memory: int | None, store: int) -> 
 
 
 def check_default_store(shared_memory: int | None, memory: int) -> Finding:
-    """Whether /dev/shm holds the store that Ray takes if nobody says how large."""
+    """Whether /dev/shm is large enough for the store that Ray chooses by default."""
     name, store = str(containers.SHARED_MEMORY), int(STORE_FRACTION * memory)
     if shared_memory is None:
         return ok(name, "There is none here.")
@@ -177,7 +178,7 @@ def check_default_store(shared_memory: int | None, memory: int) -> Finding:
 
 
 def check_limit(limit: int | None, store: int) -> Finding:
-    """Whether the container may take as much memory as the store and its workers do."""
+    """Whether the memory limit of the container leaves enough for the store and the workers."""
     name = "container"
     if limit is None:
         return ok(name, "No control group limits the memory.")
@@ -191,7 +192,7 @@ def check_limit(limit: int | None, store: int) -> Finding:
 
 
 def check_memory_monitor(variables: Mapping[str, str], used: float) -> Finding:
-    """Whether Ray is about to kill workers, or never does."""
+    """Whether Ray is about to kill workers, or never kills any."""
     name = "memory monitor"
     if variables.get(MEMORY_REFRESH_VARIABLE) == "0":
         return warning(
@@ -211,7 +212,7 @@ def check_memory_monitor(variables: Mapping[str, str], used: float) -> Finding:
 
 
 def check_out_of_band(*, allowed: bool) -> Finding:
-    """Whether publications may be captured by closures."""
+    """Whether closures may capture publications."""
     name = "captured references"
     if allowed:
         return ok(
@@ -225,7 +226,7 @@ def check_out_of_band(*, allowed: bool) -> Finding:
 
 
 def check_variables(names: Iterable[str]) -> Finding:
-    """Whether variables of Ray's own tests are left set, which drop messages or delay them."""
+    """Whether variables of Ray's own tests are still set, which drop or delay messages."""
     name, names = "test variables", list(names)
     if not names:
         return ok(name, "No variable of Ray's own tests is set.")
@@ -235,12 +236,12 @@ def check_variables(names: Iterable[str]) -> Finding:
 
 
 def _requirements() -> list[Requirement]:
-    """What zerocopy says that it needs."""
+    """The packages that zerocopy declares to need."""
     return [Requirement(one) for one in importlib.metadata.requires("zerocopy-ray") or ()]
 
 
 def check_packages(versions: Mapping[str, str], requirements: Iterable[Requirement]) -> Iterator[Finding]:
-    """Whether what is installed is not too old."""
+    """Whether the installed packages are recent enough."""
     asked = {one.name: one.specifier for one in requirements if one.marker is None}
     old = {
         name: specifier
@@ -260,10 +261,10 @@ def check_packages(versions: Mapping[str, str], requirements: Iterable[Requireme
 
 @attrs.frozen
 class Known:
-    """What is known to go wrong with some versions.
+    """A known problem of some versions.
 
     Attributes:
-        where: what each package, or the kernel as `linux`, must be.
+        where: the versions with the problem, by package; `linux` is the kernel.
     """
 
     where: Mapping[str, str]
@@ -286,7 +287,7 @@ KNOWN = (
 
 
 def check_known(versions: Mapping[str, str], system: tuple[str, str]) -> Finding:
-    """Whether some versions are known for something."""
+    """Whether the installed versions have a known problem."""
     name, (kind, release) = "known problems", system
     there = {**versions, **({"linux": release.split("-")[0]} if kind == "Linux" else {})}
     met = [known for known in KNOWN if all(_is_within(there.get(one), text) for one, text in known.where.items())]
@@ -310,7 +311,7 @@ def check_told(tells_mappings: bool) -> Finding:
 
 
 def check_agreement(versions: Mapping[str, Mapping[str, str]]) -> list[Finding]:
-    """Whether the nodes, by id, and this process can read what the others publish."""
+    """Whether the nodes, by id, and this process can read each other's publications."""
     if len(versions) < 2:
         return []
     found = [

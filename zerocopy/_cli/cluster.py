@@ -1,4 +1,4 @@
-"""How does a command join the cluster that runs, or start one of its own?"""
+"""How does a command join a running cluster, or start its own cluster?"""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ address_option = click.option(
 
 
 def own_address_option(what: str) -> Callable[[F], F]:
-    """Of commands that start a small cluster of their own if none is named."""
+    """The option of commands that start a small cluster of their own if no cluster is named."""
     text = f"The cluster {what}; 'auto' is the one that runs here. Default: a small one is started for it."
     return click.option("--address", metavar="HOST:PORT", envvar="RAY_ADDRESS", show_envvar=True, help=text)
 
 
 @contextlib.contextmanager
 def joined(address: str, **options: Any) -> Iterator[None]:
-    """Be connected to a cluster meanwhile. A connection that there is already, made by a module of the user's, is kept.
+    """Connect to a cluster as long as the context lasts. An existing connection, made by a module of the user, is kept.
 
     Raises:
-        Failed: none runs there, or it cannot be joined.
+        Failed: no cluster runs there, or it cannot be joined.
         RayClientError: the address is Ray Client's.
     """
     if object_store.is_running():
@@ -71,21 +71,21 @@ def joined(address: str, **options: Any) -> Iterator[None]:
 
 
 def _check_reachable(address: str) -> None:
-    """Refuse an address where nobody listens. Ray would try it for minutes."""
+    """Refuse an address where nothing listens. Ray would try it for minutes."""
     try:
         check_reachable(address)
     except ValueError as error:
         raise click.BadParameter(
             f"{address!r} is not an address. Hint: write HOST:PORT.", param_hint="--address"
         ) from error
-    except OSError as error:  # a ConnectionError among them
+    except OSError as error:  # including ConnectionError
         where = "on this machine" if address == "auto" else f"at {address!r}"
         raise Failed(f"No Ray cluster can be reached {where}. Hint: {START}") from error
 
 
 @contextlib.contextmanager
 def started(nbytes: int, cpus: float | None = None) -> Iterator[None]:
-    """Have a cluster of one's own on this machine meanwhile, with so large a store; or the connection that there is.
+    """Run a cluster on this machine as long as the context lasts, with a store of `nbytes`; or use an existing connection.
 
     Raises:
         Failed: Ray cannot start one.
@@ -105,12 +105,12 @@ def started(nbytes: int, cpus: float | None = None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def joined_or_started(address: str | None, nbytes: int, cpus: float | None = None) -> Iterator[None]:
-    """The cluster at an address, or one of one's own."""
+    """Join the cluster at an address, or start a cluster if there is no address."""
     with started(nbytes, cpus) if address is None else joined(address):
         yield
 
 
 def _init(address: str, **options: Any) -> None:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Ray's, about itself
+        warnings.simplefilter("ignore")  # of Ray, about itself
         ray.init(address, **_QUIET, **options)

@@ -1,4 +1,4 @@
-"""See it work: workers that share one model, what they really take, and what copies would take."""
+"""How does sharing work in practice? Workers share one model; the demo shows their real memory, and that of copies."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def _search(
     pipeline = search.load_search()
     weights = plan(pipeline).shared_bytes
     _tell(f"{len(documents):,} documents, a model of {format_bytes(weights)}")
-    # Ray prints an error that is none for each actor of Ray Data: https://github.com/ray-project/ray/issues/53727
+    # For each actor of Ray Data, Ray prints an error although none occurred: https://github.com/ray-project/ray/issues/53727
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     with joined_or_started(address, SEARCH_STORE, os.cpu_count()):
         search.keep_quiet()
@@ -134,6 +134,6 @@ def _search(
 
 
 def _tell(line: str, end: str = "\n") -> None:
-    """Say how far it is, on stderr."""
+    """Print the progress on stderr."""
     click.echo(f"{line}{end}", nl=False, err=True)
     sys.stderr.flush()

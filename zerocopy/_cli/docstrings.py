@@ -11,14 +11,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-# Importing these runs nothing but definitions, and is the way to what is written in C.
+# Importing these modules runs only definitions. It is the way to the docstrings of C code.
 COMPILED = """
     array binascii bisect builtins bz2 cmath codecs collections contextvars csv datetime decimal errno fcntl
     functools gc grp hashlib heapq hmac io itertools json lzma marshal math mmap operator os pickle pwd queue
     random re resource select signal socket sqlite3 ssl struct sys syslog termios threading time unicodedata
     warnings weakref zlib zoneinfo
 """
-# Tests, programs, what is on its way out, and what speaks when it is imported.
+# Tests, programs, modules that will be removed, and modules that print something when they are imported.
 NOT_A_LIBRARY = """
     antigravity distutils ensurepip idlelib lib2to3 pydoc_data test tests this turtledemo
 """
@@ -33,7 +33,7 @@ def stdlib_docstrings() -> list[tuple[str, str]]:
 
 
 def docstrings_in_source() -> Iterator[tuple[str, str]]:
-    """Those of Python code. Parses the modules and imports none."""
+    """The docstrings of Python code. Parses the modules, and imports none."""
     left_out = set(NOT_A_LIBRARY.split())
     root = Path(sysconfig.get_path("stdlib"))
     for name in sorted(sys.stdlib_module_names):
@@ -54,7 +54,7 @@ def _docstrings_below(parent: ast.Module | ast.ClassDef, prefix: str) -> Iterato
 
 
 def docstrings_in_c() -> Iterator[tuple[str, str]]:
-    """Those of what is written in C."""
+    """The docstrings of C code."""
     for module_name in COMPILED.split():
         try:
             module = importlib.import_module(module_name)
@@ -79,7 +79,7 @@ def _is_public(name: str) -> bool:
 
 
 def _first_paragraph(name: str, docstring: str) -> str:
-    """The first that is not merely a signature, on one line."""
+    """The first paragraph that is not only a signature, on one line."""
     first, *others = docstring.split("\n\n")
     is_signature = others and first.startswith(f"{name.rpartition('.')[2]}(")
     return " ".join((others[0] if is_signature else first).split())

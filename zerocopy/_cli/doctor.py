@@ -1,4 +1,4 @@
-"""What is wrong on this machine, or in a cluster, and what is the way out?"""
+"""What is wrong on this machine or in a cluster, and how can it be fixed?"""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from zerocopy._compat.ray import LEAST_STORE
 from zerocopy._store.lost import nodes_up
 from zerocopy._words import first_line
 
-SECONDS = 60.0  # that a node has to start a worker and to look
+SECONDS = 60.0  # the time limit for a node to start a worker and gather facts
 
 
 @click.command()
@@ -58,7 +58,7 @@ def doctor(context: click.Context, address: str | None, report: bool, shown_as: 
 
 
 def examine(*, is_own: bool) -> tuple[list[Finding], list[str]]:
-    """All findings, and the versions here in words."""
+    """All findings, and the versions on this machine as text."""
     here = check_mapping(mapping_here())
     facts, findings = _gathered()
     findings += [one for told in facts.values() for one in checks_of(told, is_own=is_own)]
@@ -70,7 +70,7 @@ def examine(*, is_own: bool) -> tuple[list[Finding], list[str]]:
 
 
 def _gathered() -> tuple[Mapping[str, Facts], list[Finding]]:
-    """What a worker of each node tells; and a failure for each that could not."""
+    """The facts from a worker of each node, and a failure for each node that could not give any."""
     refs = {node: _task().options(scheduling_strategy=_on(node)).remote() for node in sorted(nodes_up())}
     futures = {node: ref.future() for node, ref in refs.items()}
     concurrent.futures.wait(futures.values(), SECONDS)
@@ -82,7 +82,7 @@ def _gathered() -> tuple[Mapping[str, Facts], list[Finding]]:
         except concurrent.futures.TimeoutError:
             ray.cancel(refs[node])
             findings.append(_silent(node, f"it did not answer within {SECONDS:g} s"))
-        except Exception as error:  # zerocopy is not installed there, for one
+        except Exception as error:  # for example, zerocopy is not installed there
             findings.append(
                 _silent(node, str(error).strip().splitlines()[-1] if str(error).strip() else first_line(error))
             )

@@ -1,4 +1,4 @@
-"""A model whose copies hurt: an encoder of 1 GB, made on the spot, with random weights and no download."""
+"""Which model shows the cost of copies? An encoder of 1 GB, created on the spot, with random weights and no download."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from zerocopy._cli.saving import Taken
 from zerocopy._store import object_store
 from zerocopy.errors import MissingPackageError
 
-TOKENS = 32  # of each of the texts that a worker encodes
+TOKENS = 32  # in each text that a worker encodes
 TEXTS = 4
 LARGE: dict[str, Any] = {
     "hidden_size": 1024,
@@ -28,7 +28,7 @@ LARGE: dict[str, Any] = {
 
 
 def encoder(**shape: Any) -> nn.Module:
-    """A BERT of that shape; without one, of 1 GB.
+    """A BERT of the given shape; by default of 1 GB.
 
     Raises:
         MissingPackageError: transformers is not installed.
@@ -54,7 +54,7 @@ class Worker:
 
     @torch.inference_mode()
     def encode(self) -> int:
-        """Run the whole model; gives the process id."""
+        """Run the whole model. Returns the process id."""
         vocabulary: int = self.model.config.vocab_size  # type: ignore[union-attr,assignment]
         self.model(input_ids=torch.randint(vocabulary, (TEXTS, TOKENS)))
         gc.collect()
@@ -62,20 +62,20 @@ class Worker:
 
 
 class SharedWorker(Worker, zerocopy.Actor):
-    """The same; what it is given arrives loaded."""
+    """The same as an actor of zerocopy: its arguments arrive loaded."""
 
 
 class PlainWorker(Worker):
-    """The same; Ray pickles the model into each."""
+    """The same with plain Ray, which pickles the model into each worker."""
 
 
 @attrs.frozen
 class Ran:
-    """How a number of workers ran.
+    """The result of a run of several workers.
 
     Attributes:
         taken: their memory, after each has run the model.
-        seconds: from the model in this process until all of them had run it.
+        seconds: from the model in this process until all workers had run it.
     """
 
     taken: Taken
@@ -83,7 +83,7 @@ class Ran:
 
 
 def run_shared(model: nn.Module, workers: int) -> Ran:
-    """Workers that share the weights. This process keeps no second copy of them, either."""
+    """Run workers that share the weights. This process keeps no second copy of the weights either."""
     start = time.monotonic()
     share, threads = _share(workers)
     with zerocopy.publish(model, adopt=True) as publication:
@@ -93,7 +93,7 @@ def run_shared(model: nn.Module, workers: int) -> Ran:
 
 
 def run_copies(model: nn.Module, workers: int) -> Ran:
-    """Workers with a copy each, as plain Ray gives it to them."""
+    """Run workers with one copy each, as with plain Ray."""
     start = time.monotonic()
     share, threads = _share(workers)
     actor: Any = ray.remote(num_cpus=share)(PlainWorker)
@@ -103,7 +103,7 @@ def run_copies(model: nn.Module, workers: int) -> Ran:
 
 
 def _share(workers: int) -> tuple[float, int]:
-    """The CPUs of one of so many workers, and its threads."""
+    """The CPUs and the threads of each worker."""
     cpus = ray.cluster_resources().get("CPU", 1.0)
     return min(1.0, int(100 * cpus / workers) / 100), max(1, int(cpus / workers))
 

@@ -1,4 +1,4 @@
-"""What does doctor look at on a node? It is gathered there, by a worker, and judged elsewhere."""
+"""Which facts does doctor examine on a node? A worker on the node gathers them, and `checks.py` judges them."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from zerocopy._store import object_store
 from zerocopy._store.mapping import why_not_private
 
 PACKAGES = ("zerocopy-ray", "torch", "ray", "numpy", "click", "protobuf")
-TRIED = 1 << 18  # bytes of the object that is mapped: more than Ray keeps in a heap
+TRIED = 1 << 18  # bytes of the object that is mapped: larger than what Ray keeps in a heap
 
 
 @attrs.frozen
 class Place:
-    """A folder, and what kind of file system it is on; both empty where that is not told."""
+    """A folder, and the type of its file system; empty if unknown."""
 
     folder: str
     filesystem: str
@@ -33,14 +33,14 @@ class Place:
 
 @attrs.frozen
 class Trial:
-    """How the trial of a private mapping went, and what Linux compared.
+    """The result of a trial of a private mapping, and what Linux compared.
 
     Attributes:
-        reason: why it is not possible; None where it is.
+        reason: why it is not possible; None if it is.
         system: such as "linux".
         is_gvisor: whether gVisor is the kernel.
-        own: the rights of the process that tried, None where they are not told.
-        raylet: those of its raylet, None where that is not seen.
+        own: the rights of the process that tried, None if unknown.
+        raylet: the rights of its raylet, None if the raylet cannot be seen.
     """
 
     reason: str | None
@@ -52,24 +52,24 @@ class Trial:
 
 @attrs.frozen
 class Facts:
-    """What was found on a node.
+    """The facts that were found on a node.
 
     Attributes:
         node: its id.
-        mapping: of a worker there.
-        versions: of packages that are installed, and of `python`.
+        mapping: the trial of a private mapping in a worker there.
+        versions: of the installed packages, and of `python`.
         system: operating system and release of its kernel.
         store: bytes of its object store.
-        store_place: where that is.
-        spill_place: where Ray writes what does not fit.
-        shared_memory: bytes of /dev/shm, None where there is none.
+        store_place: where the store is.
+        spill_place: where Ray writes objects that do not fit into the store.
+        shared_memory: bytes of /dev/shm, None if it does not exist.
         limit: bytes of memory that the container may take, None without a limit.
         memory: bytes of memory of the machine.
         used: the part of the memory that is in use, 0 to 1.
         huge_pages: bytes of huge pages that are free.
-        allows_out_of_band: what RAY_allow_out_of_band_object_ref_serialization says.
-        variables: those of Ray's that are set in its workers.
-        tells_mappings: whether the kernel tells what each mapping takes.
+        allows_out_of_band: the setting of RAY_allow_out_of_band_object_ref_serialization.
+        variables: Ray's environment variables that are set in its workers.
+        tells_mappings: whether the kernel reports the memory of each mapping.
     """
 
     node: str
@@ -90,7 +90,7 @@ class Facts:
 
 
 def facts_here() -> Facts:
-    """Look at the node that this process is connected to."""
+    """Gather the facts of the node that this process is connected to."""
     memory = psutil.virtual_memory()
     raylet = _raylet()
     return Facts(
@@ -113,7 +113,7 @@ def facts_here() -> Facts:
 
 
 def mapping_here() -> Trial:
-    """Try a private mapping in this process: for real, with an object that is put for it."""
+    """Try a real private mapping in this process, with an object that is put for it."""
     ref = object_store.put(np.frombuffer(os.urandom(TRIED), np.uint8))
     reason = why_not_private(object_store.get(ref))
     raylet = _raylet()
@@ -133,7 +133,7 @@ def _rights(pid: int) -> containers.Rights | None:
 
 
 def versions_here() -> dict[str, str]:
-    """What is installed here, of what matters."""
+    """The versions of the relevant packages that are installed here."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -165,5 +165,5 @@ def _size_of(folder: Path) -> int | None:
 
 
 def left_set(variables: Mapping[str, str]) -> list[str]:
-    """Those variables that belong to Ray's own tests."""
+    """The variables that belong to Ray's own tests."""
     return sorted(name for name in variables if name.startswith(TESTING_VARIABLES))

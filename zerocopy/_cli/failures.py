@@ -1,6 +1,6 @@
-"""How does what went wrong end a command: in a sentence on stderr, with which exit status?
+"""How does a failure end a command, and with which exit status? With a sentence on stderr.
 
-0 is fine. 1 is what failed, or a finding. 2 is a command that was not given as it must be; click itself says so.
+The status is 0 for success, 1 for a failure or a finding, and 2 for wrong usage, which click itself reports.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Failed(click.ClickException):
 
 @contextlib.contextmanager
 def told() -> Iterator[None]:
-    """Let errors of zerocopy and of Ray end the command with their own words, without a traceback."""
+    """Let errors of zerocopy and of Ray end the command with their own text, without a traceback."""
     try:
         yield
     except ZeroCopyError as error:
@@ -34,13 +34,13 @@ def told() -> Iterator[None]:
 
 @contextlib.contextmanager
 def code_of(what: str) -> Iterator[None]:
-    """Run the user's code: an error of it ends the command with what it says, and where it was raised."""
+    """Run the user's code. An error in it ends the command with the text of the error, and the place where it was raised."""
     try:
         yield
     except (ZeroCopyError, click.ClickException):
         raise
     except Exception as error:
         frames = traceback.extract_tb(error.__traceback__)
-        frame = [frame for frame in frames if not frame.filename.startswith("<")][-1]  # importlib is frozen
+        frame = [frame for frame in frames if not frame.filename.startswith("<")][-1]  # the code of importlib is frozen
         where = f"{Path(frame.filename).name}, line {frame.lineno}"
         raise Failed(f"{what} raised {type(error).__name__} ({where}): {first_line(error)}") from error

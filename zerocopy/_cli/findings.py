@@ -1,4 +1,4 @@
-"""What is a finding, how does a list of them print, and what of it may others read?"""
+"""What is a finding, how is a list of findings printed, and which text may others read?"""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ Level: TypeAlias = Literal["ok", "warning", "failure"]
 
 @attrs.frozen
 class Finding:
-    """What one check has found.
+    """The result of one check.
 
     Attributes:
-        check: what was looked at.
+        check: the name of the check.
         level: a failure ends the command with status 1.
         what: what was found, as a sentence.
-        remedy: what to do about it; empty where all is well.
-        node: id of the node, empty for all of them.
+        remedy: what to do about it; empty if all is well.
+        node: id of the node, empty for all nodes.
     """
 
     check: str
@@ -41,17 +41,17 @@ def ok(check: str, what: str) -> Finding:
 
 
 def warning(check: str, what: str, remedy: str) -> Finding:
-    """It works, but something is lost by it."""
+    """It works, but with a disadvantage."""
     return Finding(check, "warning", what, remedy)
 
 
 def failure(check: str, what: str, remedy: str) -> Finding:
-    """Something that zerocopy promises does not hold here."""
+    """A promise of zerocopy does not hold here."""
     return Finding(check, "failure", what, remedy)
 
 
 def has_failed(findings: Iterable[Finding]) -> bool:
-    """Whether one is a failure."""
+    """Whether at least one finding is a failure."""
     return any(one.level == "failure" for one in findings)
 
 
@@ -82,7 +82,7 @@ def _count(findings: Sequence[Finding], level: Level) -> str:
 
 
 def report_of(findings: Sequence[Finding], versions: Iterable[str]) -> str:
-    """Markdown to paste into an issue: no name of a user or a host, and no home folder."""
+    """Markdown to paste into an issue, without names of users or hosts, and without home folders."""
     lines = ["### zerocopy doctor", "", *(f"- {version}" for version in versions), ""]
     for one in findings:
         node = f" (node {one.node[:8]})" if one.node else ""
@@ -91,7 +91,7 @@ def report_of(findings: Sequence[Finding], versions: Iterable[str]) -> str:
 
 
 def scrubbed(text: str, user: str, host: str, home: str) -> str:
-    """`text` without home folders, the user's name and the host's."""
+    """`text` without home folders, the name of the user and the name of the host."""
     text = text.replace(home, "~") if len(home) > 1 else text
     text = re.sub(r"/(home|Users)/[^/\s:'\"]+", "~", text)
     for name, word in ((user, "USER"), (host, "HOST")):

@@ -1,4 +1,4 @@
-"""What does a model take: what a user's function makes, or what the model itself says?"""
+"""What are the inputs of a model? A user's function creates them, or the model itself declares them."""
 
 from __future__ import annotations
 
@@ -6,20 +6,21 @@ from typing import Any, TypeAlias
 
 import torch
 
-TOKENS = 16  # of each row that a language model is given
+TOKENS = 16  # in each row for a language model
 
 Inputs: TypeAlias = tuple[Any, ...] | dict[str, Any]
 
 
 def as_inputs(made: Any) -> Inputs:
-    """What a function has made, as arguments: a tuple by position, a dict by name, all else the only one."""
+    """The result of a function, as arguments: a tuple by position, a dict by name, any other object as the only argument."""
     return made if isinstance(made, tuple | dict) else (made,)
 
 
 def inputs_of(model: Any, rows: int = 1) -> Inputs | None:
-    """What a model says that it takes; None where it does not.
+    """The inputs that a model declares; None if it declares none.
 
-    `example_inputs(rows)` is for models of one's own, `dummy_inputs` is that of transformers, `example_input_array` Lightning's.
+    A user's own model may have `example_inputs(rows)`. Models of transformers have `dummy_inputs`, and those of Lightning have
+    `example_input_array`.
     """
     if callable(getattr(model, "example_inputs", None)):
         return as_inputs(model.example_inputs(rows))

@@ -17,7 +17,7 @@ from zerocopy._cli.plan import plan
 
 
 class _Commands(click.Group):
-    """A group that lists commands as they were added, and whose errors are sentences."""
+    """A group that lists commands in the order in which they were added, and whose errors are sentences."""
 
     def list_commands(self, _: click.Context) -> list[str]:
         return list(self.commands)

@@ -1,4 +1,4 @@
-"""What do publications and processes of the cluster take: once, or again and again?"""
+"""How much memory do publications and processes of the cluster take? The report is printed once, or again and again."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def _print(report: MemoryReport, shown_as: str, *, is_one_of_many: bool) -> None
         click.echo(json.dumps(report.to_dict(), indent=None if is_one_of_many else 2))
         return
     if is_one_of_many:
-        click.clear()  # on a terminal; nothing elsewhere
+        click.clear()  # clears a terminal, and does nothing elsewhere
         click.echo(time.strftime("%H:%M:%S"))
     click.echo(f"The cluster at {ray.get_runtime_context().gcs_address}:\n\n{report}")
 

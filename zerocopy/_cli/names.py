@@ -1,4 +1,4 @@
-"""Names of a cluster from a terminal: list, publish, remove, alias."""
+"""How does a user manage the names of a cluster from a terminal? With the commands list, publish, remove and alias."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def publish(
         )
     pipeline = target.made()
     options = {"name": name, "alias": alias, "keep": keep, "expect": expect, "source": target.value if source else None}
-    # What runs a source later is started by another job: it must find the module, too.
+    # Another job starts the process that runs a source later. This process must find the module, too.
     with joined(address, **({"runtime_env": _here()} if source else {})):
         version = publish_adopted(pipeline, **options).version
         found = [one for one in publications() if one.version == version]
@@ -116,7 +116,7 @@ def publish(
 
 
 def _here() -> dict[str, Any]:
-    """The environment in which the module of this folder can be imported."""
+    """The environment in which modules of this folder can be imported."""
     path = os.pathsep.join(filter(None, [str(Path.cwd()), os.environ.get("PYTHONPATH")]))
     return {"env_vars": {"PYTHONPATH": path}}
 

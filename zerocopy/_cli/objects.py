@@ -1,4 +1,4 @@
-"""What does `module:object` name, and what does it give when it is called?"""
+"""Which object does `module:object` name, and what does it return when it is called?"""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Target:
     """An object that the user has named.
 
     Attributes:
-        name: as it was given.
+        name: the name as the user gave it.
         value: the object.
     """
 
@@ -32,29 +32,29 @@ class Target:
 
     @property
     def is_maker(self) -> bool:
-        """Whether it is called to give what is meant: a function, a method, a class or a partial of one."""
+        """Whether the object must be called to get the result: a function, a method, a class or a partial of one."""
         return inspect.isroutine(self.value) or inspect.isclass(self.value) or isinstance(self.value, functools.partial)
 
     def made(self) -> Any:
-        """What it gives when it is called without arguments; itself, where it is an instance.
+        """The result of a call without arguments; the object itself if it is an instance.
 
         Raises:
-            click.BadParameter: it needs arguments.
-            Failed: it raised an error.
+            click.BadParameter: the object needs arguments.
+            Failed: the call raised an error.
         """
         return self.build()() if self.is_maker else self.value
 
     def build(self) -> Callable[[], Any]:
-        """It, as a function without arguments whose output stays away from stdout.
+        """The object as a function without arguments, which does not print to stdout.
 
         Raises:
-            click.BadParameter: it cannot be called so.
+            click.BadParameter: the object cannot be called in this way.
         """
         if not self.is_maker:
             raise click.BadParameter(
                 f"{self.name!r} is {_kind(self.value)}, which cannot be called. Hint: give a function."
             )
-        with contextlib.suppress(ValueError):  # of a class in C that does not tell
+        with contextlib.suppress(ValueError):  # a class written in C may have no signature
             try:
                 inspect.signature(self.value).bind()
             except TypeError as error:
@@ -77,7 +77,7 @@ def found(name: str) -> Target:
     """The object with a name.
 
     Raises:
-        click.BadParameter: there is none.
+        click.BadParameter: there is no such object.
         Failed: its module raised an error.
     """
     module, _, path = name.partition(":")
@@ -89,7 +89,7 @@ def found(name: str) -> Target:
             f"{module!r} is a file, not a module. Hint: go to the folder {str(file.parent)!r}, and write {file.stem}:{path}."
         )
     here = str(Path.cwd())
-    if here not in sys.path:  # Ray lets workers look there too
+    if here not in sys.path:  # Ray lets workers import from there, too
         sys.path.insert(0, here)
     try:
         with code_of(f"importing {module!r}"), quiet():
@@ -104,7 +104,7 @@ def found(name: str) -> Target:
 
 
 def _is_about(error: BaseException, module: str, path: str) -> bool:
-    """Whether the error says that what was named is missing, and not that something in the module is wrong."""
+    """Whether the error says that the named object is missing, and not that the module itself has an error."""
     if isinstance(error, ImportError):
         return error.name is not None and f"{module}.".startswith(f"{error.name}.")
     return getattr(error, "name", None) in path.split(".")
@@ -112,7 +112,7 @@ def _is_about(error: BaseException, module: str, path: str) -> bool:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """What the user's code prints goes to stderr: stdout is for the command's result."""
+    """Redirect the output of the user's code to stderr: stdout is for the command's result."""
     with contextlib.redirect_stdout(sys.stderr):
         yield
 

@@ -1,4 +1,4 @@
-"""What would be shared and copied, how much memory does that save, and how large must the store be: before any cluster."""
+"""What would be shared and copied, how much memory does this save, and how large must the store be? This needs no cluster."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def plan(target: str, workers: int | None, nodes: int, versions: int, shown_as: 
 
 @attrs.frozen
 class _Planned:
-    """What is known of a target: as data and as text, and remarks."""
+    """The plan of a target, as data and as text, and notes."""
 
     weights: Weights
     data: dict[str, Any]
@@ -123,10 +123,10 @@ def _notes_on_folder(folder: Folder) -> Iterator[str]:
 
 
 def _notes_on_store(store: int, room: int | None) -> Iterator[str]:
-    """Remarks on a store of so many bytes.
+    """Notes on a store of `store` bytes.
 
     Args:
-        room: bytes that are free in /dev/shm of this machine; None where there is none.
+        room: bytes that are free in /dev/shm of this machine; None if it does not exist.
     """
     if room is not None and room < store:
         yield (

@@ -1,4 +1,7 @@
-"""What do workers take with and without zerocopy: what was measured, what follows for other numbers, and as bars?"""
+"""How much memory do workers take with and without zerocopy?
+
+Values are measured, or computed for other numbers of workers. They are shown as a table and as bars.
+"""
 
 from __future__ import annotations
 
@@ -11,18 +14,18 @@ import attrs
 from zerocopy._tables import as_text, format_bytes
 from zerocopy.memory import MemoryReport
 
-COMPARED = (4, 8)  # numbers of workers that are told beside the one that ran
+COMPARED = (4, 8)  # numbers of workers that are shown in addition to the one that ran
 BAR = 44  # characters of the longest bar
 
 
 @attrs.frozen
 class Taken:
-    """What workers of this machine took, in bytes.
+    """The memory of workers of this machine, in bytes.
 
     Attributes:
         way: how they got the model.
-        store: of the store what they have loaded, once.
-        private: what each has as its own.
+        store: the loaded parts of the store, counted once.
+        private: the private memory of each worker.
         files: program files, which they share among themselves and with others.
     """
 
@@ -33,29 +36,29 @@ class Taken:
 
     @classmethod
     def of(cls, way: str, report: MemoryReport) -> Taken:
-        """What a report on these workers alone tells."""
+        """The memory from a report on these workers alone."""
         private = tuple(process.private for process in report.processes)
         in_store = sum(process.share for process in report.processes)
         return cls(way, report.shared, private, report.total - report.private - in_store)
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """The total memory of the workers."""
         return self.with_workers(len(self.private))
 
     def with_workers(self, count: int) -> int:
-        """What so many workers take: as measured, or with the median of what one has as its own."""
+        """The memory of `count` workers: measured for the number that ran, else computed with the median private memory."""
         private = sum(self.private) if count == len(self.private) else int(count * statistics.median(self.private))
         return self.store + private + self.files
 
     def as_copies(self, weights: int) -> Taken:
-        """What the same workers would take with a copy of the weights in each, and nothing in the store."""
+        """The memory of the same workers with a copy of the weights in each, and nothing in the store."""
         return Taken("plain copies", 0, tuple(private + weights for private in self.private), self.files)
 
 
 @attrs.frozen
 class Bar:
-    """A total of so many workers; measured, or computed from what was measured."""
+    """The total of a number of workers: measured, or computed from what was measured."""
 
     way: str
     workers: int
@@ -64,7 +67,7 @@ class Bar:
 
 
 def bars_of(zerocopy: Taken, plain: Taken | None, weights: int) -> list[Bar]:
-    """Totals of the number that ran, and of others; without a measured `plain` that is computed."""
+    """Totals for the number of workers that ran, and for others. If `plain` was not measured, it is computed."""
     ran = len(zerocopy.private)
     copies = plain or zerocopy.as_copies(weights)
     found = []
@@ -75,7 +78,7 @@ def bars_of(zerocopy: Taken, plain: Taken | None, weights: int) -> list[Bar]:
 
 
 def table_of(taken: Sequence[Taken]) -> str:
-    """A column for each way."""
+    """A table with one column for each way."""
     rows = [("object store, shared", *(format_bytes(one.store) for one in taken))]
     for number in range(max(len(one.private) for one in taken)):
         cells = (format_bytes(one.private[number]) if number < len(one.private) else "" for one in taken)
@@ -87,7 +90,7 @@ def table_of(taken: Sequence[Taken]) -> str:
 
 
 def chart_of(bars: Sequence[Bar]) -> str:
-    """A line for each bar."""
+    """A text with one line for each bar."""
     longest = max(bar.bytes for bar in bars)
     lines = []
     for before, bar in zip((None, *bars), bars, strict=False):
@@ -100,7 +103,7 @@ def chart_of(bars: Sequence[Bar]) -> str:
 
 
 def data_of(taken: Iterable[Taken], bars: Iterable[Bar]) -> dict[str, Any]:
-    """The same as data."""
+    """The memory and the bars as data."""
     return {
         "memory": [{**attrs.asdict(one), "total": one.total} for one in taken],
         "totals": [attrs.asdict(bar) for bar in bars],

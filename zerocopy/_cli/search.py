@@ -1,7 +1,7 @@
-"""Semantic search over texts, embedded by Ray Data workers that share one copy of MiniLM.
+"""How do Ray Data workers that share one copy of MiniLM embed texts for a semantic search?
 
-Collects the docstrings of the standard library, or the lines of a file, embeds them in workers that read the same weights, and
-answers queries with the best matches. Six thousand texts take about a minute on two cores.
+The search collects the docstrings of the standard library, or the lines of a file, embeds them in workers that read the same
+weights, and answers queries with the best matches. Six thousand texts take about a minute on two cores.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ except ImportError as error:
 
 Batch: TypeAlias = dict[str, np.ndarray[Any, Any]]
 Tell: TypeAlias = Callable[..., None]
-Answers: TypeAlias = list[tuple[str, list[tuple[float, "Document"]]]]  # of each query its matches, with cosines
+Answers: TypeAlias = list[tuple[str, list[tuple[float, "Document"]]]]  # the matches of each query, with cosines
 
 QUERIES = [
     "parse a date from a string",
@@ -60,13 +60,13 @@ class Document(NamedTuple):
     is_named: bool = True
 
     def searched(self) -> str:
-        """What is embedded: a name says something, unless it is a number of a line."""
+        """The text that is embedded. A name has a meaning for the search, unless it is the number of a line."""
         return f"{self.name}: {self.text}" if self.is_named else self.text
 
 
 @zerocopy.pipeline
 class Search:
-    """Turns texts into unit vectors: the normalized mean of what a transformer says of their tokens."""
+    """Turns texts into unit vectors: the normalized mean of a transformer's output for their tokens."""
 
     encoder: nn.Module = shared()  # one copy per node
     tokenizer: PreTrainedTokenizerBase = copied()  # each worker has its own
@@ -74,7 +74,7 @@ class Search:
 
     @torch.inference_mode()
     def embed(self, texts: list[str]) -> torch.Tensor:
-        """A row for each text."""
+        """One row for each text."""
         tokens = self.tokenizer(texts, padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt")
         mask = tokens["attention_mask"].unsqueeze(-1)
         hidden = self.encoder(**tokens).last_hidden_state
@@ -123,7 +123,7 @@ class PlainWorker:
 
 
 def embed_batch(search: Search, batch: Batch) -> Batch:
-    """The vectors of a batch, and which process of which node made them."""
+    """The vectors of a batch, and the process and the node that created them."""
     vectors = search.embed(batch["text"].tolist()).numpy()
     node = ray.get_runtime_context().get_node_id()
     maker = {"pid": np.full(len(vectors), os.getpid()), "node": np.full(len(vectors), node)}
@@ -138,7 +138,7 @@ def load_search() -> Search:
 
 
 def documents_of(file: Path | None, limit: int | None) -> list[Document]:
-    """The lines of a file, or the docstrings of the standard library; some of them, evenly spread, with a limit.
+    """The lines of a file, or the docstrings of the standard library. With a limit, only some of them, evenly spread.
 
     Raises:
         click.BadParameter: the file cannot be read, or has no text.
@@ -163,16 +163,16 @@ def _lines_of(file: Path) -> list[Document]:
 
 
 def keep_quiet() -> None:
-    """Let Ray Data say nothing, and wait for its workers."""
+    """Make Ray Data silent, and make it wait for its workers."""
     context = ray.data.DataContext.get_current()
     context.print_on_execution_start = context.enable_progress_bars = False
-    context.wait_for_min_actors_s = 300  # every worker is up before the first batch, and so gets its part
+    context.wait_for_min_actors_s = 300  # every worker runs before the first batch, and so gets its part
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it warns that the bars are off
 
 
 class Run(NamedTuple):
-    """What embedding gave, and what its workers took of memory at most."""
+    """The result of embedding, and the peak memory of its workers."""
 
     vectors: torch.Tensor
     memory: MemoryReport
@@ -190,7 +190,7 @@ def embed_with_copies(search: Search, documents: list[Document], workers: int, t
 
 
 def _embed(documents: list[Document], worker: type, arguments: dict[str, Any], workers: int, tell: Tell) -> Run:
-    """Embed with a pool of workers, and measure them now and then while they work."""
+    """Embed with a pool of workers, and measure their memory from time to time."""
     here = ray.get_runtime_context().get_node_id()
     batches: list[Batch] = []
     pids: set[int] = set()
@@ -210,7 +210,7 @@ def _embed(documents: list[Document], worker: type, arguments: dict[str, Any], w
 def _embedded_batches(texts: list[str], worker: type, arguments: dict[str, Any], workers: int) -> Iterable[Batch]:
     cpus = ray.cluster_resources()["CPU"]
     batch_size = max(1, min(32, len(texts) // (4 * workers)))
-    by_length = sorted(range(len(texts)), key=lambda row: -len(texts[row]))  # like lengths need little padding
+    by_length = sorted(range(len(texts)), key=lambda row: -len(texts[row]))  # similar lengths need little padding
     items = [{"row": row, "text": texts[row]} for row in by_length]
     dataset = ray.data.from_items(items, override_num_blocks=math.ceil(len(items) / batch_size)).map_batches(
         worker,
@@ -223,7 +223,7 @@ def _embedded_batches(texts: list[str], worker: type, arguments: dict[str, Any],
 
 
 def _telling(batches: Iterable[Batch], label: str, total: int, tell: Tell) -> Iterator[Batch]:
-    """The batches, while telling how many documents are done: on one line of a terminal, else on many."""
+    """Yields the batches, and reports how many documents are done: on one line of a terminal, elsewhere on several lines."""
     tell(f"{label}: starting processes")
     done = first = 0
     began = told = time.monotonic()

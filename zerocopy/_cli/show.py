@@ -1,4 +1,4 @@
-"""How does a command show what it found: as a table or as JSON, and bytes in which unit?"""
+"""How does a command show its result: as a table or as JSON, and with bytes in which unit?"""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ units_option = click.option(
 
 
 def sort_option(*keys: str) -> Callable[[F], F]:
-    """By what the rows of a table can be sorted."""
+    """The option for the order of the rows of a table."""
     return click.option(
         "--sort-by", type=click.Choice(keys, case_sensitive=False), default=keys[0], show_default=True, help="Order."
     )

@@ -9,16 +9,16 @@ import attrs
 
 from zerocopy._compat.ray import LEAST_STORE
 
-STEP = 10**6  # bytes that a store is rounded up to
+STEP = 10**6  # bytes: a store is rounded up to a multiple of this
 
 
 @attrs.frozen
 class Weights:
-    """What a pipeline takes, in bytes.
+    """The memory of a pipeline, in bytes.
 
     Attributes:
-        shared: once on each node.
-        copied: in each worker, and with each call that it is an argument of.
+        shared: bytes that exist once per node.
+        copied: bytes in each worker, and in each call that has the pipeline as an argument.
     """
 
     shared: int
@@ -27,11 +27,11 @@ class Weights:
 
 @attrs.frozen
 class Totals:
-    """Bytes of the same workers.
+    """The memory of the same workers in two ways, in bytes.
 
     Attributes:
         zerocopy: the shared part once, the copied part in each worker.
-        plain: both in each worker.
+        plain: both parts in each worker.
     """
 
     zerocopy: int
@@ -39,7 +39,7 @@ class Totals:
 
     @property
     def saved(self) -> int:
-        """What zerocopy takes less. Negative for a single worker with nothing to share."""
+        """The bytes that zerocopy saves. 0 with a single worker per node."""
         return self.plain - self.zerocopy
 
     def to_dict(self) -> dict[str, Any]:
@@ -48,21 +48,21 @@ class Totals:
 
 
 def on_node(weights: Weights, workers: int) -> Totals:
-    """What the workers of one node take."""
+    """The memory of the workers of one node."""
     return Totals(weights.shared + workers * weights.copied, workers * (weights.shared + weights.copied))
 
 
 def on_nodes(weights: Weights, workers: int, nodes: int) -> Totals:
-    """What so many workers on each of so many nodes take."""
+    """The memory of `workers` workers on each of `nodes` nodes."""
     one = on_node(weights, workers)
     return Totals(nodes * one.zerocopy, nodes * one.plain)
 
 
 def store_bytes(weights: Weights, workers: int, fraction: float, versions: int = 1) -> int:
-    """The `object_store_memory` that each node needs: what lies there at a time is at most `fraction` of it.
+    """The `object_store_memory` that each node needs, so that the weights take at most `fraction` of it at a time.
 
-    That is the shared part of each version, and the copied part once for each worker, since a call carries it. Ray lets calls
-    wait whose arguments take more than that fraction together, and publishing warns of weights that take more.
+    The weights are the shared part of each version, and the copied part once per worker, because a call carries it. Ray lets
+    calls wait if their arguments together take more than this fraction, and publishing warns of weights that take more.
     """
     needed = (versions * weights.shared + workers * weights.copied) / fraction
     return max(math.ceil(needed / STEP) * STEP, LEAST_STORE)

@@ -21,23 +21,23 @@ from zerocopy._cli.inputs import Inputs, inputs_of, run
 from zerocopy._compat.linux import give_back_heap
 from zerocopy._store import object_store
 
-ROUNDS, ROUND_SECONDS = 20, 5.0  # of forwards that are called steady: so many, or as long
+ROUNDS, ROUND_SECONDS = 20, 5.0  # the limits of steady forwards: a number, and seconds
 
-Handle: TypeAlias = list[Any]  # with a publication in it, or a reference to a pickle: so that Ray does not fetch it
+Handle: TypeAlias = list[Any]  # holds a publication, or a reference to a pickle, so that Ray does not fetch it
 
 
 @attrs.frozen
 class Figures:
-    """What was measured.
+    """The results of a measurement.
 
     Attributes:
         workers: how many ran.
-        memory: bytes that they took together, above what they took before they had the model: what each has as its own, and the
-            store's pages once.
-        publish: seconds to put it into the store; of copies, to pickle it first.
-        load: seconds until a worker had it; the median of all, which load at the same time.
-        first: seconds of the first forward, None if nothing is known to run it with.
-        steady: median seconds of those that follow.
+        memory: bytes that they took together, in addition to what they took before they had the model: their private memory, and
+            the store's pages once.
+        publish: seconds to put the model into the store; for copies, also to pickle it.
+        load: seconds until a worker had the model: the median of all, which load at the same time.
+        first: seconds of the first forward, None if no inputs for it are known.
+        steady: median seconds of the later forwards.
     """
 
     workers: int
@@ -49,20 +49,20 @@ class Figures:
 
 
 class Worker:
-    """Loads a model, runs it, and tells how long that took."""
+    """Loads a model, runs it, and reports how long that took."""
 
     def __init__(self, threads: int) -> None:
         torch.set_num_threads(threads)
         self._model: Any = None
 
     def warm(self) -> int:
-        """Import and run what all models need; the process id."""
+        """Import and run what all models need. Returns the process id."""
         torch.nn.Linear(8, 8)(torch.ones(1, 8))
         gc.collect()
         return os.getpid()
 
     def load(self, handle: Handle) -> float:
-        """Load the model; seconds."""
+        """Load the model. Returns the seconds."""
         start = time.perf_counter()
         (given,) = handle
         shared = isinstance(given, zerocopy.Publication)
@@ -74,7 +74,7 @@ class Worker:
         return seconds
 
     def forward(self, inputs: Inputs | None, rounds: int) -> list[float]:
-        """Seconds of some forwards; of none if nothing is known to run it with. Then its weights are read."""
+        """Run some forwards. Returns the seconds of each. If no inputs are known, the weights are read instead."""
         inputs = inputs_of(self._model) if inputs is None else inputs
         if inputs is None:
             _read(self._model)
@@ -95,7 +95,7 @@ def _read(model: Any) -> None:
 
 
 class Late(Exception):
-    """The time was over before a way was measured."""
+    """The time limit passed before a measurement was complete."""
 
 
 @attrs.frozen
@@ -103,9 +103,9 @@ class Trial:
     """How to measure.
 
     Attributes:
-        workers: how many.
-        inputs: what the model is called with; None for what it says itself.
-        end: when to give up, as `time.monotonic` tells.
+        workers: the number of workers.
+        inputs: the arguments of the model; None for those that the model itself declares.
+        end: when to give up, on the clock of `time.monotonic`.
     """
 
     workers: int
@@ -113,21 +113,21 @@ class Trial:
     end: float
 
     def shared(self, model: Any) -> Figures:
-        """Publish a model, which this process then has in the store alone, and measure workers that share it.
+        """Publish a model, which this process then has only in the store, and measure workers that share it.
 
         Raises:
-            Late: the time was over.
+            Late: the time limit has passed.
         """
         return self._measure(lambda: [publish_adopted(model)])
 
     def copies(self, pickled: Callable[[], bytes], seconds: float) -> Figures:
-        """The same where each worker unpickles a copy.
+        """The same, but each worker unpickles a copy.
 
         Args:
-            seconds: that pickling has taken.
+            seconds: how long pickling took.
 
         Raises:
-            Late: the time was over.
+            Late: the time limit has passed.
         """
         found = self._measure(lambda: [object_store.put(pickled())])
         return attrs.evolve(found, publish=found.publish + seconds)

@@ -1,4 +1,4 @@
-"""Does what a user asks of a name make sense? Checked before the registry hears of it."""
+"""Are the arguments of calls that publish, find or change a name valid? They are checked before the registry is called."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from zerocopy.errors import ArgumentError
 def commit_of(
     name: str, source: bytes | None, *, alias: str | None, expect: int | None, keep: int | None, lifetime: str
 ) -> Commit:
-    """What a user asks for, checked."""
+    """Check the arguments of a publish call, and return them as a Commit."""
     check_name(name, "name")
     if alias is not None:
         check_name(alias, "alias")
@@ -34,7 +34,7 @@ def commit_of(
 
 
 def check_source(source: Any) -> None:
-    """Refuse what could not make the pipeline when its weights are lost: then nobody is there to read the error."""
+    """Refuse a source that cannot be called without arguments. Else its error would only come after the weights are lost."""
     hint = "give a function without arguments that makes it again."
     if isinstance(source, nn.Module) or is_pipeline_class(type(source)):
         raise ArgumentError(f"source= got a {type(source).__name__}, not a function that makes it.", hint=hint)
@@ -42,7 +42,7 @@ def check_source(source: Any) -> None:
         raise ArgumentError(f"source={source!r} cannot be called.", hint=hint)
     try:
         inspect.signature(source).bind()
-    except ValueError:  # of C, which does not tell
+    except ValueError:  # a function of C may have no signature
         return
     except TypeError as error:
         raise ArgumentError(f"source={source!r} needs arguments: {error}.", hint=hint) from None

@@ -1,6 +1,6 @@
-"""Which process uploads what was lost? The first that holds it, unless nothing comes of it: then the next.
+"""Which process uploads lost storages? The first process that holds them. If it makes no progress, the next process does it.
 
-This file travels to the registry's process by value.
+This file is pickled by value for the registry's process.
 """
 
 from __future__ import annotations
@@ -8,26 +8,26 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 
-CLAIM_SECONDS = 5.0  # without progress, after which another process is asked to upload the same
+CLAIM_SECONDS = 5.0  # without progress. After that, another process is asked to upload the same storages
 
 
 class Claims:
-    """Storages that were asked of processes, by digest. Whatever is stored gives all of them more time.
+    """Which process was asked to upload which storage, by digest. Each shard that is stored gives all claims more time.
 
     Attributes:
-        progress: when something was stored, as `time.monotonic` tells.
+        progress: the time at which the last shard was stored, of `time.monotonic`.
     """
 
     def __init__(self) -> None:
         self.progress = 0.0
-        self._made: dict[bytes, tuple[str, float]] = {}  # by whom, and when
+        self._made: dict[bytes, tuple[str, float]] = {}  # by digest: the process, and the time of the claim
 
     def note_progress(self) -> None:
-        """Something was stored."""
+        """Note that a shard was stored."""
         self.progress = time.monotonic()
 
     def make(self, digests: Iterable[bytes], who: str) -> list[bytes]:
-        """Those storages that a process shall upload: which no other was asked for of late."""
+        """Return the digests that the process `who` shall upload: those on which no other process has a recent claim."""
         now = time.monotonic()
         made = [(digest, *self._made.get(digest, (who, now))) for digest in digests]
         claimed = [digest for digest, other, since in made if other == who or not self._is_fresh(since)]
@@ -35,11 +35,11 @@ class Claims:
         return claimed
 
     def drop(self, digest: bytes) -> None:
-        """It has come."""
+        """Remove the claim on a storage that was uploaded."""
         self._made.pop(digest, None)
 
     def cover(self, digests: Iterable[bytes]) -> bool:
-        """Whether all these may still come."""
+        """Whether all these storages have recent claims, so that they may still be uploaded."""
         made = [self._made.get(digest) for digest in digests]
         return all(claim is not None and self._is_fresh(claim[1]) for claim in made)
 

@@ -1,4 +1,4 @@
-"""How does a process ask the registry? It is made when it is first needed, and made again when it was killed."""
+"""How does a process call the registry? The registry is created when it is first needed, and again after it was killed."""
 
 from __future__ import annotations
 
@@ -29,34 +29,34 @@ from zerocopy.errors import (
     ZeroCopyError,
 )
 
-# What clients and the registry say to each other. Those of another protocol have a registry of their own.
+# The version of the calls between clients and the registry. Clients with another version use another registry.
 PROTOCOL = 1
 NAME, NAMESPACE = f"registry-{PROTOCOL}", "zerocopy"
-SECONDS = 60.0  # that a call tries to reach a registry
+SECONDS = 60.0  # how long a call tries to reach a registry
 
 _lock = threading.Lock()
 _known: tuple[object, Any] | None = None  # a session, and the registry's handle in it
-# They travel to the registry's process, which then need not import torch.
+# These modules are pickled by value for the registry's process, so that it need not import torch.
 _BY_VALUE = (registry_module, claims, names, shards, stored, holder, owners, object_store)
 
 
 class RegistryLost(Exception):
-    """The registry that a publisher worked with has ended. What it owned is gone with it."""
+    """The registry that this process called has ended. The objects that it owned are gone."""
 
 
 class RegistryUnreachable(ZeroCopyError):
-    """None was found in the time that a call has."""
+    """No registry could be reached within the time limit of a call."""
 
 
 def ask(method: str, *args: Any, may_be_gone: bool = False) -> Any:
-    """What the registry answers. If it has ended, it is made again, and asked.
+    """Call a method of the registry, and return its result. If the registry has ended, create a new one and call that.
 
     Args:
-        may_be_gone: an earlier try may have removed what is asked for, though its answer was lost.
+        may_be_gone: whether NotPublishedError is accepted after a lost answer: the lost call may have removed the name.
 
     Raises:
-        NotPublishedError, VersionConflictError, VersionInUseError, PublicationLostError: it refuses.
-        ZeroCopyError: none can be reached.
+        NotPublishedError, VersionConflictError, VersionInUseError, PublicationLostError: the registry refuses the call.
+        ZeroCopyError: no registry can be reached.
     """
     end, pause, lost = time.monotonic() + SECONDS, 0.05, False
     while True:
@@ -76,7 +76,7 @@ def ask(method: str, *args: Any, may_be_gone: bool = False) -> Any:
 
 
 def unreachable(error: RegistryLost) -> RegistryUnreachable:
-    """What to tell a user then."""
+    """Create the error for the user if no registry can be reached."""
     return RegistryUnreachable(
         f"The registry, the Ray actor that knows all publications with a name, cannot be reached: {first_line(error)}",
         hint="see with `ray status` whether the head node of the cluster is up.",
@@ -84,36 +84,36 @@ def unreachable(error: RegistryLost) -> RegistryUnreachable:
 
 
 def ask_one(actor: Any, method: str, *args: Any) -> Any:
-    """What one registry answers.
+    """Call a method of one registry, and return its result.
 
     Raises:
-        RegistryLost: it has ended, or cannot be reached.
-        As `ask`, but for ZeroCopyError.
+        RegistryLost: the registry has ended, or cannot be reached.
+        As `ask`, except ZeroCopyError.
     """
-    if is_serializing():  # Ray's pickler counts references by thread
+    if is_serializing():  # Ray's pickler counts references per thread
         return object_store.in_background(lambda: await_reply(actor, submit(actor, method, *args)))()
     return await_reply(actor, submit(actor, method, *args))
 
 
 def submit(actor: Any, method: str, *args: Any) -> ray.ObjectRef[Any]:
-    """Ask without waiting."""
+    """Call a method of the registry, without waiting for its result."""
     ref: ray.ObjectRef[Any] = actor.answer.remote(method, *args)
     return ref
 
 
 def await_reply(actor: Any, ref: ray.ObjectRef[Any]) -> Any:
-    """The answer that `submit` asked for; see `ask_one`."""
+    """Wait for the result of a call of `submit`; see `ask_one`."""
     return answer(actor, lambda: object_store.await_reply(ref))
 
 
 def reply_within(actor: Any, timeout: float, method: str, *args: Any) -> Any:
-    """What one registry answers, if it does so in time.
+    """Call a method of one registry, and return its result if it comes in time.
 
     Args:
         timeout: seconds.
 
     Raises:
-        TimeoutError: it does not.
+        TimeoutError: the registry did not answer in time.
         As `ask_one`.
     """
     reply = submit(actor, method, *args).future()
@@ -121,7 +121,7 @@ def reply_within(actor: Any, timeout: float, method: str, *args: Any) -> Any:
 
 
 def answer(actor: Any, get: Callable[[], tuple[str, Any]]) -> Any:
-    """The answer in a reply, given what gets the reply; see `ask_one`."""
+    """Return the result in a reply, which `get` returns; see `ask_one`."""
     try:
         word, result = get()
     except (ray.exceptions.ActorDiedError, ray.exceptions.ActorUnavailableError) as error:
@@ -133,13 +133,13 @@ def answer(actor: Any, get: Callable[[], tuple[str, Any]]) -> Any:
 
 
 def registry() -> Any:
-    """The actor, of this session. Joins a running cluster, but starts none: a publisher has connected before."""
+    """Return the registry actor of this session. Joins a running cluster, but starts none: publishers connect earlier."""
     object_store.require(may_start=False)
     return _registry()
 
 
 def existing_registry() -> Any:
-    """The actor, of this session; None if nobody has made it."""
+    """Return the registry actor of this session, or None if it does not exist."""
     if _known is not None and _known[0] is object_store.session():
         return _known[1]
     try:
@@ -165,7 +165,7 @@ def _forget(actor: Any) -> None:
 
 
 def _found_or_made() -> Any:
-    with contextlib.suppress(ValueError):  # there is none
+    with contextlib.suppress(ValueError):  # it does not exist
         return ray.get_actor(NAME, NAMESPACE)
     with pickled_by_value(_BY_VALUE):
         head = head_node()
@@ -177,8 +177,8 @@ def _found_or_made() -> Any:
                 lifetime="detached",
                 get_if_exists=True,
                 num_cpus=0,
-                max_restarts=0,  # what Ray can restart, it kills first when memory is short
-                max_concurrency=100_000,  # as many processes can wait for changes
+                max_restarts=0,  # when memory is short, Ray kills restartable actors first
+                max_concurrency=100_000,  # so many processes can wait for changes at the same time
                 enable_task_events=False,
                 scheduling_strategy=None if head is None else NodeAffinitySchedulingStrategy(head, soft=True),
             )

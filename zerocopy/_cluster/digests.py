@@ -1,11 +1,11 @@
-"""When are two storages, or two versions, the same? When their digests are.
+"""When are two storages, or two versions, the same? When their digests are equal.
 
-Digests are not cryptographic: nobody meets two storages of equal digests by chance, but somebody who may write to the cluster can
-make them.
+The digests are not cryptographic. Different storages do not get equal digests by chance, but a person who may write to the
+cluster can create such storages.
 
-Pickles of equal objects may differ between processes: a set is written in the order of its hashes, which each process draws anew;
-a string that is met again is written again if it is another object; a class that travels by value has a random id. A version is
-the same if nothing but these differ.
+Pickles of equal objects can differ between processes, in three ways: a set is written in the order of its hashes, which are
+random in each process; a string that occurs twice is written twice if it is two objects; and a class that is pickled by value has
+a random id. Two versions are the same if their pickles differ in nothing else.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ _IGNORED = {"PROTO", "FRAME"}
 def digest_of_version(
     manifest: Manifest, storages: Sequence[tuple[bytes, int]], outer: Outer, agreement: tuple[object, ...]
 ) -> bytes:
-    """The digest of all that a version has: tensors, structure, and what is copied.
+    """Return the digest of a version: of its tensors, its structure and its copied parts.
 
     Args:
-        storages: digest and bytes of each storage.
-        agreement: what else its readers must agree with.
+        storages: digest and number of bytes of each storage.
+        agreement: other values that must be equal, such as the version of torch.
     """
     sizes = list(map(len, outer.storages))
     described = manifest.spec_rows, manifest.devices, manifest.is_reusable, storages, outer.specs, sizes, agreement
@@ -61,15 +61,15 @@ def _told(external: Any) -> object:
 
 
 def canonical(payload: bytes) -> Iterator[_Token]:
-    """What pickles say, in a form that is equal for those that differ in nothing but what is named above."""
+    """Convert pickles to tokens, which are equal for pickles that differ only in the three ways named above."""
     file = io.BytesIO(payload)
-    memo = _Memo()  # those of a payload have one
+    memo = _Memo()  # all pickles of a payload share one memo
     while file.tell() < len(payload):
         yield from _canonical_of_one(file, memo)
 
 
 class _Memo(list[_Token]):
-    """What a pickle refers to again. Atoms stand for themselves, and so are not counted: one pickle refers, another repeats."""
+    """The memo of a pickle. Atoms get no number, because one pickle refers to an atom where another one writes it again."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -105,14 +105,14 @@ def _canonical_of_one(file: io.BytesIO, memo: _Memo) -> list[_Token]:
 
 
 def _exact(value: Any) -> object:
-    """A value as text tells it: of numbers all bits, of long ones too."""
+    """Return a value whose `repr` shows all bits of a number, also of a very long one."""
     if isinstance(value, float):
         return struct.pack("d", value)
     return hex(value) if type(value) is int else value
 
 
 def _close_tuple(tokens: list[_Token], count: int, name: str) -> None:
-    """A tuple of atoms is an atom."""
+    """Turn a tuple of atoms into one atom."""
     parts = tokens[-count:]
     if len(parts) == count and all(part[0] == "atom" for part in parts):
         tokens[-count:] = [("atom", tuple(parts))]
@@ -121,7 +121,7 @@ def _close_tuple(tokens: list[_Token], count: int, name: str) -> None:
 
 
 def _close_set(tokens: list[_Token], mark: int, name: str) -> None:
-    """Atoms in a set have no order. Pickle writes a large set in several parts."""
+    """Sort the atoms of a set, because their order has no meaning. Pickle writes a large set in several parts."""
     items = tokens[mark + 1 :]
     if not all(item[0] == "atom" for item in items):
         tokens.append((name,))

@@ -1,7 +1,7 @@
 """How does a process follow a name? One thread waits for changes, and loads a new version before anybody asks for it.
 
-It makes one call for all names, which the registry answers when something has changed. The same call brings what the registry
-wants of this process after it was made anew: storages that are lost, and that this process still has mapped.
+It makes one call for all names. The registry answers this call when something has changed. If storages are lost, for example
+because the registry was created anew, the answer also names the lost storages that this process holds and shall upload.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ PASSING = (
     PublicationLostError,
     ray.exceptions.RayError,
 )
-NOT_AGREED = -1  # no number of a version: the registry answers at once
-WORTH_A_WARNING = 5  # failures in a row: a registry that was killed is made again after the first
+NOT_AGREED = -1  # not the number of a version, so that the registry answers at once
+WORTH_A_WARNING = 5  # failures in a row. A registry that was killed is created again after the first failure
 
 
 class Live(Protocol[T_co]):
@@ -57,7 +57,7 @@ class Live(Protocol[T_co]):
 
 
 class _ToBeLoaded:
-    """Says that it is not the pipeline itself, to users who use it like the pipeline."""
+    """Base of handles: raises an error that helps a user who uses the handle like the pipeline."""
 
     def __getattr__(self, name: str) -> NoReturn:
         if name.startswith("_"):
@@ -111,7 +111,7 @@ class Key(NamedTuple):
 
 
 class Loaded(NamedTuple):
-    """A version that this process has loaded, or knows of, and a handle of just this version where it has one."""
+    """A version that this process has loaded or knows, and a handle of exactly this version if there is one."""
 
     number: int
     pipeline: Any
@@ -122,7 +122,7 @@ class Followed:
     """The newest version of one name, alias and device in this process. It lives as long as a handle uses it.
 
     Attributes:
-        seen: the number that the registry last told, 0 for none.
+        seen: the version number that the registry reported last, 0 for none.
     """
 
     def __init__(self, key: Key, load: Callable[[], Loaded], loaded: Loaded | None = None) -> None:
@@ -130,7 +130,7 @@ class Followed:
 
         Args:
             load: loads the version that the alias points at.
-            loaded: the version that there is already. Then the caller must call `start`.
+            loaded: the version that is already loaded, if any. In that case, the caller must call `start`.
         """
         self.key = key
         self.session = object_store.session()
@@ -148,13 +148,13 @@ class Followed:
         return self.newest().pipeline
 
     def newest(self) -> Loaded:
-        """The same, with its number."""
+        """Return the same version with its number and handle."""
         if _pending:
             _warn_of_pending()
         return self._newest()
 
     def _newest(self) -> Loaded:
-        """The same for the thread, whose warnings nobody would see."""
+        """Like `newest`, but without warnings: the thread uses it, and nobody would see a warning of the thread."""
         loaded = self._loaded
         if loaded is None:
             with self._lock:
@@ -164,13 +164,13 @@ class Followed:
         return loaded
 
     def replace(self, loaded: Loaded, pipeline: Any) -> None:
-        """Use `pipeline` instead of the pipeline that was loaded: it has become the same version."""
+        """Use `pipeline` instead of the loaded pipeline, whose state it takes over."""
         with self._lock:
             if self._loaded is loaded:  # else the thread has loaded the next version
                 self._loaded = Loaded(loaded.number, pipeline, loaded.handle)
 
     def look(self) -> None:
-        """Ask what the alias points at, instead of waiting to be told."""
+        """Ask the registry now which version the alias points at, instead of waiting for a change."""
         try:
             self._loaded = self._load()
             self.seen = self._loaded.number
@@ -178,10 +178,10 @@ class Followed:
             self._loaded = None
 
     def note(self, number: int) -> None:
-        """Load what the alias points at, after the registry told that it is `number`.
+        """Load the version that the alias points at, after the registry reported its `number`.
 
         Raises:
-            As `PASSING`: it may be loaded later.
+            One of `PASSING`: a later try may succeed.
         """
         if not number and self.key.device is None:
             self._loaded = None  # the next caller learns that the name is gone
@@ -190,7 +190,7 @@ class Followed:
                 self._take(self._load())
             except PASSING:
                 raise
-            except Exception as error:  # whatever the code of that version raises: it is not tried again
+            except Exception as error:  # any error of that version's own code: it is not tried again
                 warn_later(
                     f"Version {number} of {self.key.name!r} cannot be loaded, and this process goes on with version "
                     f"{self._newest().number}: {type(error).__name__}: {error}"
@@ -213,10 +213,10 @@ class Followed:
 
 
 class Watcher:
-    """The thread, which runs as long as this process follows or holds something.
+    """The thread that follows names. It runs as long as this process follows a name or holds storages.
 
     Attributes:
-        changes: how many names this process has changed.
+        changes: how often this process has changed a name.
     """
 
     def __init__(self) -> None:
@@ -224,14 +224,14 @@ class Watcher:
         self._holdings = Holdings()
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
-        self._session: object = None  # that the thread works in
-        self._registry: Any = None  # that it has asked last
+        self._session: object = None  # the session that the thread works in
+        self._registry: Any = None  # the registry that the thread called last
         self._id = uuid.uuid4().hex
         self._woken: concurrent.futures.Future[None] = concurrent.futures.Future()
         self.changes = 0
 
     def follow(self, followed: Followed) -> None:
-        """Tell this one of changes from now on, as long as it lives."""
+        """Pass changes to `followed` from now on, as long as it lives."""
         with self._lock:
             self._followed.add(followed)
         self._start()
@@ -269,7 +269,7 @@ class Watcher:
             try:
                 self._wait_once()
                 failures = 0
-            except Exception as error:  # also what users' pipelines raise when they are given back
+            except Exception as error:  # also an error of a user's pipeline while it is uploaded
                 failures += 1
                 if failures == WORTH_A_WARNING and session is object_store.session():
                     reason = first_line(error)
@@ -306,16 +306,16 @@ class Watcher:
         if not reply.done():
             return
         changed, wanted = client.answer(registry, reply.result)
-        with contextlib.ExitStack() as each:  # a problem with one does not hold up the others
+        with contextlib.ExitStack() as each:  # an error of one does not stop the others
             if wanted:
                 each.callback(self._holdings.give_back, registry, node(), set(wanted))
-            for one in list(self._followed):  # no reference to them is kept while it waits
+            for one in list(self._followed):  # the thread keeps no reference to them while it waits
                 number = changed.get((one.key.name, one.key.which), one.seen)
                 if number != one.seen:
                     each.callback(one.note, number)
 
     def _registry_now(self) -> Any:
-        """The registry. When it is another one, references to what the last one owned are dead."""
+        """Return the registry. If it is a new one, look all versions up again: references of the last registry are dead."""
         object_store.check_running("Following publications")  # a thread must not start Ray
         registry = client.registry()
         if self._registry not in (None, registry):
@@ -328,7 +328,7 @@ class Watcher:
 
 WATCHER = Watcher()
 _warned: set[str] = set()
-_pending: list[str] = []  # what the thread found out: the next call that asks for a version warns of it
+_pending: list[str] = []  # warnings of the thread. The next call that asks for a version issues them
 
 
 def warn_once(text: str) -> None:
@@ -339,7 +339,7 @@ def warn_once(text: str) -> None:
 
 
 def warn_later(text: str) -> None:
-    """The same from the thread, whose warnings nobody would see."""
+    """Warn once, at the user's next call that asks for a version: nobody would see a warning of the thread."""
     if text not in _warned:
         _pending.append(text)
 
@@ -350,6 +350,6 @@ def _warn_of_pending() -> None:
 
 
 def node() -> str:
-    """The node that this process is on."""
+    """Return the id of the node of this process."""
     found: str = ray.get_runtime_context().get_node_id()
     return found

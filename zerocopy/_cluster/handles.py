@@ -1,7 +1,7 @@
-"""What is the handle of a publication that has a name? It can be found again, on any process of the cluster and after losses.
+"""How does a handle of a publication with a name work? Any process of the cluster can find its weights, also after a loss.
 
-It travels as its name, and the number of a version or an alias. Only as an argument of a Ray call does it also bring the object
-reference that its sender had: Ray counts that, so the version stays until the call has ended.
+The pickle of the handle contains the name, and the number of a version or an alias. In an argument of a Ray call, it also
+contains the object reference of the sender. Ray counts this reference, so the version stays until the call has ended.
 """
 
 from __future__ import annotations
@@ -50,19 +50,19 @@ class Version:
 
 ANSWER_SECONDS = 0.005  # how long the answer to a lookup can be used: enough for lookup(...).load()
 
-# Versions that live pipelines were published as. The registry is not asked again until it reports that one is gone.
+# The versions that live pipelines were published as. A version is not looked up again until the registry reports that it is gone.
 _found: weakref.WeakKeyDictionary[Tag, Followed] = weakref.WeakKeyDictionary()
 
 
 @attrs.frozen
 class Tag:
-    """What a handle refers to.
+    """The version or the alias that a handle refers to.
 
     Attributes:
-        number: of a version. None for a handle that follows an alias and was not used yet.
-        alias: what `current()` follows; None for a handle of one version for good.
-        follows: whether the handle was made for the alias, and not for one version.
-        digest: of the version.
+        number: number of the version. None for a handle that follows an alias and was not used yet.
+        alias: the alias that `current()` follows; None for a handle of one fixed version.
+        follows: whether the handle was created for the alias, and not for one version.
+        digest: digest of the version, in hexadecimal digits; None if it is not known.
     """
 
     name: str
@@ -74,12 +74,12 @@ class Tag:
     def publication(
         self, manifest: ray.ObjectRef[Any], outer: Outer, *description: Any, **kwargs: Any
     ) -> NamedPublication:
-        """A handle with this tag and an outer skeleton of its own; see `live.Tag`."""
+        """Return a handle with this tag and its own outer skeleton; see `live.Tag`."""
         kind, shared_bytes, requires_isolation, versions = description
         return NamedPublication(Open(manifest, outer), kind, shared_bytes, requires_isolation, versions, self, **kwargs)
 
     def find(self) -> ray.ObjectRef[Any] | None:
-        """The reference to the manifest. None if the version was removed, is another one, or has lost its weights."""
+        """Return the reference to the manifest. None if the version was removed, has other content, or lost its weights."""
         followed = _found.get(self)
         if followed is None or followed.session is not object_store.session():
             followed = _found[self] = followed_by(self.name, self.number or LATEST, None)
@@ -97,7 +97,7 @@ class Tag:
 
 @attrs.frozen
 class Unresolved:
-    """The state of a handle that has to ask the registry.
+    """The state of a handle that must ask the registry.
 
     Attributes:
         outer: the outer skeleton, if the handle carries one of its own.
@@ -107,10 +107,11 @@ class Unresolved:
 
 
 class Answer(NamedTuple):
-    """What the registry told a lookup.
+    """The registry's answer to a lookup.
 
     Attributes:
-        changes: how many names this process had changed before.
+        until: the time until which it can be used, of `time.monotonic`.
+        changes: how often this process had changed a name before the lookup.
     """
 
     told: dict[str, Any]
@@ -118,7 +119,7 @@ class Answer(NamedTuple):
     changes: int
 
     def is_good(self) -> bool:
-        """Whether the registry need not be asked again."""
+        """Whether the answer can be used instead of another call of the registry."""
         is_told = self.told["reference"] is not None
         return is_told and time.monotonic() < self.until and self.changes == WATCHER.changes
 
@@ -142,8 +143,8 @@ class NamedPublication(Publication):
     ) -> None:
         super().__init__(state, kind, shared_bytes, requires_isolation, versions, cls=cls, lease=lease)  # type: ignore[arg-type]
         self.tag = tag
-        self._followed: Followed | None = None  # what `current` gives
-        self._known: Followed | None = None  # what calls are given
+        self._followed: Followed | None = None  # for `current`
+        self._known: Followed | None = None  # for `for_call`
         self._answer: Answer | None = None
 
     @property
@@ -169,7 +170,7 @@ class NamedPublication(Publication):
         return version
 
     def pinned(self) -> NamedPublication:
-        """A handle of the version that this handle gives now. From now on this handle keeps it, unless it follows an alias."""
+        """Return a handle of the current version. This handle stays at that version, unless it has only an alias."""
         found = self._found()
         if self.tag.number is not None:  # else the next use may find another version
             self._state, self.tag = found._state, found.tag
@@ -183,7 +184,7 @@ class NamedPublication(Publication):
         return self._resolved()
 
     def answered(self, told: dict[str, Any], changes: int) -> Self:
-        """This handle, with the registry's answer, for a load that follows at once. The first use drops the answer."""
+        """Return this handle with the registry's answer, for a load that follows at once. The first use drops the answer."""
         self._answer = Answer(told, time.monotonic() + ANSWER_SECONDS, changes)
         return self
 
@@ -202,7 +203,7 @@ class NamedPublication(Publication):
             return self._of(resolve(tag.name, tag.alias))
 
     def _of(self, told: dict[str, Any]) -> NamedPublication:
-        """This handle, of the version that the registry tells of."""
+        """Return a handle like this one, of the version in the registry's answer."""
         tag, digest = self.tag, told["digest"].hex()
         if told["number"] == tag.number and tag.digest not in (None, digest):
             raise NotPublishedError(
@@ -218,7 +219,7 @@ class NamedPublication(Publication):
         return self._state.outer if isinstance(self._state, (Open, Unresolved)) else None
 
     def content(self) -> Open:
-        """What the handle refers to now; see `load`."""
+        """Return the open state of the current version; see `load`."""
         state: Any = self.pinned()._state  # a pinned handle is open
         found: Open = state
         return found
@@ -241,7 +242,7 @@ class NamedPublication(Publication):
         return self._now(lambda handle: handle._load(device, fields, verify=verify))
 
     def _recovered(self) -> NamedPublication:
-        """A handle of the same version after its weights were found again. Other users of this handle find them, too."""
+        """Recover the weights, and return a handle of the same version. Other users of this handle get the weights, too."""
         found = self._of(client.ask("recover", self.name, self.tag.number))
         self._state = found._state
         return found
@@ -255,7 +256,7 @@ class NamedPublication(Publication):
         return RegistrysHolders((self.name, which, self.tag.number))
 
     def _now(self, call: Callable[[NamedPublication], R]) -> R:
-        """The result of a call for the current version. If its weights are lost, they are found again first."""
+        """Return the result of `call` for the current version. If its weights are lost, recover them and call again."""
         handle = self.pinned()
         try:
             return call(handle)
@@ -263,7 +264,7 @@ class NamedPublication(Publication):
             return call(handle._recovered())
 
     def note_load(self, pipeline: Any, manifest: Manifest, *how: Any) -> None:
-        """As `Publication.note_load`. Also remember the mapped weights, which the registry may need."""
+        """Like `Publication.note_load`. It also remembers the mapped weights, which the registry may need."""
         super().note_load(pipeline, manifest, *how)
         WATCHER.hold(manifest)
 
@@ -289,12 +290,12 @@ class NamedPublication(Publication):
         self._followed = self._known = None
 
     def __copy__(self) -> NamedPublication:
-        """Another handle of the same version, or one that follows as well."""
+        """Return another handle of the same version, or of the same alias."""
         self._check_open()
         return NamedPublication(self._state, *self._description(), cls=self.cls, lease=self._lease)
 
     def for_call(self) -> NamedPublication:
-        """A handle for one call: of the version that this process knows as the newest, if it follows an alias."""
+        """Return a handle for one call. If this handle follows an alias, the result has the newest version known here."""
         self._answer = None
         if self.tag.number is None and not self.closed:
             if self._known is None or self._known.session is not object_store.session():
@@ -324,15 +325,15 @@ class NamedPublication(Publication):
         return handle
 
     def newest(self) -> NamedPublication:
-        """A handle of the version that its alias points at now; this one, if it has none."""
+        """Return a handle of the version that the alias points at now; without an alias, this handle."""
         return self if self.tag.alias is None else newest(self.name, self.tag.alias)
 
     def travels_by_name(self) -> bool:
-        """Whether it is pickled without a reference, because Ray would not count one here."""
+        """Whether the handle is pickled without a reference, because Ray would not count the reference here."""
         return isinstance(self._state, Closed) or not (object_store.is_running() and is_serializing())
 
     def reduce(self) -> tuple[Any, ...]:
-        """How Ray's pickle takes it apart."""
+        """Return the reduction of the handle for Ray's pickler."""
         return self.__reduce__() if self.travels_by_name() else super(NamedPublication, self.for_call()).reduce()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -345,7 +346,7 @@ _following_lock = threading.Lock()
 
 
 def followed_by(name: str, which: str | int, target: torch.device | None) -> Followed:
-    """What this process follows for an alias, or a version, on a device; without one, nothing is loaded."""
+    """Return the `Followed` of this process for an alias or a version on a device. Without a device, nothing is loaded."""
     key = Key(name, which, target)
     with _following_lock:
         followed = _following.get(key)
@@ -355,7 +356,7 @@ def followed_by(name: str, which: str | int, target: torch.device | None) -> Fol
 
 
 def followed_for(pipeline: Any, tag: Tag, target: torch.device) -> Followed:
-    """What one loaded pipeline follows. Newer versions are loaded for it alone, and it takes their state over."""
+    """Return a `Followed` for one loaded pipeline. Newer versions are loaded only for it, and it takes over their state."""
     which = tag.alias or LATEST
     load = functools.partial(_load_apart, tag.name, which, target)
     return Followed(Key(tag.name, which, target), load, Loaded(tag.number or 0, pipeline, None))
@@ -367,24 +368,24 @@ def _load_apart(name: str, which: str | int, target: torch.device) -> Loaded:
 
 
 def _load_newest(name: str, which: str | int, target: torch.device | None) -> Loaded:
-    """What an alias points at: one object for each version and device in this process."""
+    """Load the version that an alias points at: one object per version and device in this process."""
     handle = newest(name, which)
     return Loaded(handle.version.number, None if target is None else handle._load_once(target), handle)
 
 
 def resolve(name: str, which: int | str) -> dict[str, Any]:
-    """What the registry tells of a version. If its weights were lost they are found again.
+    """Return the registry's answer about a version. If its weights are lost, recover them.
 
     Raises:
-        NotPublishedError: there is none.
-        PublicationLostError: its weights cannot be found again.
+        NotPublishedError: the version does not exist.
+        PublicationLostError: its weights cannot be recovered.
     """
     told: dict[str, Any] = client.ask("resolve", name, which)
     return told if told["reference"] is not None else client.ask("recover", name, told["number"])
 
 
 def newest(name: str, which: str | int) -> NamedPublication:
-    """A handle of the version that an alias points at now, or of one version.
+    """Return a handle of the version that an alias points at now, or of one version.
 
     Raises:
         As `resolve`.
@@ -396,7 +397,7 @@ def newest(name: str, which: str | int) -> NamedPublication:
 
 
 def handle_of(told: dict[str, Any], tag: Tag, state: Open | Unresolved, cls: type | None = None) -> NamedPublication:
-    """A handle, given what the registry tells of its version."""
+    """Create a handle from the registry's answer about its version."""
     versions = Versions(*told["versions"])
     return NamedPublication(
         state, told["kind"], told["shared_bytes"], told["requires_isolation"], versions, tag, cls=cls

@@ -1,6 +1,6 @@
-"""What does this process hold that a registry may have lost? Shards that it has mapped, and live pipelines that it has published.
+"""Which weights does this process hold for a registry that lost them? Mapped shards, and live pipelines that it has published.
 
-A registry that was made anew wants them. They are uploaded from the store's bytes: what pipelines show may have been written.
+A new registry asks for them. Shards are uploaded from the bytes in the store, because a pipeline may have written to its memory.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from zerocopy._store.manifest import BESIDE, Manifest
 
 
 class Held:
-    """What is known of a shard that pipelines of this process show. Versions use different parts of it.
+    """The known storages of a shard that this process has mapped. Versions use different parts of a shard.
 
     Attributes:
         rows: its storages.
-        versions: ids of the manifests that told of them.
+        versions: ids of the manifests that contain these storages.
     """
 
     def __init__(self) -> None:
@@ -32,7 +32,7 @@ class Held:
 
 
 class Living(NamedTuple):
-    """A live pipeline that was published here, its digests then, and what offers its weights to a registry."""
+    """A live pipeline that this process published, its digests at that time, and a function that uploads its weights."""
 
     pipeline: Callable[[], Any]
     digests: Sequence[bytes]
@@ -40,7 +40,7 @@ class Living(NamedTuple):
 
 
 class Holdings:
-    """All that this process holds."""
+    """All shards and live pipelines that this process holds."""
 
     def __init__(self) -> None:
         self._shards: dict[bytes, Held] = {}  # by id
@@ -48,7 +48,7 @@ class Holdings:
         self._lock = threading.Lock()
 
     def note_loaded(self, manifest: Manifest) -> bool:
-        """Know what a version has in shards that are mapped here. Returns whether that is new."""
+        """Remember which storages of mapped shards belong to a version. Returns whether this is new."""
         shards = [shard.binary() for shard in manifest.shards]
         version = manifest.shard(BESIDE).binary()
         if all(version in self._shards.get(shard, _NOTHING).versions for shard in shards):
@@ -65,7 +65,7 @@ class Holdings:
         return True
 
     def note_published(self, pipeline: Any, digests: Sequence[bytes], offer: Callable[[Any], None]) -> None:
-        """Know a live pipeline: as long as it lives, `offer` gives its weights to a registry."""
+        """Remember a live pipeline. As long as it lives, `offer` uploads its weights for the registry."""
         if not type(pipeline).__weakrefoffset__:
             return
         with self._lock:
@@ -73,7 +73,7 @@ class Holdings:
             self._living = [*others, Living(weakref.ref(pipeline), digests, offer)]
 
     def digests(self) -> list[bytes]:
-        """Of all storages that are still held."""
+        """Return the digests of all storages that this process still holds."""
         mapped = windows.by_shard()
         with self._lock:
             self._shards = {shard: held for shard, held in self._shards.items() if shard in mapped}
@@ -82,11 +82,13 @@ class Holdings:
             return list(held.union(*(one.digests for one in self._living)))
 
     def give_back(self, registry: Any, node: str, wanted: set[bytes]) -> None:
-        """Make what the registry wants its own."""
+        """Upload the storages that the registry wants, so that the registry owns them."""
         for shard, window in windows.by_shard().items():
             rows = list(self._shards.get(shard, _NOTHING).rows)
             if any(row[0] in wanted for row in rows):
-                buffers = list(map(pickle.PickleBuffer, window.pin.buffers))  # Ray's own: ours may have been written
+                buffers = list(
+                    map(pickle.PickleBuffer, window.pin.buffers)
+                )  # of Ray's mapping: ours may have been written to
                 own = object_store.put((buffers, None))
                 stored, digests = client.ask_one(registry, "store", node, [own], [row[1:] for row in rows])
                 same = [row for row, digest in zip(rows, digests, strict=True) if row[0] == digest]
@@ -96,7 +98,9 @@ class Holdings:
             pipeline = living.pipeline()
             if pipeline is not None:
                 living.offer(pipeline)
-            if client.ask_one(registry, "lacks", living.digests):  # it has changed, and would be asked again and again
+            if client.ask_one(
+                registry, "lacks", living.digests
+            ):  # it has changed: the registry would ask again and again
                 with self._lock:
                     self._living = [one for one in self._living if one is not living]
 

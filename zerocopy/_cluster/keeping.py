@@ -1,4 +1,4 @@
-"""Who keeps named weights on nodes? Holders of the registry: they stay when the process that has prefetched ends."""
+"""Who keeps named weights on nodes? The holders of the registry, which stay when the process that called `prefetch` ends."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from zerocopy._cluster import client
 
 
 class RegistrysHolders:
-    """Holders that the registry has: a `Keeper` of one version."""
+    """A `Keeper` for one version, which uses the registry's holders."""
 
     def __init__(self, key: tuple[Any, ...]) -> None:
         self._key = key

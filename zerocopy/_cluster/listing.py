@@ -1,4 +1,4 @@
-"""Which publications have names in this cluster? As records, and as a table."""
+"""Which publications have names in this cluster? The answer is a sequence of records, which prints as a table."""
 
 from __future__ import annotations
 
@@ -118,10 +118,10 @@ def _published(told: dict[str, Any], aliases: dict[str, int], now: float) -> Pub
 
 
 def told_versions(timeout: float) -> tuple[Mapping[str, list[Told]], list[str]]:
-    """The versions that are on each node, by its id, for a memory report; and what is missing, in words.
+    """Return the versions on each node, by node id, for a memory report; and notes on missing versions.
 
     Args:
-        timeout: seconds that the registry has. None is made where there is none.
+        timeout: seconds to wait for the registry. If it does not exist, it is not created.
     """
     registry = client.existing_registry()
     told: dict[str, list[Told]] = defaultdict(list)
@@ -140,7 +140,7 @@ def told_versions(timeout: float) -> tuple[Mapping[str, list[Told]], list[str]]:
 
 
 def _told_version(registry: Any, name: str, number: int, end: float) -> list[Told]:
-    """What is known of one version; nothing if it has just been removed, or is lost."""
+    """Return the report of one version in a list; an empty list if the version was just removed or is lost."""
     try:
         told: Mapping[str, Any] = client.reply_within(registry, _left(end), "resolve", name, number)
     except ZeroCopyError:
@@ -157,5 +157,5 @@ def _told_version(registry: Any, name: str, number: int, end: float) -> list[Tol
 
 
 def _left(end: float) -> float:
-    """Seconds until then."""
+    """Return the seconds until `end`, at least 0."""
     return max(0.0, end - time.monotonic())

@@ -1,7 +1,7 @@
-"""What is known of one name: its versions, what aliases point at, and which versions stay?
+"""What does the registry know about a name: which versions exist, where do aliases point, and which versions stay?
 
-This file and those of the registry travel to its process by value. They import nothing of torch, and what crosses the boundary
-is made of builtins: so the registry starts without torch, and drivers of several releases can talk to it.
+This file and the other files of the registry are pickled by value for its process. They do not import torch, and calls pass only
+builtin types. So the registry starts without torch, and drivers of several releases can call it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ KEEP = 2
 
 
 class Refused(Exception):
-    """What the registry answers instead of a result: a word for what is wrong, and what the error will tell."""
+    """The registry's answer instead of a result: a word for the reason, and values for the error message."""
 
     def __init__(self, why: str, **told: Any) -> None:
         super().__init__(why, told)
@@ -24,17 +24,17 @@ class Refused(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Version:
-    """One version of a name. It never changes.
+    """One version of a name. Its content never changes.
 
     Attributes:
-        digest: of its content: equal for two that are equal.
-        request: which commit made it. The same request that comes again makes no other version.
-        storages: digest and bytes of each storage, in the order of the manifest.
-        description: all of the manifest but where bytes are, pickled.
+        digest: digest of its content. Equal content has equal digests.
+        request: id of the commit that created it. If the same commit comes again, it creates no other version.
+        storages: digest and number of bytes of each storage, in the order of the manifest.
+        description: the manifest without the locations of bytes, pickled.
         outer: the outer skeleton, pickled.
-        told: what tables and handles say of it.
-        source: a call that makes the weights again, pickled. None if there is none.
-        runtime_env: what that call runs in.
+        told: values that tables and handles show.
+        source: a call that creates the weights again, pickled; or None.
+        runtime_env: the runtime environment of that call.
     """
 
     number: int
@@ -53,9 +53,9 @@ class Name:
     """The versions of one name by number, and its aliases.
 
     Attributes:
-        next_number: of the next version. It counts up, also when versions were removed.
-        keep: how many versions stay that no alias points at.
-        job: the job that the name ends with; None if it stays.
+        next_number: number of the next version. Numbers of removed versions are not used again.
+        keep: how many versions stay, in addition to those that an alias points at.
+        job: id of the job. When the job ends, the name is removed. None if the name stays.
     """
 
     next_number: int = 1
@@ -65,10 +65,10 @@ class Name:
     aliases: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def find(self, which: int | str) -> Version:
-        """The version with a number, or that an alias points at.
+        """Return the version with a number, or the version that an alias points at.
 
         Raises:
-            Refused: there is none.
+            Refused: the version does not exist.
         """
         number = self.aliases.get(which) if isinstance(which, str) else which
         if number is None or number not in self.versions:
@@ -76,7 +76,7 @@ class Name:
         return self.versions[number]
 
     def check_expected(self, expect: int | None) -> None:
-        """Refuse a commit that was made for another state. 0 expects that there is no version.
+        """Refuse a commit that expects another version as "latest". With `expect` = 0, it expects that there is none.
 
         Raises:
             Refused: "latest" points at another version than `expect`.
@@ -86,21 +86,21 @@ class Name:
             raise Refused("other version", expected=expect, found=found)
 
     def made_by(self, request: str) -> Version | None:
-        """The version that a request has made before."""
+        """Return the version that this request has created before, or None."""
         return next((version for version in self.versions.values() if version.request == request), None)
 
     def with_content(self, digest: bytes) -> Version | None:
-        """The version with this content."""
+        """Return the version with this content, or None."""
         return next((version for version in self.versions.values() if version.digest == digest), None)
 
     def superseded(self) -> list[int]:
-        """Numbers of the versions that do not stay."""
+        """Return the numbers of the versions that do not stay."""
         pointed_at = set(self.aliases.values())
         others = sorted(self.versions.keys() - pointed_at, reverse=True)
         return others[self.keep :]
 
     def changed(self, **changes: Any) -> Name:
-        """A copy with other versions and aliases. What no alias points at stays as long as `keep` says."""
+        """Return a copy with other versions and aliases. Of the versions without an alias, only the `keep` newest stay."""
         name = dataclasses.replace(self, **changes)
         name.versions = dict(name.versions)
         name.aliases = dict(name.aliases)

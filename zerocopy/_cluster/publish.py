@@ -1,4 +1,4 @@
-"""What can one do with names: publish under one, look one up, point aliases, list, remove?"""
+"""How does a user publish under a name, look a name up, set an alias, and remove a name?"""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from zerocopy._split.introspect import Subject, check_pipeline
 from zerocopy._store import object_store
 from zerocopy.errors import ArgumentError
 
-TRIES = 4  # with one registry after the other
+TRIES = 4  # each with the next registry, after the last one has ended
 
 
 @overload
@@ -115,7 +115,7 @@ def publish(
 
 
 def publish_as(commit: Commit, publish_to: Callable[[Named], Any]) -> NamedPublication:
-    """Publish under a name. If the registry ends meanwhile, again with the next one."""
+    """Publish under a name. If the registry ends meanwhile, publish again with the next registry."""
     for left in reversed(range(TRIES)):
         try:
             publication: NamedPublication = publish_to(Named(commit))

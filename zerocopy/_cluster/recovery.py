@@ -1,7 +1,8 @@
-"""How does a version come back whose weights are lost? By its source, which the registry runs once for all who ask.
+"""How are the lost weights of a version created again? By its source, which the registry runs once for all callers.
 
-There is no other way back: Ray could run the store tasks again, but files may have changed since then, and half of two versions
-would be the result. What a source gives is taken only where its digests are those that were recorded.
+Ray's own recovery is not used: it would run the store tasks again, but files may have changed since then, and the result would be
+a mixture of two versions. Storages of a source are accepted only if their digests are the recorded digests. Processes that still
+hold lost weights upload them, too: see `holding.py`.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ MOST_SOURCE = 10 << 20  # bytes: functions and configs are smaller, weights are 
 
 
 def packed_source(source: Callable[[], Any]) -> bytes:
-    """A source as it travels: a call that offers to the registry what is missing.
+    """Pickle a source, as a call that uploads missing storages for the registry.
 
     Raises:
-        ArgumentError: it cannot be pickled, or it brings along so much that it must be the weights.
+        ArgumentError: it cannot be pickled, or its pickle is so large that it must contain the weights.
     """
     try:
         packed: bytes = ray.cloudpickle.dumps(functools.partial(_offer_source, source))
@@ -50,13 +51,13 @@ def packed_source(source: Callable[[], Any]) -> bytes:
 
 
 def packed_checkpoint(checkpoint: Checkpoint) -> bytes:
-    """The same of files."""
+    """Pickle a checkpoint in the same way."""
     packed: bytes = ray.cloudpickle.dumps(functools.partial(_offer_checkpoint, checkpoint))
     return packed
 
 
 def offer_pipeline(pipeline: Any) -> None:
-    """Make those weights of a live pipeline the registry's own that it lacks."""
+    """Upload the weights of a live pipeline that the registry lacks, so that the registry owns them."""
     _offer(Streamed(introspect(Subject(pipeline))))
 
 
@@ -71,9 +72,9 @@ def _offer_checkpoint(checkpoint: Checkpoint) -> None:
 
 
 def _offer(streamed: Streamed) -> None:
-    """Make those storages the registry's own that it lacks."""
+    """Upload the storages that the registry lacks, so that the registry owns them."""
     storages, digests = streamed.found.table.storages, digests_of(streamed)
-    wanted = set(client.ask("lacks", digests))  # this process may know one that has ended
+    wanted = set(client.ask("lacks", digests))  # first: it replaces a registry that has ended
     registry = client.registry()
     sizes = [s.nbytes if digest in wanted else 0 for s, digest in zip(storages, digests, strict=True)]
     shards = layout(sizes, streamed.found.root_ends, STREAMED)

@@ -1,7 +1,7 @@
 """How does a loaded pipeline become the newest version in place? Its object stays, and gets the state of a new load.
 
-The state is replaced by one assignment: nobody sees half of two versions. What inside of the old state something else holds, an
-optimizer for example, stays as it is and keeps the old version.
+The `__dict__` is replaced by one assignment, so that it never holds a mixture of two versions. Slots are copied one by one. If
+another object, such as an optimizer, holds a part of the old state, this part stays as it is and keeps the old version.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _FRAMES = (types.FrameType, types.GeneratorType)
 
 
 def tag_of(pipeline: Any) -> Tag | None:
-    """What a live pipeline is known by: as it was published, or else as it was loaded. None without a name."""
+    """Return the tag of a live pipeline: that of its publication, or else that of its load. None without a name."""
     entry = live.entry_of(pipeline)
     tag: Tag | None = None if entry.origin is None else entry.origin.tag  # type: ignore[assignment]
     return tag if entry.published is None else entry.published.weights.tag
@@ -50,7 +50,7 @@ def refresh(pipeline: Any) -> bool:
     """
     origin, known = live.entry_of(pipeline).origin, tag_of(pipeline)
     loaded_as: Tag | None = None if origin is None else origin.tag  # type: ignore[assignment]
-    tag = known or loaded_as  # it may have been changed, and passed on
+    tag = known or loaded_as  # it may have changed, and Ray then got it as a publication without a name
     if tag is None or origin is None:
         raise ArgumentError(
             f"This {type(pipeline).__name__} was not loaded from a publication with a name.",
@@ -72,7 +72,7 @@ def refresh(pipeline: Any) -> bool:
 
 
 def swap(pipeline: Any, newer: Any) -> None:
-    """Give a pipeline the state of a newer one, which was loaded for it alone and is not used again.
+    """Give a pipeline the state of `newer`, which was loaded only for this, and is not used again.
 
     Raises:
         As `refresh`.
@@ -88,10 +88,12 @@ def swap(pipeline: Any, newer: Any) -> None:
             hint="publish other classes under other names.",
         )
     origin = live.entry_of(pipeline).origin
-    inside = [weakref.ref(obj) for obj in _parts_of(pipeline)]  # tensors too: they are about to be dropped
+    inside = [
+        weakref.ref(obj) for obj in _parts_of(pipeline)
+    ]  # weak, also for tensors: all these objects should be freed
     _take_over(pipeline, newer)
     if origin is not None and origin.memory():
-        gc.collect()  # the old state may refer to itself
+        gc.collect()  # the old state may contain reference cycles
         if origin.memory():
             _warn_of_holder(pipeline, [obj for ref in inside if (obj := ref()) is not None])
 
@@ -109,7 +111,7 @@ def _take_over(pipeline: Any, newer: Any) -> None:
     if type(pipeline) is not type(newer):
         try:
             object.__setattr__(pipeline, "__class__", type(newer))
-        except TypeError as error:  # other slots
+        except TypeError as error:  # the classes have different slots
             raise ArgumentError(
                 f"{type(newer).__qualname__} was defined again, and objects of the old class cannot change to the new one: "
                 f"{error}.",
@@ -147,7 +149,7 @@ def _warn_of_holder(pipeline: Any, parts: list[Any]) -> None:
 
 
 def _holder_of(parts: list[Any]) -> Any:
-    """What refers to some parts of a pipeline, and is neither another part nor a plain container."""
+    """Find an object that refers to some parts of a pipeline, and is neither another part nor a plain container."""
     known = {id(parts), *map(id, parts)}
     reached = parts
     for _ in range(_DEPTH):
@@ -160,4 +162,4 @@ def _holder_of(parts: list[Any]) -> Any:
     return None
 
 
-_DEPTH = 5  # containers in one another
+_DEPTH = 5  # nested containers

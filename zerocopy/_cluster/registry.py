@@ -1,8 +1,8 @@
-"""Who owns named weights, and knows where they are? The registry, a detached actor of which each cluster has one.
+"""Who owns named weights, and knows where they are? The registry: one detached actor per cluster.
 
-It holds no bytes of weights: they are return values of tasks that it submits, on the node of the publisher. So they outlive the
-publisher, and need no room where the registry runs. A name changes by one write to the key-value store of Ray's
-control plane. All methods run in one event loop, and what changes the state does not await: so each change is atomic.
+The registry holds no bytes of weights. The weights are return values of tasks that it submits to the node of the publisher. So
+they outlive the publisher, and take no memory on the registry's node. A name changes by one write to the key-value store of Ray's
+control plane. All methods run in one event loop, and code that changes the state does not await, so each change is atomic.
 """
 
 from __future__ import annotations
@@ -35,11 +35,13 @@ from zerocopy._nodes.holder import Holders
 from zerocopy._store.object_store import put_plainly
 
 STORING = 4  # store tasks at a time on each node
-STORE_TRIES = 3  # of each: its process may be killed, and Ray's own retries made a lost one hang
+STORE_TRIES = (
+    3  # of each store task: its process may be killed. Ray's own retries are not used: with them, a lost task hung
+)
 POLL_SECONDS = 30.0
-JOB_SECONDS = 2.0  # between two looks at whether jobs have ended
-# Recovery waits for processes that still hold what is lost. They wait for a call all the time, and answer at once; but after a
-# registry has ended they first have to find the new one.
+JOB_SECONDS = 2.0  # between two checks for ended jobs
+# Recovery waits for processes that still hold lost storages. Their call of `poll` is always open, so they react at once. But
+# after a registry has ended, they must first find the new one.
 HOLDER_SECONDS = 3.0
 FIRST_SECONDS = 8.0  # from the start of this registry
 
@@ -52,7 +54,7 @@ class Placed:
     """Where the bytes of a version are.
 
     Attributes:
-        reference: to its manifest.
+        reference: reference to its manifest.
         shards: ids of its shards.
     """
 
@@ -61,7 +63,7 @@ class Placed:
 
 
 class Registry:
-    """The registry. Clients call `answer` alone, which calls the method that they name."""
+    """The registry. Clients call only `answer`, which calls the method with the given name."""
 
     def __init__(self) -> None:
         self._since = time.monotonic()
@@ -70,16 +72,16 @@ class Registry:
         self._placed: dict[Key, Placed] = {}
         self._recoveries: dict[Key, asyncio.Task[None]] = {}
         self._claims = Claims()
-        self._lacked: set[bytes] | None = None  # digests that versions lack; None if that has to be found out
+        self._lacked: set[bytes] | None = None  # digests of storages that versions lack; None if not computed
         self._changed = asyncio.Event()
         self._holders = Holders()
-        self._held: set[tuple[str, str | int, int]] = set()  # on nodes: name, what was followed, number
-        # By node: store tasks of one that hangs hold up no other.
+        self._held: set[tuple[str, str | int, int]] = set()  # on nodes: name, alias or number, number
+        # By node, so that a node that hangs does not delay the store tasks of other nodes.
         self._storing: dict[str, asyncio.Semaphore] = collections.defaultdict(lambda: asyncio.Semaphore(STORING))
         self._jobs: asyncio.Task[None] | None = None
 
     async def answer(self, method: str, *args: Any) -> tuple[str, Any]:
-        """The result of a method, after the word "done"; or why it is refused, and what the error will tell."""
+        """Return "done" and the result of a method; or the reason of a refusal, and values for the error message."""
         if self._jobs is None:
             self._jobs = asyncio.get_running_loop().create_task(self.end_with_jobs())
         try:
@@ -87,14 +89,14 @@ class Registry:
         except Refused as refusal:
             return refusal.why, {"name": args[0], **refusal.told}
 
-    # What publishers ask.
+    # Methods for publishers.
 
     async def have(
         self, name: str, content: bytes, digests: Sequence[bytes]
     ) -> tuple[list[Ref], list[tuple[bytes, int, int, int]]]:
-        """Where those storages are that the store has: shards, and digest, position of the shard, buffer and offset.
+        """Return the places of storages that the store has: shards; and digest, index of the shard, buffer and offset of each.
 
-        Shards are left out that are not worth keeping for this version, unless there is a version of this `content` already.
+        Shards that are not worth keeping for this version are left out, unless a version with this `content` exists already.
         """
         wanted = collections.Counter(digests)
         same = self._names.get(name, Name()).with_content(content)
@@ -111,7 +113,7 @@ class Registry:
         return self._shards.refs(shards), rows
 
     async def store(self, node: str, source: Source, rows: list[tuple[int, int, int]]) -> tuple[list[Ref], Any]:
-        """Make a shard the registry's own, on the node that has it. Only the caller refers to the result."""
+        """Store a shard on the node that has its bytes, so that the registry owns it. Only the caller gets a reference."""
         remote: Any = ray.remote(num_cpus=0, max_retries=0, num_returns=2)(store)
         on_node = NodeAffinitySchedulingStrategy(node, soft=False)
         async with self._storing[node]:
@@ -158,7 +160,7 @@ class Registry:
             keep=known.keep if keep is None else keep,
             job=job,
             versions={**known.versions, version.number: version},
-            # Somebody else may have published after a commit that is repeated because its answer was lost.
+            # A commit is repeated if its answer was lost. Another process may have published in the meantime.
             aliases=known.aliases
             if repeated
             else {**known.aliases, **dict.fromkeys([LATEST, *aliases], version.number)},
@@ -170,11 +172,11 @@ class Registry:
         return self._told(name, version)
 
     async def lacks(self, digests: Sequence[bytes]) -> list[bytes]:
-        """Those storages that a version lacks."""
+        """Return the digests of those storages that a version lacks."""
         return self._lacking(digests)
 
     async def offer(self, shards: Sequence[Given]) -> None:
-        """Take shards with storages that versions lack."""
+        """Add shards with storages that versions lack."""
         self._shards.add(shards)
         for name, known in self._names.items():
             for version in known.versions.values():
@@ -186,14 +188,14 @@ class Registry:
         self._forget_unused()
         self._announce()
 
-    # What readers ask.
+    # Methods for other callers.
 
     async def resolve(self, name: str, which: int | str) -> dict[str, Any]:
-        """What is known of a version, and the reference to its manifest."""
+        """Return the facts about a version, and the reference to its manifest."""
         return self._told(name, self._find(name).find(which))
 
     async def listed(self) -> dict[str, dict[str, Any]]:
-        """What is known of all names."""
+        """Return the facts about all names and their versions."""
         return {
             name: {
                 "aliases": known.aliases,
@@ -207,7 +209,7 @@ class Registry:
         }
 
     async def hold(self, name: str, which: str | int, number: int, node: str, refs: list[Ref]) -> Exception | None:
-        """Let a node hold objects of a version until it is superseded. Returns what went wrong."""
+        """Let a node hold objects of a version until the version is superseded. Returns the error, if any."""
         self._find(name).find(number)
         key = name, which, number
         self._held.add(key)
@@ -223,7 +225,7 @@ class Registry:
         return None
 
     async def release(self, name: str) -> None:
-        """Let all nodes go of a name."""
+        """Let all nodes release the objects that they hold for a name."""
         self._release({key for key in self._held if key[0] == name})
 
     async def point(self, name: str, alias: str, which: int | str) -> dict[str, Any]:
@@ -254,10 +256,10 @@ class Registry:
         """Wait until an alias points at another version than the caller knows, or a storage that it holds is wanted.
 
         Args:
-            who: tells the process from others. It may have given up an earlier call.
+            who: id of the process. With it, the process keeps the claims of an earlier call that it gave up.
 
         Returns:
-            The numbers that have changed, 0 for an alias or a version that is gone, and digests of the storages to upload.
+            The numbers that have changed (0 for an alias or a version that is gone), and digests of the storages to upload.
         """
         end = time.monotonic() + POLL_SECONDS
         while True:
@@ -274,10 +276,10 @@ class Registry:
                 continue
 
     async def recover(self, name: str, number: int) -> dict[str, Any]:
-        """Find the bytes of a version again: by its source, or in processes that hold them.
+        """Get the lost bytes of a version back: from its source, or from processes that hold them.
 
         Raises:
-            Refused: they are lost.
+            Refused: the bytes cannot be recovered.
         """
         key = name, number
         version = self._find(name).find(number)
@@ -292,7 +294,7 @@ class Registry:
                     del self._recoveries[key]
         return self._told(name, version)
 
-    # How that is done.
+    # Helpers of these methods.
 
     def _find(self, name: str) -> Name:
         known = self._names.get(name)
@@ -318,7 +320,7 @@ class Registry:
         }
 
     def _nodes_of(self, name: str, number: int) -> list[str]:
-        """The nodes that have all shards of a version."""
+        """Return the ids of the nodes that have all shards of a version."""
         placed = self._placed.get((name, number))
         if placed is None:
             return []
@@ -333,7 +335,7 @@ class Registry:
         return self._shards.missing(version.storages)
 
     def _place(self, version: Version, among: Iterable[bytes]) -> Placed:
-        """Put a manifest that tells where the storages of a version are, among some shards."""
+        """Put a manifest with the locations of a version's storages. Only the shards in `among` are used."""
         located = self._shards.locate(version.storages, among)
         if located is None:
             raise Refused("lost", number=version.number, reason="some of its storages are not in the store")
@@ -343,7 +345,7 @@ class Registry:
         return Placed(put_plainly(([pickle.PickleBuffer(nonce())], parts)), set(shards))
 
     def _write(self, name: str, changed: Name, placed: Mapping[Key, Placed]) -> None:
-        """The commit: one write. Before it, nothing can be seen; after it, all."""
+        """Commit a change by one write. Before the write, no part of the change is visible; after it, the whole change is."""
         write_to_control_plane(name, pickle.dumps(_record(changed)))
         self._names[name] = changed
         self._placed.update(placed)
@@ -385,7 +387,7 @@ class Registry:
         return [digest for digest in digests if digest in self._lacked]
 
     def _is_lost(self, placed: Placed) -> bool:
-        """Whether the store has no copy of something that a version needs. It is not known any more."""
+        """Whether a shard of a version has no copy in the store. Lost shards are forgotten, also in other versions."""
         shards = list(placed.shards)
         there = have_copies(self._shards.refs(shards))
         lost = {shard for shard, is_there in zip(shards, there, strict=True) if not is_there}
@@ -408,7 +410,7 @@ class Registry:
             self._announce()
 
     async def run_source(self, version: Version) -> str:
-        """Run a source. It offers what is missing. Returns what is wrong if that was not all."""
+        """Run the source of a version, which uploads missing storages. Returns the reason to report if some are still missing."""
         remote: Any = ray.remote(num_cpus=0, max_retries=0)(run_source)
         options = {"runtime_env": version.runtime_env} if version.runtime_env else {}
         try:
@@ -427,7 +429,7 @@ class Registry:
             end = max(start, self._claims.progress) + CLAIM_SECONDS + HOLDER_SECONDS if is_claimed else least
             if time.monotonic() > max(end, least):
                 break
-            self._announce()  # who holds something may have come just now, and who claimed it may be gone
+            self._announce()  # a process with lost storages may be new, and a process with a claim may have ended
             event = self._changed
             try:
                 await asyncio.wait_for(event.wait(), 0.5)
@@ -440,7 +442,7 @@ class Registry:
         while True:
             await asyncio.sleep(JOB_SECONDS)
             tied = {name: known.job for name, known in self._names.items() if known.job is not None and known.versions}
-            with contextlib.suppress(Exception):  # whatever the control plane has: it is asked again
+            with contextlib.suppress(Exception):  # any error of the control plane: it is asked again
                 ended = ended_jobs() if tied else set()
             for name, job in tied.items():
                 if job in ended:

@@ -1,6 +1,6 @@
-"""Where are storages: in which shard, in which buffer, from where on? And which shards are needed?
+"""Where are storages: in which shard, in which buffer, at which offset? And which shards are needed?
 
-This file travels to the registry's process by value, as `names.py` does.
+This file is pickled by value for the registry's process, like `names.py`.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ import dataclasses
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
-USED = 0.75  # of the bytes of all shards that a version rests on: the rest is what only earlier versions needed
+USED = 0.75  # the part of a version's shards that must be in use. Only earlier versions needed the rest of the bytes
 
 Ref: TypeAlias = Any  # an ObjectRef
 Row: TypeAlias = tuple[bytes, int, int, int]  # of a storage in a shard: digest, buffer, offset, bytes
-Given: TypeAlias = tuple[list[Ref], list[Row]]  # a shard, as it is given: in a list, so that Ray does not fetch it
+Given: TypeAlias = tuple[list[Ref], list[Row]]  # a shard as an argument: in a list, so that Ray does not fetch it
 Place: TypeAlias = tuple[bytes, int, int]  # id of a shard, buffer, offset
 Storages: TypeAlias = Sequence[tuple[bytes, int]]  # digest and bytes of each storage of a version
-Location: TypeAlias = tuple[int, int, int, int]  # number of a shard, buffer, offset, bytes: as manifests have them
+Location: TypeAlias = tuple[int, int, int, int]  # number of a shard, buffer, offset, bytes: as in manifests
 
 
 @dataclasses.dataclass
@@ -33,7 +33,7 @@ class Shard:
 
 
 class Shards:
-    """The shards that the registry owns, by their ids. What it refers to stays in the store."""
+    """The shards that the registry owns, by id. The references keep them in the store."""
 
     def __init__(self) -> None:
         self._shards: dict[bytes, Shard] = {}
@@ -42,29 +42,29 @@ class Shards:
         return iter(self._shards)
 
     def add(self, given: Iterable[Given]) -> list[bytes]:
-        """Know shards, and what is in them. Returns their ids."""
+        """Add shards and the rows of their storages. Returns the ids of the shards."""
         for (ref,), rows in given:
             shard = self._shards.setdefault(ref.binary(), Shard(ref, []))
-            shard.rows += [row for row in rows if row not in shard.rows]  # a publisher gives those that it uses
+            shard.rows += [row for row in rows if row not in shard.rows]  # a publisher gives only the rows that it uses
         return [ref.binary() for (ref,), _ in given]
 
     def drop(self, ids: Iterable[bytes]) -> None:
-        """Refer to them no longer."""
+        """Drop the references to these shards."""
         for key in ids:
             self._shards.pop(key, None)
 
     def keep_only(self, ids: Collection[bytes], digests: Collection[bytes]) -> None:
-        """Drop all but those with these ids, and those that hold storages with these digests."""
+        """Drop all shards, except those with these ids and those that hold storages with these digests."""
         kept = set(digests)
         others = {key: shard for key, shard in self._shards.items() if key not in ids}
         self.drop(key for key, shard in others.items() if kept.isdisjoint(row[0] for row in shard.rows))
 
     def refs(self, ids: Iterable[bytes]) -> list[Ref]:
-        """What refers to them, in order."""
+        """Return the references to these shards, in order."""
         return [self._shards[key].ref for key in ids]
 
     def places(self, among: Iterable[bytes]) -> dict[bytes, list[Place]]:
-        """Where storages are in some shards, by digest. Several storages of one version may be equal: each needs a place."""
+        """Return the places of storages in some shards, by digest. Equal storages of one version each need their own place."""
         places: dict[bytes, list[Place]] = collections.defaultdict(list)
         for key in among:
             for digest, buffer, offset, _ in self._shards[key].rows:
@@ -72,13 +72,13 @@ class Shards:
         return places
 
     def missing(self, storages: Storages) -> list[bytes]:
-        """Digests of those storages for which no shard has a place."""
+        """Return the digests of the storages for which no shard has a place."""
         places = self.places(self._shards)
         needed = collections.Counter(digest for digest, nbytes in storages if nbytes)
         return [digest for digest, count in needed.items() if count > len(places.get(digest, ()))]
 
     def locate(self, storages: Storages, among: Iterable[bytes]) -> tuple[list[Location], list[bytes]] | None:
-        """Where the storages of a version are among some shards, and the ids of those; None if one of them is nowhere."""
+        """Return the locations of a version's storages in some shards, and the ids of these shards; None if one is missing."""
         places = self.places(among)
         numbers: dict[bytes, int] = {}
         rows: list[Location] = []
@@ -93,13 +93,13 @@ class Shards:
         return rows, list(numbers)
 
     def worth_keeping(self, wanted: Mapping[bytes, int], others: Collection[bytes]) -> list[bytes]:
-        """Ids of the shards that a version rests on: those of which most is used, as long as enough of them all is.
+        """Return the ids of the shards that a version keeps: first the most used ones, as long as enough of all is in use.
 
-        Were each judged by itself, a version that changes a little more than a third of a shard would write all of it anew.
+        If each shard were judged alone, a version that changes a little more than a quarter of a shard would write it all again.
 
         Args:
             wanted: how many storages of the version have each digest.
-            others: digests of those that other names use.
+            others: digests of the storages that other names use.
         """
 
         def used(shard: Shard) -> int:

@@ -1,6 +1,6 @@
-"""What do the tasks run that the registry submits? They store shards, and run sources.
+"""What do the registry's tasks do? They store shards, and run sources.
 
-This file travels to the registry's process, and to those of its tasks, by value. So neither need import torch.
+This file is pickled by value for the registry's process and for its tasks. So their processes need not import torch.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import ray
 
 from zerocopy._cluster.shards import Ref
 
-LEAST_STORED = 128 << 10  # bytes: Ray keeps smaller results in the heap of their owner, where nothing can map them
-NONCE_BYTES = 16  # what is unique to a shard comes first
+LEAST_STORED = 128 << 10  # bytes. Ray keeps smaller results in the heap of their owner, where no process can map them
+NONCE_BYTES = 16  # random bytes at the start of a shard, which no other shard has
 
-Source: TypeAlias = list[Ref] | tuple[str, int]  # a shard in the store, or memory at a path of its node, and bytes
+Source: TypeAlias = list[Ref] | tuple[str, int]  # a shard in the store; or a path of memory on its node, and bytes
 
 
 class Packed:
-    """Something pickled that is unpickled where it is read."""
+    """A pickled object. A process that reads it gets the object itself."""
 
     def __init__(self, content: bytes) -> None:
         self.content = content
@@ -32,16 +32,16 @@ class Packed:
 
 
 def nonce() -> bytes:
-    """What proves that a mapping shows the right object."""
+    """Return random bytes, which prove that a mapping shows the right object."""
     return os.urandom(NONCE_BYTES)
 
 
 def store(source: Source, rows: Sequence[tuple[int, int, int]]) -> tuple[Any, list[bytes]]:
-    """Return a shard as a value of this task, which its submitter owns, and the digests of its storages, read here.
+    """Return a shard, which the submitter of this task then owns; and the digests of its storages, computed here.
 
     Args:
-        source: the shard. A reference stands in a list: as an argument of its own it would wait for room beside the arguments
-            of other tasks.
+        source: the shard. A reference is in a list, because Ray limits the memory of direct arguments: the task would wait until
+            the arguments of other tasks leave enough room.
         rows: buffer, offset and bytes of each storage.
     """
     import xxhash

@@ -1,7 +1,8 @@
-"""How do storages become the registry's own? Shard by shard, by way of memory that a store task can read.
+"""How does the registry become the owner of storages? Shard by shard, through memory that a store task can read.
 
-The publisher copies a shard into anonymous memory, and the task, on the same node, returns what it reads there. That memory is
-used again for the shard after the next. A copy in the object store would stay there for up to a second after it was dropped.
+The publisher copies a shard into anonymous memory. The store task, on the same node, returns the bytes that it reads there. The
+memory is used again for the shard after the next. The object store is not used for this copy, because a copy there would stay for
+up to a second after it was dropped.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ from zerocopy._store.storages import Storage
 from zerocopy._store.write import ALIGNMENT
 from zerocopy.errors import ZeroCopyError
 
-UNDER_WAY = 2  # shards that are copied or stored at one time
+UNDER_WAY = 2  # shards that are copied or stored at the same time
 
 Extent: TypeAlias = tuple[int, int, int]  # of a storage in a shard: buffer, offset, bytes
 
 
 def store_all(registry: Any, shards: Iterable[Sequence[Storage]]) -> Iterator[Given]:
-    """Make the storages of each shard the registry's own. While one is stored, the next is copied.
+    """Store the storages of each shard, so that the registry owns them. While one shard is stored, the next one is copied.
 
     Raises:
         client.RegistryLost: the registry has ended.
@@ -54,7 +55,7 @@ def store_all(registry: Any, shards: Iterable[Sequence[Storage]]) -> Iterator[Gi
 
 
 class _Staging:
-    """Memory that holds one shard after the other, until the store has it."""
+    """Memory that holds one shard at a time, until the store has it."""
 
     def __init__(self) -> None:
         self._memory = SharedMemory()
@@ -70,7 +71,7 @@ class _Staging:
         self._reply = client.submit(registry, "store", node(), source, self._extents)
 
     def wait(self) -> Given:
-        """The shard as the registry's own, with the digests of what was written."""
+        """Wait, and return the shard that the registry owns, with the digests of the written bytes."""
         try:
             stored, digests = client.await_reply(self._registry, self._reply)
         except ray.exceptions.RayTaskError as error:
@@ -83,19 +84,19 @@ class _Staging:
                 raise object_store.store_full() from error
             if not isinstance(error.cause, OSError):
                 raise
-            # The task may not look into this process: another user, another container, not Linux.
+            # The task cannot open the memory of this process: other user, other container, or not Linux.
             content = memoryview(self._memory.room_for(self._nbytes))[: self._nbytes]
             own = object_store.put(([pickle.PickleBuffer(nonce()), pickle.PickleBuffer(content)], None))
             stored, digests = client.ask_one(self._registry, "store", node(), [own], self._extents)
         return stored, [(digest, *extent) for digest, extent in zip(digests, self._extents, strict=True)]
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Free the memory."""
         self._memory.close()
 
 
 def _extents_of(shard: Sequence[Storage]) -> tuple[list[Extent], int]:
-    """Where the storages of a shard lie in its second buffer, and how long that is. The first one is a nonce."""
+    """Return the places of storages in a shard's second buffer, and its length. The first buffer is a nonce."""
     extents, end = [], 0
     for storage in shard:
         start = end + -end % ALIGNMENT

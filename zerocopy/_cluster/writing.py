@@ -1,6 +1,6 @@
-"""How do weights get a name? They are written shard by shard, each is made the registry's own, and one commit makes a version.
+"""How do weights get a name? They are stored shard by shard, so that the registry owns them, and one commit creates a version.
 
-Until the commit only this process refers to them. So if it ends before, nothing is left.
+Until the commit, only this process refers to the shards. So if it ends before the commit, nothing is left.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from zerocopy._store.write import STREAMED, Placements, Writer, layout
 
 @attrs.frozen(kw_only=True)
 class Commit:
-    """What a user asks for when publishing under a name.
+    """The checked arguments of a call that publishes under a name.
 
     Attributes:
-        aliases: shall point at the version, beside "latest".
-        expect: number of the version that "latest" is expected to point at, 0 for none; None for any.
-        keep: how many versions stay that no alias points at; None for as before.
-        job: the job that the name ends with, or None.
-        source: a call that offers what is missing of the version, pickled; or None.
-        request: tells this commit from all others.
+        aliases: the aliases that will point at the version, in addition to "latest".
+        expect: number of the version that "latest" must point at, 0 for none; None for any.
+        keep: how many versions stay, in addition to those that an alias points at; None for as before.
+        job: id of the job. When the job ends, the name is removed. None if the name stays.
+        source: a call that uploads missing storages of the version, pickled; or None.
+        request: id of this commit.
     """
 
     name: str
@@ -54,7 +54,7 @@ class Commit:
 
 
 class Named:
-    """Where weights are written that get a name: a `Destination`. It serves one try, with one registry."""
+    """The `Destination` of weights that get a name. It is for one try, with one registry."""
 
     def __init__(self, commit: Commit) -> None:
         self.commit = commit
@@ -63,11 +63,11 @@ class Named:
         self.found: Introspection | None = None
 
     def stored(self, found: Introspection) -> dict[object, Placement]:
-        """Where those storages are that the registry has, by key."""
+        """Return the places of the storages that the registry has, by key."""
         return self.stored_of(Streamed(found))
 
     def stored_of(self, streamed: Streamed) -> dict[object, Placement]:
-        """The same of what is in memory only while it is read."""
+        """Like `stored`, for storages that are in memory only while they are read."""
         found = streamed.found
         self.found, self.digests = found, digests_of(streamed)
         shards, rows = client.ask_one(self.registry, "have", self.commit.name, self.content(), self.digests)
@@ -75,13 +75,13 @@ class Named:
         for digest, shard, buffer, offset in rows:
             places[digest].append(Placement(shards[shard], buffer, offset))
         by_storage = zip(found.table.storages, self.digests, strict=True)
-        # Two equal storages are different memory: each has a place of its own.
+        # Two equal storages are different memory, so each gets its own place.
         return {
             storage.key: places[digest].pop() for storage, digest in by_storage if storage.nbytes and places[digest]
         }
 
     def storages(self) -> list[tuple[bytes, int]]:
-        """Digest and bytes of each storage."""
+        """Return digest and number of bytes of each storage."""
         return [(digest, s.nbytes) for digest, s in zip(self.digests, self._introspection.table.storages, strict=True)]
 
     def content(self) -> bytes:
@@ -92,7 +92,7 @@ class Named:
 
     @property
     def pipeline(self) -> Any:
-        """What is published."""
+        """The pipeline that is published."""
         return self._introspection.pipeline
 
     @property
@@ -102,11 +102,11 @@ class Named:
         return self.found
 
     def make_writer(self, *args: Any) -> Writer:
-        """What writes the other storages, and commits."""
+        """Create the object that writes the other storages, and commits."""
         return _Writer(self, *args)
 
     def commit_with(self, shards: Sequence[Given]) -> dict[str, Any]:
-        """Make what was written a version. Returns what the registry tells of it."""
+        """Create a version from the stored shards. Returns the registry's answer about it."""
         found, commit = self._introspection, self.commit
         content = {
             "digest": self.content(),
@@ -133,7 +133,7 @@ class Named:
 
 
 def _told(found: Introspection) -> dict[str, Any]:
-    """What tables and handles say of a version, in builtins."""
+    """Return the values that tables and handles show of a version, as builtin types."""
     return {
         "kind": type(found.pipeline).__name__,
         "shared_bytes": found.table.nbytes,
@@ -145,7 +145,7 @@ def _told(found: Introspection) -> dict[str, Any]:
 
 
 def digests_of(streamed: Streamed) -> list[bytes]:
-    """The digest of each storage."""
+    """Return the digest of each storage."""
     storages = streamed.found.table.storages
     digests = [digest_of_bytes(b"")] * len(storages)
     for shard in layout([storage.nbytes for storage in storages], streamed.found.root_ends, STREAMED):
@@ -158,7 +158,7 @@ def digests_of(streamed: Streamed) -> list[bytes]:
 
 
 class _Writer(Writer):
-    """Writes storages, makes them the registry's own, and commits."""
+    """Stores storages so that the registry owns them, and commits."""
 
     def __init__(self, target: Named, *args: Any) -> None:
         super().__init__(*args)
@@ -173,7 +173,7 @@ class _Writer(Writer):
         return list({place.shard: None for place in self.placements.values()})
 
     def write_all(self, fill: Callable[[Sequence[Storage]], None] = lambda _: None) -> Iterator[Placements]:
-        """As `Writer.write_all`. The next shard is written while the registry's task stores the last one."""
+        """Like `Writer.write_all`. The next shard is copied while a task of the registry stores the last one."""
         shards = iter(self.shards)
 
         def sources() -> Iterator[list[Storage]]:
@@ -188,12 +188,12 @@ class _Writer(Writer):
     def _stored(self, shard: Sequence[int], given: Given) -> Placements:
         (ref,), rows = given
         for index, (digest, *_) in zip(shard, rows, strict=True):
-            self._target.digests[index] = digest  # of what was written, though somebody may have written meanwhile
+            self._target.digests[index] = digest  # of the stored bytes: the storage may have been written to meanwhile
         self._given.append(given)
         return self._note(ref, {i: (buffer, offset) for i, (_, buffer, offset, _) in zip(shard, rows, strict=True)})
 
     def finish(self) -> ray.ObjectRef[Any]:
-        """Commit. Returns the reference to the manifest, which the registry makes."""
+        """Commit. Returns the reference to the manifest, which the registry has created."""
         commit = self._target.commit
         told = self._target.commit_with([*self._given, *self._reused()])
         alias = next(iter(commit.aliases), LATEST)

@@ -1,4 +1,4 @@
-"""What may this container take, and its processes do: room in shared memory, limits, rights, gVisor, huge pages?"""
+"""What are the limits and rights of this container: shared memory, memory limit, capabilities, gVisor, huge pages?"""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 (looked at; nothing is written th
 
 
 def shared_memory_room(folder: Path = SHARED_MEMORY) -> int | None:
-    """Bytes that are free where Ray puts the store; None where there is no such folder.
+    """Return the free bytes of the folder where Ray puts the store; None if the folder does not exist.
 
     https://man7.org/linux/man-pages/man7/shm_overview.7.html
     """
@@ -21,14 +21,15 @@ def shared_memory_room(folder: Path = SHARED_MEMORY) -> int | None:
     return status.f_bavail * status.f_frsize
 
 
-# Where control groups limit the memory of a container: version 2, then 1. https://docs.kernel.org/admin-guide/cgroup-v2.html,
-# https://docs.kernel.org/admin-guide/cgroup-v1/memory.html. Without a limit, "max", or the largest number of pages.
+# Files with the memory limit of a container, of control groups version 2 and 1. If there is no limit, they contain "max", or the
+# largest number of pages. https://docs.kernel.org/admin-guide/cgroup-v2.html,
+# https://docs.kernel.org/admin-guide/cgroup-v1/memory.html
 _MEMORY_LIMITS = ("memory.max", "memory/memory.limit_in_bytes")
 _NO_LIMIT = 1 << 60
 
 
 def memory_limit(groups: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """Bytes of memory that this container may take; None where nothing limits it."""
+    """Return the bytes of memory that this container may use; None if there is no limit."""
     for name in _MEMORY_LIMITS:
         try:
             text = (groups / name).read_text().strip()
@@ -39,14 +40,14 @@ def memory_limit(groups: Path = Path("/sys/fs/cgroup")) -> int | None:
 
 
 class Rights(NamedTuple):
-    """What Linux compares before it lets one process look into another.
+    """The values that Linux compares before it lets one process inspect another.
 
     https://man7.org/linux/man-pages/man2/ptrace.2.html, https://man7.org/linux/man-pages/man7/user_namespaces.7.html
 
     Attributes:
         user: its user id.
-        namespace: how its user namespace maps ids, which any process may read: that of another one differs.
-        capabilities: one bit for each: https://man7.org/linux/man-pages/man7/capabilities.7.html
+        namespace: how its user namespace maps ids. Any process may read it, and other namespaces have other mappings.
+        capabilities: one bit per capability: https://man7.org/linux/man-pages/man7/capabilities.7.html
     """
 
     user: int
@@ -55,10 +56,10 @@ class Rights(NamedTuple):
 
 
 def rights_of(pid: int) -> Rights:
-    """The rights of a process.
+    """Return the rights of a process.
 
     Raises:
-        OSError: it has ended, or there is no /proc.
+        OSError: the process has ended, or /proc does not exist.
     """
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     told = dict(line.split(":", 1) for line in lines if ":" in line)
@@ -66,13 +67,13 @@ def rights_of(pid: int) -> Rights:
     return Rights(int(told["Uid"].split()[0]), namespace, int(told.get("CapPrm", "0"), 16))
 
 
-# What gVisor says that its kernel is, whatever the true one is.
+# The kernel version that gVisor reports (a build time), no matter which kernel it runs on.
 # https://github.com/google/gvisor/blob/master/pkg/sentry/kernel/version.go
 _GVISOR = "Sun Jan 10 15:06:54 PST 2016"
 
 
 def is_gvisor(version: str | None = None) -> bool:
-    """Whether this process runs on gVisor, which makes its own /proc. `version` is what /proc/version says."""
+    """Whether this process runs on gVisor, which has its own /proc. `version` is the content of /proc/version."""
     if version is None:
         try:
             version = Path("/proc/version").read_text()
@@ -82,7 +83,7 @@ def is_gvisor(version: str | None = None) -> bool:
 
 
 def free_huge_pages() -> int:
-    """Bytes of huge pages that nothing has reserved. https://docs.kernel.org/admin-guide/mm/hugetlbpage.html"""
+    """Return the bytes of huge pages that are free and not reserved. https://docs.kernel.org/admin-guide/mm/hugetlbpage.html"""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:

@@ -1,6 +1,6 @@
-"""What does CPython do that Python does not promise: its garbage collector, reference counts, and what pickle and typing use.
+"""Which behavior of CPython is used that Python does not promise? Garbage collector, reference counts, pickle, frames, typing.
 
-Read in CPython 3.11; a link says where.
+It was read in the source of CPython 3.11; links show where.
 """
 
 from __future__ import annotations
@@ -27,36 +27,38 @@ K = TypeVar("K")
 
 @contextlib.contextmanager
 def collector_paused(*, promote: bool = False) -> Iterator[None]:
-    """Keep the garbage collector from looking at everything again and again while objects are made.
+    """Pause the garbage collector while many objects are created: else it would scan all objects again and again.
 
     Args:
-        promote: count what was made as old at once: the collector would look at it just to find out that it stays. Nothing that
-            happens often may ask for it, because only the survivors of a look are counted for when to look at old objects.
+        promote: whether the created objects count as old at once. Else the collector would scan them only to find that they stay.
+            Frequent operations must not use it: the collector scans old objects after enough objects have survived a scan, and
+            objects that were promoted here are not counted.
     """
     was_enabled = gc.isenabled()
     gc.disable()
     try:
         yield
         if promote and was_enabled and not gc.get_freeze_count():
-            gc.freeze()  # moves all objects out of their generations, and
-            gc.unfreeze()  # into the oldest: both link two lists
+            gc.freeze()  # moves all objects out of their generations
+            gc.unfreeze()  # moves them to the oldest generation. Both calls only link two lists
     finally:
         if was_enabled:
             gc.enable()
 
 
-# How many references there are to an object, that of asking included: to be compared with `count_for`. Ask without a name for the
-# object, as in `reference_count(held[0])`: a name would be one more. https://docs.python.org/3.11/library/sys.html#sys.getrefcount
+# Returns the number of references to an object, including that of the call. Compare it with `count_for`. Pass the object without
+# a variable, as in `reference_count(held[0])`: a variable would be one more reference.
+# https://docs.python.org/3.11/library/sys.html#sys.getrefcount
 reference_count: Callable[[object], int] = sys.getrefcount
 
 
 def reference_counts(objects: Iterable[object]) -> list[int]:
-    """The same of each object. The sequence that is asked about counts with who else holds them."""
+    """Return the number of references to each object. The sequence that is passed is one of their holders."""
     return list(map(sys.getrefcount, objects))
 
 
 def most_references(objects: Iterable[object]) -> int:
-    """The largest of their `reference_counts`, told a little faster."""
+    """Return the largest of their `reference_counts`, a little faster."""
     return max(map(sys.getrefcount, objects))
 
 
@@ -64,27 +66,27 @@ _COUNT_FOR_ONE = reference_counts([[]])[0]
 
 
 def count_for(holders: int) -> int:
-    """The count of an object to which `holders` refer, and nobody else. What asking adds depends on the version of Python."""
+    """Return the count of an object with exactly so many `holders`. How much the call adds depends on the version of Python."""
     return _COUNT_FOR_ONE + holders - 1
 
 
 def held_by_more_than(holders: int, objects: Mapping[K, object]) -> frozenset[K]:
-    """Keys of the `objects` to which more than `holders` refer, of which the mapping is one."""
+    """Return the keys of the `objects` that have more than `holders` holders. The mapping is one of the holders."""
     most = count_for(holders)
     counts = reference_counts(objects.values())
     return frozenset(key for key, count in zip(objects, counts, strict=True) if count > most)
 
 
 def written_objects(pickler: Any) -> list[Any]:
-    """What a pickler has written so far, but for strings, numbers and the like that it writes again each time.
+    """Return the objects that a pickler has written so far, without numbers and similar objects, which it never memoizes.
 
-    Its memo keeps all of it alive, also what was made only to be written.
+    Its memo keeps all of them alive, also objects that were created only to be written.
     https://github.com/python/cpython/blob/v3.11.7/Modules/_pickle.c: `PicklerMemoProxy`.
     """
     return [obj for _, obj in pickler.memo.copy().values()]
 
 
-# What pickle writes as one opcode of its own: `cls.__new__(cls)`.
+# The function for `cls.__new__(cls)`. Pickle writes it as a single opcode.
 # https://github.com/python/cpython/blob/v3.11.7/Lib/copyreg.py: `__newobj__`
 new_object: Callable[..., Any] = copyreg.__newobj__  # type: ignore[attr-defined]
 
@@ -93,14 +95,14 @@ _OURS = {__name__.partition(".")[0], "ray"}
 _STANDARD_LIBRARY = sysconfig.get_path("stdlib") + os.sep
 _TORCH = str(Path(torch.__file__).parent) + os.sep
 _INSTALLED = ("site-packages", "dist-packages")  # folders of packages
-_CALLS_WHAT_IT_IS_GIVEN = {("threading.py", "run"), ("thread.py", "run")}  # the latter of `concurrent.futures`
+_CALLS_WHAT_IT_IS_GIVEN = {("threading.py", "run"), ("thread.py", "run")}  # the second one is of `concurrent.futures`
 
 
 def other_threads_may_compute() -> bool:
-    """Whether another thread may be inside of an operator of torch at this moment.
+    """Whether another thread may be inside an operator of torch at this moment.
 
-    A thread that waits does so in the standard library, or in a package that has not been called by torch or by the user's own
-    code. https://docs.python.org/3.11/library/sys.html#sys._current_frames
+    A thread that waits is inside the standard library, or inside a package that neither torch nor the user's own code has
+    called. https://docs.python.org/3.11/library/sys.html#sys._current_frames
     """
     frames = sys._current_frames()
     frames.pop(threading.get_ident(), None)
@@ -126,7 +128,7 @@ def _is_installed(file: str) -> bool:
 
 
 def warn_caller(text: str, category: type[Warning] = UserWarning) -> None:
-    """Warn at the user's line that called this package, be it through Ray. Python 3.12 has `skip_file_prefixes` for that.
+    """Warn at the user's line that called this package, directly or through Ray. Python 3.12 has `skip_file_prefixes` for that.
 
     https://docs.python.org/3.12/library/warnings.html#warnings.warn
     """
@@ -141,29 +143,29 @@ def _package_of(frame: types.FrameType) -> str:
 
 
 def make_immortal(obj: object) -> None:
-    """Let an object, and what it refers to, live until its process ends.
+    """Keep an object, and the objects that it refers to, alive until the process ends.
 
-    Not even the end of the interpreter drops it, as it would drop a global variable.
+    Unlike a global variable, it is not dropped at the end of the interpreter either.
     https://docs.python.org/3.11/c-api/refcounting.html#c.Py_IncRef
     """
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(obj))
 
 
 def module_of_caller(frames: int) -> str:
-    """The name of the module whose code called the function that asks; with `frames` = 2, that called its caller.
+    """Return the name of the module that called the caller of this function; with `frames` = 2, the module one call further out.
 
     Code that Cython compiled has no frames. https://docs.python.org/3.11/library/sys.html#sys._getframe
     """
     return str(sys._getframe(frames + 1).f_globals.get("__name__", ""))
 
 
-# The names of the slots that `object` pickles of instances of a class, inherited ones too.
+# Returns the names of the slots that `object.__reduce_ex__` pickles for instances of a class, including inherited slots.
 # https://github.com/python/cpython/blob/v3.11.7/Lib/copyreg.py: `_slotnames`
 slot_names: Callable[[type], list[str]] = copyreg._slotnames  # type: ignore[attr-defined]
 
 
 def is_init_of_protocol(init: Callable[..., None]) -> bool:
-    """Whether nobody wrote this `__init__`: typing gives it to every class that is a Protocol.
+    """Whether typing created this `__init__`, as it does for each class that is a Protocol.
 
     https://github.com/python/cpython/blob/v3.11.7/Lib/typing.py: `_no_init_or_replace_init`.
     """

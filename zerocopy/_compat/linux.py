@@ -1,7 +1,7 @@
-"""What does Linux tell and do that Python has no name for: memory maps, pages, open files of other processes, the C library.
+"""Which functions of Linux are used that Python does not have? Memory maps, pages, files of other processes, the C library.
 
-Read in the documentation of Linux 6.x; a link says where. What psutil tells as well is asked of psutil. It tells neither which
-bytes of which file a process has mapped, nor of single pages, nor of open files that were deleted, as those of the store are.
+They were read in the documentation of Linux 6.x; links show where. psutil is used for all figures that it can report. It cannot
+report which bytes of a file a process has mapped, single pages, and open files that were deleted, as the files of the store are.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ MAP_NORESERVE = 0x4000
 
 
 def why_no_mappings() -> str | None:
-    """Why processes of this system cannot be asked for what they have mapped, or None where they can."""
+    """Return why the mappings of processes cannot be read on this system, or None if they can."""
     return None if sys.platform == "linux" else f"{sys.platform} has no /proc"
 
 
 class Mapping(NamedTuple):
     """Memory of a process from `start` to `end` that shows a file from `file_offset` on: a line of /proc/<pid>/maps.
 
-    `mode` is as in `rw-p`; its last letter is `s` where writes reach the file. Anonymous memory has the `inode` 0. `path` may be
-    empty; of a file that was deleted it ends in ` (deleted)`. https://docs.kernel.org/filesystems/proc.html
+    `mode` looks like `rw-p`; its last letter is `s` if writes reach the file. Anonymous memory has the `inode` 0. `path` may be
+    empty; for a deleted file, it ends with ` (deleted)`. https://docs.kernel.org/filesystems/proc.html
     """
 
     start: int
@@ -56,24 +56,24 @@ def _parsed(line: str) -> Mapping:
 
 
 def mappings() -> Iterator[Mapping]:
-    """What this process has mapped, in order."""
+    """Return the mappings of this process, in order."""
     return map(_parsed, Path("/proc/self/maps").read_text().splitlines())
 
 
 def shared_files() -> Iterator[Mapping]:
-    """Those of them that are files which writes reach: few, so that the others need not be read."""
+    """Return only the mappings of files that writes reach. There are few of them, and the other lines are not parsed."""
     lines = Path("/proc/self/maps").read_text().splitlines()
     found = (_parsed(line) for line in lines if line.split(maxsplit=2)[1].endswith("s"))
     return (mapping for mapping in found if mapping.inode)
 
 
 class Usage(NamedTuple):
-    """What a mapping takes, in bytes.
+    """The memory use of a mapping, in bytes.
 
     Attributes:
-        resident: in main memory, whoever else has it mapped (`Rss`).
-        share: of this the proportional share: a page that three have mapped counts a third (`Pss`).
-        anonymous: of this what belongs to no file: also pages of a private mapping that were written (`Anonymous`).
+        resident: bytes in main memory, no matter which other processes have mapped them (`Rss`).
+        share: proportional share of these bytes: a page that three processes have mapped counts a third (`Pss`).
+        anonymous: the part of these bytes that belongs to no file, with written pages of a private mapping (`Anonymous`).
     """
 
     resident: int
@@ -91,17 +91,17 @@ NO_SHARES = (
 
 
 def why_nothing_is_told() -> str | None:
-    """Why no process can be asked for what it takes, or None where some can."""
+    """Return why the memory use of no process can be read, or None if that of some processes can."""
     return None if Path("/proc/self/status").exists() else "there is no /proc/self here"
 
 
 def usage(pid: int) -> list[tuple[Mapping, Usage]] | None:
-    """What each mapping of a process takes; nothing of one that has ended and was not waited for; None where that is not told.
+    """Return the memory use of each mapping of a process; an empty list for a zombie; None if the kernel does not report it.
 
-    /proc/<pid>/smaps: https://docs.kernel.org/filesystems/proc.html. A kernel without CONFIG_PROC_PAGE_MONITOR has none.
+    /proc/<pid>/smaps: https://docs.kernel.org/filesystems/proc.html. A kernel without CONFIG_PROC_PAGE_MONITOR does not have it.
 
     Raises:
-        OSError: it has ended, or is another user's.
+        OSError: the process has ended, or belongs to another user.
     """
     text = _told_of(pid, "smaps")
     if text is None:
@@ -117,13 +117,13 @@ def usage(pid: int) -> list[tuple[Mapping, Usage]] | None:
 
 
 def anonymous_bytes(pid: int) -> int | None:
-    """Anonymous memory of a process, as in `Usage`, of all mappings together; None where the kernel does not tell it.
+    """Return the anonymous memory of a process, as in `Usage`, of all mappings; None if the kernel does not report it.
 
-    /proc/<pid>/smaps_rollup: https://docs.kernel.org/filesystems/proc.html. Where it is missing, as in gVisor, the sum over
-    /proc/<pid>/smaps; where that is missing too, what /proc/<pid>/status counts.
+    /proc/<pid>/smaps_rollup: https://docs.kernel.org/filesystems/proc.html. If it is missing, as in gVisor, the result is the sum
+    over /proc/<pid>/smaps. If that is missing, too, it is the number in /proc/<pid>/status.
 
     Raises:
-        OSError: it has ended, or is another user's.
+        OSError: the process has ended, or belongs to another user.
     """
     for line in (_told_of(pid, "smaps_rollup") or "").splitlines():
         if line.startswith("Anonymous:"):
@@ -135,12 +135,12 @@ def anonymous_bytes(pid: int) -> int | None:
 
 
 def resident(pid: int) -> dict[str, int]:
-    """Resident memory of a process by kind, in bytes, as far as it is told: VmRSS, and of this RssAnon, RssFile and RssShmem.
+    """Return the resident memory of a process in bytes: VmRSS, and its parts RssAnon, RssFile and RssShmem, if reported.
 
     /proc/<pid>/status: https://man7.org/linux/man-pages/man5/proc_pid_status.5.html
 
     Raises:
-        OSError: it has ended.
+        OSError: the process has ended.
     """
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     sizes = (line.split() for line in lines if line.startswith(("VmRSS:", "Rss")))
@@ -148,7 +148,7 @@ def resident(pid: int) -> dict[str, int]:
 
 
 def _told_of(pid: int, name: str) -> str | None:
-    """A file of a process in /proc, or None if no process has such a file here."""
+    """Return the text of a process' file in /proc, or None if no process of this system has such a file."""
     try:
         return Path(f"/proc/{pid}/{name}").read_text()
     except FileNotFoundError:
@@ -157,16 +157,16 @@ def _told_of(pid: int, name: str) -> str | None:
         return None
 
 
-# What a page is, in the words of PAGEMAP_SCAN: https://docs.kernel.org/admin-guide/mm/pagemap.html#pagemap-scan-ioctl
+# Categories of pages in PAGEMAP_SCAN: https://docs.kernel.org/admin-guide/mm/pagemap.html#pagemap-scan-ioctl
 _IS_FILE, _IS_PRESENT, _IS_SWAPPED = 1 << 2, 1 << 3, 1 << 4
-# Its number, `_IOWR('f', 16, struct pm_scan_arg)`: https://github.com/torvalds/linux/blob/v6.12/include/uapi/linux/fs.h
+# The ioctl's number, `_IOWR('f', 16, struct pm_scan_arg)`: https://github.com/torvalds/linux/blob/v6.12/include/uapi/linux/fs.h
 _PAGEMAP_SCAN = 0xC0606610
-_MOST_RANGES = 1024  # told by one scan
+_MOST_RANGES = 1024  # returned by one scan
 
-# The same in a number of /proc/self/pagemap, one per page.
+# The same categories as bits of a number in /proc/self/pagemap, which has one number per page.
 _ENTRY_IS_FILE = 1 << 61  # or shared anonymous memory
 _ENTRY_HAS_CONTENT = 1 << 63 | 1 << 62  # present or swapped
-_ENTRIES_READ = 1 << 18  # at a time: 2 MB, for 1 GB of memory
+_ENTRIES_READ = 1 << 18  # entries read at a time: 2 MB, for 1 GB of memory
 
 Range: TypeAlias = tuple[int, int]  # start and end, as addresses
 
@@ -184,16 +184,16 @@ class _ScanArguments(ctypes.Structure):
 
 
 def own_pages(start: int, end: int) -> list[Range] | None:
-    """Where a private mapping has pages of this process: those that a write has copied, whoever wrote; swapped ones too.
+    """Return where a private mapping has its own pages: pages that any write has copied, also swapped pages.
 
-    Also pages that were pinned for writing, or populated. Takes 10 microseconds where no page was touched, and some 10 ms per GB
-    where all were.
+    Pages that were pinned for writing, or populated, are included. It takes 10 microseconds if no page was touched, and some
+    10 ms per GB if all pages were touched.
 
     Args:
-        start: a multiple of the page size, as is `end`.
+        start: a multiple of the page size, like `end`.
 
     Returns:
-        Ranges of whole pages in order; None where the kernel does not tell.
+        Ranges of whole pages in order; None if the kernel does not report them.
     """
     try:
         with Path("/proc/self/pagemap").open("rb", buffering=0) as pagemap:
@@ -206,7 +206,9 @@ def own_pages(start: int, end: int) -> list[Range] | None:
 
 
 def _scanned(pagemap: int, start: int, end: int) -> Iterator[Range]:
-    found = (ctypes.c_uint64 * (3 * _MOST_RANGES))()  # of each range its start, its end, and what its pages are
+    found = (
+        ctypes.c_uint64 * (3 * _MOST_RANGES)
+    )()  # for each range its start, its end, and the categories of its pages
     while start < end:
         asked = _ScanArguments(
             size=ctypes.sizeof(_ScanArguments),
@@ -220,7 +222,7 @@ def _scanned(pagemap: int, start: int, end: int) -> Iterator[Range]:
         )
         count = fcntl.ioctl(pagemap, _PAGEMAP_SCAN, asked)
         yield from zip(found[: 3 * count : 3], found[1 : 3 * count : 3], strict=True)
-        # Where `found` became full, the walk ends before the last range.
+        # If `found` is full, `walk_end` may be before the end of the last range.
         start = max(asked.walk_end, found[3 * count - 2] if count else 0)
 
 
@@ -236,7 +238,7 @@ def _read(pagemap: int, start: int, end: int) -> Iterator[Range]:
 
 
 def open_files(pid: int) -> Iterator[str]:
-    """Paths by which to open once more what a process has open; no sockets, pipes and the like. None of another user's.
+    """Yield paths that open the open files of a process again, without sockets and pipes. Nothing for another user's process.
 
     /proc/<pid>/fd: https://docs.kernel.org/filesystems/proc.html, https://man7.org/linux/man-pages/man5/proc_pid_fd.5.html
     """
@@ -253,7 +255,7 @@ def open_files(pid: int) -> Iterator[str]:
 
 
 class SharedMemory:
-    """Anonymous memory that grows, and that other processes of this user can open by its path as long as it is open here.
+    """Anonymous memory that can grow. Other processes of this user can open it by its path, as long as it is open here.
 
     https://man7.org/linux/man-pages/man2/memfd_create.2.html
     """
@@ -264,11 +266,11 @@ class SharedMemory:
 
     @property
     def path(self) -> str:
-        """Where others can open it; nothing is there on another system than Linux."""
+        """The path at which other processes can open it. On systems other than Linux, nothing exists at this path."""
         return f"/proc/{os.getpid()}/fd/{self._descriptor}"
 
     def room_for(self, nbytes: int) -> mmap.mmap:
-        """The memory, with at least so many bytes."""
+        """Return the memory, with at least `nbytes` bytes."""
         if self._memory is None or len(self._memory) < nbytes:
             if self._descriptor >= 0:
                 os.ftruncate(self._descriptor, nbytes)
@@ -276,7 +278,7 @@ class SharedMemory:
         return self._memory
 
     def close(self) -> None:
-        """Give the memory back, when the last view of it is gone."""
+        """Free the memory, as soon as its last view is gone."""
         self._memory = None
         if self._descriptor >= 0:
             os.close(self._descriptor)
@@ -284,7 +286,7 @@ class SharedMemory:
 
 
 def sockets_to(path: str) -> Iterator[int]:
-    """Descriptors of this process' connections to the Unix socket at `path`.
+    """Yield the descriptors of this process' connections to the Unix socket at `path`.
 
     https://man7.org/linux/man-pages/man5/proc_pid_fd.5.html
     """
@@ -310,13 +312,14 @@ _MADV_POPULATE_WRITE = 23
 
 
 def populate(start: int, end: int, step: int) -> None:
-    """Give this process pages of its own for a whole range of a private mapping, with the content that they have.
+    """Give this process its own copy of each page in a range of a private mapping. The content stays the same.
 
-    The kernel copies page by page in place: other threads that read or write there notice nothing. Before Linux 5.14 a byte of
-    each page is written as it is read: readers notice nothing, but a write of another thread to that byte at that moment is lost.
+    The kernel copies page by page in place, which other threads that read or write there do not notice. Before Linux 5.14, one
+    byte of each page is read and written back: readers do not notice it, but a write of another thread to that byte at that
+    moment is lost.
 
     Args:
-        start: a multiple of the page size, as is `end`.
+        start: a multiple of the page size, like `end`.
         step: the page size.
 
     Raises:
@@ -335,7 +338,7 @@ def populate(start: int, end: int, step: int) -> None:
 
 
 def is_equal(first: int, second: int, nbytes: int) -> bool:
-    """Whether the bytes at two addresses are the same. NumPy would make an array of as many bytes.
+    """Whether the bytes at two addresses are equal. NumPy would create an array of the same size for this.
 
     https://man7.org/linux/man-pages/man3/memcmp.3.html
     """
@@ -343,9 +346,9 @@ def is_equal(first: int, second: int, nbytes: int) -> bool:
 
 
 def drop_pages(address: int, nbytes: int) -> None:
-    """Let the kernel drop the pages of a range, whole pages only: memory of a file is read again when it is touched.
+    """Let the kernel drop all pages that a range touches. Pages of a file are read again at the next access.
 
-    https://man7.org/linux/man-pages/man2/madvise.2.html: MADV_DONTNEED. Python's mmap offers it for its own mappings alone.
+    https://man7.org/linux/man-pages/man2/madvise.2.html: MADV_DONTNEED. Python's mmap offers it only for its own mappings.
 
     Raises:
         OSError: the kernel refused.
@@ -356,7 +359,7 @@ def drop_pages(address: int, nbytes: int) -> None:
 
 
 def give_back_heap() -> None:
-    """Let the C library return freed memory to the system, where it can be asked to: not all can.
+    """Let the C library return freed memory to the system, if it has a function for this.
 
     https://man7.org/linux/man-pages/man3/malloc_trim.3.html
     """

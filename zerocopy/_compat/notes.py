@@ -1,7 +1,7 @@
-"""How does a process leave notes that others can read while it is busy, and that vanish with it?
+"""How does a process leave notes that other processes can read while it is busy, and that disappear when it ends?
 
-The notes are lines in anonymous memory with a descriptor. Whoever may look into a process finds that among its open files, and no
-file is left behind. https://man7.org/linux/man-pages/man2/memfd_create.2.html
+The notes are lines in anonymous memory with a descriptor. A process that may inspect this process finds the descriptor among its
+open files. No file is left behind. https://man7.org/linux/man-pages/man2/memfd_create.2.html
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from collections.abc import Iterable
 from pathlib import Path
 
 _NAME = "zerocopy-notes"
-_LEAST = 1 << 14  # bytes of the memory
-_LINK = f"/memfd:{_NAME}"  # how its link among the open files starts
+_LEAST = 1 << 14  # minimum bytes of the memory
+_LINK = f"/memfd:{_NAME}"  # start of the link target of its descriptor
 
 
 class Notes:
-    """The lines that this process has left. Where the system has no such memory, nobody reads them.
+    """The notes of this process. If the system has no such memory, the notes are not kept.
 
-    They are written to mapped memory, which takes a tenth of the time that a system call does.
+    They are written to mapped memory, which takes a tenth of the time of a system call.
     """
 
     def __init__(self) -> None:
@@ -29,7 +29,7 @@ class Notes:
         self._owner = 0
 
     def add(self, lines: Iterable[str]) -> None:
-        """Add lines. In a forked child, whose memory is its parent's, they follow a copy of the parent's lines."""
+        """Add lines. A forked child gets its own memory, where the new lines follow a copy of the parent's lines."""
         text = "".join(f"{line}\n" for line in lines).encode()
         if self._owner != os.getpid():
             earlier = self._memory[: self._end]
@@ -38,7 +38,7 @@ class Notes:
         self._write(text)
 
     def replace(self, lines: Iterable[str]) -> None:
-        """Leave these lines alone. A reader sees the former ones, the new ones, or both."""
+        """Replace all lines. A reader sees the old lines, the new lines, or both."""
         former, self._descriptor = self._descriptor, -1
         self._open()
         self.add(lines)
@@ -46,7 +46,7 @@ class Notes:
             os.close(former)
 
     def _open(self) -> None:
-        """Start anew. The descriptor of a parent is closed, in this process."""
+        """Start with new memory. A forked child closes its copy of the parent's descriptor."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
         self._descriptor = os.memfd_create(_NAME) if hasattr(os, "memfd_create") else -1
@@ -63,9 +63,9 @@ class Notes:
 
 
 def notes_of(pid: int) -> list[str]:
-    """The lines that a process has left, oldest first. None of one that has ended, or is another user's."""
+    """Return the notes of a process, oldest first. The list is empty if it has ended or belongs to another user."""
     found: list[str] = []
-    seen: set[int] = set()  # Python's mmap has a descriptor of its own of what it maps
+    seen: set[int] = set()  # Python's mmap keeps a duplicate of the descriptor
     try:
         entries = sorted(os.scandir(f"/proc/{pid}/fd"), key=lambda entry: int(entry.name))
     except OSError:

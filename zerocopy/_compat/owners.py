@@ -1,6 +1,7 @@
-"""What of Ray do the registry and holders of weights use that Ray does not promise? Read in Ray 2.60.0; a link says where.
+"""Which parts of Ray do the registry and the holders use that Ray does not promise?
 
-This file travels to them by value, and so imports nothing heavy.
+They were read in the source of Ray 2.60.0; links show where. This file is pickled by value for the processes of the registry and
+the holders, and so imports nothing large.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ def write_to_control_plane(name: str, record: bytes) -> None:
 
 
 def records_in_control_plane() -> dict[str, bytes]:
-    """All that was written there, by name. In the same file."""
+    """Return all records of this store, by name. In the same file."""
     names = internal_kv._internal_kv_list("", namespace=_RECORDS)
     return {name.decode(): internal_kv._internal_kv_get(name, namespace=_RECORDS) for name in names}
 
 
 def buffers_of_objects(refs: list[ray.ObjectRef[Any]]) -> list[Any]:
-    """The bytes of objects as they lie in this node's store, which keeps them as long as the buffers live. Nothing is unpickled.
+    """Return the bytes of objects in this node's store, not unpickled. The store keeps an object as long as its buffer lives.
 
     https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/_private/worker.py: `Worker.get_objects`
 
@@ -40,7 +41,7 @@ def buffers_of_objects(refs: list[ray.ObjectRef[Any]]) -> list[Any]:
     """
     connected: Any = worker.global_worker  # not `_worker`: this function travels by value
     found = connected.core_worker.get_objects(refs, -1)
-    if any(each.data is None for each in found):  # an error stands there instead
+    if any(each.data is None for each in found):  # Ray has stored an error instead
         ray.get(refs)
     return [each.data for each in found]
 
@@ -54,7 +55,7 @@ def ended_jobs() -> set[str]:
 
 
 def have_copies(refs: list[ray.ObjectRef[Any]]) -> list[bool]:
-    """Whether some store has each of these objects, all of which this process owns, or wrote it to disk.
+    """Whether each of these objects is in a store, or was written to disk. This process must own all of them.
 
     https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/experimental/locations.py
     """
@@ -67,12 +68,12 @@ def have_copies(refs: list[ray.ObjectRef[Any]]) -> list[bool]:
 
 
 def _is_error(ref: ray.ObjectRef[Any], location: Mapping[str, Any]) -> bool:
-    """Whether Ray has put an error in the place of an object: in the store of its owner, a second after the last copy was lost.
+    """Whether Ray has replaced an object by an error. It stores one on the owner's node, a second after the last copy was lost.
 
-    Seen with Ray 2.60. Only what lies there alone is read, and nothing is fetched.
+    Seen with Ray 2.60. An object is read only if this node has the only copy, so that nothing is fetched.
     https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/_private/worker.py: `Worker.get_objects`
     """
-    connected: Any = worker.global_worker  # of the process that runs this, which is the registry's
+    connected: Any = worker.global_worker  # the connection of the registry's process
     if list(location.get("node_ids", ())) != [connected.current_node_id.hex()]:
         return False
     try:
@@ -85,6 +86,6 @@ def _is_error(ref: ray.ObjectRef[Any], location: Mapping[str, Any]) -> bool:
 
 
 def nodes_with(refs: list[ray.ObjectRef[Any]]) -> list[set[str]]:
-    """The ids of the nodes whose stores have each of these objects, all of which this process owns. In the same file."""
+    """Return the ids of the nodes that have each of these objects, as `have_copies`. This process must own all of them."""
     found = locations.get_local_object_locations(refs) if refs else {}
     return [set(found.get(ref, {}).get("node_ids", ())) for ref in refs]

@@ -1,6 +1,7 @@
-"""What of Ray does the package use that Ray does not promise. Read in Ray 2.60.0; a link says where.
+"""Which parts of Ray does the package use that Ray does not promise?
 
-psutil is asked for what any process may know of others; only what Ray's processes are called is here.
+They were read in the source of Ray 2.60.0; links show where. Facts that any process may read about others come from psutil: this
+file only knows the names of Ray's processes.
 """
 
 from __future__ import annotations
@@ -27,24 +28,24 @@ from ray.core.generated import common_pb2, gcs_pb2
 
 Kind: TypeAlias = Literal["actor", "task"]
 
-# The connection of this process; it has more than its class declares.
+# The connection of this process. It has more attributes than its class declares.
 # https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/_private/worker.py
 _worker: Any = worker.global_worker
 
 
 def mode() -> int | None:
-    """What this process is to the cluster: `ray.WORKER_MODE` where it runs tasks or an actor. In the same file: `Worker.mode`."""
+    """Return the role of this process: `ray.WORKER_MODE` if it runs tasks or an actor. In the same file: `Worker.mode`."""
     found: int | None = _worker.mode
     return found
 
 
 def connection() -> object:
-    """What is made anew each time that this process connects. In the same file: `Worker.core_worker`."""
+    """Return an object that is new each time that this process connects. In the same file: `Worker.core_worker`."""
     return _worker.core_worker
 
 
 def available_memory() -> int:
-    """Bytes of main memory that this node has left, or this container.
+    """Return the free bytes of main memory of this node or container.
 
     https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/_common/utils.py: `get_system_memory`,
     https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/_private/utils.py: `get_used_memory`
@@ -53,7 +54,7 @@ def available_memory() -> int:
 
 
 class _Inherited:
-    """The connection of the parent, in a forked child: as before, but for what the child must not do."""
+    """The connection of the parent, in a forked child. It works as before, except for actions that the child must not take."""
 
     def __init__(self, of_parent: Any) -> None:
         self._of_parent = of_parent
@@ -62,11 +63,11 @@ class _Inherited:
         return getattr(self._of_parent, name)
 
     def remove_object_ref_reference(self, ref: object) -> None:
-        """Called for each reference that is dropped. The parent has it still; and a thread of it may have held the lock."""
+        """Ignore a dropped reference: the parent still has it, and at the fork a thread of the parent may have held the lock."""
 
 
 def inherit_connection() -> None:
-    """Let references that a forked child drops be counted as before in its parent. Called in the child.
+    """Keep the parent's reference counts unchanged when a forked child drops references. Called in the child.
 
     https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/includes/object_ref.pxi: `ObjectRef.__dealloc__`
     """
@@ -75,12 +76,12 @@ def inherit_connection() -> None:
 
 
 def is_inherited(found: object) -> bool:
-    """Whether a connection is that of the parent of this process."""
+    """Whether a connection belongs to the parent of this process."""
     return isinstance(found, _Inherited)
 
 
 def store_socket() -> str:
-    """The path of the socket at which this node's object store waits for processes.
+    """Return the path of the socket of this node's object store.
 
     https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/_private/node.py: `Node.plasma_store_socket_name`
     """
@@ -88,12 +89,12 @@ def store_socket() -> str:
 
 
 def keep_while_connected(obj: object) -> None:
-    """Keep an object alive until this process disconnects: as long as it has its node, in the same file."""
+    """Keep an object alive until this process disconnects, which drops `Worker.node`. In the same file."""
     weakref.finalize(_worker.node, lambda _: None, obj).atexit = False
 
 
 def cluster_id() -> str:
-    """Tells the cluster that this process is connected to from any other.
+    """Return the id of the cluster that this process is connected to.
 
     https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/includes/gcs_client.pxi
     """
@@ -101,11 +102,11 @@ def cluster_id() -> str:
 
 
 def host_and_port(address: str) -> tuple[str, int]:
-    """Where the control plane of the cluster at an address is; "auto" is the cluster that runs here, as `ray.init` finds it.
+    """Return host and port of a cluster's control plane. "auto" is the cluster of this machine, as `ray.init` finds it.
 
     Raises:
-        ConnectionError: none runs here.
-        ValueError: this is no address.
+        ConnectionError: no cluster runs here.
+        ValueError: `address` is not an address.
 
     https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/_private/services.py: `canonicalize_bootstrap_address`
     """
@@ -114,18 +115,18 @@ def host_and_port(address: str) -> tuple[str, int]:
 
 
 def check_reachable(address: str) -> None:
-    """Find out whether the control plane of a cluster accepts connections. Ray itself would try for minutes.
+    """Check that the control plane of a cluster accepts connections. Ray itself would try for minutes.
 
     Raises:
-        OSError: none runs there, or nobody listens.
-        ValueError: this is no address.
+        OSError: no cluster runs there, or it does not accept connections.
+        ValueError: `address` is not an address.
     """
     with socket.create_connection(host_and_port(address), REACH_SECONDS):
         pass
 
 
 def head_node() -> str | None:
-    """The id of the node that the control plane runs on; None where Ray does not say.
+    """Return the id of the node that the control plane runs on; None if Ray does not report it.
 
     https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/_common/constants.py: `HEAD_NODE_RESOURCE_NAME`
     """
@@ -134,7 +135,7 @@ def head_node() -> str | None:
 
 
 def free_room() -> int:
-    """Bytes of this node's store that no object takes.
+    """Return the bytes of this node's store that no object uses.
 
     https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/_private/internal_api.py: `get_memory_info_reply`
     """
@@ -144,7 +145,7 @@ def free_room() -> int:
 
 
 def drop_reference(ref: ray.ObjectRef[Any]) -> None:
-    """Count one reference of this process less: what pickling out of band has added, and nothing else takes away.
+    """Subtract one from this process' count of a reference: pickling out of band has added one, and Ray never removes it.
 
     https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/_raylet.pyx: `CoreWorker.remove_object_ref_reference`.
     """
@@ -160,7 +161,7 @@ def is_serializing() -> bool:
 
 
 def allows_out_of_band() -> bool:
-    """Whether references may be pickled outside of that: what RAY_allow_out_of_band_object_ref_serialization said at import.
+    """Whether references may be pickled elsewhere: the value of RAY_allow_out_of_band_object_ref_serialization at import.
 
     https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/_private/serialization.py
     """
@@ -168,7 +169,7 @@ def allows_out_of_band() -> bool:
 
 
 def ends_with_task() -> bool:
-    """Whether this process ends with the task that it runs, which has `max_calls=1`, and with it what this process owns.
+    """Whether this process ends with the task that it runs (`max_calls=1`), and with it all objects that this process owns.
 
     https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/_private/function_manager.py: `FunctionExecutionInfo`
     """
@@ -179,7 +180,7 @@ def ends_with_task() -> bool:
 
 
 def is_own(ref: ray.ObjectRef[Any]) -> bool:
-    """Whether this process owns an object, which then goes when this process ends.
+    """Whether this process owns an object. Such an object is lost when this process ends.
 
     https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/_raylet.pyx: `CoreWorker.get_owner_address`
     """
@@ -187,7 +188,7 @@ def is_own(ref: ray.ObjectRef[Any]) -> bool:
 
 
 def owner_node(ref: ray.ObjectRef[Any]) -> str:
-    """The id of the node of the process that owns an object. In the same file."""
+    """Return the id of the owner's node of an object. In the same file."""
     return str(_owner_of(ref).node_id.hex())
 
 
@@ -198,7 +199,7 @@ def _owner_of(ref: ray.ObjectRef[Any]) -> Any:
 
 
 def is_async_actor() -> bool:
-    """Whether this process is an actor with async methods: there `ray.get` advises its author to use `await`.
+    """Whether this process is an actor with async methods. There, `ray.get` warns its author to use `await`.
 
     https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/_private/worker.py: `get`.
     """
@@ -206,7 +207,7 @@ def is_async_actor() -> bool:
 
 
 def get_silently(refs: list[ray.ObjectRef[Any]], seconds: float | None = None) -> list[Any]:
-    """As `ray.get`, but without that advice, which is given once in a process: the next `ray.get` of the author's is still told.
+    """Like `ray.get`, without that warning. Ray warns once per process, so `ray.get` in the author's code still warns.
 
     In the same file: `Worker.get_objects`.
     """
@@ -214,14 +215,15 @@ def get_silently(refs: list[ray.ObjectRef[Any]], seconds: float | None = None) -
     return values
 
 
-# Of the `ValueError` that getting an object raises of which this process knows neither owner nor place.
+REACH_SECONDS = 5.0  # within which a head node must accept a connection
+
+# Part of the `ValueError` that `ray.get` raises for an object if this process knows neither its owner nor its location.
 # https://github.com/ray-project/ray/blob/ray-2.60.0/src/ray/core_worker/core_worker.cc: `GetOwnerAddress`
-REACH_SECONDS = 5.0  # in which a head node must accept a connection
 OWNER_UNKNOWN = "owner is unknown"
 
 
 def node_of_owner(error: ray.exceptions.ObjectLostError) -> str | None:
-    """The node of the process that owned a lost object, or None where Ray does not say.
+    """Return the node of the process that owned a lost object, or None if Ray does not report it.
 
     https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/exceptions.py: `OwnerDiedError.__str__`.
     """
@@ -231,31 +233,31 @@ def node_of_owner(error: ray.exceptions.ObjectLostError) -> str | None:
     return node or None
 
 
-# How much of the store the arguments of the tasks that run on a node may take, where this variable says nothing else:
-# `max_task_args_memory_fraction`. Ray lets further tasks wait, and says nothing. References inside of arguments do not count.
+# The part of the store that the arguments of all running tasks of a node may use, unless the variable sets another part:
+# `max_task_args_memory_fraction`. Ray lets further tasks wait, without a message. References inside arguments do not count.
 # https://github.com/ray-project/ray/blob/ray-2.60.0/src/ray/common/ray_config_def.h
 ARGUMENTS_FRACTION_VARIABLE = "RAY_max_task_args_memory_fraction"
 ARGUMENTS_FRACTION = 0.7
 
-# How much of a node's memory Ray gives its store if nobody says so, and the smallest store that it makes, in bytes.
+# The default part of a node's memory that Ray gives to its store, and the smallest store that Ray creates, in bytes.
 # https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/_private/ray_constants.py
 STORE_FRACTION: float = ray_constants.DEFAULT_OBJECT_STORE_MEMORY_PROPORTION
 LEAST_STORE: int = ray_constants.OBJECT_STORE_MINIMUM_MEMORY_BYTES
 
-# When Ray begins to kill workers: at which part of the memory, and how often it looks; 0 for never.
+# When Ray begins to kill workers: at which used part of the memory, and the interval of its checks; 0 means no checks.
 # https://github.com/ray-project/ray/blob/ray-2.60.0/src/ray/common/ray_config_def.h
 MEMORY_THRESHOLD_VARIABLE, MEMORY_THRESHOLD = "RAY_memory_usage_threshold", 0.95
 MEMORY_REFRESH_VARIABLE, MEMORY_REFRESH_MS = "RAY_memory_monitor_refresh_ms", 250
 
-# How variables start that let Ray drop messages or wait, for its own tests. In the same file.
+# The prefix of variables that let Ray drop or delay messages, for its own tests. In the same file.
 TESTING_VARIABLES = "RAY_testing_"
 
-# Each buffer of at least 2048 bytes starts at a multiple of so many in its object: `kMajorBufferAlign`.
+# Each buffer of at least 2048 bytes starts at a multiple of this many bytes in its object: `kMajorBufferAlign`.
 # https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/includes/serialization.pxi
 BUFFER_ALIGNMENT = 64
-SMALL_BUFFER = 2048  # bytes: shorter ones are not aligned so
+SMALL_BUFFER = 2048  # bytes. Shorter buffers have another alignment
 
-# The options that Ray knows by name, those with an underscore among them, and what checks their values.
+# The options that Ray knows, by name, also those with an underscore; and the objects that check their values.
 # https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/_common/ray_option_utils.py
 OPTIONS: Mapping[Kind, Mapping[str, object]] = {
     "actor": ray_option_utils.actor_options,
@@ -264,7 +266,7 @@ OPTIONS: Mapping[Kind, Mapping[str, object]] = {
 
 
 def check_values(options: Mapping[str, Any], kind: Kind, *, late: bool) -> None:
-    """Let Ray check the values of options. `late` ones are given by `.options()`.
+    """Let Ray check the values of options. With `late`, they are options of `.options()`.
 
     Raises:
         ValueError, TypeError: Ray refuses one.
@@ -276,20 +278,21 @@ def check_values(options: Mapping[str, Any], kind: Kind, *, late: bool) -> None:
 
 
 def is_ray_actor_class(cls: object) -> bool:
-    """Whether Ray derived `cls` from a user's class, to make actors of it: it has methods of Ray's own.
+    """Whether `cls` is the class that Ray derived from a user's class for actors. Ray has added methods to it.
 
     https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/actor.py: `_modify_class`.
     """
     return hasattr(cls, "__ray_actor_class__")
 
 
-# The pickler of arguments and results; its `reducer_override` knows functions and classes. Not typed.
+# The pickler of arguments and results. Its `reducer_override` handles functions and classes. Not typed.
 # https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/cloudpickle/cloudpickle.py
 CloudPickler: Any = ray.cloudpickle.CloudPickler
 
 
-# By it CloudPickler finds what reduces instances of exactly one class: a chain of what `ray.util.register_serializer` wrote,
-# and of what `copyreg` has. Ours stands between the two: a user who registers wins, and deregistering brings ours back.
+# In this chain of dicts, CloudPickler finds the reducer for instances of exactly one class: first the reducers that
+# `ray.util.register_serializer` added, then those of `copyreg`. Our dict is between the two: a user's reducer has priority, and
+# after the user has deregistered it, our reducer is used again.
 # https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/cloudpickle/cloudpickle.py: `Pickler.dispatch_table`,
 # https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/util/serialization.py
 _of_users, *_others = CloudPickler.dispatch_table.maps
@@ -298,21 +301,21 @@ CloudPickler.dispatch_table.maps[:] = [_of_users, _ours, *_others]
 
 
 def register_reducer(cls: type, reduce: Callable[[Any], Any]) -> None:
-    """Let Ray pickle instances of exactly `cls` by `reduce`, in this process. Receivers need no registration."""
+    """Let Ray pickle instances of exactly `cls` with `reduce`, in this process. Receivers need no registration."""
     _ours[cls] = reduce
 
 
 def registered_reducer(cls: type) -> Callable[[Any], Any] | None:
-    """What a user registered to reduce instances of exactly `cls`, with Ray or with `copyreg`; None where nobody did.
+    """Return the reducer that a user registered for instances of exactly `cls`, with Ray or with `copyreg`; or None.
 
-    What the pickler itself brings is no user's.
+    Reducers of the pickler itself do not count.
     """
     reduce: Callable[[Any], Any] | None = _of_users.get(cls) or copyreg.dispatch_table.get(cls)
     return None if getattr(reduce, "__module__", "") == CloudPickler.__module__ else reduce
 
 
 def is_pickled_by_value(module: str) -> bool:
-    """Whether a user asked for what is in `module` to be pickled by value.
+    """Whether a user asked Ray to pickle the content of `module` by value.
 
     https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/cloudpickle/cloudpickle.py: `register_pickle_by_value`.
     """
@@ -321,7 +324,7 @@ def is_pickled_by_value(module: str) -> bool:
 
 @contextlib.contextmanager
 def pickled_by_value(modules: Iterable[types.ModuleType]) -> Iterator[None]:
-    """Let what is in some modules be pickled by value meanwhile."""
+    """Let Ray pickle the content of some modules by value, inside the `with` block."""
     added = [module for module in modules if not is_pickled_by_value(module.__name__)]
     for module in added:
         ray.cloudpickle.register_pickle_by_value(module)
@@ -333,7 +336,7 @@ def pickled_by_value(modules: Iterable[types.ModuleType]) -> Iterator[None]:
 
 
 def is_id_of_class(text: object) -> bool:
-    """Whether this is what cloudpickle calls a class that it pickles by value: a random number.
+    """Whether this is the random id that cloudpickle gives to a class that it pickles by value.
 
     https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/cloudpickle/cloudpickle.py: `_get_or_create_tracker_id`.
     """
@@ -341,20 +344,20 @@ def is_id_of_class(text: object) -> bool:
 
 
 def is_store_file(path: str) -> bool:
-    """Whether a path in a process' memory maps is a file of the object store, be it a fallback allocation.
+    """Whether a path in a process' memory maps is a file of the object store, also of a fallback allocation.
 
     https://github.com/ray-project/ray/blob/ray-2.60.0/src/ray/object_manager/plasma/dlmalloc.cc: `create_and_mmap_buffer`.
     """
     return "/plasma" in path
 
 
-# What Ray's processes are called: `PROCESS_TYPE_RAYLET`, and how every title of a process that runs user code starts.
+# Names of Ray's processes: `PROCESS_TYPE_RAYLET`, and the prefix of the title of each process that runs user code.
 # https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/_private/ray_constants.py
 RAYLET, WORKER_TITLE = "raylet", "ray::"
 
 
 def raylets() -> Iterator[psutil.Process]:
-    """The raylets of this node. First the one that started this process, as they do with workers."""
+    """Yield the raylets of this machine. The raylet that started this process comes first, if this process is a worker."""
     parent = psutil.Process().parent()
     if parent is not None and _name_of(parent) == RAYLET:
         yield parent
@@ -362,7 +365,7 @@ def raylets() -> Iterator[psutil.Process]:
 
 
 def workers_of(raylet: psutil.Process) -> Iterator[psutil.Process]:
-    """The processes in which a raylet runs user code."""
+    """Yield the processes in which a raylet runs user code."""
     try:
         children = raylet.children()
     except psutil.Error:  # it has ended
@@ -371,9 +374,9 @@ def workers_of(raylet: psutil.Process) -> Iterator[psutil.Process]:
 
 
 def own_raylet() -> psutil.Process | None:
-    """The raylet of the node that this process is connected to; None where it cannot be seen.
+    """Return the raylet of the node that this process is connected to; None if this process cannot see it.
 
-    Its command line names the socket of its store, and no other raylet of this machine has that.
+    Its command line contains the socket of its store. No other raylet of this machine has the same socket.
     https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/_private/services.py: `start_raylet`
     """
     option = f"--store_socket_name={store_socket()}"
@@ -381,7 +384,7 @@ def own_raylet() -> psutil.Process | None:
 
 
 def option_of(raylet: psutil.Process, option: str) -> str | None:
-    """What an option on a raylet's command line says, such as `plasma_directory`; None where it is not told.
+    """Return the value of an option on a raylet's command line, such as `plasma_directory`; None if it is missing.
 
     In the same file: `start_raylet`.
     """
@@ -390,7 +393,7 @@ def option_of(raylet: psutil.Process, option: str) -> str | None:
 
 
 def drivers_on(node_id: str) -> list[int]:
-    """Process ids of the drivers that are connected to a node of this cluster.
+    """Return the process ids of the drivers that are connected to a node of this cluster.
 
     https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/_private/state.py: `GlobalState.job_table`
     """
@@ -402,7 +405,7 @@ def drivers_on(node_id: str) -> list[int]:
 
 
 def has_process(actor: ray.actor.ActorHandle[Any]) -> bool:
-    """Whether an actor got the resources that it asks for, and with them a process.
+    """Whether an actor has received its resources, and so has a process.
 
     https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/_private/state.py: `GlobalState._gen_actor_info`
     """
@@ -413,10 +416,10 @@ def has_process(actor: ray.actor.ActorHandle[Any]) -> bool:
 def are_held(ids: Iterable[bytes]) -> list[bool]:
     """Whether this process has a reference to each of these objects, and the store of its node has the object.
 
-    https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/_raylet.pyx: `CoreWorker.object_exists`. What would tell of
-    objects without a reference, `get_if_local`, ends the process where one is missing.
+    https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/_raylet.pyx: `CoreWorker.object_exists`. The other
+    function, `get_if_local`, needs no reference, but ends the process if an object is missing.
     """
-    # Each counts while it lives. With `skip_adding_local_ref` it would be counted down at its end, and never up.
+    # Each ObjectRef counts while it lives. With `skip_adding_local_ref`, its end would lower the count, and nothing raises it.
     refs: list[ray.ObjectRef[Any]] = [ray.ObjectRef(key) for key in ids]
     return [bool(_worker.core_worker.object_exists(ref)) for ref in refs]
 

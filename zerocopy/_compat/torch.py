@@ -1,9 +1,11 @@
-"""What of torch does the package use that torch does not promise. Read in torch 2.13.0; a link says where.
+"""Which parts of torch does the package use that torch does not promise?
 
-`Module._parameters`, `_buffers`, `_modules` and `_non_persistent_buffers_set` have underscores too. They are used all over the
-package as they are: what torch documents for those who extend modules is built on these names, and so are many modules of others.
+They were read in the source of torch 2.13.0; links show where.
 
-What is asked of every tensor of a model is bound to torch's own function, so that no Python frame stands between.
+`Module._parameters`, `_buffers`, `_modules` and `_non_persistent_buffers_set` have underscores, too. The whole package uses them
+directly: the documented ways to extend modules are built on these names, and so are many modules of other packages.
+
+Functions that are called for every tensor of a model are torch's own functions, so that no Python frame is added.
 """
 
 from __future__ import annotations
@@ -19,63 +21,63 @@ from torch.export import ExportedProgram
 from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
-# How often a tensor was written to in place, as autograd counts: together with its views and detached twins, but not with what
-# `.data` gives. Inference tensors do not count: asked for it they raise. `THPVariable_get_version`:
+# How often a tensor was written to in place, as autograd counts it. The tensor shares the count with its views and detached
+# tensors, but not with the results of `.data`. Inference tensors have no count, and raise an error. `THPVariable_get_version`:
 # https://github.com/pytorch/pytorch/blob/v2.13.0/torch/csrc/autograd/python_variable.cpp
 version_of: Callable[[Any], int] = operator.attrgetter("_version")
 
-# The tensor that a view was made from, None for others. In the same file: `THPVariable_get_base`.
+# The tensor that a view was created from, None for a tensor that is not a view. In the same file: `THPVariable_get_base`.
 base_of: Callable[[torch.Tensor], torch.Tensor | None] = operator.attrgetter("_base")
 
-# Of a class, a tensor and `requires_grad` a leaf of that class over the same memory: not a view, but it counts versions together
-# with the tensor. In the same file: `THPVariable_make_subclass`.
+# Takes a class, a tensor and `requires_grad`, and returns a leaf of that class over the same memory. The leaf is not a view, but
+# shares the version counter of the tensor. In the same file: `THPVariable_make_subclass`.
 leaf_of_class: Callable[[Any, torch.Tensor, bool], Any] = torch.Tensor._make_subclass
 
-# A view that shows its memory negated, as the imaginary part of a conjugate does.
+# A view that shows the negated values of its memory, as the imaginary part of a conjugate does.
 # https://github.com/pytorch/pytorch/blob/v2.13.0/aten/src/ATen/native/native_functions.yaml: `_neg_view`
 negated_view: Callable[[torch.Tensor], torch.Tensor] = torch._neg_view
 
-# The layout of tensors in a format of MKLDNN's own, which have no storage.
+# The layout of tensors in MKLDNN's own format. They have no storage.
 # https://github.com/pytorch/pytorch/blob/v2.13.0/torch/csrc/utils/tensor_layouts.cpp
 MKLDNN: torch.layout = torch._mkldnn  # type: ignore[attr-defined]
 
-# Which storage a tensor has, as a number: no two that live have the same.
+# The number of a tensor's storage. No two storages that exist at the same time have the same number.
 # https://github.com/pytorch/pytorch/blob/v2.13.0/torch/csrc/jit/python/init.cpp
 storage_id: Callable[[torch.Tensor], int] = torch._C._storage_id  # type: ignore[attr-defined]
 
-# The same number, asked of a storage. https://github.com/pytorch/pytorch/blob/v2.13.0/torch/storage.py: `_cdata`
+# The same number, for a storage object. https://github.com/pytorch/pytorch/blob/v2.13.0/torch/storage.py: `_cdata`
 id_of_storage: Callable[[torch.UntypedStorage], int] = operator.attrgetter("_cdata")
 
-# How many tensors and storage objects refer to the storage of this number.
+# How many tensors and storage objects refer to the storage with this number.
 # https://github.com/pytorch/pytorch/blob/v2.13.0/torch/csrc/Module.cpp
 storage_use_count: Callable[[int], int] = torch._C._storage_Use_Count
 
 
-# How many references of C++ there are to a tensor: that of its Python object, of views, of the node that accumulates its
-# gradient, of arrays that share its memory by DLPack. `swap_tensors` asks for it:
+# How many C++ references to a tensor exist: from its Python object, from views, from the node that accumulates its gradient, and
+# from arrays that share its memory by DLPack. `swap_tensors` uses it:
 # https://github.com/pytorch/pytorch/blob/v2.13.0/torch/utils/__init__.py
 tensor_use_count: Callable[[torch.Tensor], int] = torch.Tensor._use_count  # type: ignore[attr-defined]
 
 
-# Within it, tensors of subclasses answer as plain ones do. Documented, but under a private name:
+# In this context, tensors of subclasses behave like plain tensors. Documented, but under a private name:
 # https://github.com/pytorch/pytorch/blob/v2.13.0/docs/source/notes/extending.rst
 as_plain_tensors: Any = torch._C.DisableTorchFunctionSubclass
 
 
 def hold_storage_ids(tensors: Iterable[torch.Tensor]) -> list[int]:
-    """Keep the numbers of these tensors' storages from being given to new ones, but not their memory, until each is let go of.
+    """Reserve the numbers of these tensors' storages: no new storage gets them until they are released. Memory is not kept.
 
     https://github.com/pytorch/pytorch/blob/v2.13.0/torch/csrc/StorageSharing.cpp: `THPStorage_weakRef`.
     """
     return [tensor.untyped_storage()._weak_ref() for tensor in tensors]  # type: ignore[misc]
 
 
-# Lets go of what `hold_storage_ids` gave. In the same file: `THPStorage_freeWeakRef`.
+# Releases a result of `hold_storage_ids`. In the same file: `THPStorage_freeWeakRef`.
 release_storage_id: Callable[[int], None] = torch.UntypedStorage._free_weak_ref
 
 
 def hooks_registered() -> int:
-    """A number that grows with every hook that is registered on a module in this process.
+    """Return a number that grows with every hook that is registered on a module in this process.
 
     https://github.com/pytorch/pytorch/blob/v2.13.0/torch/utils/hooks.py: `RemovableHandle.next_id`.
     """
@@ -83,7 +85,7 @@ def hooks_registered() -> int:
 
 
 def is_parametrized_class(cls: type) -> bool:
-    """Whether `cls` was made on the fly for one module with parametrizations, derived from the module's own class.
+    """Whether torch created `cls` for one module with parametrizations, as a subclass of the module's own class.
 
     https://github.com/pytorch/pytorch/blob/v2.13.0/torch/nn/utils/parametrize.py: `_inject_new_class`.
     """
@@ -95,7 +97,7 @@ def is_parametrized_class(cls: type) -> bool:
 
 
 def parametrize_again(module: nn.Module, names: Iterable[str]) -> None:
-    """Give a module that holds its parametrizations already the class that makes them work.
+    """Give a module the class that makes its parametrizations work. The module must already hold the parametrizations.
 
     In the same file: `_inject_new_class`, `_inject_property`.
     """
@@ -105,27 +107,27 @@ def parametrize_again(module: nn.Module, names: Iterable[str]) -> None:
 
 
 def rebuild_quantized(storage: torch.UntypedStorage, dtype: torch.dtype, *description: Any) -> torch.Tensor:
-    """A quantized tensor over `storage`, as torch unpickles one: offset, shape, stride, quantizer, `requires_grad`.
+    """Create a quantized tensor over `storage`, as torch unpickles it, from offset, shape, stride, quantizer, `requires_grad`.
 
-    https://github.com/pytorch/pytorch/blob/v2.13.0/torch/_utils.py: `_rebuild_qtensor`. It takes a typed storage only, and
-    making one warns without `_internal`.
+    https://github.com/pytorch/pytorch/blob/v2.13.0/torch/_utils.py: `_rebuild_qtensor`. It takes only a typed storage, and
+    creating a typed storage warns without `_internal`.
     """
     typed = torch.storage.TypedStorage(wrap_storage=storage, dtype=dtype, _internal=True)
     rebuild: Callable[..., torch.Tensor] = torch._utils._rebuild_qtensor
     return rebuild(typed, *description, OrderedDict())
 
 
-# Puts a nested tensor of the layout `strided` together. In the same file.
+# Rebuilds a nested tensor of the layout `strided`. In the same file.
 torch_rebuilds_nested: Callable[..., torch.Tensor] = torch._utils._rebuild_nested_tensor
 
 
 def rebuild_nested(content: torch.Tensor, *shapes: torch.Tensor) -> torch.Tensor:
-    """As torch does, on any device. The shapes are in main memory wherever the content is: else torch ends the process."""
+    """Rebuild a nested tensor on any device. The shapes are always moved to main memory: else torch ends the process."""
     return torch_rebuilds_nested(content, *(shape.cpu() for shape in shapes))
 
 
 def tensors_of_exported(program: ExportedProgram) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The dicts in which a program holds its state, and its constants: not copies of them.
+    """Return the dicts in which a program holds its state and its constants, not copies of them.
 
     https://github.com/pytorch/pytorch/blob/v2.13.0/torch/export/exported_program.py: `_state_dict`, `_constants`.
     """
@@ -133,12 +135,12 @@ def tensors_of_exported(program: ExportedProgram) -> tuple[dict[str, Any], dict[
 
 
 def set_tensors_of_exported(program: ExportedProgram, state: dict[str, Any], constants: dict[str, Any]) -> None:
-    """Let a program hold other dicts. A shallow copy of one that does so leaves the original as it is."""
+    """Give a program other dicts. If the program is a shallow copy, the original does not change."""
     program._state_dict, program._constants = state, constants
 
 
 def compiled_module(program: torch.jit.ScriptModule) -> Any:
-    """The module that TorchScript runs. It has `getattr`, `setattr` and `save_to_buffer`; a shallow copy shares the code.
+    """Return the module that TorchScript runs. It has `getattr`, `setattr` and `save_to_buffer`; a shallow copy shares the code.
 
     https://github.com/pytorch/pytorch/blob/v2.13.0/torch/jit/_script.py: `_c`;
     its methods: https://github.com/pytorch/pytorch/blob/v2.13.0/torch/csrc/jit/python/script_init.cpp
@@ -147,7 +149,7 @@ def compiled_module(program: torch.jit.ScriptModule) -> Any:
 
 
 def attribute_names(module: Any) -> list[str]:
-    """The names of a compiled module's attributes: parameters, buffers, tensors and others, but no submodules; sorted.
+    """Return the names of a compiled module's attributes: parameters, buffers, tensors and others, but no submodules; sorted.
 
     In the same `script_init.cpp`: `ConcreteModuleType`.
     """
@@ -156,12 +158,12 @@ def attribute_names(module: Any) -> list[str]:
 
 
 def submodules(module: Any) -> list[tuple[str, Any]]:
-    """The modules that a compiled module holds, by name. In the same `script_init.cpp`: `ModuleDict`."""
+    """Return the modules that a compiled module holds, by name. In the same `script_init.cpp`: `ModuleDict`."""
     return list(torch._C.ModuleDict(module).items())
 
 
 def constants_in_code(module: Any) -> Iterator[Any]:
-    """The constants that the code of a compiled module's own methods holds: tensors, lists of them, other objects with some.
+    """Yield the constants in the code of a compiled module's own methods: tensors, lists of tensors, objects that may hold some.
 
     https://github.com/pytorch/pytorch/blob/v2.13.0/torch/csrc/jit/python/python_ir.cpp: `findAllNodes`, `kindOf`.
     """

@@ -22,7 +22,7 @@ _NOTHING = attrs.NOTHING
 
 @attrs.frozen
 class Marker:
-    """What `shared()` or `copied()` leaves in a class body; `@pipeline` decides what it means."""
+    """The result of `shared()` or `copied()` in a class body. `@pipeline` interprets it."""
 
     policy: Policy
     device: str | None = None
@@ -85,8 +85,8 @@ def shared(
     The other options are those of `attrs.field` and need a class without an `__init__` of its own.
 
     Args:
-        device: the device that the field is loaded onto (`"cpu"`, `"cuda:0"`, `"auto"`). It wins over the device of `load`, of an
-            actor or of a task.
+        device: the device that the field is loaded onto (`"cpu"`, `"cuda:0"`, `"auto"`). It has priority over the device of
+            `load`, of an actor or of a task.
     """
     _check_default("shared", default, factory)
     return Marker("shared", device, default, factory, validator, converter, kw_only)
@@ -134,7 +134,7 @@ Copied: TypeAlias = Annotated[T, Marker("copied")]
 
 
 class _Unknown:
-    """Stands for a name that exists for type checkers only. Anything can be done with it in an annotation."""
+    """Stands for a name that only type checkers know. It supports every operation that an annotation may use."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -154,11 +154,11 @@ class _Unknown:
 
 
 class _LenientNames(dict[str, Any]):
-    """The names that an annotation sees. A missing one is `_Unknown`."""
+    """The names that an annotation can use. A missing name gives `_Unknown`."""
 
     @classmethod
     def of(cls, owner: type) -> Self:
-        """Those that an annotation in the body of a class sees."""
+        """The names that an annotation in the body of a class can use."""
         module = sys.modules.get(owner.__module__)
         return cls({**vars(builtins), **(vars(module) if module else {}), **vars(owner)})
 
@@ -167,12 +167,12 @@ class _LenientNames(dict[str, Any]):
 
 
 def _ours(name: str) -> Any:
-    """The policies by name. The text of an annotation cannot reach them where they were imported inside a function."""
+    """The policies by name. If they were imported inside a function, the text of an annotation cannot reach them."""
     return {"Shared": Shared, "Copied": Copied, "shared": shared, "copied": copied, "Annotated": Annotated}.get(name)
 
 
 def own_annotations(cls: type) -> Mapping[str, Any]:
-    """The annotations in the body of `cls`, as text where they are text."""
+    """The annotations in the body of `cls`. Annotations that are text stay text."""
     if sys.version_info >= (3, 14):
         import annotationlib
 
@@ -181,15 +181,15 @@ def own_annotations(cls: type) -> Mapping[str, Any]:
 
 
 def resolve_annotation(annotation: object, cls: type) -> Any:
-    """The object that an annotation stands for. A name that cannot be found does no harm to the others."""
+    """The object that an annotation stands for. A name that cannot be found does not affect the other names."""
     return resolve_names(annotation, _LenientNames.of(cls)) if isinstance(annotation, str) else annotation
 
 
 def resolve_names(annotation: str, names: Mapping[str, Any]) -> Any:
-    """The object that the text of an annotation stands for where these names are known."""
+    """The object that the text of an annotation stands for, given the known names."""
     try:
         return eval(annotation, {}, _LenientNames(names))
-    except Exception:  # an annotation may be any text, and one that is not Python declares no policy
+    except Exception:  # an annotation may be any text; text that is not Python declares no policy
         return _Unknown()
 
 
@@ -207,10 +207,10 @@ def _annotated_marker(annotation: object) -> Marker | None:
 
 
 def declared_markers(cls: type) -> dict[str, Marker]:
-    """The markers in the body of `cls` itself, by attribute name, in their order there.
+    """The markers in the body of `cls` itself, by attribute name, in the order of the body.
 
     Raises:
-        DeclarationError: two policies for one field, a policy on a property or a method, or one that was not called.
+        DeclarationError: a field has two policies, a property or a method has a policy, or a policy was not called.
     """
     names = list(dict.fromkeys([*own_annotations(cls), *vars(cls)]))
     return {name: marker for name in names if (marker := _marker_of(cls, name)) is not None}
@@ -250,7 +250,7 @@ def _marker_of(cls: type, name: str) -> Marker | None:
 
 
 def check_device_name(device: str | None, where: str) -> None:
-    """Check that `device` can be a device somewhere, before any worker is asked.
+    """Check that torch knows a device of this name, which may exist on another machine. No worker is asked.
 
     Raises:
         DeviceError: torch knows no such kind of device.

@@ -1,4 +1,4 @@
-"""What does `@pipeline` leave on a class? Its fields, an `__init__` where it has none, and one attribute of ours."""
+"""What does `@pipeline` add to a class? An `__init__` if the class has none, and one attribute, which records the fields."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ from zerocopy.errors import ArgumentError, DeclarationError
 
 C = TypeVar("C", bound=type)
 
-# Only through `__init_subclass__` does a class hear of its undecorated subclasses, in workers too. So the record of the
-# declaration is there, and a class carries a single attribute of ours.
+# Only `__init_subclass__` informs a class of its undecorated subclasses, in workers too. So the record of the declaration is
+# stored under this name, and zerocopy adds no other attribute to a class.
 FOOTPRINT = "__init_subclass__"
 
 _register: Callable[[type], None]
@@ -76,7 +76,7 @@ def is_pipeline_class(cls: type) -> bool:
 
 
 def is_same_class(one: type, other: type) -> bool:
-    """Whether two classes come from the same source: a class was defined again (a cell of a notebook), or pickled by value."""
+    """Whether two classes come from the same source: one may be defined again (a notebook cell), or pickled by value."""
     return one is other or (one.__module__, one.__qualname__) == (other.__module__, other.__qualname__)
 
 
@@ -194,7 +194,7 @@ def _register_with_subclasses(cls: type) -> None:
 
 
 def class_with_own_init(cls: type) -> type | None:
-    """The class whose hand-written `__init__` makes instances of `cls`, or None where attrs may write one."""
+    """The class whose hand-written `__init__` initializes instances of `cls`; None if attrs may generate an `__init__`."""
     inits = ((base, vars(base)["__init__"]) for base in cls.__mro__ if "__init__" in vars(base))
     owner = next(base for base, init in inits if not is_init_of_protocol(init))
     if owner in (object, nn.Module):
@@ -258,7 +258,7 @@ def _generate_init(cls: type, markers: Mapping[str, Marker], defaults: Mapping[s
 
 
 def _with_fields_named(init: Callable[..., None], cls: type) -> Callable[..., None]:
-    """`init`, with an error that names fields if a call does not fit."""
+    """Wraps `init`, so that the error for a call with wrong arguments names the fields."""
 
     @functools.wraps(init)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -266,7 +266,7 @@ def _with_fields_named(init: Callable[..., None], cls: type) -> Callable[..., No
             init(self, *args, **kwargs)
         except TypeError:
             problem = _misfit(inspect.signature(init), cls, (self, *args), kwargs)
-            if problem is None:  # it comes from a converter, a validator, or a class of the user's
+            if problem is None:  # the error comes from a converter, a validator, or a class of the user
                 raise
             raise problem from None
 
@@ -311,7 +311,7 @@ def _first_mandatory_after_default(cls: type, these: Mapping[str, Any]) -> str:
 
 
 def describe(obj: object) -> str:
-    """What `obj` is, for errors: `function 'answer'`, `class 'Search'`."""
+    """Describes `obj` in errors: `function 'answer'`, `class 'Search'`."""
     if isinstance(obj, type):
         return f"class {obj.__name__!r}"
     kind = "function" if inspect.isfunction(obj) else type(obj).__name__

@@ -13,10 +13,10 @@ CPU = torch.device("cpu")
 
 
 def resolve(device: str | torch.device | None) -> torch.device:
-    """The device that `device` means in this process: None is the CPU, `"auto"` the GPU that Ray assigned, else the CPU.
+    """The device that `device` means in this process. None means the CPU; `"auto"` the GPU that Ray assigned, else the CPU.
 
     Raises:
-        DeviceError: there is no such device.
+        DeviceError: the device does not exist.
     """
     if device is None:
         return CPU
@@ -26,7 +26,7 @@ def resolve(device: str | torch.device | None) -> torch.device:
     try:
         if torch.device(device).type == "meta":
             raise RuntimeError("it holds no data")
-        return torch.empty(0, device=device).device  # under its full name: "cuda" and "cuda:0" may be one
+        return torch.empty(0, device=device).device  # with its full name: "cuda" and "cuda:0" may be the same device
     except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
         raise DeviceError(
@@ -37,8 +37,8 @@ def resolve(device: str | torch.device | None) -> torch.device:
 
 
 def _check_known(device: Any) -> None:
-    """Refuse what is a device nowhere, such as the name of a field."""
-    if isinstance(device, int):  # torch asks for an accelerator at once
+    """Refuse a name that is not a device on any machine, such as the name of a field."""
+    if isinstance(device, int):  # for an int, torch looks for an accelerator at once
         return
     try:
         torch.device(device)

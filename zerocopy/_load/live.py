@@ -1,4 +1,4 @@
-"""Which live pipelines of this process are known: where were they loaded from, and as what are they published?"""
+"""Which live pipelines does this process know, where were they loaded from, and with which weights are they published?"""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ class Tag(Protocol):
         """The number of the version, once it is known."""
 
     def publication(self, manifest: ray.ObjectRef[Any], outer: Any, *description: Any, **kwargs: Any) -> Any:
-        """A handle to them, given the reference to the manifest. See `Publication`."""
+        """A handle to the weights, given the reference to the manifest. See `Publication`."""
 
     def find(self) -> ray.ObjectRef[Any] | None:
-        """The reference to their manifest; None if they are gone."""
+        """The reference to the manifest of the weights; None if they are gone."""
 
 
 class Origin:
     """Where a loaded pipeline came from. The reference keeps the weights in the store.
 
     Attributes:
-        session: of the reference.
-        tag: what `_cluster` knows the weights by, if they have a name.
-        target: the device that it was loaded on, where its fields declare none.
+        session: the connection to Ray that the reference belongs to.
+        tag: identifies the weights for `_cluster`, if they have a name.
+        target: the device of the fields that declare no device.
         fields: the attributes that were loaded, None for all.
     """
 
@@ -72,12 +72,12 @@ class Origin:
 
 @attrs.define(eq=False)
 class Entry:
-    """What is known of one live pipeline.
+    """What this process knows about one live pipeline.
 
     Attributes:
         anchors: weak references to the objects that identify it.
         origin: where it was loaded from, if it was loaded.
-        published: as what it is published, if it is. Kept for `_publish`, which alone looks into it.
+        published: its published weights, if it is published. Only `_publish` reads them.
     """
 
     anchors: tuple[Callable[[], Any], ...]
@@ -90,11 +90,11 @@ _entries: dict[_Key, Entry] = {}
 
 
 def entry_of(pipeline: Any, variant: tuple[str, ...] = ()) -> Entry:
-    """What is known of `pipeline`, published in the way `variant`."""
+    """The entry of `pipeline`, published in the way `variant`. It is created if it does not exist."""
     anchors, key = _anchored(pipeline, variant)
     entry = _entries.get(key)
     if entry is None or any(anchor() is None for anchor in entry.anchors):
-        if not all(type(anchor).__weakrefoffset__ for anchor in anchors):  # it is not remembered
+        if not all(type(anchor).__weakrefoffset__ for anchor in anchors):  # it cannot be remembered
             return Entry(())
         entry = _entries[key] = Entry(tuple(weakref.ref(anchor, lambda ref: _remove(key, ref)) for anchor in anchors))
     return entry
@@ -103,14 +103,15 @@ def entry_of(pipeline: Any, variant: tuple[str, ...] = ()) -> Entry:
 def _anchored(pipeline: Any, variant: tuple[str, ...] = ()) -> tuple[list[Any], _Key]:
     """The objects that identify a pipeline, and the key of its entry: their ids, and how the pipeline holds them.
 
-    A pipeline of a declared class and a model identify themselves. Any other object is identified by the nearest modules in it
-    and by their places: it may have been made for one call, or be a dict, which cannot have weak references.
+    A model, and a pipeline of a declared class, are identified by themselves. Any other object is identified by the nearest
+    modules in it and by their places: the object may have been created for one call, or be a dict, which does not support weak
+    references.
     """
     cls = type(pipeline)
     if is_pipeline_class(cls) or paths.is_module(pipeline):
         return [pipeline], ((id(pipeline),), variant)
     held: list[tuple[object, Any]] = list(models_in(pipeline))
-    if not held:  # it is deep inside
+    if not held:  # the model is deeper inside
         held = list(itertools.islice((found for found in paths.walk(pipeline, "") if paths.is_module(found[1])), 1))
     anchors = [model for _, model in held] or [pipeline]
     return anchors, (
@@ -120,7 +121,7 @@ def _anchored(pipeline: Any, variant: tuple[str, ...] = ()) -> tuple[list[Any], 
 
 
 def _place(steps: Any) -> str:
-    """The place of a model, in words that do not call code of a user's objects."""
+    """The place of a model, as text. Calls no code of the user's objects."""
     return "".join(f"{form}{key if type(key) in (str, int) else type(key).__qualname__}" for form, key in steps)
 
 
@@ -136,12 +137,12 @@ def entries() -> Iterable[Entry]:
 
 
 def note_load(pipeline: Any, origin: Origin) -> None:
-    """Remember where a pipeline was loaded from, as long as it lives."""
+    """Remember where a pipeline was loaded from, as long as the pipeline lives."""
     entry_of(pipeline).origin = origin
 
 
 def forget(pipeline: Any) -> None:
-    """Drop what is known of a live pipeline, and with it the references to its weights."""
+    """Forget a live pipeline, and drop the references to its weights."""
     _entries.pop(_anchored(pipeline)[1], None)
 
 

@@ -1,4 +1,4 @@
-"""How does a publication become a live pipeline? Tensors are rebuilt over the store, and skeletons are grafted around them."""
+"""How does a publication become a live pipeline? Tensors become views of the store, and skeletons are rebuilt around them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from zerocopy.errors import DeviceError
 
 @attrs.frozen(eq=False)
 class SharedPart:
-    """What several loads of one publication can use: its shared tensors by index, its roots, and their memory."""
+    """What several loads of one publication can share: the shared tensors by index, the roots, and their memory."""
 
     tensors: Mapping[int, Any]
     roots: Sequence[Any]
@@ -35,7 +35,7 @@ def load(
     """A live pipeline, and the memory that its shared tensors are views of.
 
     Args:
-        target: the device of the tensors whose field declares none.
+        target: the device of the tensors whose field declares no device.
         fields: attributes to load, None for all.
 
     Raises:
@@ -50,7 +50,7 @@ def load(
 def _load_needed(
     manifest: Manifest, outer: Outer, target: torch.device, fields: Sequence[str] | None, *, require_isolation: bool
 ) -> tuple[Any, StoredMemory]:
-    """As `load`, but only what is needed. Other fields hold stand-ins until they are taken away."""
+    """Like `load`, but loads only the tensors that are needed. Other fields hold stand-ins until they are removed."""
     specs = (*manifest.specs, *outer.specs)
     needed = _needed(manifest, outer, specs, fields)
     storages = list(dict.fromkeys(specs[index].storage for index in needed))
@@ -68,7 +68,7 @@ def _load_needed(
 
 
 def shards_of(manifest: Manifest, outer: Outer, fields: Sequence[str] | None) -> list[ray.ObjectRef[Any]]:
-    """The objects that a load reads: the one that has the manifest, and its shards.
+    """The store objects that a load reads: the object with the manifest, and its shards.
 
     Args:
         fields: as `load`.
@@ -86,7 +86,7 @@ def _needed(
 ) -> Sequence[int]:
     """Indices of the tensors to load."""
     referenced: Sequence[int] = range(len(specs))
-    if not outer.has_roots():  # entangled or passed on: it may refer to some of the published tensors only
+    if not outer.has_roots():  # entangled or passed on: the skeleton may refer to only some of the published tensors
         referenced = sorted({external for external in outer.skeleton.externals if type(external) is int})
     if fields is None:
         return referenced
@@ -96,12 +96,12 @@ def _needed(
 
 
 def is_separable(manifest: Manifest, outer: Outer) -> bool:
-    """Whether the shared part can be loaded by itself: not if the pipeline is entangled, or copies a view of shared memory."""
+    """Whether the shared part can be loaded separately: not if the pipeline is entangled, or copies a view of shared memory."""
     return outer.has_roots() and all(spec.storage >= len(manifest.location_rows) for spec in outer.specs)
 
 
 def load_shared(manifest: Manifest, target: torch.device, *, require_isolation: bool) -> SharedPart:
-    """Load what is shared.
+    """Load the shared part.
 
     Raises:
         As `load`.
@@ -115,7 +115,7 @@ def load_shared(manifest: Manifest, target: torch.device, *, require_isolation: 
 
 
 def join(manifest: Manifest, outer: Outer, shared: SharedPart, target: torch.device) -> Any:
-    """The pipeline around what is shared, with fresh copies of the rest."""
+    """Build the pipeline around the shared part, with fresh copies of the rest."""
     tensors: Any = shared.tensors
     if outer.specs:
         regions = _private_regions(manifest, outer)
@@ -125,7 +125,7 @@ def join(manifest: Manifest, outer: Outer, shared: SharedPart, target: torch.dev
 
 
 def _join_all(manifest: Manifest, outer: Outer, tensors: Sequence[Any]) -> Any:
-    """The pipeline around tensors that are given by index: the shared ones, then those of the outer skeleton."""
+    """Build the pipeline around tensors, given in the order of their indices: first the shared ones, then those of `outer`."""
     roots = graft_skeleton(manifest.skeleton, tensors, ()) if outer.has_roots() else ()
     return _in_eval_mode(graft_skeleton(outer.skeleton, tensors, roots))
 
@@ -139,7 +139,7 @@ def _private_regions(manifest: Manifest, outer: Outer) -> dict[int, Region]:
 def _devices_of(
     rows: Iterable[tuple[Any, ...]], declared: Mapping[int, Sequence[str | None]], target: torch.device
 ) -> dict[int, torch.device]:
-    """The devices of the storages that tensors have elsewhere than in main memory, given the row of each tensor."""
+    """The devices of the storages that are not for main memory, given the row of each tensor."""
     if not declared and target == devices.CPU:
         return {}
     storages = {storage for kind, storage, *_ in rows if kind != ARRAY}
@@ -148,12 +148,12 @@ def _devices_of(
 
 
 def _only_uploaded(by_storage: Mapping[int, torch.device], rows: Iterable[tuple[Any, ...]]) -> set[int]:
-    """The storages that no array is a view of: arrays stay in main memory, where they can be written to."""
+    """Storages in `by_storage` that no array is a view of. Arrays stay in main memory, where they can be written to."""
     return set(by_storage) - {storage for kind, storage, *_ in rows if kind == ARRAY} if by_storage else set()
 
 
 def _one_device(declared: Sequence[str | None], target: torch.device) -> torch.device:
-    """The device of a storage whose fields declare `declared`, None for those that follow the load."""
+    """The device of a storage, given the devices that its fields declare. None stands for the device of the load."""
     wanted = {target if name is None else devices.resolve(name) for name in declared} or {target}
     if len(wanted) > 1:
         names = " and ".join(sorted(map(str, wanted)))
@@ -165,7 +165,7 @@ def _one_device(declared: Sequence[str | None], target: torch.device) -> torch.d
 
 
 def _in_eval_mode(objects: Sequence[Any]) -> Any:
-    """The pipeline, after the modules that come beside it were put into eval mode."""
+    """Put the modules in the lists after the pipeline into eval mode, and return the pipeline."""
     pipeline, *to_eval = objects
     for module in itertools.chain(*to_eval):
         module.eval()

@@ -1,4 +1,4 @@
-"""What does a publication know of the nodes of its cluster: who has the weights, and who shall have them?"""
+"""Which nodes of the cluster have the weights of a publication, and which nodes should get them?"""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class OnNodes:
     """The methods of a publication that concern nodes."""
 
     kind: str
-    _holders: OwnHolders | None  # of what was prefetched
+    _holders: OwnHolders | None  # of the prefetched weights
 
     def nodes(self) -> NodeCopies:
         """Return how much of the weights each running node has in its store, as a table and by node id.
@@ -76,7 +76,7 @@ class OnNodes:
         return shards_of(*self._described(), names)
 
     def _now(self, call: Callable[[Any], R]) -> R:
-        """What a call gives for the weights that the handle refers to now."""
+        """The result of `call` for the weights that the handle refers to now."""
         return call(self)
 
     def _described(self) -> tuple[Manifest, Outer]:

@@ -1,4 +1,4 @@
-"""What is a pipeline with some of its attributes only, and how does it say why the others are missing?"""
+"""How does a pipeline with only some of its attributes work, and how does it explain why the others are missing?"""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from zerocopy._store.tensors import is_tensor_or_array
 from zerocopy._words import nearest
 from zerocopy.errors import ArgumentError
 
-_lock = threading.RLock()  # reentrant: the collector may end an instance in a thread that holds the lock
+_lock = threading.RLock()  # reentrant: the garbage collector may finalize an instance in a thread that holds the lock
 
 
 class NotLoaded:
-    """Stands on a class for an attribute that some instances were loaded without, as long as one of them lives.
+    """Stands in for an attribute on a class, as long as there are instances that were loaded without it.
 
-    An attribute of the instance wins.
+    If an instance has the attribute, the instance's attribute is used.
 
     Attributes:
-        fields: what these instances were loaded with, by their id.
+        fields: the fields that these instances were loaded with, by id of the instance.
     """
 
     def __init__(self, name: str) -> None:
@@ -42,14 +42,14 @@ class NotLoaded:
         raise AttributeError(text, name=self.name, obj=instance)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return NotLoaded, (self.name,)  # a class that is pickled by value takes it along, without the instances
+        return NotLoaded, (self.name,)  # a class that is pickled by value includes it, without the instances
 
 
 def names_of(names: Iterable[str], argument: str = "fields") -> tuple[str, ...]:
     """The names in an argument of a call, each once.
 
     Raises:
-        ArgumentError: it is a string, or not a list of names.
+        ArgumentError: the argument is a string, or not a list of names.
     """
     if isinstance(names, str):
         raise ArgumentError(f"{argument}={names!r} is a string.", hint=f"write {argument}=[{names!r}].")
@@ -77,7 +77,7 @@ def values_of(pipeline: Any, fields: Sequence[str]) -> list[Any]:
 
 
 def keep_only(pipeline: Any, fields: Sequence[str]) -> None:
-    """Take every attribute but `fields` away from `pipeline`, and let its class say so while `pipeline` lives."""
+    """Remove every attribute except `fields` from `pipeline`. While it lives, its class explains why they are missing."""
     cls = type(pipeline)
     missing = [name for name in paths.attributes_of(pipeline) if name not in fields]
     for members in paths.member_dicts(pipeline):
@@ -106,16 +106,16 @@ def _forget(cls: type, names: Sequence[str], instance_id: int) -> None:
         for name in names:
             stand_in = vars(cls).get(name)
             if not isinstance(stand_in, NotLoaded):
-                continue  # the user has put something else there
+                continue  # the user has replaced the stand-in
             stand_in.fields.pop(instance_id, None)
             if not stand_in.fields:
                 delattr(cls, name)
 
 
 def reach(values: Sequence[Any], tensors: Sequence[Any]) -> set[int]:
-    """Positions in `tensors` of those that can be reached from `values`."""
+    """Positions of the tensors in `tensors` that can be reached from `values`."""
     by_id = {id(tensor): position for position, tensor in enumerate(tensors)}
-    # Programs hold other tensors over the same memory.
+    # Programs hold other tensor objects over the same memory.
     by_memory = {storage_of(tensor).key: position for position, tensor in enumerate(tensors)}
     stripped = strip(list(values), zone=Zone.SHARED, split=Split.NOWHERE)
     reached = [obj for obj in stripped.externals if is_tensor_or_array(obj)]

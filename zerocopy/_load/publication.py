@@ -28,12 +28,12 @@ from zerocopy._store.read import manifest_of
 from zerocopy._tables import as_html, format_bytes
 from zerocopy.errors import NotExposedError, PublicationClosedError, PublicationLostError
 
-MOST_PACKED = 16 << 10  # bytes: larger ones are not worth a place in a cache
+MOST_PACKED = 16 << 10  # bytes: larger outer skeletons are not cached
 MOST_REMEMBERED = 256  # loads
 
 
 class Lease(Protocol):
-    """Shared by all handles of one pipeline in the process that published it: see `_publish.publish`."""
+    """All handles of one pipeline share it in the process that published the pipeline: see `_publish.publish`."""
 
     def close(self, reference: ray.ObjectRef[Any]) -> None:
         """One of the handles to these weights was closed."""
@@ -44,8 +44,8 @@ class Open:
     """A handle that can be used as long as its connection to Ray lasts.
 
     Attributes:
-        reference: to the manifest.
-        outer: the outer skeleton; None for the one that lies in the manifest.
+        reference: the reference to the manifest.
+        outer: the outer skeleton; None if it is in the manifest.
     """
 
     reference: ray.ObjectRef[Any]
@@ -55,7 +55,7 @@ class Open:
 
 @attrs.frozen
 class Sealed:
-    """A handle that plain pickle brought. Its content was written by Ray's pickle, and is opened at the first use."""
+    """A handle that arrived by plain pickle. Ray's pickle wrote its content, which is read at the first use."""
 
     cluster: str
     content: bytes
@@ -167,7 +167,7 @@ class Publication(OnNodes, Handle):
         events.loaded(manifest.shard(BESIDE).binary(), about, manifest.used_bytes, memory, seconds)
 
     def about(self, outer: Outer) -> About:
-        """What it is called, and how large it is."""
+        """The name, version, class and sizes of this publication."""
         tag = self._tag()
         name, number = ("", None) if tag is None else (tag.name, tag.number)
         return About(name, number, self.kind, self.shared_bytes, outer.nbytes)
@@ -180,7 +180,7 @@ class Publication(OnNodes, Handle):
         target: torch.device,
         fields: Sequence[str] | None = None,
     ) -> None:
-        """Remember how a pipeline was loaded from this publication. `memory` is what its tensors are views of."""
+        """Remember how a pipeline was loaded from this publication. Its tensors are views of `memory`."""
         origin = live.Origin(manifest.shard(BESIDE), self.shared_bytes, memory, self._tag(), target, fields)
         live.note_load(pipeline, origin)
 
@@ -212,19 +212,19 @@ class Publication(OnNodes, Handle):
         if pipeline is None:
             loaded = self.load(target)
             try:
-                with _current_lock:  # another thread may have loaded it meanwhile: all get one object
+                with _current_lock:  # another thread may have loaded it in the meantime: all get one object
                     pipeline = _current.setdefault(key, loaded)
-            except TypeError:  # a module that is a tuple, say, cannot be referred to weakly
+            except TypeError:  # not every object supports weak references: a module that is a tuple does not
                 pipeline = loaded
         return pipeline
 
     def content(self) -> Open:
-        """What the handle refers to.
+        """The state of an open handle.
 
         Raises:
             PublicationClosedError: the publication was closed.
-            PublicationLostError: the connection to the cluster that it belongs to has ended, or it is another one.
-            ZeroCopyError: plain pickle brought it here, where Ray is not running.
+            PublicationLostError: the connection to its cluster has ended, or this process is connected to another cluster.
+            ZeroCopyError: it arrived by plain pickle, and Ray is not running in this process.
         """
         if isinstance(self._state, Sealed):
             object_store.check_running(f"This publication of {self.kind}")
@@ -275,7 +275,7 @@ class Publication(OnNodes, Handle):
         """A separate handle for one call. If the publication has a name, it is a handle of the newest version."""
         return self.__copy__()
 
-    if not TYPE_CHECKING:  # for type checkers it would have any attribute
+    if not TYPE_CHECKING:  # else type checkers would accept any attribute
 
         def __getattr__(self, name: str) -> NoReturn:
             if name.startswith("_"):
@@ -297,7 +297,7 @@ class Publication(OnNodes, Handle):
         return as_html((*headers, "class", "shared"), [(*row, self.kind, shared)], right=["shared"])
 
     def _told(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """More columns of the table in a notebook."""
+        """Additional columns of the table in a notebook."""
         return (), ()
 
     def check_agreement(self) -> None:
@@ -312,7 +312,9 @@ class Publication(OnNodes, Handle):
         return self.kind, self.shared_bytes, self.requires_isolation, self._versions
 
     def packed(self) -> bytes | None:
-        """Everything except the reference, pickled, to save work of Ray's slower pickle. None if only Ray's pickle can do it.
+        """Everything except the reference, pickled by plain pickle, which is faster than Ray's.
+
+        None if only Ray's pickle can write it, or if it is too large for a cache.
 
         Raises:
             As `load`, if the publication is closed or lost.
@@ -320,11 +322,11 @@ class Publication(OnNodes, Handle):
         outer = self.content().outer
         if outer is not None and not _is_small(outer):
             return None
-        cls: Any = type(self)  # mypy takes it for a class without a hash
+        cls: Any = type(self)  # for mypy, the class has no hash
         return _pack(cls, outer, *self._description())
 
     def reduce(self) -> tuple[Any, ...]:
-        """How Ray's pickle takes it apart, so that Ray counts the reference.
+        """Reduce the handle for Ray's pickle, so that Ray counts the reference.
 
         Raises:
             As `load`, if the publication is closed or lost.
@@ -336,7 +338,7 @@ class Publication(OnNodes, Handle):
         return unpacked, (content.reference, packed)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """For plain pickle, which does not know references and their owners: Ray's pickle writes them into a sealed handle."""
+        """For plain pickle, which cannot handle references and their owners: Ray's pickle writes them into a sealed handle."""
         state = self._state if isinstance(self._state, Sealed) else self._sealed()
         return type(self), (state, *self._description())
 
@@ -345,11 +347,11 @@ class Publication(OnNodes, Handle):
         return self
 
     def travels_by_name(self) -> bool:
-        """Whether it is pickled without object references here."""
+        """Whether it would be pickled without object references now."""
         return False
 
     def check_out_of_band(self) -> None:
-        """Refuse to be pickled where the reference would be useless.
+        """Refuse to be pickled where the reference would be useless to the receiver.
 
         Raises:
             OutOfBandError: see `object_store.check_out_of_band`.
@@ -373,7 +375,7 @@ class Publication(OnNodes, Handle):
 
 
 def _is_small(outer: Outer) -> bool:
-    """Whether plain pickle can write it, and it is small enough for a cache."""
+    """Whether plain pickle can write the outer skeleton, and it is small enough for a cache."""
     plain = all(type(obj) in (int, Root, type(None)) for obj in outer.skeleton.externals)
     return plain and outer.nbytes <= MOST_PACKED
 
@@ -381,7 +383,7 @@ def _is_small(outer: Outer) -> bool:
 _current: weakref.WeakValueDictionary[tuple[bytes, torch.device, bool], Any] = weakref.WeakValueDictionary()
 _current_lock = threading.Lock()
 
-_loaded: dict[bytes, None] = {}  # manifests, oldest first
+_loaded: dict[bytes, None] = {}  # ids of manifests, oldest first
 
 
 def _is_first_load(reference: ray.ObjectRef[Any]) -> bool:
@@ -407,7 +409,7 @@ def _unpack(packed: bytes) -> tuple[Any, ...]:
 
 
 def unpacked(reference: ray.ObjectRef[Any], packed: bytes) -> Publication:
-    """The handle that `packed` gave, and its reference."""
+    """The handle, rebuilt from its reference and the result of `packed`."""
     return rebuilt(reference, *_unpack(packed))
 
 

@@ -1,9 +1,9 @@
-"""What keeps weights on a node? An actor there that has their objects open, as long as somebody wants them.
+"""What keeps weights on a node? An actor on the node, which holds buffers of their objects until they are released.
 
-Ray evicts copies that came from another node as soon as no process of the node uses them. The actor also maps the pages, so that
-they count as shared: a process that maps them alone is charged for all of them by Ray's memory monitor.
+Without it, Ray may evict copies that came from another node as soon as no process of this node uses them. The actor also maps the
+pages, so that they count as shared: if only one process mapped them, Ray's memory monitor would count all of them for it.
 
-This file travels to the actors by value. So they need not import torch.
+This file is pickled by value for the actors. So they need not import torch.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from zerocopy._compat.owners import buffers_of_objects
 
-PAGE = 4096  # bytes, or a part of a page
-AT_ONE_TIME = 64  # objects
+PAGE = 4096  # bytes: the size of a page, or a part of it
+AT_ONE_TIME = 64  # calls of an actor
 
 Ref: TypeAlias = Any  # an object reference
 
 
 class Holder:
-    """The actor. Others of its calls run while it waits for objects."""
+    """The actor. While one call waits for objects, other calls run."""
 
     def __init__(self) -> None:
         self._held: dict[Hashable, dict[bytes, Any]] = {}
@@ -37,18 +37,18 @@ class Holder:
             bytes(memoryview(buffer)[::PAGE])  # maps the pages
 
     def release(self, key: Hashable) -> None:
-        """Let go of what is kept for `key`."""
+        """Release the objects that are kept for `key`."""
         self._held.pop(key, None)
 
 
 class Holders:
-    """One actor for each node, made when it is first needed. They end with the process that has made them."""
+    """One actor per node, created when it is first needed. The actors end with the process that created them."""
 
     def __init__(self) -> None:
         self._actors: dict[str, Any] = {}
 
     def on(self, node: str) -> Any:
-        """The actor of a node."""
+        """Return the actor of a node."""
         if node not in self._actors:
             on_node = NodeAffinitySchedulingStrategy(node, soft=False)
             remote: Any = ray.remote(Holder)
@@ -58,10 +58,10 @@ class Holders:
         return self._actors[node]
 
     def release(self, key: Hashable) -> None:
-        """Let all nodes go of what they keep for `key`."""
+        """Let all nodes release the objects that they keep for `key`."""
         for actor in self._actors.values():
             actor.release.remote(key)
 
     def forget(self, actor: Any) -> None:
-        """It has ended: make another one when one is needed."""
+        """Forget an actor that has ended. Another one is created when it is needed."""
         self._actors = {node: other for node, other in self._actors.items() if other is not actor}

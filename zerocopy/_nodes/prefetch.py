@@ -1,4 +1,4 @@
-"""How are weights brought to nodes before anybody loads them there? Each node pulls them once, and a holder keeps them."""
+"""How are weights copied to nodes before a process loads them there? Each node pulls them once, and a holder keeps them."""
 
 from __future__ import annotations
 
@@ -23,26 +23,27 @@ from zerocopy._store.lost import raise_if_lost
 from zerocopy._words import check_seconds
 from zerocopy.errors import ArgumentError, PrefetchError, StoreTooSmallError
 
-# When nothing has come for so long, a node that pulls may not answer: others need not wait for it.
-PATIENCE_SECONDS, PATIENCE_RATE = 3.0, 100e6  # and so many bytes of all in a second
+# If nothing arrives during this time, a node that pulls may have failed, and other nodes stop waiting for it. The time is a
+# number of seconds, plus the time for all bytes at a rate in bytes per second.
+PATIENCE_SECONDS, PATIENCE_RATE = 3.0, 100e6
 
-CALLS = 4  # of one node alone, for all objects
+CALLS = 4  # for all objects, if there is only one node
 
 Wanted: TypeAlias = Literal["all"] | int | Iterable[str]
 
 
 class Keeper(Protocol):
-    """Whose holders keep objects on nodes."""
+    """Keeps objects on nodes, by means of holders."""
 
     def hold(self, node: str, refs: Sequence[ray.ObjectRef[Any]]) -> ray.ObjectRef[Any]:
         """Let a node hold objects."""
 
     def outcome(self, reply: ray.ObjectRef[Any]) -> Exception | None:
-        """What went wrong, when it has answered."""
+        """Return the error of a call of `hold` that has answered, or None."""
 
 
 class OwnHolders:
-    """Holders of this process. They end with it, or when nothing refers to this object."""
+    """Holders that this process owns. They end with the process, or when nothing refers to this object."""
 
     def __init__(self) -> None:
         self._holders = Holders()
@@ -52,7 +53,9 @@ class OwnHolders:
     def hold(self, node: str, refs: Sequence[ray.ObjectRef[Any]]) -> ray.ObjectRef[Any]:
         with pickled_by_value((holder, owners)):
             actor = self._holders.on(node)
-        reply: ray.ObjectRef[Any] = actor.hold.remote(self._key, list(refs))  # in a list, or Ray would fetch them here
+        reply: ray.ObjectRef[Any] = actor.hold.remote(
+            self._key, list(refs)
+        )  # in a list: else Ray would pass the objects
         self._asked[reply] = actor
         return reply
 
@@ -76,7 +79,7 @@ def prefetch(
     progress: bool,
     what: str,
 ) -> NodeCopies:
-    """Bring objects to nodes; see `Publication.prefetch`."""
+    """Copy objects to nodes; see `Publication.prefetch`."""
     if timeout is not None:
         check_seconds(timeout)
     located = object_store.locations(refs)
@@ -105,7 +108,7 @@ def prefetch(
 
 
 def _chosen(wanted: Wanted, known: dict[str, Node], located: Sequence[Location]) -> list[Node]:
-    """The nodes that are asked for. Of a number of nodes, those that have most of it already."""
+    """Return the nodes to copy to. If a number is wanted, choose the nodes that already have the most bytes."""
     workers = [node for node in known.values() if node.runs_tasks]
     if wanted == "all":
         return workers
@@ -135,7 +138,7 @@ class _Fetching:
 
     Attributes:
         there: bytes that each node has.
-        failed: why a node has not all, by its id.
+        failed: the reason why a node does not have all objects, by node id.
     """
 
     def __init__(
@@ -147,7 +150,7 @@ class _Fetching:
         self._pending: dict[ray.ObjectRef[Any], tuple[str, list[int]]] = {}
         self.there = {node.id: 0 for node in nodes}
         self.failed: dict[str, str] = {}
-        self._again: set[tuple[Any, ...]] = set()  # nodes and positions that were asked for twice: a holder had ended
+        self._again: set[tuple[Any, ...]] = set()  # nodes and positions of repeated calls: a holder had ended
 
     def run(self, timeout: float | None, description: str, *, shown: bool) -> None:
         """Fetch everything."""
@@ -178,7 +181,7 @@ class _Fetching:
         self._pending[reply] = node, positions
 
     def _grouped(self, started: Iterable[tuple[str, int]]) -> Iterable[tuple[str, list[int]]]:
-        """Each object by itself, so that others can pull it as soon as it is there. One node alone asks for many at a time."""
+        """Group objects into calls: one per call, so that other nodes can pull it soon; many per call if there is one node."""
         if len(self.there) > 1:
             return [(node, [position]) for node, position in started]
         pairs = list(started)
@@ -189,7 +192,7 @@ class _Fetching:
         node, positions = self._pending.pop(reply)
         error = self._keeper.outcome(reply)
         if isinstance(error, ray.exceptions.ActorDiedError) and (node, *positions) not in self._again:
-            self._again.add((node, *positions))  # the node may be well: its next holder tells
+            self._again.add((node, *positions))  # the node may work: its next holder will show
             self._ask(node, positions)
             return
         if error is None:

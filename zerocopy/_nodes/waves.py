@@ -1,7 +1,7 @@
-"""Which node fetches which object next, when many nodes want the same ones?
+"""Which node fetches which object next, when many nodes want the same objects?
 
-If all asked at one moment, all would pull from the few copies that there are then. Here as many pull an object as it has copies;
-the others follow when there are more. Nodes begin with different objects, so that they can give them to each other.
+If all nodes started at once, all would pull from the few copies that exist at that time. Here, as many nodes pull an object as it
+has copies; the other nodes follow when it has more. Nodes begin with different objects, so that they can pull from each other.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from collections.abc import Collection, Iterator, Sequence
 
 
 class Waves:
-    """What has to be fetched, and what may be fetched now. Objects are meant by their position."""
+    """Decides which node may fetch which object now. Objects are identified by their position."""
 
     def __init__(self, have: Sequence[Collection[str]], nodes: Sequence[str]) -> None:
-        """`have` tells of each object which nodes have it; all of `nodes` want all objects."""
+        """`have` lists for each object the nodes that have it. All of `nodes` want all objects."""
         self._copies = [sum(node not in nodes for node in those) for those in have]
         self._under_way = [0] * len(have)
         self._waiting: list[deque[str]] = []
@@ -28,7 +28,7 @@ class Waves:
             self._here += [(node, position) for node in order if node in those]
 
     def start(self) -> Iterator[tuple[str, int]]:
-        """The nodes and objects that may begin now."""
+        """Yield the pairs of a node and an object that may start now."""
         here, self._here = self._here, []
         for node, position in here:
             self._under_way[position] += 1
@@ -41,14 +41,14 @@ class Waves:
                     yield node, position
 
     def finish(self, position: int, *, has_come: bool = True) -> None:
-        """A node has fetched an object, or could not."""
+        """Note that a node has fetched an object, or has failed."""
         self._under_way[position] -= 1
         self._copies[position] += has_come
 
     def widen(self) -> None:
-        """One more may pull each object: those that do may never be done."""
+        """Let one more node pull each object: the nodes that pull it now may never finish."""
         self._more += 1
 
     def give_up(self, node: str) -> None:
-        """A node gets nothing more."""
+        """Start no more fetches for a node."""
         self._given_up.add(node)

@@ -1,4 +1,4 @@
-"""Which nodes does the cluster have, and what of some weights does each of them have?"""
+"""Which nodes does the cluster have, and how much of some weights does each node have?"""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class Node:
 
     Attributes:
         capacity: bytes of its object store.
-        runs_tasks: whether it has CPUs or GPUs for them.
+        runs_tasks: whether it has CPUs or GPUs for tasks.
     """
 
     id: str
@@ -103,10 +103,10 @@ def _node_of(told: dict[str, Any]) -> Node:
 
 
 def copies_of(refs: Sequence[ray.ObjectRef[Any]]) -> NodeCopies:
-    """What each node that is up has of some objects.
+    """Return how much of some objects each running node has.
 
     Raises:
-        PublicationLostError: their owner has ended.
+        PublicationLostError: the owner of an object has ended.
     """
     located = object_store.locations(refs)
     total = sum(size for _, size in located)
@@ -116,5 +116,5 @@ def copies_of(refs: Sequence[ray.ObjectRef[Any]]) -> NodeCopies:
 
 
 def bytes_on(node: str, located: Sequence[Location]) -> int:
-    """Bytes of some objects that a node has."""
+    """Return how many bytes of some objects a node has."""
     return sum(size for ids, size in located if node in ids)

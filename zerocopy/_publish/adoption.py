@@ -1,7 +1,7 @@
-"""How is a published pipeline re-pointed at the store, so that its process keeps no second copy of the weights?
+"""How do the tensors of a published pipeline become views of the store, so that its process keeps no second copy of the weights?
 
-Each tensor keeps its identity: `.data` is assigned, to views of a private mapping of what the store has by then. A storage
-that somebody else has a view of stays where it is, since that view could not follow.
+Each tensor keeps its identity: its `.data` is set to a view of a private mapping of the bytes, which are already in the store. A
+storage stays where it is if other code has a view of it, because that view cannot be moved.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from zerocopy._store.storages import COPIED, Storage
 from zerocopy._store.tensors import TensorSpec, base_over, spec_of, strided
 from zerocopy.errors import OutOfMemoryError
 
-GRACE_SECONDS = 10.0  # that replaced memory is kept for operators that run in other threads
+GRACE_SECONDS = 10.0  # how long replaced memory is kept, for operators that run in other threads
 
 
 def _keep_for_a_while(replaced: list[Any]) -> None:
@@ -39,14 +39,14 @@ def _keep_for_a_while(replaced: list[Any]) -> None:
 
 
 def _is_used_elsewhere(tensor: torch.Tensor, known: Sequence[torch.Tensor]) -> bool:
-    """Whether something of C++ refers to a tensor, such as an array that shares its memory by DLPack."""
+    """Whether C++ code refers to a tensor, for example an array that shares its memory through DLPack."""
     views = sum(base_of(other) is tensor for other in known)
-    accumulates = 1 if tensor.requires_grad and tensor.is_leaf else 0  # the node that it may have
+    accumulates = 1 if tensor.requires_grad and tensor.is_leaf else 0  # the node that may accumulate its gradient
     return tensor_use_count(tensor) > 1 + views + accumulates
 
 
 class Adoption:
-    """The adoption of one pipeline's tensors, shard by shard. Until it is finished it can be undone."""
+    """The adoption of one pipeline's tensors, shard by shard. Until it is finished, it can be undone."""
 
     def __init__(self, found: Introspection) -> None:
         self._storages = found.table.storages
@@ -55,7 +55,7 @@ class Adoption:
         for tensor, spec in zip(found.table.objects, found.table.specs, strict=True):
             self._views[spec.storage][id(tensor)] = tensor, spec
             base = base_of(tensor) if isinstance(tensor, torch.Tensor) else None
-            if base is not None:  # only its views refer to this tensor
+            if base is not None:  # only its views refer to the base tensor
                 self._views[spec.storage].setdefault(
                     id(base), (base, spec_of(base, spec.storage, self._storages[spec.storage]))
                 )
@@ -63,11 +63,11 @@ class Adoption:
         self._mapped: list[Mapped] = []
 
     def is_possible(self) -> bool:
-        """Whether any memory can be given back. Memory that was adopted before cannot."""
+        """Whether any memory can be released. Memory that was adopted before cannot."""
         return bool(self._movable)
 
     def _is_movable(self, index: int, storage: Storage) -> bool:
-        """Whether only the known tensors have a view of a storage: no other tensor, no NumPy array."""
+        """Whether only the known tensors are views of a storage: no other tensor, no NumPy array."""
         source = storage.source
         if not isinstance(source, torch.UntypedStorage) or source.device.type != "cpu" or source.nbytes() <= COPIED:
             return False
@@ -82,7 +82,7 @@ class Adoption:
         return not any(_is_used_elsewhere(tensor, tensors) for tensor in tensors)
 
     def take(self, placed: Mapping[int, Placement]) -> None:
-        """Re-point the tensors of storages that are in one shard, given the place of each.
+        """Turn the tensors of storages into views of one shard, given the place of each storage.
 
         Raises:
             IsolationError: private mappings are not possible here.
@@ -97,7 +97,7 @@ class Adoption:
             for index, place in movable.items():
                 self._point(index, (memory, offsets[place.buffer] + place.offset, self._storages[index].nbytes))
         replaced = [self._storages[index].forget() for index in movable]
-        if other_threads_may_compute():  # with memory that nothing else holds any more
+        if other_threads_may_compute():  # they may use memory that nothing else keeps
             _keep_for_a_while(replaced)
         del replaced
         give_back_heap()
@@ -109,10 +109,10 @@ class Adoption:
             tensor.data = strided(base, spec)
 
     def memory(self) -> list[Any]:
-        """The memory that tensors were re-pointed at."""
+        """The mapped memory that the adopted tensors are views of."""
         return [mapped.memory for mapped in self._mapped]
 
     def undo(self) -> None:
-        """Give private memory back to what was adopted so far, if there is enough. Else it keeps what is in the store."""
+        """Give private memory back to the tensors adopted so far. If there is not enough, they stay views of the store."""
         with contextlib.suppress(OutOfMemoryError):
             detach_all(self.memory())

@@ -1,7 +1,7 @@
-"""How do weights go from files to the store without passing through private memory?
+"""How do weights get from files into the store without a copy in private memory?
 
-The files are mapped; tensors over the mapping are published shard by shard, and the pages of a shard are dropped when it is
-written.
+The files are mapped. Tensors that are views of the mapping are published shard by shard, and the pages of a shard are dropped
+after it is written.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ Files: TypeAlias = PathLike | Iterable[PathLike] | Mapping[str, PathLike | Itera
 
 @attrs.frozen(kw_only=True)
 class Checkpoint:
-    """A pipeline over files, and how to read them. Made by `checkpoint_of`.
+    """A pipeline with weights in files, and how to read them. Created by `checkpoint_of`.
 
     Attributes:
         build: as the argument of `publish_checkpoint`.
-        sources: what goes before the names, and where the files are.
+        sources: for each source, the prefix of its names, and the path of its files.
         dtype: as the argument.
         key: as the argument.
-        rules: on names.
+        rules: the rules for names.
         train: as the argument.
     """
 
@@ -55,7 +55,7 @@ class Checkpoint:
     train: bool
 
     def open(self) -> Streamed:
-        """Map the files and make the pipeline over them.
+        """Map the files, and build the pipeline with tensors that are views of them.
 
         Raises:
             CheckpointError, ArgumentError, CannotTravelError: as `publish_checkpoint`.
@@ -63,7 +63,7 @@ class Checkpoint:
         content = files.read(self.sources, self.key)
         pages = Pages(content.mapped, self.dtype)
         pipeline, missing, made = self._attached(content, pages, frozenset())
-        if missing:  # once more, with memory for those that no file gives
+        if missing:  # build again, with memory for the parameters that are in no file
             wanted = frozenset(made[id(member.tensor)] for member in missing if id(member.tensor) in made)
             pages = Pages(content.mapped, self.dtype)
             pipeline, missing, _ = self._attached(content, pages, wanted)
@@ -84,7 +84,7 @@ class Checkpoint:
     def _attached(
         self, content: Content, pages: Pages, real: frozenset[int]
     ) -> tuple[Any, list[Member], dict[int, int]]:
-        """The pipeline over the files; what of it is still on the meta device; and which parameter was made when, by id."""
+        """The pipeline over the files, its members still on the meta device, and the creation number of parameters, by id."""
         with _parameters_on_meta(real) as made:
             pipeline = self.build()
         check_pipeline(pipeline, "zerocopy.publish_checkpoint")
@@ -109,10 +109,10 @@ def checkpoint_of(
     key: str | None,
     train: bool,
 ) -> Checkpoint:
-    """What a user asks for, checked.
+    """Check the arguments of a user, and return them as a `Checkpoint`.
 
     Raises:
-        ArgumentError: an argument is of another kind.
+        ArgumentError: an argument has a wrong type.
     """
     if isinstance(build, nn.Module) or not callable(build):
         kind = type(build).__name__
@@ -131,7 +131,7 @@ def checkpoint_of(
 
 
 def _sources(paths: Files) -> Iterator[tuple[str, str]]:
-    """What goes before the names in files, and where these are, as absolute paths: other processes may read them."""
+    """The prefix of names and the absolute path of each source. Paths are absolute because other processes may read them."""
     by_model = paths if isinstance(paths, Mapping) else {"": paths}
     for model, some in by_model.items():
         every = [some] if isinstance(some, (str, os.PathLike)) else some
@@ -156,20 +156,20 @@ def _no_paths(given: object) -> ArgumentError:
 
 
 def publish_checkpoint(checkpoint: Checkpoint) -> Publication:
-    """As the public function, without a name."""
+    """Like the public function, but without a name."""
     object_store.require()
     return put_once(checkpoint.open())
 
 
 @contextlib.contextmanager
 def _parameters_on_meta(real: frozenset[int]) -> Iterator[list[nn.Parameter]]:
-    """Send parameters to the meta device as soon as a module registers them, as `accelerate.init_empty_weights` does.
+    """Move parameters to the meta device as soon as a module registers them, as `accelerate.init_empty_weights` does.
 
-    Gives the list of them, which grows. Those whose numbers in it are in `real` keep their memory.
+    Yields the list of the parameters, which grows. Parameters whose position in the list is in `real` keep their memory.
     """
     register = nn.Module.register_parameter
     made: list[nn.Parameter] = []
-    kept: list[nn.Parameter] = []  # they are registered again where they are tied
+    kept: list[nn.Parameter] = []  # tied parameters are registered again
 
     def register_empty(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
         register(module, name, param)

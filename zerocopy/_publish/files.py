@@ -1,6 +1,6 @@
 """Which files hold the weights of a checkpoint, and which tensors are in them?
 
-Files are known by their content: safetensors, or a state dict that `torch.save` wrote. Both are mapped where they can be.
+The content of a file shows its format: safetensors, or a state dict that `torch.save` wrote. Both are mapped if possible.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from zerocopy.errors import CheckpointError
 _MAY_BE_CUT = "the file may be incomplete or damaged: download or copy it again."
 _HOW_TO_SAVE = "save it with torch.save(model.state_dict(), path)."
 KEYS = ("state_dict", "model_state_dict", "model", "module")  # where training frameworks put the state dict
-# As `from_pretrained` of transformers and of diffusers look for them, in this order. Then whatever is there.
+# In the order in which `from_pretrained` of transformers and of diffusers looks for them. The patterns find files with other
+# names.
 _IN_FOLDERS = (
     "model.safetensors", "model.safetensors.index.json", "diffusion_pytorch_model.safetensors",
     "diffusion_pytorch_model.safetensors.index.json", "*.safetensors.index.json", "*.safetensors",
@@ -34,12 +35,12 @@ _IN_FOLDERS = (
 
 @attrs.frozen
 class Content:
-    """What is in the files of a checkpoint.
+    """The content of the files of a checkpoint.
 
     Attributes:
-        tensors: by name.
+        tensors: the tensors by name.
         mapped: keys of the storages that are views of mapped files. The others are in private memory.
-        others: names of what is in the state dicts and is no tensor.
+        others: names of the entries in the state dicts that are not tensors.
     """
 
     tensors: dict[str, torch.Tensor] = attrs.field(factory=dict)
@@ -48,14 +49,14 @@ class Content:
 
 
 def read(sources: Iterable[tuple[str, str]], key: str | None) -> Content:
-    """What is in files.
+    """Read the tensors in files.
 
     Args:
-        sources: what goes before the names, and where the files are: a path, a pattern, a folder, an index.
-        key: under which key of `torch.save`d files the state dict is, None to find it.
+        sources: for each source, the prefix of its names, and where its files are: a path, a pattern, a folder, an index.
+        key: the key of the state dict in files of `torch.save`, None to search for it.
 
     Raises:
-        CheckpointError: a file cannot be read, or two files have one name.
+        CheckpointError: a file cannot be read, or two files have tensors with the same name.
     """
     content, origin = Content(), dict[str, str]()
     for prefix, source in sources:
@@ -74,10 +75,10 @@ def read(sources: Iterable[tuple[str, str]], key: str | None) -> Content:
 
 
 def files_at(source: str) -> list[str]:
-    """The files with weights at a path: itself, those that match it, those that an index lists, those of a folder.
+    """The files with weights for a path: the file itself, the files that match a pattern, or those in an index or a folder.
 
     Raises:
-        CheckpointError: there is none, or several that mean different things.
+        CheckpointError: there is no such file, or there are several and it is unclear which one is meant.
     """
     path = Path(source)
     if path.is_dir():
@@ -137,7 +138,7 @@ def _in_index(index: Path) -> list[str]:
 
 
 def _read_one(path: str, key: str | None, mapped: set[object]) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """Tensors by name, and the names of what is none. Adds to `mapped`."""
+    """The tensors in a file by name, and the names of the entries that are not tensors. Adds to `mapped`."""
     try:
         with Path(path).open("rb") as file:
             start = file.read(16)
@@ -151,7 +152,7 @@ def _read_one(path: str, key: str | None, mapped: set[object]) -> tuple[dict[str
             f"{path!r} is a pointer of Git LFS, not the file with the weights.", hint="run `git lfs pull`."
         )
     if start.startswith(b"PK") or (start.startswith(b"\x80") and start[8:9] != b"{"):
-        # Since torch 1.6 they are zip files; older ones cannot be mapped.
+        # Since torch 1.6, these files are zip files. Older ones cannot be mapped.
         return _state_dict_at(path, key, mapped, is_zip=start.startswith(b"PK"))
     return _safetensors_at(path, mapped), []
 
@@ -200,22 +201,22 @@ def _state_dict_at(
 
 
 def _is_torchscript(path: str) -> bool:
-    """Whether a zip file is one that `torch.jit.save` wrote: it has code in it."""
+    """Whether `torch.jit.save` wrote a zip file. Such a file contains code."""
     try:
         with zipfile.ZipFile(path) as archive:
             return any(name.partition("/")[2].startswith("code/") for name in archive.namelist())
-    except zipfile.BadZipFile:  # torch says more about it
+    except zipfile.BadZipFile:  # the error of torch explains more
         return False
 
 
 def _reason(error: Exception) -> str:
-    """What torch says of the file, in one line: that with the culprit, else the first."""
+    """One line of an error of torch: the line that names the cause, else the first line."""
     told = [line.strip() for line in str(error).splitlines() if "Unsupported" in line or "GLOBAL" in line]
     return [*told, first_line(error)][0].rstrip(".") + "."
 
 
 def _state_dict_in(saved: Any, key: str | None, path: str) -> Mapping[Any, Any]:
-    """The state dict in what `torch.save` was given."""
+    """The state dict in an object that `torch.save` wrote."""
     if key is not None:
         if not isinstance(saved, Mapping) or not _has_tensors(saved.get(key)):
             raise CheckpointError(f"{path!r} has no state dict under {key!r}.", hint=_keys_hint(saved))

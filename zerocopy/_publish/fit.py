@@ -1,7 +1,7 @@
 """Which tensor of the files belongs to which name of the pipeline?
 
-Names of the files are changed as the user says. Then, if all of them differ from the pipeline's by what they begin with, as
-`bert.encoder` and `encoder` do, that is changed too.
+First, names in the files are changed as the user says. Then, if more names would fit with another prefix, as with `bert.encoder`
+in the files and `encoder` in the pipeline, the prefix is changed too.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from zerocopy.errors import ArgumentError, CheckpointError
 
 T = TypeVar("T")
 Rename: TypeAlias = Mapping[str, str] | Callable[[str], str | None]
-Head: TypeAlias = tuple[str, str]  # what names of the files begin with, and what the pipeline's do instead
+Head: TypeAlias = tuple[str, str]  # the prefix of names in the files, and the prefix in the pipeline instead
 
 DEEPEST_HEAD = 3  # parts, as in `module.model.bert.`
 
 
 @attrs.frozen
 class Rules:
-    """What the user says of names.
+    """The user's rules for names.
 
     Attributes:
-        strict: whether what is missing and what is left over are errors.
-        ignore: patterns of names that may be missing, or left over.
-        rename: what names of the files are called in the pipeline: a function, which gives None for what is left out; or a
-            mapping from names, or from beginnings of names that end with a dot. `""` begins every name.
+        strict: whether missing names and unexpected names are errors.
+        ignore: patterns of names that may be missing or unexpected.
+        rename: how to rename the tensors of the files: a function, which returns None to leave a tensor out; or a mapping from
+            names, or from prefixes that end with a dot. Every name has the prefix `""`.
     """
 
     strict: bool = True
@@ -43,11 +43,11 @@ class Rules:
         return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.ignore)
 
     def renamed(self, tensors: Mapping[str, T]) -> dict[str, T]:
-        """The tensors of the files under their new names, without those to ignore.
+        """The tensors of the files under their new names, without the ignored ones.
 
         Raises:
-            CheckpointError: two have one new name.
-            ArgumentError: the function gives something else than a name.
+            CheckpointError: two tensors get the same new name.
+            ArgumentError: the function returns something that is not a name.
         """
         found: dict[str, T] = {}
         for name, tensor in tensors.items():
@@ -81,7 +81,7 @@ class Rules:
 
 
 def check_rename(rename: object) -> None:
-    """Refuse what cannot rename anything.
+    """Refuse a `rename` that cannot be used.
 
     Raises:
         ArgumentError: it is neither a function nor a mapping from str to str.
@@ -98,7 +98,7 @@ def check_rename(rename: object) -> None:
 
 @attrs.frozen
 class Misfit:
-    """What does not fit: names of the pipeline, names of the files, and names with both shapes."""
+    """What does not fit: names that the files lack, names that the pipeline lacks, and names with two different shapes."""
 
     missing: list[str]
     unexpected: list[str]
@@ -116,7 +116,7 @@ class Misfit:
         return "; ".join(f"{counted(names, 'name')} {what}" for names, what in parts if names)
 
     def error(self, kind: str, head: Head | None) -> CheckpointError:
-        """What to raise for it. `kind` is the class of the pipeline."""
+        """The error to raise. `kind` is the class of the pipeline."""
         changed = f" {told_of_head(head)}" if head else ""
         ways = ["rename= changes names", "ignore= takes patterns of names that may be left out"]
         if not self.misshapen:
@@ -131,7 +131,7 @@ class Misfit:
 
 
 def told_of_head(head: Head) -> str:
-    """One sentence on a head that was changed."""
+    """One sentence about a changed prefix."""
     old, new = head
     if not old:
         return f"Names in the model begin with {new!r}, and names in the files do not: it was added to these."
@@ -140,9 +140,9 @@ def told_of_head(head: Head) -> str:
 
 
 def find_head(given: Mapping[str, torch.Tensor], shapes: Mapping[str, torch.Size]) -> Head | None:
-    """What to change at the beginning of the given names so that the most of them are wanted, with their shapes.
+    """The change of prefix that makes the most given names match wanted names with the same shapes.
 
-    None where nothing is gained by that, or two ways gain the same.
+    None if no change is an improvement, or if two changes are equally good.
     """
     ends: dict[str, list[str]] = defaultdict(list)
     for name in shapes:
@@ -152,8 +152,8 @@ def find_head(given: Mapping[str, torch.Tensor], shapes: Mapping[str, torch.Size
     for name, tensor in given.items():
         for old, end in _cut(name):
             same = (full for full in ends.get(end, ()) if shapes[full] == tensor.shape)
-            # `a.b.x` for `a.c.x` is `b.x` for `c.x` too: the shortest heads count.
-            votes.update((old, full[: len(full) - len(end)]) for full in same if not _share_start(old, full, end))
+            # Replacing `a.b.` with `c.b.` in `a.b.x` is the same as replacing `a.` with `c.`: only the shortest prefixes count.
+            votes.update((old, full[: len(full) - len(end)]) for full in same if not _share_end(old, full, end))
     fitting = votes.pop(("", ""), 0)
     most = votes.most_common(2)
     if not most or most[0][1] <= fitting or (len(most) > 1 and most[1][1] == most[0][1]):
@@ -162,20 +162,20 @@ def find_head(given: Mapping[str, torch.Tensor], shapes: Mapping[str, torch.Size
 
 
 def _cut(name: str) -> Iterable[tuple[str, str]]:
-    """Each way to cut a name into a head of a few parts and the rest."""
+    """Each way to cut a name into a prefix of a few parts and the rest."""
     parts = name.split(".")
     for count in range(min(DEEPEST_HEAD + 1, len(parts))):
         yield "".join(part + "." for part in parts[:count]), ".".join(parts[count:])
 
 
-def _share_start(old: str, full: str, end: str) -> bool:
-    """Whether both heads could be shorter at their ends."""
+def _share_end(old: str, full: str, end: str) -> bool:
+    """Whether both prefixes end with the same part, so that both could be shorter."""
     new = full[: len(full) - len(end)]
     return bool(old and new) and old.split(".")[-2] == new.split(".")[-2]
 
 
 def with_head(given: Mapping[str, T], head: Head, wanted: Mapping[str, object]) -> dict[str, T]:
-    """The given tensors under changed names. A name stays that is wanted as it is, or whose new one is given as well."""
+    """The given tensors with changed names. A name stays if the pipeline wants it unchanged, or if its new name is also given."""
     old, new = head
 
     def changed(name: str) -> str:

@@ -1,7 +1,7 @@
 """Which tensors of a manifest does a live pipeline have, byte by byte?
 
-They are found by where they lie in the store, not by who they are: a loaded pipeline may have been taken apart and put together
-again. What lies in ordinary memory, because it is tiny, is found by its bytes.
+They are found by their place in the store, not by their identity: a loaded pipeline may have been taken apart and put together
+again. Tiny storages are in ordinary memory, and are found by their bytes.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from zerocopy._store.read import StoredMemory
 from zerocopy._store.storages import COPIED, Storage
 from zerocopy._store.tensors import TensorSpec, TensorTable
 
-_Specs: TypeAlias = dict[int, set[TensorSpec]]  # of the tensors over each storage, with 0 in the place of its index
+_Specs: TypeAlias = dict[int, set[TensorSpec]]  # the specs of the tensors over each storage, with the storage index 0
 
 
 class Indices(NamedTuple):
-    """Which numbers a manifest gives to live tensors, by id, and to their storages, by key."""
+    """The indices in a manifest of live tensors, by id, and of their storages, by key."""
 
     tensors: dict[int, int]
     storages: dict[object, int]
 
 
 def find(table: TensorTable, manifest: Manifest) -> Indices | None:
-    """The numbers of all tensors of `table` in `manifest`; None if one of them is not there, or has other bytes."""
+    """The indices in `manifest` of all tensors in `table`; None if the manifest lacks one of them, or has other bytes for it."""
     storages = _find_storages(table, manifest)
     if storages is None:
         return None
@@ -39,13 +39,13 @@ def find(table: TensorTable, manifest: Manifest) -> Indices | None:
         same = free.get(spec.over(storages[table.key_of(spec)]))
         if not same:
             return None
-        tensors[id(tensor)] = same.pop(0)  # two that are described alike cannot be told apart
+        tensors[id(tensor)] = same.pop(0)  # tensors with equal descriptions are interchangeable
     return Indices(tensors, storages)
 
 
 def _find_storages(table: TensorTable, manifest: Manifest) -> dict[object, int] | None:
     places = windows.places_of(table.storages)
-    shards = [manifest.reference, *manifest.shards]  # as locations number them
+    shards = [manifest.reference, *manifest.shards]  # in the order of the numbers in locations
     numbers = {shard: number for number, shard in enumerate(shards)}
     by_location = {location: index for index, location in enumerate(manifest.locations)}
     tiny = _Tiny(manifest)
@@ -65,7 +65,7 @@ def _find_storages(table: TensorTable, manifest: Manifest) -> dict[object, int] 
 
 
 class _Tiny:
-    """The tiny storages of a manifest, by their bytes. Each is found once."""
+    """The tiny storages of a manifest, by their bytes. Each is found only once."""
 
     def __init__(self, manifest: Manifest) -> None:
         indices = [index for index, location in enumerate(manifest.locations) if location.nbytes <= COPIED]
@@ -76,7 +76,7 @@ class _Tiny:
             self._free[memory.content(index)].append(index)
 
     def take(self, storage: Storage, specs: set[TensorSpec]) -> int | None:
-        """The index of one with the bytes of `storage` that has tensors like `specs`."""
+        """The index of a tiny storage with the bytes of `storage` and tensors like `specs`; None if there is none."""
         if storage.nbytes > COPIED:
             return None
         same = self._free.get(storage.to_bytes().tobytes(), [])

@@ -1,4 +1,4 @@
-"""Does a model generate text by the settings that lie beside its files? `from_pretrained` reads them, `from_config` does not."""
+"""Does a model generate text with the settings next to its files? `from_pretrained` reads them, `from_config` does not."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ FILE = "generation_config.json"
 
 
 def tell_of_generation(models: Mapping[str, Any], sources: Iterable[tuple[str, str]]) -> None:
-    """Warn of models whose settings differ from those beside their files.
+    """Warn of models whose settings differ from the settings in the folder of their files.
 
     Args:
-        models: by their paths.
-        sources: what the names of a model begin with, and where its files are: a folder, or files and patterns in one.
+        models: the models by path.
+        sources: the prefix of a model's names, and where its files are: a folder, or files and patterns in a folder.
     """
     places = {(prefix, Path(source) if Path(source).is_dir() else Path(source).parent) for prefix, source in sources}
     for path, model in models.items():

@@ -1,4 +1,7 @@
-"""How do tensors over files reach the store without staying in memory: filled just before they are written, dropped after it?"""
+"""How do tensors over files reach the store without staying in memory?
+
+They are filled just before they are written to the store, and dropped afterwards.
+"""
 
 from __future__ import annotations
 
@@ -13,18 +16,18 @@ from zerocopy._store.storages import Storage, storage_of
 
 
 class Pages:
-    """The memory of the tensors of one pipeline over files."""
+    """The memory of one pipeline whose tensors are in files."""
 
     def __init__(self, mapped: Collection[object], dtype: torch.dtype | None) -> None:
-        """`mapped`: keys of the storages over files. `dtype`: what floating-point tensors are converted to."""
+        """`mapped`: keys of the storages over files. `dtype`: the dtype that floating-point tensors are converted to."""
         self._mapped = mapped
         self._dtype = dtype
-        self._used: set[object] = set()  # keys of storages that a tensor of the pipeline has
-        self._ours: set[object] = set()  # keys of those over files, and over memory to fill
+        self._used: set[object] = set()  # keys of the source storages that tensors of the pipeline use
+        self._ours: set[object] = set()  # keys of the storages over files, and of the storages to fill
         self._to_fill: dict[object, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def tensor(self, source: torch.Tensor) -> torch.Tensor:
-        """`source`, if it is a whole storage that no other tensor has; or a tensor that it will be copied into."""
+        """`source`, if it covers a storage that no other tensor uses; else a new tensor, which `source` will be copied into."""
         storage = storage_of(source)
         dtype = self._dtype if self._dtype is not None and source.is_floating_point() else source.dtype
         is_whole = source.nbytes == storage.nbytes and storage.key not in self._used
@@ -41,7 +44,7 @@ class Pages:
         return tensor
 
     def fill(self, storages: Sequence[Storage]) -> None:
-        """Convert or copy what these storages are to hold."""
+        """Fill these storages with the values from the files, converted to the dtype."""
         for storage in storages:
             if storage.key in self._to_fill:
                 tensor, source = self._to_fill[storage.key]
@@ -51,8 +54,8 @@ class Pages:
                     drop_pages(below.address, below.nbytes)
 
     def drop(self, storages: Sequence[Storage]) -> None:
-        """Give the memory of these storages back: the store has it now."""
+        """Release the memory of these storages: the store has their bytes now."""
         for storage in storages:
             if storage.key in self._ours and storage.address is not None:
-                # What is in a file can be read again, and what was converted is in the store.
+                # Bytes of a file can be read again, and converted bytes are in the store.
                 drop_pages(storage.address, storage.nbytes)

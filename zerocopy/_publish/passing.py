@@ -23,9 +23,8 @@ def _reduce(pipeline: Any) -> Any:
         what = f"A pipeline of class {type(pipeline).__name__}"
         object_store.check_out_of_band(what, lambda: not belongs_to_another(pipeline))
     except OutOfBandError:
-        introspect(
-            Subject(pipeline)
-        )  # what cannot travel at all says so first: Ray asks again this way to explain an error
+        # A CannotTravelError comes first: to explain an error of pickle, Ray pickles the pipeline again, out of band.
+        introspect(Subject(pipeline))
         raise
     return _load, (publish_automatically(pipeline),)
 
@@ -38,7 +37,7 @@ def _reduce_publication(publication: Publication) -> Any:
     reduced = publication.reduce()
     if object_store.is_running() and not is_serializing() and not publication.travels_by_name():
         publication.check_out_of_band()
-        object_store.count_pin(publication.reference)  # which Ray pickles next
+        object_store.count_pin(publication.reference)  # Ray pickles this reference next
     return reduced
 
 

@@ -1,4 +1,4 @@
-"""How is a live pipeline published? Introspect it, compare it with what is in the store, write what is not there."""
+"""How is a live pipeline published? It is introspected and compared with the store, and the missing bytes are written."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ class Lease:
     """Shared by the explicit publications of one pipeline. While one of them lives, this process remembers the weights."""
 
     def close(self, manifest: ray.ObjectRef[Any]) -> None:
-        """Automatic publishing no longer holds these weights either, and pins of closures are released."""
-        if not object_store.is_running():  # in a forked child another thread of the parent may have the lock for ever
+        """Also stop automatic publishing from keeping these weights, and release the pins of closures."""
+        if not object_store.is_running():  # in a forked child, a thread of the parent may hold the lock forever
             return
         with _lock:
             for entry in live.entries():
@@ -53,7 +53,7 @@ class Lease:
 
 @attrs.define(eq=False)
 class _Published:
-    """The weights of a live pipeline. They are remembered while an explicit publication holds the lease; always, if automatic."""
+    """The weights of a live pipeline. They are remembered while a publication holds the lease; if `automatic`, always."""
 
     weights: Weights
     automatic: bool = False
@@ -81,7 +81,7 @@ def _forget_unless_needed(entry: live.Entry) -> None:
     published = entry.published
     if published is None or published.lease() is not None:
         return
-    if published.weights.tag is not None:  # the registry keeps them, as long as the name says
+    if published.weights.tag is not None:  # the registry keeps weights with a name
         published.weights = published.weights.without_references()
     elif not published.automatic:
         entry.published = None
@@ -90,19 +90,19 @@ def _forget_unless_needed(entry: live.Entry) -> None:
 def publish(pipeline: Any, *, adopt: bool = False) -> Publication:
     """Put the weights of `pipeline` into the object store, once, and return a small handle to them.
 
-    Publishing the same pipeline again shares one set of weights as long as no byte of it has changed. The weights leave
-    the store when the last handle and the last pipeline loaded from one are gone.
+    If the same pipeline is published again and no byte of it has changed, both publications share one set of weights. The weights
+    leave the store when the last handle and the last loaded pipeline are gone.
 
     Args:
-        pipeline: an instance of a `@zerocopy.pipeline` class, or a bare `nn.Module`.
-        adopt: re-point its tensors at the store, each part as soon as it is written, so that this process keeps no second
-            copy. Tensors keep their identity and ties, and a write to them stays private. Memory that something else
-            has a view of, NumPy arrays and TorchScript stay where they are. After an error everything is as before.
+        pipeline: an instance of a `@zerocopy.pipeline` class, an `nn.Module`, or another object that holds models.
+        adopt: whether to turn its tensors into views of the store, each part as soon as it is written, so that this process keeps
+            no second copy. Tensors keep their identity and ties, and a write to them stays private. NumPy arrays, TorchScript,
+            and memory that other tensors or arrays also use are not moved. After an error, everything is as before.
 
     Raises:
-        ArgumentError: `pipeline` is neither.
-        IsolationError: `adopt` was asked for where private mappings are not possible.
-        CannotTravelError: something inside cannot leave the process; the error names its path.
+        ArgumentError: `pipeline` is a class or a publication, or holds nothing to share.
+        IsolationError: `adopt` is True, but private mappings are not possible here.
+        CannotTravelError: an object inside cannot leave the process. The error names its path.
         StoreTooSmallError: the weights are larger than this node's object store.
         StoreFullError: neither the store nor the disk behind it has room.
         RayClientError: this process is connected through Ray Client.
@@ -112,16 +112,16 @@ def publish(pipeline: Any, *, adopt: bool = False) -> Publication:
 
 
 class Destination(Protocol):
-    """Where weights are written to, if not to this process' own part of the store."""
+    """Where weights are written, if not to this process' own part of the store."""
 
     def stored(self, found: Introspection) -> dict[object, Placement]:
-        """Where storages lie that need not be written again, by key."""
+        """The places of the storages that need not be written again, by key."""
 
     def stored_of(self, streamed: Streamed) -> dict[object, Placement]:
-        """The same of what is in memory only while it is read."""
+        """The same for a pipeline whose bytes are in memory only while they are read."""
 
     def make_writer(self, *args: Any) -> Writer:
-        """What writes the others. The arguments are those of `Writer`."""
+        """The writer of the other storages. The arguments are those of `Writer`."""
 
 
 def publish_subject(
@@ -135,13 +135,13 @@ def publish_subject(
     """Publish any object that holds models.
 
     Args:
-        anchor: as long as it lives, publishing the same `variant` with it again shares these weights.
-        variant: what tells this way to publish from others.
+        anchor: while it lives, later publications of the same `variant` with this anchor share these weights.
+        variant: distinguishes this way of publishing from others.
         adopt: as `publish`.
-        destination: where to; None for this process' own part of the store.
+        destination: where to write; None for this process' own part of the store.
 
     Raises:
-        As `publish`, but for ArgumentError.
+        As `publish`, except ArgumentError.
     """
     object_store.require()
     started = time.perf_counter()
@@ -171,7 +171,7 @@ def publish_subject(
 
 
 def _tell(publication: Publication, weights: Weights, outer: Outer, started: float, memory: Iterable[Any] = ()) -> None:
-    """Log and count what was published since `started`."""
+    """Log and count a publication that began at `started`."""
     used = weights.used if isinstance(weights, OwnWeights) else {}
     _tell_of(publication, weights.manifest, outer, used, started, memory)
 
@@ -189,7 +189,7 @@ def _tell_of(
 
 
 def _same_weights(entry: live.Entry, found: Introspection) -> tuple[Weights, Outer] | None:
-    """The weights that `found` was published as or loaded from, if the store has all its bytes; and its outer skeleton."""
+    """The weights that `found` was published with or loaded from, and its outer skeleton; None if the store lacks any bytes."""
     published: Weights | None = entry.published.weights.in_store() if entry.published is not None else None
     if isinstance(published, OwnWeights) and (outer := published.with_places().outer_if_same(found)):
         return published, outer
@@ -197,7 +197,7 @@ def _same_weights(entry: live.Entry, found: Introspection) -> tuple[Weights, Out
 
 
 def _weights_of_loaded(entry: live.Entry, found: Introspection) -> tuple[Weights, Outer] | None:
-    """The weights that a pipeline was loaded with, if it has them still; and its outer skeleton over them."""
+    """The weights that a pipeline was loaded with, and its outer skeleton; None if it no longer has these weights."""
     weights = ForeignWeights.of_loaded(found, entry.origin)
     outer = None if weights is None else weights.current_outer(found.pipeline)
     return None if weights is None or outer is None else (weights, outer)
@@ -228,17 +228,17 @@ def publish_automatically(pipeline: Any) -> Publication:
 
 
 def has_name(pipeline: Any) -> bool:
-    """Whether a pipeline was published or loaded under a name, and still has those weights, as far as one can tell."""
+    """Whether a pipeline was published or loaded under a name, and still has those weights, as far as this can be detected."""
     return _still_has(pipeline, lambda known: known.tag is not None)
 
 
 def belongs_to_another(pipeline: Any) -> bool:
-    """Whether a pipeline was loaded from the publication of another process, and still has those weights, as `has_name`."""
+    """Whether a pipeline was loaded from a publication of another process, and still has those weights, like `has_name`."""
     return _still_has(pipeline, lambda known: known.manifest is not None and not is_own(known.manifest))
 
 
 def _still_has(pipeline: Any, are_meant: Callable[[Weights | live.Origin], bool]) -> bool:
-    """Whether a pipeline has weights that are meant: those that it was published as, or else loaded with."""
+    """Whether a pipeline still has the weights that it was published or loaded with, if `are_meant` accepts these."""
     entry = live.entry_of(pipeline)
     with _lock, collector_paused():
         if entry.published is None and entry.origin is not None and are_meant(entry.origin):
@@ -252,7 +252,7 @@ def _still_has(pipeline: Any, are_meant: Callable[[Weights | live.Origin], bool]
 
 
 def publish_unremembered(found: Introspection) -> Publication:
-    """A handle to the weights of a pipeline: those that it is published with, or new ones. Nothing is known of it afterwards.
+    """A handle to the weights that a pipeline is published with, or to new ones. This process does not remember new ones.
 
     Raises:
         As `publish`.
@@ -267,7 +267,7 @@ def publish_unremembered(found: Introspection) -> Publication:
 
 
 def put_once(streamed: Streamed, destination: Destination | None = None) -> Publication:
-    """Publish a pipeline that nobody changes or publishes again.
+    """Publish a pipeline that is never changed or published again.
 
     Raises:
         StoreTooSmallError: the weights are larger than this node's object store.
@@ -284,21 +284,21 @@ def put_once(streamed: Streamed, destination: Destination | None = None) -> Publ
 
 
 def _put(found: Introspection, entry: live.Entry, *, exactly: bool) -> tuple[Weights, Outer]:
-    """Weights of `found` that are written where they are not `_stored`; and its outer skeleton."""
+    """Write the storages of `found` that are not `_stored`. Returns the weights, and the outer skeleton."""
     snapshot = Snapshot(found)
     return put(found, snapshot, _stored(found, entry, exactly=exactly), _sizes()), found.outer
 
 
 def _sizes() -> dict[ray.ObjectRef[Any], int]:
-    """Bytes of the shards that this process has written of live pipelines."""
+    """Bytes of the shards that this process has written for live pipelines."""
     return {shard: nbytes for weights in _published() for shard, nbytes in weights.sizes.items()}
 
 
 def _stored(found: Introspection, entry: live.Entry, *, exactly: bool) -> dict[object, Placement]:
-    """Where storages of `found` lie that need not be written again.
+    """The places of the storages of `found` that need not be written again.
 
     Args:
-        exactly: compare every byte of memory that does not show the store. Else only of storages that may have changed.
+        exactly: compare all bytes of memory that is not a mapping of the store. Else compare only storages that may have changed.
     """
     places: dict[object, Placement] = {}
     for published in _published():
@@ -315,7 +315,7 @@ def _stored(found: Introspection, entry: live.Entry, *, exactly: bool) -> dict[o
 
 
 def _published() -> list[OwnWeights]:
-    """What this process has written of every live pipeline."""
+    """The weights that this process has written, of all live pipelines."""
     published = [entry.published.weights for entry in live.entries() if entry.published is not None]
     return [weights for weights in published if isinstance(weights, OwnWeights)]
 
@@ -341,5 +341,5 @@ def new_handle(
 
 
 def requires_isolation() -> bool:
-    """Whether what this process publishes may be loaded only where private mappings are possible."""
+    """Whether publications of this process may be loaded only where private mappings are possible."""
     return os.environ.get(mapping.REQUIRE_ISOLATION, "0") not in ("", "0")

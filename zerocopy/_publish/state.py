@@ -1,4 +1,4 @@
-"""How does a pipeline take its tensors from files? By `load_state_dict` of each module; ties and classes stay as they were."""
+"""How does a pipeline take its tensors from files? Through `load_state_dict` of each module. Ties and classes stay the same."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from zerocopy.errors import CheckpointError, CheckpointWarning
 
 
 class Member(NamedTuple):
-    """A tensor that a module holds, and where: the names of its state dict, and the dict with the key in it."""
+    """A tensor that a module holds: its name in the state dict, and the dict and the key that hold it."""
 
     name: str
     held_in: dict[str, Any]
@@ -35,7 +35,7 @@ def all_models(pipeline: Any) -> Mapping[str, Any]:
 
 
 def modules_of(pipeline: Any, tensors: Mapping[str, torch.Tensor]) -> dict[str, nn.Module]:
-    """The models of a pipeline, by what their names begin with: nothing, where there is one that no name tells."""
+    """The models of a pipeline by prefix of their names. If there is one model and no name has its path, the prefix is empty."""
     modules = {path: model for path, model in all_models(pipeline).items() if _takes_state(model)}
     if len(modules) == 1 and not any(name.startswith(f"{path}.") for path in modules for name in tensors):
         return dict(zip([""], modules.values(), strict=True))
@@ -43,7 +43,7 @@ def modules_of(pipeline: Any, tensors: Mapping[str, torch.Tensor]) -> dict[str, 
 
 
 def _takes_state(model: Any) -> bool:
-    return is_module(model) and not isinstance(model, torch.jit.ScriptModule)  # which brings its own weights
+    return is_module(model) and not isinstance(model, torch.jit.ScriptModule)  # TorchScript brings its own weights
 
 
 def members_of(modules: Mapping[str, nn.Module]) -> list[Member]:
@@ -69,7 +69,7 @@ def take(
     """Let each module take its tensors from the files.
 
     Raises:
-        CheckpointError: they do not fit.
+        CheckpointError: the files do not fit.
     """
     wanted = {
         start + name: value
@@ -82,7 +82,7 @@ def take(
     given = given if head is None else with_head(given, head, wanted)
     others = [name for name in content.others if not rules.ignores(name)]
     found = _taken(kind, modules, given, wanted, shapes)
-    hidden = {member.name for member in members} - wanted.keys()  # buffers that no state dict has
+    hidden = {member.name for member in members} - wanted.keys()  # buffers that are in no state dict
     misfit = Misfit(
         _not_ignored(found.missing, _tied(members), modules, "_keys_to_ignore_on_load_missing", rules),
         [*_not_ignored(found.unexpected, hidden, modules, "_keys_to_ignore_on_load_unexpected", rules), *others],
@@ -106,7 +106,7 @@ def _taken(
     wanted: Collection[str],
     shapes: Mapping[str, torch.Size],
 ) -> Misfit:
-    """Load what is given into the modules. Also what did not fit, as each module says."""
+    """Load the given tensors into the modules. Returns what did not fit, as each module reports it."""
     missing = list[str]()
     unexpected = [name for name in given if not any(name.startswith(start) for start in modules)]
     misshapen = [
@@ -119,7 +119,7 @@ def _taken(
         try:
             told = module.load_state_dict(own, strict=False, assign=True)
         except RuntimeError as error:
-            if not misshapen:  # a module has a reason of its own
+            if not misshapen:  # a module refused for another reason
                 raise CheckpointError(f"The files do not fit this {kind}: {' '.join(str(error).split())}") from error
             missing += [name for name in wanted if name.startswith(start) and name not in given]
             unexpected += [start + name for name in own if start + name not in wanted]
@@ -130,7 +130,7 @@ def _taken(
 
 
 def _tied(members: Sequence[Member]) -> set[str]:
-    """Names of tensors that have come, under this name or under that of a tie."""
+    """Names of the tensors that were loaded, under this name or under the name of a tied tensor."""
     came = {id(member.tensor) for member in members if member.held_in[member.key] is not member.tensor}
     return {member.name for member in members if id(member.tensor) in came}
 
@@ -138,9 +138,9 @@ def _tied(members: Sequence[Member]) -> set[str]:
 def _not_ignored(
     names: Sequence[str], also: Collection[str], modules: Mapping[str, nn.Module], attribute: str, rules: Rules
 ) -> list[str]:
-    """Names without those in `also`, and without what the user or a model ignores.
+    """Names that are not in `also`, and that neither the user nor a model ignores.
 
-    Models of transformers say so by two attributes, as patterns:
+    Models of transformers have two attributes with patterns of such names:
     https://github.com/huggingface/transformers/blob/main/src/transformers/modeling_utils.py.
     """
     patterns = [
@@ -155,7 +155,7 @@ def _not_ignored(
 
 
 def settle(members: Sequence[Member], pages: Pages) -> None:
-    """Let tensors over the files have the class and the attributes of those that they replace, and be tied as those were.
+    """Give the tensors over the files the class, the attributes and the ties of the tensors that they replace.
 
     Raises:
         CheckpointError: the files have two values for tied tensors.
@@ -180,7 +180,7 @@ def settle(members: Sequence[Member], pages: Pages) -> None:
 
 
 def tell_of_dtypes(kind: str, members: Sequence[Member]) -> None:
-    """Say once where the files have another dtype than the model was built with: `load_state_dict` alone would convert."""
+    """Warn once if dtypes in the files differ from those of the built model. A plain `load_state_dict` would convert them."""
     pairs = [(member.tensor.dtype, member.held_in[member.key].dtype) for member in members]
     differing = [(built, found) for built, found in pairs if built != found and found.is_floating_point]
     if differing:

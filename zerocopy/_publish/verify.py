@@ -1,4 +1,4 @@
-"""What would publishing a pipeline share and copy, as it is planned and as one load really gives it?"""
+"""What would publishing a pipeline share and copy, according to the plan, and as measured with one load?"""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def _verified(found: Introspection) -> SharePlan:
     try:
         return _measured(found)
     finally:
-        gc.collect()  # cycles would keep the loaded pipeline, and that the weights in the store
+        gc.collect()  # reference cycles would keep the loaded pipeline, which keeps the weights in the store
 
 
 def _measured(found: Introspection) -> SharePlan:
@@ -67,12 +67,12 @@ def _measured(found: Introspection) -> SharePlan:
 
 
 def _written_bytes() -> int:
-    """Bytes of the pages of the store that this process has as copies of its own, because it wrote to them."""
+    """Bytes of store pages of which this process has its own copies, because it wrote to them."""
     return sum(use.anonymous for mapping, use in linux.usage(os.getpid()) or () if is_store_file(mapping.path))
 
 
 class _Loaded:
-    """A loaded pipeline whose parts are measured one after the other: memory counts where it is first met."""
+    """A loaded pipeline whose parts are measured one after the other. Memory counts for the first part that has it."""
 
     def __init__(self, pipeline: Any, original: Any) -> None:
         name = paths.name_of(original)
@@ -80,13 +80,13 @@ class _Loaded:
         self._parts: dict[str, Any] = {}
         for path, obj in paths.walk(pipeline, name):
             self._parts.setdefault(path, obj)
-        # What was there before, such as a global that a hook uses, was not loaded.
+        # Memory that existed before, such as a global that a hook uses, was not loaded.
         self._met = {storage.key for _, storage in _storages_below(original, name)}
         self._store = store_files()
 
     def measure(self, path: str) -> Measured:
-        """What the part at `path` has that no part had before."""
-        if path not in self._parts:  # its class has put it elsewhere
+        """The memory of the part at `path` that no earlier part has."""
+        if path not in self._parts:  # its class has moved it
             return Measured(0, ())
         part = self._parts[path]
         views, private = 0, []
@@ -110,8 +110,8 @@ def _storages_below(part: Any, path: str) -> Iterator[tuple[str, Storage]]:
 
 
 def _storages_pickled(part: Any) -> Iterator[tuple[str, Storage]]:
-    """What programs, composites and objects of C hold has no path. What is not in the store may have been made just now."""
-    with contextlib.suppress(Exception):  # what was loaded need not pickle
+    """Storages in programs, composites and C objects. They have no path. Pickling may have created those outside of the store."""
+    with contextlib.suppress(Exception):  # a loaded object may not be picklable
         for obj in strip([part], zone=Zone.SHARED, split=Split.NOWHERE).externals:
             if is_tensor_or_array(obj):
                 yield "", storage_of(obj)

@@ -29,11 +29,12 @@ from zerocopy.errors import PublicationLostError
 
 @attrs.frozen(eq=False, kw_only=True)
 class _Weights:
-    """Weights in the store, and the state of the live pipeline that they are the weights of. Keeps no part of it alive.
+    """Weights in the store, and the state of the live pipeline that has them. Keeps no part of the pipeline alive.
 
     Attributes:
-        borrowed: what they rest on that other processes put into the store.
-        components: of tensors that were taken apart. They stay alive, so that their ids and storages mean them.
+        borrowed: the objects of the store that these weights use and that other processes may own.
+        components: the components of tensors that were taken apart. They stay alive, so that their ids and storages are not
+            reused.
     """
 
     manifest: ray.ObjectRef[Any]
@@ -46,7 +47,7 @@ class _Weights:
     session: object = attrs.field(factory=object_store.session)
 
     def in_store(self) -> Self | None:
-        """These weights with a reference, which those with a name may lack here; None if they are gone."""
+        """These weights with a reference; None if they are gone. Weights with a name may have no reference in this process."""
         if self.session is None or self.session is not object_store.session():
             return None
         if self.manifest is None:
@@ -55,7 +56,7 @@ class _Weights:
         return self if self.borrowed.have_owners() else None
 
     def current_outer(self, pipeline: Any) -> Outer | None:
-        """The outer skeleton of `pipeline` as it is now, if the pipeline still has these weights, as far as one can tell."""
+        """The outer skeleton of `pipeline` as it is now; None if a change of its weights is detected."""
         try:
             outer, loose = make_outer(pipeline, self.known)
         except UnknownRoot:
@@ -65,11 +66,11 @@ class _Weights:
 
 @attrs.frozen(eq=False, kw_only=True)
 class OwnWeights(_Weights):
-    """Weights that this process wrote, and what it wrote.
+    """Weights that this process wrote, and where they are.
 
     Attributes:
-        placements: where storages are, by their key.
-        sizes: bytes of each shard, as far as this process has written it.
+        placements: the places of the storages, by key.
+        sizes: bytes of each shard that this process has written.
         used: bytes of the storages in each shard, by its id.
     """
 
@@ -83,7 +84,7 @@ class OwnWeights(_Weights):
     def written(
         cls, found: Introspection, snapshot: Snapshot, writer: Writer, sizes: Mapping[ray.ObjectRef[Any], int]
     ) -> Self:
-        """What `writer` wrote of `found`; the manifest is written now, if it does not lie beside a shard."""
+        """The weights of `found` that `writer` wrote. Writes the manifest now, if it is not in the object of a shard."""
         placements = {found.table.storages[index].key: place for index, place in writer.placements.items()}
         snapshot.note_written(placements)
         manifest = writer.finish()
@@ -103,17 +104,17 @@ class OwnWeights(_Weights):
         )
 
     def without_references(self) -> Self:
-        """The same weights, which have a name, but not kept in the store by this process."""
-        nothing: Any = None  # mypy takes the attribute for one that cannot be None
+        """The same weights, which have a name. This process no longer keeps them in the store."""
+        nothing: Any = None  # for mypy, the attribute cannot be None
         return attrs.evolve(self, manifest=nothing, borrowed=object_store.Borrowed([]), placements={}, sizes={})
 
     def with_places(self) -> Self:
-        """The same weights with their places, which those that have a name may lack here."""
+        """The same weights with their places. Weights with a name may have no places in this process."""
         if self.placements or self.manifest is None:
             return self
         try:
             manifest = manifest_of(self.manifest)
-        except PublicationLostError:  # the registry that owned it has just ended
+        except PublicationLostError:  # the registry that owned the manifest has just ended
             return self
         rows = {key: manifest.location_rows[index] for key, index in self.known.storages.items()}
         places = {
@@ -124,7 +125,7 @@ class OwnWeights(_Weights):
         return attrs.evolve(self, placements=places)
 
     def outer_if_same(self, found: Introspection) -> Outer | None:
-        """The outer skeleton of `found` over these weights, if they are those of `found`, byte by byte."""
+        """The outer skeleton of `found` over these weights; None unless `found` has the same weights, byte by byte."""
         same_objects = (self.known.tensors, self.known.storages) == (found.known.tensors, found.known.storages)
         same_form = (self.skeleton, self.specs) == (found.shared, tuple(found.table.specs))
         if self.manifest is None or not (same_objects and same_form):
@@ -132,14 +133,14 @@ class OwnWeights(_Weights):
         return found.outer if len(self.verified_places(found.table.storages)) == len(self.placements) else None
 
     def unchanged_places(self, found: Introspection) -> Mapping[object, Placement]:
-        """Where those storages of `found` are that the store has. What may have changed is compared byte by byte."""
+        """The places of the storages of `found` that the store has. Storages that may have changed are compared byte by byte."""
         same = self.snapshot.unchanged(found.table)
         doubtful = [storage for storage in found.table.storages if storage.key not in same]
         places = {key: self.placements[key] for key in same if key in self.placements}
         return {**places, **self.verified_places(doubtful)}
 
     def verified_places(self, storages: Sequence[Storage]) -> Mapping[object, Placement]:
-        """The same for any storages. All that the store may have are compared byte by byte."""
+        """The same for any storages. All storages that the store may have are compared byte by byte."""
         candidates = [storage for storage in storages if storage.key in self.placements]
         if not candidates or self.manifest is None:
             return {}
@@ -154,7 +155,7 @@ class OwnWeights(_Weights):
     def worth_keeping(
         self, places: Mapping[object, Placement], nbytes: Mapping[object, int]
     ) -> Mapping[object, Placement]:
-        """Those of `places` whose shards are still needed for at least half of their bytes. The others had better be freed."""
+        """Those `places` whose shards are still needed for at least half of their bytes. Other shards should be freed."""
         used: dict[ray.ObjectRef[Any], int] = defaultdict(int)
         for key, place in places.items():
             used[place.shard] += nbytes[key]
@@ -162,19 +163,19 @@ class OwnWeights(_Weights):
 
 
 class ForeignWeights(_Weights):
-    """Weights that a pipeline was loaded with and still has: it is passed on as the publication it came from.
+    """Weights that a pipeline was loaded with and still has. The pipeline is passed on as the publication that it came from.
 
-    The outer skeleton holds everything but the tensors: the shared skeleton describes objects of another process.
+    The outer skeleton holds everything but the tensors, because the shared skeleton describes objects of another process.
     """
 
     def without_references(self) -> Self:
-        """As that of `OwnWeights`."""
+        """See `OwnWeights.without_references`."""
         nothing: Any = None
         return attrs.evolve(self, manifest=nothing, borrowed=object_store.Borrowed([]))
 
     @classmethod
     def of_loaded(cls, found: Introspection, origin: Origin | None) -> Self | None:
-        """The weights that a pipeline came from, if it still has all of them and no others, byte by byte."""
+        """The weights that a pipeline was loaded from; None unless it still has exactly these, byte by byte."""
         if origin is None or origin.session is not object_store.session():
             return None
         try:
@@ -212,14 +213,14 @@ def put(
     sizes: Mapping[ray.ObjectRef[Any], int],
     make_writer: MakeWriter | None = None,
 ) -> OwnWeights:
-    """Write what `found` shares into the store, except what is `stored`. Whatever is refused is refused before the first byte.
+    """Write the storages that `found` shares into the store, except those in `stored`. All checks run before the first write.
 
     Args:
-        snapshot: of before anything was compared or written. So what another thread writes meanwhile counts as a change.
-        sizes: bytes of the shards of `stored`, as far as this process has written them.
-        make_writer: makes what writes, if not a `Writer`.
+        snapshot: from before anything was compared or written, so that writes of other threads in the meantime count as changes.
+        sizes: bytes of those shards of `stored` that this process has written.
+        make_writer: creates the writer, if it is not a `Writer`.
     """
-    cut = ORDINARY if make_writer is None else STREAMED  # what has a name is needed in parts by later versions
+    cut = ORDINARY if make_writer is None else STREAMED  # later versions of a name need parts of it
     writer = _writer_of(found, stored, cut, make_writer)
     for _ in writer.write_all():
         pass
@@ -234,7 +235,7 @@ def put_and_adopt(
     adoption: Adoption,
     make_writer: MakeWriter | None = None,
 ) -> tuple[OwnWeights, Outer]:
-    """The same, and re-point the tensors of the pipeline at the store. After an error they have private memory."""
+    """Like `put`, and turn the tensors of the pipeline into views of the store. After an error, they have private memory."""
     writer = _writer_of(found, stored, STREAMED, make_writer)
     try:
         for placed in itertools.chain(writer.stored, writer.write_all()):
@@ -249,12 +250,12 @@ def put_and_adopt(
 
 @attrs.frozen(eq=False)
 class Streamed:
-    """What is published shard by shard, and is in memory only while it is read.
+    """A pipeline that is published shard by shard, and whose bytes are in memory only while they are read.
 
     Attributes:
-        found: the introspection. It knows where memory is that may be empty.
+        found: the introspection. It knows the addresses of memory that may still be empty.
         fill: fills the memory of some storages before they are read.
-        drop: gives that memory back.
+        drop: releases that memory.
     """
 
     found: Introspection
@@ -285,14 +286,15 @@ def _writer_of(
 def manifest_for(
     found: Introspection, locations: Sequence[LocationRow] = (), shards: Sequence[ray.ObjectRef[Any]] = ()
 ) -> Manifest:
-    """The manifest of what `found` shares, given where its storages are."""
+    """The manifest of the shared part of `found`, given the places of its storages."""
     return Manifest(rows_of(found.table.specs), locations, found.devices, found.shared, shards, _is_reusable(found))
 
 
 def _is_reusable(found: Introspection) -> bool:
-    """Whether one can tell, by versions, members and modes, that what is shared was not changed since it was loaded.
+    """Whether versions, members and modes can show that the shared part was not changed since it was loaded.
 
-    One cannot where NumPy arrays or inference tensors are shared, or modules that no other module has registered.
+    They cannot if a root is neither a module nor a tensor, if NumPy arrays or inference tensors are shared, or if a shared module
+    is not registered below a root.
     """
     if not all(paths.is_module(root) or type(root) is torch.Tensor for root in found.roots):
         return False

@@ -1,4 +1,4 @@
-"""What does `@actor` generate: Ray actors of a class that stays a plain class, and gets its pipelines loaded."""
+"""What does `@actor` generate? Ray actors of a class that stays a plain class, with pipelines that arrive loaded."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _SPEC = "__zerocopy_actor__"
 
 
 class _Spec:
-    """The options of an actor class, and the Ray actor classes that this process has made of it and of its subclasses."""
+    """The options of an actor class, and the Ray actor classes that this process has created from it and from its subclasses."""
 
     def __init__(self, options: dict[str, Any], device: str | None, follow: bool = False) -> None:
         self.options = options
@@ -46,9 +46,9 @@ class _Spec:
         self._made: dict[type, tuple[Parameters, Any]] = {}
 
     def made_of(self, cls: type) -> tuple[Parameters, Any]:
-        """The parameters of `cls`, and the Ray actor class made of it."""
+        """The parameters of `cls`, and the Ray actor class created from it."""
         if cls not in self._made:
-            parameters = Parameters(cls)  # first: Ray adds one of its own to the signature
+            parameters = Parameters(cls)  # first, because Ray adds a parameter to the signature
             self._made[cls] = parameters, ray.remote(**self.options)(cls) if self.options else ray.remote(cls)
         return self._made[cls]
 
@@ -103,8 +103,9 @@ class Launcher(Generic[P, T]):
             actor_class = actor_class.options(**self._options)
         actors = [actor_class.remote(*sent, **named) for _ in range(count)]
         for handle in actors:
-            # A restarted actor loads again, and Ray keeps no argument until then: https://github.com/ray-project/ray/issues/53727.
-            # So they live as long as this handle: the finalizer refers to them.
+            # A restarted actor loads its arguments again, but Ray keeps no argument until then:
+            # https://github.com/ray-project/ray/issues/53727. So the finalizer refers to the arguments, and they live as long as
+            # this handle.
             weakref.finalize(handle, _do_nothing, sent, named).atexit = False
         return actors
 
@@ -121,10 +122,10 @@ class _Remote:
 
 
 class _Options:
-    # mypy cannot take the parameters of a class from the owner of a descriptor, so they are left open here.
+    # mypy cannot get the parameters of a class from the owner of a descriptor, so the parameters have no types here.
     def __get__(self, instance: object, owner: Callable[..., T]) -> Callable[..., Launcher[..., T]]:
         def options(**options: Any) -> Launcher[..., T]:
-            """Options of Ray, by name, for the actors that are started from the result."""
+            """Set options of Ray, by name, for the actors that the result starts."""
             check_options(options, "actor", late=True)
             if getattr(owner, _SPEC).follow:
                 check_options_can_follow(cast("type[T]", owner), options)
@@ -168,7 +169,7 @@ def actor(cls: Any = None, *, device: str | None = None, follow: bool = False, *
     annotations.
 
     Args:
-        device: the device that pipelines are loaded onto. A field's own device wins.
+        device: the device that pipelines are loaded onto. A field's own device has priority.
         follow: whether pipelines that were loaded from a publication with a name change to its newest version between two calls.
             After each change, the method `on_version(self, pipeline)` of the class is called, if there is one, to repeat changes
             that the actor had made to the pipeline.
@@ -205,8 +206,8 @@ def _decorate(cls: Any, options: dict[str, Any], device: str | None, follow: boo
 
 
 def _prepare(cls: type) -> None:
-    """Check a class that is to be an actor, give it an `__init__` if it has none, and let that load its arguments."""
-    if is_ray_actor_class(cls):  # Ray derived it from one that is prepared
+    """Check a class that becomes an actor, give it an `__init__` if it has none, and make this load its arguments."""
+    if is_ray_actor_class(cls):  # Ray derived it from a class that is prepared
         return
     for name in GENERATED:
         if not isinstance(inspect.getattr_static(cls, name, _Remote()), (_Remote, _Options, _Pool)):
@@ -225,7 +226,7 @@ def _prepare(cls: type) -> None:
                 f"{cls.__name__} is an actor, but {name!r} is a {value.policy}() field.",
                 hint="fields belong to a class marked with @zerocopy.pipeline, which an actor takes as an argument.",
             )
-    if getattr(cls, _SPEC, _Spec({}, None)).follow:  # of a class that it inherits from
+    if getattr(cls, _SPEC, _Spec({}, None)).follow:  # an option of a base class
         check_can_follow(cls, {})
         follow_in_methods(cls)
     if class_with_own_init(cls) is None and inspect.get_annotations(cls):
@@ -236,12 +237,12 @@ def _prepare(cls: type) -> None:
 
 
 def _with_arguments_loaded(init: Callable[..., Any]) -> Callable[..., Any]:
-    """`init`, but with its arguments loaded. Python or Ray gets whatever it gives, to await it or to refuse it."""
+    """Wraps `init`, so that its arguments arrive loaded. Returns the result of `init`, which Python or Ray awaits or refuses."""
     if inspect.iscoroutinefunction(init):
 
         @functools.wraps(init)
         async def __init__(self: Any, *args: Any, **kwargs: Any) -> Any:
-            warn_of_copies(init.__get__(self), args, kwargs)  # Ray alone awaits it
+            warn_of_copies(init.__get__(self), args, kwargs)  # only Ray awaits it
             values, named = _loaded_for(self, init, args, kwargs)
             return await init(self, *values, **named)
     else:
@@ -267,7 +268,7 @@ def _loaded_for(
 
 
 def _prepare_subclasses(cls: Any) -> None:
-    """Prepare each subclass of `cls` when it is made."""
+    """Prepare each subclass of `cls` when it is created."""
     previous = vars(cls).get("__init_subclass__")
 
     def __init_subclass__(owner: type, /, **options: Any) -> None:

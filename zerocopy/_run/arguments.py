@@ -1,4 +1,4 @@
-"""How do arguments travel and arrive: pipelines and modules as publications, which are loaded where the code runs."""
+"""How do arguments travel and arrive? Pipelines and modules travel as publications, which are loaded where the code runs."""
 
 from __future__ import annotations
 
@@ -23,14 +23,15 @@ from zerocopy._split.held_models import holds_models
 from zerocopy._store import object_store
 
 Load: TypeAlias = Callable[[Publication, str | None], Any]
-Arrival: TypeAlias = Callable[[Any, str | None], Any]  # of an argument, on the device of the code that receives it
+Arrival: TypeAlias = Callable[[Any, str | None], Any]  # an argument as it arrives, on the device of the receiver
 Handles: TypeAlias = Mapping[int | str, Arrival]
 
 
 def pack_argument(value: Any) -> Any:
-    """An argument as it is sent: what is or holds a model becomes a publication, and a publication a handle of its own.
+    """An argument as it is sent. A model, or an object that holds one, becomes a publication. A publication becomes a new handle.
 
-    Its caller may close the one that was given as soon as the call returns, or from another thread before.
+    The new handle is needed because the caller may close the given one as soon as the call returns, or earlier from another
+    thread.
 
     Raises:
         PublicationClosedError, PublicationLostError: it is a publication that cannot be loaded any more.
@@ -41,11 +42,11 @@ def pack_argument(value: Any) -> Any:
 
 
 def keep_argument(value: Any) -> Any:
-    """An argument as it is sent more than once: now, and when an actor is restarted or the next item of a `map` is due.
+    """An argument as it is sent several times: now, and when an actor is restarted or the next item of a `map` is sent.
 
-    As long as the result lives, so does all that the argument refers to, though its caller closes, changes or drops it. So what
-    may refer to more than one handle does is put into the store: Ray keeps the references inside. It is also stored once,
-    where Ray would store a large argument for each call, and drop it before a restart.
+    While the result lives, everything that the argument refers to lives too, even if the caller closes, changes or drops the
+    argument. So an argument that may refer to more than a handle does is put into the store, and Ray keeps the references inside
+    it. The store has it only once; without this, Ray would store a large argument for each call, and drop it before a restart.
 
     Raises:
         As `pack_argument`.
@@ -59,7 +60,7 @@ def keep_argument(value: Any) -> Any:
 
 
 def load_publication(publication: Publication, device: str | None) -> Any:
-    """A new pipeline. A publication with a name loads in a way of its own."""
+    """A new pipeline. A publication with a name has its own `load`."""
     return publication.load(device)
 
 
@@ -68,7 +69,7 @@ def load_argument(value: Any, device: str | None, load: Load = load_publication)
     if isinstance(value, Publication):
         return load(value, device)
     if is_pipeline_class(type(value)) and device is not None and object_store.is_running() and object_store.is_worker():
-        # Ray Data and Serve bring a pipeline that is loaded already, on the CPU.
+        # Ray Data and Serve pass a pipeline that is already loaded, on the CPU.
         return value if devices.resolve(device) == devices.CPU else publish_automatically(value).load(device)
     return value
 
@@ -81,10 +82,10 @@ def pack_arguments(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[list
 def keep_arguments(
     args: Sequence[Any], kwargs: Mapping[str, Any], follow: Callable[[int | str], bool] = lambda _: False
 ) -> tuple[list[Any], dict[str, Any]]:
-    """The arguments of a call as they are sent more than once.
+    """The arguments of a call as they are sent several times.
 
     Args:
-        follow: whether the argument with this position or name follows a publication's name. Old versions of that are not kept.
+        follow: whether the argument with this position or name follows the name of a publication. Its old versions are not kept.
     """
 
     def kept(which: int | str, value: Any) -> Any:
@@ -95,7 +96,7 @@ def keep_arguments(
 
 
 def follow_argument(value: Any) -> Any:
-    """An argument as it is sent where it will follow a name."""
+    """An argument as it is sent if it will follow a name."""
     packed = keep_argument(value)
     return packed.without_reference() if isinstance(packed, Publication) else packed
 
@@ -110,7 +111,7 @@ def load_arguments(
     """The arguments of a call as the user's code receives them.
 
     Args:
-        handles: as `handle_parameters` gives them.
+        handles: the result of `handle_parameters`.
     """
 
     def arrived(which: int | str, value: Any) -> Any:
@@ -121,16 +122,16 @@ def load_arguments(
 
 
 def as_live(value: Any, device: str | None) -> Any:
-    """An argument for a `Live` parameter. What has no name has one version."""
+    """An argument for a `Live` parameter. An object without a name has one version."""
     if is_pipeline_class(type(value)) and object_store.is_running() and object_store.is_worker():
-        value = publish_automatically(value)  # Ray Data and Serve bring a pipeline that is loaded already
+        value = publish_automatically(value)  # Ray Data and Serve pass a pipeline that is already loaded
     if isinstance(value, Publication):
         return OnDevice(value, device)
     return value if isinstance(value, (Fixed, OnDevice)) else Fixed(value)
 
 
 def as_publication(value: Any, _: str | None) -> Any:
-    """An argument for a parameter that is annotated as a publication: as it has come."""
+    """An argument for a parameter that is annotated as a publication. It stays as it arrived."""
     return value
 
 
@@ -139,7 +140,7 @@ def handle_parameters(function: Any, *, is_method: bool = False) -> Handles:
     """The parameters of `function` that ask for a handle instead of a loaded pipeline: annotated `Live[...]` or `Publication`.
 
     Returns:
-        How each arrives, by its position and its name. `self` has no position.
+        For each of them, by position and by name, the function that returns the argument as it arrives. `self` has no position.
     """
     parameters = list(inspect.signature(function).parameters.values())[is_method:]
     asked = [(position, one.name, _asked_for(one.annotation, function)) for position, one in enumerate(parameters)]
@@ -155,7 +156,7 @@ def _asked_for(annotation: Any, function: Any) -> Arrival | None:
         return as_live if _LIVE.match(annotation) else as_publication if _PUBLICATION.fullmatch(annotation) else None
     if any(Live in (one, get_origin(one)) for one in (annotation, *get_args(annotation))):
         return as_live
-    is_union = get_origin(annotation) in (Union, UnionType)  # with a pipeline, it may be either: that arrives loaded
+    is_union = get_origin(annotation) in (Union, UnionType)  # if it has a pipeline class, it arrives loaded
     members = [one for one in (get_args(annotation) if is_union else (annotation,)) if one is not NoneType]
     is_handle = all(isinstance(one, type) and issubclass(one, Publication) for one in members)
     return as_publication if is_handle and members else None
@@ -166,7 +167,7 @@ _PUBLICATION = re.compile(r"([\w.]+\.)?(Named)?Publication( *\| *None)?")
 
 
 def resolve_references(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
-    """The arguments of a call with the objects behind references, as Ray passes them to a task."""
+    """The arguments of a call, with the objects instead of references to them, as Ray passes them to a task."""
     values = [ray.get(value) if isinstance(value, ray.ObjectRef) else value for value in args]
     named = {name: ray.get(value) if isinstance(value, ray.ObjectRef) else value for name, value in kwargs.items()}
     return values, named

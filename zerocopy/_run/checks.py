@@ -1,4 +1,4 @@
-"""What is refused before Ray sees it: options that Ray does not know, and arguments that do not fit a signature."""
+"""Which calls are refused before Ray sees them? Calls with unknown options, or with arguments that do not fit the signature."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 def check_options(options: Mapping[str, Any], kind: Kind, *, late: bool = False) -> None:
-    """Refuse options that Ray does not know for a task or an actor. `late` ones are given by `.options()`.
+    """Refuse options that Ray does not know for a task or an actor. `late`: the options come from `.options()`.
 
     Raises:
         DeclarationError: an unknown name, or a value that Ray refuses.
@@ -49,10 +49,10 @@ def say_options(options: Mapping[str, Any]) -> str:
 
 
 def check_in_flight(max_in_flight: int | None) -> None:
-    """Refuse a bound that lets no call run.
+    """Refuse a limit that lets no call run.
 
     Raises:
-        ArgumentError: it is given, and not a positive int.
+        ArgumentError: a limit is given, and is not a positive int.
     """
     if max_in_flight is not None and (not isinstance(max_in_flight, int) or max_in_flight < 1):
         raise ArgumentError(
@@ -61,21 +61,21 @@ def check_in_flight(max_in_flight: int | None) -> None:
 
 
 def check_items(items: object, what: str, hint: str) -> None:
-    """Refuse what a `map` is not meant to go through.
+    """Refuse items that a `map` should not iterate.
 
     Raises:
-        ArgumentError: it cannot be iterated, or it is a string, which would give its letters.
+        ArgumentError: they cannot be iterated, or they are a string, whose items would be its letters.
     """
-    can_be_iterated = isinstance(items, Iterable) or hasattr(type(items), "__getitem__")  # as a dataset of torch
+    can_be_iterated = isinstance(items, Iterable) or hasattr(type(items), "__getitem__")  # like a dataset of torch
     if isinstance(items, (str, bytes)) or not can_be_iterated:
         raise ArgumentError(f"{what}, which is {type(items).__name__!r}.", hint=hint)
 
 
 class Parameters:
-    """The parameters of a function or an `__init__`, checked where it is called instead of where it runs."""
+    """The parameters of a function or an `__init__`. They are checked where it is called, not where it runs."""
 
     def __init__(self, target: Callable[..., Any]) -> None:
-        """`target` is a function, or a class whose `__init__` is meant."""
+        """`target` is a function, or a class, which stands for its `__init__`."""
         self._target = target
         self._name = target.__name__
         self._signature = inspect.signature(target)
@@ -85,7 +85,7 @@ class Parameters:
             one.name for one in parameters if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)
         ]
         required = [one.name for one in parameters if one.default is one.empty and one.kind not in _VARIADIC]
-        # No positional call gives a parameter that has to be named.
+        # If a required parameter is keyword-only, no call with only positional arguments is enough.
         self._least = len(required) if set(required) <= set(self._positional) else len(self._positional) + 1
 
     def check(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
@@ -127,8 +127,8 @@ class Parameters:
         return ArgumentError(f"{self._name}() was called with arguments that do not fit: {error}.", hint=usage)
 
     def _expected_classes(self) -> dict[str, tuple[type, ...]]:
-        """The classes that parameters are annotated with, of those annotated with a pipeline class or a module class."""
-        if self._expected is None:  # not before the first call: annotations may name what is defined later
+        """The classes in the annotation of each parameter that is annotated with a pipeline class or a module class."""
+        if self._expected is None:  # at the first call, because annotations may name classes that are defined later
             found = {name: self._classes_of(parameter) for name, parameter in self._signature.parameters.items()}
             self._expected = {name: classes for name, classes in found.items() if classes}
         return self._expected
@@ -145,7 +145,7 @@ class Parameters:
 
 
 def _evaluate(annotation: str, target: Callable[..., Any]) -> Any:
-    """What an annotation means where `target` was defined; None for a name that only type checkers know."""
+    """The meaning of an annotation where `target` was defined; None if it is unknown there, like names for type checkers only."""
     function = inspect.unwrap(vars(target).get("__init__", target) if isinstance(target, type) else target)
     names = dict(vars(sys.modules[target.__module__])) if target.__module__ in sys.modules else {}
     if inspect.isfunction(function):

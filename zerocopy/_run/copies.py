@@ -1,4 +1,4 @@
-"""Which arguments has Ray brought with a model that every worker copies, and how is the user told?"""
+"""Which arguments contain a model that Ray pickled, so that every worker copies it, and how is the user warned?"""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ _checked: set[tuple[str, ...]] = set()  # names of classes: of the argument, and
 
 
 def warn_if_called_by_ray(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """As `warn_of_copies`, if in a worker Ray's own code makes the call that asks this: what users pass in place is no copy."""
+    """Like `warn_of_copies`, but only if Ray's own code makes the call in a worker: a direct call of a user copies nothing."""
     if not object_store.is_running() or not object_store.is_worker():
         return
-    # Ray derives classes of its own from the user's, and calls them too.
+    # Ray derives its own classes from the user's classes, and calls them too.
     if hasattr(function, "__code__") and _is_of_ray(module_of_caller(2)) and not _is_of_ray(function.__module__):
         warn_of_copies(function, args, kwargs)
 
@@ -39,25 +39,25 @@ def _is_of_ray(module: str) -> bool:
 
 
 def warn_of_copies(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """Warn of each argument, as Ray has brought it to `function`, that is or holds a model outside of the store.
+    """Warn of each argument, as Ray passed it to `function`, that is or holds a model outside of the store.
 
-    Once per process and class of argument and model. Only the first few objects of an argument are looked at.
+    Warns once per process for each class of argument and model. Only the first few objects of an argument are examined.
     """
     for where, value in (*enumerate(args), *kwargs.items()):
         if text := _text_on(function, where, value):
-            code = function.__code__  # the line of the user's own code is shown
+            code = function.__code__  # the warning shows the line of the user's own code
             warnings.warn_explicit(text, CopyWarning, code.co_filename, code.co_firstlineno)
 
 
 def _text_on(function: Any, where: Any, argument: Any) -> str | None:
-    """What to say of an argument, if there is anything."""
+    """The warning for an argument, or None."""
     try:
         models = list(models_in(argument))
         if not models or not _is_new(type(argument), type(models[0][1])):
             return None
         nbytes = _bytes_beside_store(model for _, model in models)
         return None if nbytes < NOT_WORTH_A_WORD else _text(function, where, argument, models, nbytes)
-    except Exception:  # of the user's classes, when they are looked at: the user's own code will meet it
+    except Exception:  # an error in the user's classes: the user's own code will get it, too
         return None
 
 
@@ -89,7 +89,7 @@ def _parameter(function: Any, position: int) -> str:
 
 
 def _bytes_beside_store(models: Iterable[Any]) -> int:
-    """Bytes of main memory that models take, but not those that are views of the store. A GPU has copies anyway."""
+    """Bytes of main memory of models, without views of the store. Memory of a GPU does not count: it always has copies."""
     storages = {storage.key: storage for model in models for storage in _storages_of(model)}
     files = store_files()
     return sum(

@@ -1,7 +1,8 @@
-"""How does an actor follow a name by itself? Before each call, what arrived loaded becomes the newest version.
+"""How does an actor follow a name automatically? Before each call, the pipelines that arrived loaded become the newest version.
 
-Nothing is changed under a call that runs. So only actors that run one call at a time can follow in this way: draining a
-concurrent one deadlocks as soon as it calls itself, and one long stream would hold up all. Those use `Live`.
+Nothing is changed while a call runs. So only actors that run one call at a time can follow in this way. If a concurrent actor
+waited until its calls have ended, it would deadlock as soon as it calls itself, and one long stream would block all calls.
+Concurrent actors use `Live`.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ _WAY_OUT = "take a zerocopy.Live[...] parameter, and call its current() in each 
 
 
 def check_can_follow(cls: type, options: Mapping[str, Any]) -> None:
-    """Refuse to let an actor follow by itself that runs several calls at a time.
+    """Refuse automatic following for an actor that runs several calls at a time.
 
     Raises:
         DeclarationError: it has async methods, or options that make it concurrent.
@@ -50,7 +51,7 @@ def check_can_follow(cls: type, options: Mapping[str, Any]) -> None:
 
 
 def check_options_can_follow(cls: type, options: Mapping[str, Any]) -> None:
-    """The same of options that are given later."""
+    """The same check for options that are given later."""
     concurrent = [name for name in ("max_concurrency", "concurrency_groups") if options.get(name) not in (None, 1)]
     if concurrent:
         raise DeclarationError(
@@ -61,7 +62,7 @@ def check_options_can_follow(cls: type, options: Mapping[str, Any]) -> None:
 
 
 def follow_in_methods(cls: type) -> None:
-    """Let each public method of a class look for newer versions first."""
+    """Let each public method of a class check for newer versions first."""
     for base in cls.__mro__[:-1]:
         for name, value in list(vars(base).items()):
             is_call = name != HOOK and (name == "__call__" or not name.startswith("__"))
@@ -89,12 +90,12 @@ def _following(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def load_newest(publication: Publication, device: str | None) -> Any:
-    """Load the newest version instead of the one that was published: an old one may be gone when an actor is restarted."""
+    """Load the newest version instead of the published one, which may be gone when an actor is restarted."""
     return (publication.newest() if isinstance(publication, NamedPublication) else publication).load(device)
 
 
 def start_following(actor: Any, values: Iterable[Any]) -> None:
-    """Let an actor follow the names of what arrived loaded.
+    """Let an actor follow the names of the pipelines that arrived loaded.
 
     Raises:
         DeclarationError: the actor runs several calls at a time.
@@ -113,7 +114,7 @@ def start_following(actor: Any, values: Iterable[Any]) -> None:
 
 
 class _Pipeline:
-    """A pipeline that arrived loaded, and what it follows."""
+    """A pipeline that arrived loaded, and the name that it follows."""
 
     def __init__(self, pipeline: Any, tag: Tag) -> None:
         origin = live.entry_of(pipeline).origin
@@ -124,15 +125,15 @@ class _Pipeline:
         self.followed.start()
 
     def update(self, actor: Any) -> None:
-        """Become the newest version that is loaded."""
+        """Change the pipeline to the newest version that is loaded."""
         newest = self.followed.newest()
         if newest.pipeline is self.pipeline:
             return
-        self.followed.replace(newest, self.pipeline)  # whatever follows, it is not tried again
+        self.followed.replace(newest, self.pipeline)  # even if a later step fails, this version is not tried again
         changed = _difference(self.state, _state_of(self.pipeline))
         try:
             swap(self.pipeline, newest.pipeline)
-        except Exception as error:  # whatever the new version's own code raises: the old one goes on
+        except Exception as error:  # any error of the new version's own code: the actor keeps the old one
             warn_once(f"{type(actor).__name__} goes on with an older version: {error}")
             return
         self.state = _state_of(self.pipeline)
@@ -147,7 +148,7 @@ class _Pipeline:
 
 
 class _Follower:
-    """What an actor follows, and how many calls run in one another."""
+    """The pipelines that an actor follows, and the depth of nested calls."""
 
     def __init__(self, followed: list[_Pipeline]) -> None:
         self._followed = followed
@@ -199,7 +200,7 @@ def _is_compiled(module: nn.Module) -> bool:
 
 
 def _difference(before: dict[str, tuple[object, ...]], now: dict[str, tuple[object, ...]]) -> str | None:
-    """What was done to a pipeline after it was loaded, in words."""
+    """Describes a change of a pipeline after it was loaded; None if there is none."""
     if before.keys() != now.keys():
         return "modules were replaced, added or removed"
     names = ("the class", "compilation", "the device", "train or eval mode")

@@ -1,7 +1,7 @@
-"""What do type checkers know of the handle of an actor, and of its methods? At run time both are Ray's own.
+"""What do type checkers know about the handle of an actor and about its methods? At run time, both are Ray's own objects.
 
-No type can say "the methods of T, each with a `remote`". So a handle has any method, of which nothing is known; and the class
-itself stands for a handle, in which those methods are known that are marked. Ray has the same two: `ActorProxy[T]`.
+No type can express "the methods of T, each with a `remote`". So a handle accepts every method, without types. In addition, the
+class itself can stand for a handle; then the marked methods have types. Ray has the same two ways: `ActorProxy[T]`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ray.actor import ActorHandle
 from zerocopy._declare.pipeline import describe
 from zerocopy.errors import DeclarationError
 
-GENERATED = ("remote", "options", "pool")  # what an actor class gains
+GENERATED = ("remote", "options", "pool")  # the methods that an actor class gets
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -38,16 +38,16 @@ if TYPE_CHECKING:
             ...
 
         def bind(self, *args: Any, **kwargs: Any) -> Any:
-            """A node of a graph of Ray."""
+            """Create a node of a graph of Ray."""
             ...
 
     class Handle(ActorHandle[T]):
-        """The handle of a running actor of class T: Ray's, which `ray.kill`, `ray.wait` and others take."""
+        """The handle of a running actor of class T. It is Ray's own handle, which functions such as `ray.kill` accept."""
 
         def __getattr__(self, item: str) -> RemoteMethod: ...  # type: ignore[override]  # Ray says Never
 
     class MarkedMethod(Generic[S, P, R, Sent]):
-        """A method marked with `zerocopy.method`: `remote` and `options` are for handles, a call is for the class itself."""
+        """A method marked with `zerocopy.method`. Handles use `remote` and `options`; a direct call is for the class itself."""
 
         def __call__(self, instance: S, /, *args: P.args, **kwargs: P.kwargs) -> R: ...
 

@@ -1,4 +1,4 @@
-"""How do results of many calls come back: in order, with a bounded number of calls under way, and a bar."""
+"""How do the results of many calls come back? In order, with a limited number of calls in flight, and with a progress bar."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from zerocopy._store import object_store
 
 T = TypeVar("T")
 
-SLOW_SECONDS = 10.0  # after which a result counts as slow
+SLOW_SECONDS = 10.0  # a result that takes longer is slow
 
 
 def default_in_flight() -> int:
-    """Twice the CPUs of the cluster, so that none waits for the driver."""
+    """Twice the CPUs of the cluster, at least 4, so that no CPU waits for the driver."""
     cpus: float = ray.cluster_resources().get("CPU", 1)
     return max(4, 2 * math.ceil(cpus))
 
@@ -33,11 +33,11 @@ def in_order(
     progress: bool = True,
     when_slow: Callable[[], None] | None = None,
 ) -> Iterator[Any]:
-    """Results in the order of `items`, with at most `max_in_flight` calls under way.
+    """Yields the results in the order of `items`, with at most `max_in_flight` calls in flight.
 
     `when_slow` is called once, at the first result that takes more than `SLOW_SECONDS`.
 
-    The first error cancels the calls under way and is raised. Abandoning the iterator cancels them too.
+    The first error cancels the calls in flight and is raised. Abandoning the iterator cancels them too.
     """
     pending: deque[ray.ObjectRef[Any]] = deque()
     try:

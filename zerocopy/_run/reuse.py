@@ -1,7 +1,7 @@
 """Which loads does a worker process keep, so that calls of tasks reuse the shared part of a pipeline?
 
-One call at a time has a load. After the call it is compared with what it was, ahead of the next call and while the process has
-nothing else to do. If it is unchanged the next call acquires it, else it is dropped.
+Only one call at a time uses a load. After the call, the load is compared with its recorded state, before the next call and while
+the process has nothing else to do. If the load is unchanged, the next call acquires it. Otherwise, it is dropped.
 """
 
 from __future__ import annotations
@@ -34,10 +34,11 @@ class Limits:
     """How many loads a process keeps, and for how long.
 
     Attributes:
-        publications: of how many publications loads are kept.
-        copies: how many loads of each. With two of them one is compared while a call uses the other.
-        idle_seconds: after this time without a call loads are evicted: nobody tells a worker that a publication was closed.
-        reply_seconds: how long comparisons wait after a call, until its result is on its way.
+        publications: the number of publications whose loads are kept.
+        copies: the number of loads of each publication. With two loads, one is compared while a call uses the other.
+        idle_seconds: loads are evicted after this time without a call, because a worker is not informed when a publication is
+            closed.
+        reply_seconds: how long comparisons wait after a call, so that its result is sent first.
         breath_seconds: how long a comparison pauses after each part, for other threads.
     """
 
@@ -49,7 +50,7 @@ class Limits:
 
 
 class State(enum.Enum):
-    """Who has a load, and what is known of it."""
+    """Which code has a load, and what is known about the load."""
 
     NEW = "a call has loaded it, and not joined it to a pipeline yet"
     IN_USE = "a call has it"
@@ -81,7 +82,7 @@ _NEXT = {
 
 
 def next_state(state: State, event: Event) -> State:
-    """The state that follows.
+    """The state after `event`.
 
     Raises:
         RuntimeError: the event cannot happen in this state.
@@ -93,7 +94,7 @@ def next_state(state: State, event: Event) -> State:
 
 
 class Key(NamedTuple):
-    """What loads must agree in to replace each other. `manifest` is the id of its reference."""
+    """Loads with equal keys can replace each other. `manifest` is the id of its reference."""
 
     manifest: bytes
     device: torch.device
@@ -101,7 +102,7 @@ class Key(NamedTuple):
 
 
 class Entry:
-    """A loaded shared part, and the state that it is in."""
+    """A loaded shared part, and its state."""
 
     def __init__(self, key: Key, reference: ray.ObjectRef[Any], manifest: Manifest, shared: SharedPart) -> None:
         self.key = key
@@ -109,7 +110,7 @@ class Entry:
         self.manifest = manifest
         self.shared = shared
         self.kept = Kept(shared.roots, shared.tensors.values(), shared.memory.mapped_memory())
-        self.seconds = 0.0  # that the load took
+        self.seconds = 0.0  # how long the load took
         self.state = State.NEW
         self.last_used = 0.0
 
@@ -120,24 +121,24 @@ class Entry:
         with collector_paused():
             shared = load_shared(manifest, key.device, require_isolation=key.requires_isolation)
             if len(sys.modules) > imported:
-                gc.collect(0)  # what failed during an import may refer to this call, and so to all that was loaded
+                gc.collect(0)  # an error during an import may refer to this call, and so to everything that was loaded
             entry = cls(key, reference, manifest, shared)
             entry.seconds = time.perf_counter() - started
             return entry
 
     def note(self, event: Event) -> None:
-        """Go on to the state that follows `event`."""
+        """Change to the state after `event`."""
         self.state = next_state(self.state, event)
 
     def check(self, breath: float = 0.0) -> bool:
-        """Whether it is as it was; see `Kept.is_unchanged`."""
+        """Whether the load is unchanged; see `Kept.is_unchanged`."""
         is_unchanged = self.kept.is_unchanged(breath)
         self.note(Event.FOUND_UNCHANGED if is_unchanged else Event.FOUND_CHANGED)
         return is_unchanged
 
 
 class LoadCache:
-    """The loads that a process keeps, except those that calls have."""
+    """The loads that a process keeps, except those that calls are using."""
 
     def __init__(self, limits: Limits | None = None) -> None:
         self.limits = limits or Limits()
@@ -146,7 +147,7 @@ class LoadCache:
         self._evictor: _Evictor | None = None
 
     def acquire(self, key: Key) -> Entry | None:
-        """An unchanged load for the caller alone: a kept one, or a new one of the same publication. None if none is kept."""
+        """An unchanged load for the caller only: a kept one, or a new one of the same publication. None if none is usable."""
         with self._lock:
             copies = self._entries.get(key)
             if not copies:
@@ -166,7 +167,7 @@ class LoadCache:
         return entry
 
     def _best_of(self, copies: list[Entry]) -> Entry | None:
-        """An unchanged copy. An unchecked one only if no further copy may be loaded, to be compared while another is used."""
+        """An unchanged copy. If the limit allows no new copy, also an unchecked one. None if there is no such copy."""
         is_full = len(copies) >= self.limits.copies
         for state in (State.UNCHANGED, State.UNCHECKED) if is_full else (State.UNCHANGED,):
             for entry in copies:
@@ -192,7 +193,7 @@ class LoadCache:
             self._evictor.released.set()
 
     def validate(self) -> None:
-        """Compare what calls have released, so that the next call need not, and drop what was changed."""
+        """Compare the released loads, so that the next call need not do it, and drop the changed ones."""
         with self._lock:
             entries = [entry for copies in self._entries.values() for entry in copies]
         for entry in entries:
@@ -206,7 +207,7 @@ class LoadCache:
                         copies.remove(entry)
 
     def evict_idle(self) -> bool:
-        """Drop the publications that no call has used recently. Returns whether any is left; without any the evictor ends."""
+        """Drop the loads of publications that no call used recently. Returns whether any is left; if not, the evictor ends."""
         oldest = time.monotonic() - self.limits.idle_seconds
         with self._lock:
             idle = [key for key, copies in self._entries.items() if all(entry.last_used < oldest for entry in copies)]
@@ -216,12 +217,12 @@ class LoadCache:
                 self._evictor = None
         del evicted  # outside of the lock: it takes a while
         if any(key.device.type == "cuda" for key in idle):
-            torch.cuda.empty_cache()  # torch would keep the memory from other processes on the GPU
+            torch.cuda.empty_cache()  # else torch would keep memory that other processes on the GPU need
         return is_left
 
 
 class _Evictor(threading.Thread):
-    """Validates what calls have released, and evicts what is idle, until nothing is kept."""
+    """Validates released loads, and evicts idle ones, until no load is kept."""
 
     def __init__(self, cache: LoadCache) -> None:
         super().__init__(name="zerocopy-reuse", daemon=True)
@@ -252,10 +253,10 @@ class CallLoads:
         self._entries: list[Entry] = []
 
     def load(self, publication: Publication, device: str | None) -> Any:
-        """As `publication.load(device)`, but around a shared part that this process keeps, where it can be reused."""
+        """Like `publication.load(device)`, but with a shared part that this process keeps, if it can be reused."""
         try:
             return self._load(publication, device)
-        except PublicationLostError:  # a name may know a way to find it again
+        except PublicationLostError:  # a publication with a name may find it again
             return publication.load(device)
 
     def _load(self, publication: Publication, device: str | None) -> Any:
@@ -274,10 +275,10 @@ class CallLoads:
         return self._join(entry, publication, outer)
 
     def load_named(self, name: Name, device: str | None) -> Any:
-        """The same of a publication that is given by its name.
+        """The same for a publication that is given by its name.
 
         Raises:
-            NotCached: it cannot be loaded from what this process keeps.
+            NotCached: this process keeps no load that can be used for it.
         """
         manifest, requires_isolation, packed = name
         entry = self._cache.acquire(Key(manifest, devices.resolve(device), requires_isolation))
@@ -295,18 +296,18 @@ class CallLoads:
         memory = entry.shared.memory.mapped_memory()
         if entry.state is State.NEW:
             publication.tell_of_load(entry.manifest, outer, memory, entry.seconds + time.perf_counter() - started)
-            entry.kept.record()  # now: joining may put modules into eval mode
+            entry.kept.record()  # after the join, which may put modules into eval mode
             entry.note(Event.JOINED)
         publication.note_load(pipeline, entry.manifest, memory, entry.key.device)
         self._entries.append(entry)
         return pipeline
 
     def release(self) -> None:
-        """Let later calls have the loads. Nothing may refer to the pipelines any more."""
+        """Give the loads back to the cache, for later calls. Nothing may refer to the pipelines any more."""
         if not self._entries:
             return
         for entry in self._entries:
             for root in entry.shared.roots:
-                live.forget(root)  # what is known of it keeps the weights in the store
+                live.forget(root)  # its entry keeps the weights in the store
         self._cache.release(self._entries)
         self._entries = []

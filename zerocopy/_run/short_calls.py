@@ -1,9 +1,9 @@
-"""How is a task called where workers have the weights loaded already: without a reference to them.
+"""How is a task called if workers already have the weights loaded? Without a reference to the weights.
 
-Ray counts every reference that an argument holds, at both ends, which takes longer than all else of a call. The process that
-waits for the result holds the weights in the meantime, and a worker that has loaded them needs no reference. So such a call is
-one argument of bytes, in which publications have names. A worker that does not have the weights, or no longer, says so before
-the function runs, and the call is made again in full.
+Ray counts every reference in an argument, in the caller and in the worker. This takes longer than everything else in a call. The
+process that waits for the result holds the weights in the meantime, and a worker that has loaded them needs no reference. So such
+a call has one argument: bytes, in which publications have names. If a worker does not have the weights, or no longer has them, it
+reports this before the function runs, and the call is made again in full.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import Any, NamedTuple, TypeAlias
 
 from zerocopy._load.publication import Publication
 
-SECONDS = 2.0  # that a worker is trusted to have the weights after a call; it keeps them for longer
-MOST_BYTES = 4096  # of a string: larger ones are better off as arguments of their own
+SECONDS = 2.0  # how long after a call a worker is trusted to have the weights; it keeps them for longer
+MOST_BYTES = 4096  # of a string: larger strings are better sent as separate arguments
 MOST_TRUSTED = 256  # publications
 
-# Stands for a publication: the id of its manifest, whether it requires isolation, and the rest of it packed.
+# Stands for a publication: the id of its manifest, whether it requires isolation, and its other parts, packed.
 Name: TypeAlias = tuple[bytes, bool, bytes]
 
 _SCALARS = (int, float, complex, bool, type(None))
@@ -27,12 +27,12 @@ _STRINGS = (str, bytes)
 
 
 def is_brief(value: object) -> bool:
-    """Whether a value is small, and means the same however it is pickled."""
+    """Whether a value is small, and every pickler gives the same result for it."""
     return type(value) in _SCALARS or (type(value) in _STRINGS and len(value) <= MOST_BYTES)  # type: ignore[arg-type]
 
 
 def pack_call(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bytes | None:
-    """A call as bytes, if it has nothing but brief values and publications that workers have loaded recently."""
+    """A call as bytes, if its arguments are only brief values and publications that workers have loaded recently; else None."""
     publications = [value for value in (*args, *kwargs.values()) if not is_brief(value)]
     if not publications or not all(isinstance(value, Publication) and _is_trusted(value) for value in publications):
         return None
@@ -44,7 +44,7 @@ def pack_call(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bytes | None:
 
 
 def unpack_call(call: bytes) -> tuple[list[Any], dict[str, Any]]:
-    """The arguments that `pack_call` packed, with names for the publications."""
+    """The arguments that `pack_call` packed, with names instead of publications."""
     args, kwargs = pickle.loads(call)
     return args, kwargs
 
@@ -60,7 +60,7 @@ def _name_of(publication: Publication) -> Name | None:
 
 
 class Reply(NamedTuple):
-    """A worker's reply to a short call: whether the publications are known there, and if so the result."""
+    """A worker's reply to a short call: whether it knows the publications, and if it does, the result."""
 
     is_known: bool
     result: Any = None
@@ -70,7 +70,7 @@ UNKNOWN = pickle.dumps(tuple(Reply(is_known=False)))
 
 
 def pack_reply(result: Any) -> Any:
-    """The reply with a result, as it travels: bytes, or the result itself where Ray had better pickle it."""
+    """The reply as it is sent: bytes, or the result itself if it is better that Ray pickles it."""
     return pickle.dumps((True, result)) if type(result) is bytes or is_brief(result) else result
 
 
@@ -80,7 +80,7 @@ def unpack_reply(reply: Any) -> Reply:
 
 
 class Trust(NamedTuple):
-    """When workers are trusted to have a publication loaded, so that a short call is worth a try."""
+    """The period in which workers are trusted to have a publication loaded, so that a short call is tried."""
 
     not_before: float = 0.0
     until: float = 0.0
@@ -90,11 +90,11 @@ class Trust(NamedTuple):
         return self.not_before <= now <= self.until
 
     def confirmed(self, now: float) -> Trust:
-        """After a worker had the publication, or has loaded it."""
+        """The trust after a worker had the publication, or has loaded it."""
         return Trust(self.not_before, now + SECONDS)
 
     def withdrawn(self, now: float) -> Trust:
-        """After a worker did not have it: others may not have it either, and each try would cost a call."""
+        """The trust after a worker did not have it: other workers may not have it either, and each attempt costs a call."""
         return Trust(not_before=now + SECONDS)
 
 
@@ -106,7 +106,7 @@ def _is_trusted(publication: Publication) -> bool:
 
 
 def note_reply(args: Iterable[Any], *, is_known: bool) -> None:
-    """Note that a call with these arguments was replied to. `is_known`: the worker had the publications, or has them now."""
+    """Record a reply to a call with these arguments. `is_known`: the worker had the publications, or has them now."""
     now = time.monotonic()
     for value in args:
         if isinstance(value, Publication) and not value.closed:

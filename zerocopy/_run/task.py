@@ -1,4 +1,4 @@
-"""What does `@task` generate: a function whose calls run as Ray tasks, with pipelines arriving loaded."""
+"""What does `@task` generate? A function whose calls run as Ray tasks, with pipelines that arrive loaded."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ S = TypeVar("S")
 if TYPE_CHECKING:
 
     class _FunctionWrapper(Generic[P, R]):
-        """What type checkers see instead of wrapt's wrapper, which a Task is at run time."""
+        """Type checkers see this class instead of wrapt's wrapper, which is the base class at run time."""
 
         __wrapped__: Callable[P, R]
         __name__: str
@@ -67,7 +67,7 @@ _ITEMS_LAST = "pass a list, or any other iterable, last; name the arguments afte
 class BoundTask(_BoundFunctionWrapper[P, R]):
     """A task that is a method, bound to its instance. The instance is passed as the first argument."""
 
-    # cloudpickle recognizes functions by their class, and wrapt would give the class of the wrapped function.
+    # cloudpickle recognizes functions by their class, and wrapt would return the class of the wrapped function.
     @property  # type: ignore[misc]
     def __class__(self) -> type:
         return type(self)
@@ -105,7 +105,7 @@ class BoundTask(_BoundFunctionWrapper[P, R]):
         return f"{self._self_parent!r}"[:-1] + f", bound to a {type(self._self_instance).__name__}>"
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        # The class holds a private method by a mangled name.
+        # The class holds a private method under a mangled name.
         held = (vars(base).items() for base in type(self._self_instance).__mro__)
         names = (name for members in held for name, value in members if value is self._self_parent)
         return getattr, (self._self_instance, next(names, self._self_parent.__name__))
@@ -131,7 +131,7 @@ class Task(_FunctionWrapper[P, R]):
         self._self_options = options
         self._self_device = device
         self._self_reuse = reuse
-        self._self_base = base  # the task that was given these options: Ray knows one function for both
+        self._self_base = base  # the task that `options` was called on: both use its Ray function
         self._self_parameters: Parameters = Parameters(wrapped) if base is None else base._self_parameters
         self._self_remotes: dict[Any, Any] = {}
         is_plain = not inspect.isgeneratorfunction(wrapped) and options.get("num_returns") in (None, 1)
@@ -151,9 +151,9 @@ class Task(_FunctionWrapper[P, R]):
         def __get__(self, instance: Any, owner: type) -> Any: ...
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        """Run as a Ray task and wait for the result; inside a worker run in place, so that no worker waits for another.
+        """Run as a Ray task and wait for the result. Inside a worker, run in place, so that no worker waits for another.
 
-        A generator function gives Ray's `ObjectRefGenerator`.
+        A call of a generator function returns Ray's `ObjectRefGenerator`.
         """
         if object_store.is_running() and object_store.is_worker():
             warn_if_called_by_ray(self.__wrapped__, args, kwargs)
@@ -253,7 +253,7 @@ class Task(_FunctionWrapper[P, R]):
         return self._ray_function(runs).remote(*args, **kwargs)
 
     def _ray_function(self, runs: Callable[..., Any]) -> Any:
-        """The Ray function, made once, whose calls are run by `runs`, which is a function of `worker`."""
+        """The Ray function whose calls `runs` executes, created only once. `runs` is a function of the module `worker`."""
         if runs in self._self_remotes:
             return self._self_remotes[runs]
         if self._self_base is not None:
@@ -306,7 +306,7 @@ def task(function: Any = None, *, device: str | None = None, reuse: bool = True,
     A method of a pipeline can be a task, too: it runs remotely, with `self` loaded.
 
     Args:
-        device: the device that pipelines are loaded onto. A field's own device wins.
+        device: the device that pipelines are loaded onto. A field's own device has priority.
         reuse: whether a call may use the modules that an earlier call in its worker process has loaded, if they have not changed
             since. Copied fields are fresh in every call.
         options: Ray's options for a task, such as `num_cpus`.

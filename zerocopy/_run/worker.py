@@ -1,4 +1,4 @@
-"""What happens to a call of a task where it runs: the function is found, arguments are loaded, and loads are released."""
+"""What does a worker do with a call of a task? It finds the function, loads the arguments, and releases the loads afterwards."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ Target: TypeAlias = Any  # a function, or the address of a task: its module and 
 
 
 def run(target: Target, device: str | None, reuse: bool, *args: Any, **kwargs: Any) -> Any:
-    """What Ray runs for a task."""
+    """The function that Ray runs for a task."""
     function = _function_of(target)
     warn_of_copies(function, args, kwargs)
     return call(function, device, reuse, args, kwargs)
 
 
 def call(function: Any, device: str | None, reuse: bool, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """Call `function` with its arguments loaded. After an error nothing is kept for later calls."""
+    """Call `function` with its arguments loaded. After an error, no load is kept for later calls."""
     if not reuse or inspect.isgeneratorfunction(function):
         values, named = load_arguments(args, kwargs, device, handles=handle_parameters(function))
         return function(*values, **named)
     loads = CallLoads()
     values, named = load_arguments(args, kwargs, device, loads.load, handle_parameters(function))
     result = function(*values, **named)
-    del values, named  # a load that anything refers to is not reused
+    del values, named  # a load is not reused if anything refers to it
     loads.release()
     return result
 
 
 def run_generator(target: Target, device: str | None, reuse: bool, *args: Any, **kwargs: Any) -> Iterator[Any]:
-    """The same for a generator function."""
+    """Like `run`, for a generator function."""
     function = _function_of(target)
     warn_of_copies(function, args, kwargs)
     loads = CallLoads()
@@ -51,7 +51,7 @@ def run_generator(target: Target, device: str | None, reuse: bool, *args: Any, *
 
 
 def run_short(target: Target, device: str | None, _: bool, packed: bytes) -> Any:
-    """The same for a short call, which always reuses. Returns the packed reply."""
+    """Like `run`, for a short call, which always reuses loads. Returns the packed reply."""
     args, kwargs = short_calls.unpack_call(packed)
     loads = CallLoads()
 
@@ -76,7 +76,7 @@ def _function_of(target: Target) -> Any:
 
 
 def address_of(obj: object, module: str, qualname: str) -> tuple[str, str] | None:
-    """The module and the qualified name, if a worker that imports the module finds this very object there."""
+    """The module and the qualified name, if a worker that imports the module finds the same object there; else None."""
     if module == "__main__" or module not in sys.modules or is_pickled_by_value(module):
         return None
     try:

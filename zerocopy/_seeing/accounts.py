@@ -47,20 +47,20 @@ class PublicationMemory:
         return self.plain - self.shared - self.private
 
 
-_Label = tuple[str, int | None, bytes]  # name and number, or the key where there is no name
+_Label = tuple[str, int | None, bytes]  # name and number; without a name, the key
 
 
 @attrs.define
 class _Sum:
-    """What is known of one publication."""
+    """The figures of one publication."""
 
     about: About
     used: dict[bytes, int] = attrs.field(factory=dict)  # bytes in each shard
-    mapped: Counter[tuple[int, bytes]] = attrs.field(factory=Counter)  # how often each process shows each shard
+    mapped: Counter[tuple[int, bytes]] = attrs.field(factory=Counter)  # how often each process has mapped each shard
     dirtied: int = 0
 
     def loads(self) -> int:
-        """A load maps each shard that it needs once."""
+        """Return the number of loads. A load maps each shard that it needs once."""
         by_process: dict[int, int] = defaultdict(int)
         for (pid, _), count in self.mapped.items():
             by_process[pid] = max(by_process[pid], count)
@@ -73,7 +73,7 @@ class _Sum:
         processes = len({pid for pid, _ in self.mapped})
         if about.kind:
             plain = sum(self.used.get(shard, 0) for _, shard in self.mapped) + processes * about.copied
-        else:  # who knows what it would be otherwise
+        else:  # unknown memory: nobody knows what plain copies would take
             plain = shared + private
         return PublicationMemory(
             about.name, about.version, about.kind, node, processes, loads, shared, self.dirtied, private, plain
@@ -84,11 +84,11 @@ class Accounts:
     """The publications of one node.
 
     Attributes:
-        sizes: bytes of each shard that some process shows.
+        sizes: bytes of each shard that a process has mapped.
     """
 
     def __init__(self, told: Iterable[Told]) -> None:
-        """`told`: publications that are known from elsewhere."""
+        """`told`: publications that the registry reports."""
         self._sums: dict[_Label, _Sum] = {}
         self._labels: dict[bytes, _Label] = {}
         self._untold: dict[tuple[int, int, int], _Sum] = {}  # by file and offset
@@ -103,7 +103,7 @@ class Accounts:
         self._sums.setdefault(label, _Sum(about)).used.update(told.used)
 
     def add_process(self, pid: int, of_store: Used) -> None:
-        """Join what a process has noted with what its mappings of the store take."""
+        """Join the notes of a process with the figures of its mappings of the store."""
         told, shown = ledger.read(pid)
         for one in told.values():
             self._add_told(one)
@@ -144,7 +144,7 @@ class Accounts:
         return [one for one in records if one.shared or one.loads]
 
     def objects(self) -> int:
-        """Bytes of the objects that hold publications there, each object counted once."""
+        """Bytes of the objects on the node that hold publications, each object counted once."""
         largest: dict[bytes, int] = dict(self.sizes)
         for found in self._sums.values():
             for shard, nbytes in found.used.items():
@@ -153,7 +153,7 @@ class Accounts:
 
 
 def _window_of(mapping: linux.Mapping, latest: Mapping[int, Shown]) -> Shown | None:
-    """The noted memory that a private mapping is, or is a part of."""
+    """Return the noted memory that is equal to a private mapping, or contains it."""
     exact = latest.get(mapping.start)
     if exact is not None and exact.is_private and mapping.end <= exact.end:
         return exact

@@ -1,6 +1,7 @@
-"""What is said of a publish, a load and a refresh: one log line each, metrics, and a note of what memory shows which publication.
+"""What does zerocopy record of publishes, loads and refreshes? Metrics; of publishes and loads also a log line and notes.
 
-Nothing here raises into the call of a user. A load pays for it 20 to 25 microseconds.
+The notes say which memory shows which publication. No error of this file reaches the call of a user. A load takes 20 to 25
+microseconds longer because of it.
 """
 
 from __future__ import annotations
@@ -16,16 +17,16 @@ from zerocopy._store.mapping import PrivateMap, is_isolation_possible
 LOGGER = logging.getLogger("zerocopy")
 LOGGER.addHandler(logging.NullHandler())
 
-Used = Callable[[], Mapping[bytes, int]]  # gives the bytes in each shard, by its id
+Used = Callable[[], Mapping[bytes, int]]  # returns the bytes in each shard, by its id
 
 
 def loaded(key: bytes, about: About, used: Used, memory: Sequence[Any], seconds: float) -> None:
-    """A publication was loaded into new memory of this process.
+    """Record that a publication was loaded into new memory of this process.
 
     Args:
         key: id of its manifest.
-        memory: what was mapped for it.
-        seconds: that it took.
+        memory: the memory that was mapped for it.
+        seconds: duration of the load.
     """
     try:
         is_isolated = all(isinstance(one, PrivateMap) for one in memory)
@@ -39,7 +40,7 @@ def loaded(key: bytes, about: About, used: Used, memory: Sequence[Any], seconds:
 
 
 def published(key: bytes, about: About, used: Used, memory: Iterable[Any], seconds: float) -> None:
-    """A pipeline was published. `memory` shows its weights now, if it was adopted; else as `loaded`."""
+    """Record that a pipeline was published. If it was adopted, `memory` shows its weights now. See `loaded` for the rest."""
     try:
         LEDGER.note(key, about, used, memory)
         if (found := metrics.of_session()) is not None:
@@ -51,7 +52,7 @@ def published(key: bytes, about: About, used: Used, memory: Iterable[Any], secon
 
 
 def refreshed(name: str) -> None:
-    """A pipeline of this process became another version of its name."""
+    """Record that a pipeline of this process became another version of its name."""
     try:
         if (found := metrics.of_session()) is not None:
             found.refreshed(name)

@@ -1,4 +1,4 @@
-"""Which publication does each private mapping show? Every process notes it for the others, which may ask while it is busy."""
+"""Which publication does each mapping of the store show? Each process writes notes, which others can read while it is busy."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from zerocopy._compat.ray import are_held
 from zerocopy._store import object_store, windows
 from zerocopy._store.windows import Window
 
-MOST_LINES = 1024  # before those of memory that is gone are dropped
-MOST_TOLD = 256  # publications of which nothing is mapped
+MOST_LINES = 1024  # of notes. With more, the lines about memory that is gone are dropped
+MOST_TOLD = 256  # publications without mapped memory
 
 
 class About(NamedTuple):
-    """What a publication is called, and how large it is.
+    """Name and size of a publication.
 
     Attributes:
-        name: empty without one.
+        name: name of the publication; empty if it has none.
         version: number of the version, None without a name.
         kind: name of the pipeline's class.
-        nbytes: of its weights.
-        copied: bytes of the part that each load copies, pickled.
+        nbytes: bytes of its weights.
+        copied: bytes of the pickled part that each load copies.
     """
 
     name: str
@@ -55,8 +55,9 @@ class Shown(NamedTuple):
     """Memory of a process that shows an object of the store, from `start` to `end`.
 
     Attributes:
-        nbytes: of the object.
+        nbytes: bytes of the object.
         is_private: whether a write copies the page.
+        shard: id of the object.
         publication: id of the manifest that it was mapped for.
     """
 
@@ -69,7 +70,7 @@ class Shown(NamedTuple):
 
 
 class _Ledger:
-    """What this process notes."""
+    """The notes of this process."""
 
     def __init__(self) -> None:
         self._told: dict[bytes, Told] = {}  # oldest first
@@ -78,12 +79,12 @@ class _Ledger:
         self._lock = threading.Lock()
 
     def about(self, key: bytes | None) -> About | None:
-        """What this process knows of a publication."""
+        """Return the name and size of a publication, or None if this process does not know it."""
         told = self._told.get(key) if key is not None else None
         return None if told is None else told.about
 
     def note(self, key: bytes, about: About, used: Callable[[], Mapping[bytes, int]], memory: Iterable[Any]) -> None:
-        """Know a publication, and the mapped memory of a load of it. `used` is called if the publication is new."""
+        """Note a publication, and the memory that a load of it has mapped. `used` is called only for a new publication."""
         shown = [window for one in memory if (window := getattr(one, "window", None)) and window.publication is None]
         if not shown and key in self._told:
             return
@@ -102,7 +103,7 @@ class _Ledger:
                 self._notes.add(lines)
 
     def drop_gone(self) -> None:
-        """Know no longer what this process neither maps nor refers to, or what has left the store."""
+        """Forget publications that this process has not mapped, if it has no reference to them or they have left the store."""
         with self._lock:
             mapped = {window.publication for window in windows.known()}
             others = [told for key, told in self._told.items() if key not in mapped]
@@ -122,7 +123,7 @@ class _Ledger:
         self._notes.replace(lines)
 
     def after_fork(self) -> None:
-        self._lock = threading.Lock()  # another thread of the parent may have had it
+        self._lock = threading.Lock()  # another thread of the parent may have held the old one
 
 
 LEDGER = _Ledger()
@@ -141,7 +142,7 @@ def _line_of_window(window: Window) -> str:
 
 
 def read(pid: int) -> tuple[dict[bytes, Told], list[Shown]]:
-    """What a process has noted: publications that it holds, by key, and mapped memory, oldest first. Some may be gone by now."""
+    """Return the notes of a process: publications by key, and mapped memory, oldest first. Some of them may be gone by now."""
     told: dict[bytes, Told] = {}
     shown: list[Shown] = []
     for line in notes_of(pid):

@@ -1,7 +1,7 @@
-"""What stands in Ray's dashboard and at its Prometheus endpoint of what this process publishes, loads and writes?
+"""Which metrics about publishes, loads and written pages does this process report to Ray's dashboard and Prometheus endpoint?
 
-A thread tells Ray of it every few seconds, as long as the connection lasts: gauges are of state that changes without a call, such
-as written pages; and to count at once would take several microseconds of a load.
+A thread reports them to Ray every few seconds, as long as the connection lasts. There are two reasons: gauges show state that
+changes without a call, such as written pages; and if a load reported at once, it would take several microseconds longer.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ray.util.metrics import Counter, Gauge, Histogram
 from zerocopy._seeing.ledger import LEDGER
 from zerocopy._store import object_store, windows
 
-SECONDS = 5.0  # between two times that Ray is told. It exports every 10 seconds
+SECONDS = 5.0  # between two reports to Ray, which exports every 10 seconds
 BOUNDARIES = [0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60]  # seconds
 _KEYS = ("publication",)
 
@@ -42,21 +42,21 @@ class Metrics:
         self._set: set[str] = set()  # names for which gauges are not zero
 
     def loaded(self, name: str, seconds: float, is_isolated: bool) -> None:
-        """One load."""
+        """Count one load."""
         self._pending.append((self._loads, self._load_seconds, name, seconds))
         if not is_isolated:
             self._pending.append((self._fallbacks, None, name, 0.0))
 
     def published(self, name: str, seconds: float) -> None:
-        """One publish."""
+        """Count one publish."""
         self._pending.append((self._publishes, self._publish_seconds, name, seconds))
 
     def refreshed(self, name: str) -> None:
-        """One pipeline became another version."""
+        """Count one pipeline that became another version."""
         self._pending.append((self._refreshes, None, name, 0.0))
 
     def flush(self) -> None:
-        """Tell Ray what has happened."""
+        """Report the counted events to Ray."""
         while self._pending:
             counter, histogram, name, seconds = self._pending.popleft()
             tags = {"publication": name}
@@ -65,7 +65,7 @@ class Metrics:
                 histogram.observe(seconds, tags)
 
     def set_gauges(self) -> None:
-        """Look at what this process shows now."""
+        """Set the gauges to the present state of this process."""
         figures = _figures()
         for name in self._set | figures.keys():
             for gauge, figure in zip(self._gauges, figures.get(name, (0, 0, 0, 0)), strict=True):
@@ -74,7 +74,7 @@ class Metrics:
 
 
 def _figures() -> dict[str, tuple[int, int, int, int]]:
-    """Of each name: bytes shown, bytes of them written, publications and versions."""
+    """Return for each name: bytes shown, written bytes among these, number of publications, number of versions."""
     by_name: dict[str, list[windows.Window]] = defaultdict(list)
     for window in windows.known():
         about = LEDGER.about(window.publication)
@@ -91,7 +91,7 @@ def _figures_of(name: str, shown: list[windows.Window]) -> tuple[int, int, int, 
 
 
 class _Updater(threading.Thread):
-    """Tells Ray of what happens, until the connection ends."""
+    """Reports to Ray, until the connection ends."""
 
     def __init__(self, session: object, metrics: Metrics) -> None:
         super().__init__(name="zerocopy-metrics", daemon=True)
@@ -112,7 +112,7 @@ _known: tuple[object, Metrics, _Updater] | None = None
 
 
 def of_session() -> Metrics | None:
-    """The metrics of this process' connection, made when they are first needed; None without one."""
+    """Return the metrics of this process' connection, created when they are first needed; None without a connection."""
     session = object_store.session()
     if session is None:
         return None
@@ -138,7 +138,7 @@ def _stop() -> None:
 
 
 def _flush_at_exit() -> None:
-    """Called before Ray disconnects, which was imported earlier."""
+    """Report the last events. It runs before Ray disconnects at exit, because Ray was imported earlier."""
     _stop()
     if _known is not None and _known[0] is object_store.session():
         with contextlib.suppress(Exception):

@@ -1,4 +1,4 @@
-"""What do all nodes of this cluster take? Each measures its own processes: this one here, the others in a short task each."""
+"""How much memory do all nodes of this cluster use? Each node measures its own processes: other nodes do so in a short task."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ class NodeMemory:
 
     @property
     def shared(self) -> int:
-        """Bytes of the store that are in use there, each page counted once. Never less than one copy of each publication.
+        """Bytes of the node's store that are in use, each page counted once. Never less than one copy of each publication.
 
-        The sum of the proportional shares of the processes would be less if a process that is not in the report has mapped them.
+        The sum of the processes' proportional shares would be less if a process outside the report has mapped the same pages.
         """
         return max(self.objects, sum(process.share for process in self.processes))
 
@@ -59,8 +59,8 @@ def measure_processes(
 
     Args:
         node: the id of their node.
-        told: publications that are known from elsewhere.
-        is_whole_node: tell also of publications that nobody has loaded.
+        told: publications that the registry reports.
+        is_whole_node: whether to report also publications that no process has loaded.
         is_here: whether this process is called "this process".
     """
     LEDGER.drop_gone()
@@ -92,7 +92,7 @@ def measure_here(told: Sequence[Told] = (), *, is_here: bool = True) -> NodeMemo
 
 
 def measure_nodes(told: Mapping[str, Sequence[Told]], timeout: float) -> tuple[list[NodeMemory], list[str]]:
-    """Measure all nodes of the cluster, this one first; and notes on those that did not answer in time.
+    """Measure all nodes of the cluster, this node first. Also returns notes on nodes that did not answer in time.
 
     Args:
         told: publications with a name, by the id of each node that has them.

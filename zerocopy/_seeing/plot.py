@@ -1,4 +1,4 @@
-"""What does a memory report look like as bars?"""
+"""How is a memory report drawn as a bar chart?"""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ SHARED, PRIVATE, PLAIN = "#0b5fa5", "#edae49", "#d1495b"
 
 
 def draw(rows: Sequence[tuple[str, int, int, int]]) -> Any:
-    """Two bars a row: with zerocopy, and what plain copies would take.
+    """Draw two bars per row: the memory with zerocopy, and the memory that plain copies would take.
 
     Args:
-        rows: of each a title, and bytes: shared, private, and of plain copies.
+        rows: for each row a title, and three numbers of bytes: shared, private, plain copies.
 
     Raises:
         MissingPackageError: matplotlib is not installed.

@@ -1,4 +1,4 @@
-"""What does one process take: measured by the kernel, mapping by mapping (Linux)."""
+"""How much memory does one process use? The kernel measures it for each mapping (Linux)."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ Used = list[tuple[linux.Mapping, linux.Usage]]
 
 
 class Measured(NamedTuple):
-    """What was found out of some processes.
+    """The figures of some processes.
 
     Attributes:
-        processes: one entry for each that runs and may be looked into.
-        of_store: what each of their mappings of the store takes, by process id.
-        notes: what is missing, in words.
+        processes: one entry for each process that runs and that this process may inspect.
+        of_store: the figures of each mapping of the store, by process id.
+        notes: missing figures, in words.
     """
 
     processes: list[ProcessMemory]
@@ -93,9 +93,9 @@ def measure(pids: Iterable[int], node: str, *, is_here: bool = True) -> Measured
 
 
 def _measure(pid: int, node: str, *, is_here: bool) -> tuple[ProcessMemory | None, Used | None]:
-    """The memory of a process, or None if it has ended but still has a pid; and its mappings of the store, if reported."""
+    """Return the memory of a process, None if it is a zombie; and its mappings of the store, None if they are not reported."""
     name = _name(psutil.Process(pid), is_here=is_here)
-    # All figures from one reading, so that they are of one moment: psutil would tell the total, of another one.
+    # All figures come from one reading, so that they belong to one moment. psutil would read the total at another moment.
     used = linux.usage(pid)
     if used is None:
         return _measure_roughly(pid, name, node), None
@@ -104,7 +104,7 @@ def _measure(pid: int, node: str, *, is_here: bool) -> tuple[ProcessMemory | Non
     private = sum(usage.anonymous for _, usage in used)
     total = sum(usage.share for _, usage in used)
     of_store = [(mapping, usage) for mapping, usage in used if is_store_file(mapping.path)]
-    # Written pages of a private mapping are no longer the store's.
+    # Written pages of a private mapping are no longer pages of the store.
     mapped = sum(usage.resident - usage.anonymous for _, usage in of_store)
     share = sum(usage.share - usage.anonymous for _, usage in of_store)
     dirtied = sum(usage.anonymous for _, usage in of_store)
@@ -112,7 +112,7 @@ def _measure(pid: int, node: str, *, is_here: bool) -> tuple[ProcessMemory | Non
 
 
 def _measure_roughly(pid: int, name: str, node: str) -> ProcessMemory | None:
-    """The memory of a process according to its status, which has no shares and no single mappings."""
+    """Return the memory of a process from its status file, which has no proportional shares and no single mappings."""
     sizes = linux.resident(pid)
     if "VmRSS" not in sizes:  # it has ended
         return None
@@ -124,5 +124,5 @@ def _name(process: psutil.Process, *, is_here: bool) -> str:
     if is_here and process.pid == os.getpid():
         return "this process"
     words = process.cmdline() or [""]
-    title = " ".join(words).rstrip()  # Ray's may have spaces, at which psutil splits them
+    title = " ".join(words).rstrip()  # psutil splits at spaces, and Ray's titles may contain spaces
     return title if title.startswith(WORKER_TITLE) else Path(words[0]).name

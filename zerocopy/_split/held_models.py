@@ -1,4 +1,7 @@
-"""Which models does an object hold that declares nothing? Asked for each argument of each call: a few objects are looked at."""
+"""Which models does an object without declarations hold?
+
+This check runs for each argument of each call, so it examines only a few objects.
+"""
 
 from __future__ import annotations
 
@@ -18,28 +21,28 @@ from zerocopy._declare.pipeline import is_pipeline_class
 from zerocopy._split.programs import PROGRAMS
 from zerocopy._store.manifest import Handle
 
-LOOKED_AT = 64  # objects of an argument: a few microseconds
+LOOKED_AT = 64  # objects that are examined per argument, in a few microseconds
 
 _PLAIN = frozenset({str, int, float, bool, type(None), bytes, complex, bytearray, type, np.ndarray, torch.Tensor})
 _MODELS = (nn.Module, *PROGRAMS)
 _WITHOUT_ATTRIBUTES = frozenset({dict, list, tuple, set, frozenset, deque, types.MethodType})
-_DATA = frozenset({"numpy", "pandas", "pyarrow", "ray"})  # whose objects hold none
+_DATA = frozenset({"numpy", "pandas", "pyarrow", "ray"})  # packages whose objects hold no models
 
-Steps: TypeAlias = tuple[tuple[str, Any], ...]  # each the form of a step, and what to fill in there
+Steps: TypeAlias = tuple[tuple[str, Any], ...]  # each step has a format, and a value to insert into it
 
 
 def holds_models(argument: Any) -> bool:
-    """Whether an argument is or holds a model, as far as a few of its objects tell."""
+    """Whether an argument is or holds a model. Only a few of its objects are examined."""
     if type(argument) in _PLAIN:
         return False
     try:
         return next(models_in(argument), None) is not None
-    except Exception:  # of the user's classes, when they are looked at: pickle will meet it
+    except Exception:  # an error in the user's classes, which pickle will get too
         return False
 
 
 def models_in(argument: Any) -> Iterator[tuple[Steps, Any]]:
-    """The models in an argument, with the steps to them, but not those in pipelines, which arrive loaded."""
+    """Yields the models in an argument, with the steps to them. Models in pipelines are left out, because they arrive loaded."""
     queue: deque[tuple[Steps, Any]] = deque([((), argument)])
     looked_at = 0
     while queue and looked_at < LOOKED_AT:
@@ -57,7 +60,7 @@ def models_in(argument: Any) -> Iterator[tuple[Steps, Any]]:
 
 
 def _children(obj: Any) -> Iterator[tuple[str, Any, Any]]:
-    """What an object holds: the form of the step to it, what to fill in there, and the value."""
+    """For each child of an object: the format of the step to it, the value to insert into the format, and the child."""
     cls = type(obj)
     if issubclass(cls, dict):
         yield from (("[{!r}]", key, value) for key, value in dict.items(obj))

@@ -1,10 +1,10 @@
 """What does a pipeline share, and what does it copy?
 
 A pipeline is split into two skeletons, and the tensors that they refer to. The *shared* skeleton holds the shared roots: the
-values of `shared()` fields, and the modules found elsewhere. It is made once per publication. The *outer* skeleton holds the
-pipeline around them, with all that is copied. It is small, and made anew each time the pipeline is passed.
+values of `shared()` fields, and the modules found elsewhere. It is created once per publication. The *outer* skeleton holds the
+pipeline around them, with everything that is copied. It is small, and is created each time the pipeline is passed.
 
-Where a mutable object can be reached from both, two skeletons would make two objects of it. Such a pipeline is *entangled*: its
+If a mutable object can be reached from both skeletons, two objects would be created from it. Such a pipeline is *entangled*: its
 outer skeleton holds everything but the tensors.
 """
 
@@ -47,12 +47,12 @@ class Introspection:
         root_ends: number of storages in the table after each root.
         payload_ends: bytes of the shared skeleton after each root.
         entangled: the path of an object that can be reached from both sides, or None.
-        private_reasons: shared objects that have private memory wherever they are loaded, and why, by id.
+        private_reasons: shared objects that have private memory in every load, and the reasons, by id.
         devices: the devices that fields declare, by storage; None stands for a field that declares none.
-        known: what is needed to make another outer skeleton.
+        known: the data that is needed to create another outer skeleton.
         mutable: modules, containers and other mutable objects of the shared skeleton.
         composites: shared tensors that were taken apart.
-        components: what they were taken apart into. They are kept as long as they may be recognized.
+        components: the parts of these tensors. They are kept as long as they may be recognized.
         loose: shared tensors that the pipeline holds outside of modules.
     """
 
@@ -75,7 +75,7 @@ class Introspection:
 
 @attrs.frozen
 class Known:
-    """What must be known of published weights to make another outer skeleton over them. Ids of living objects, no references.
+    """The data about published weights for the creation of another outer skeleton. Has ids of live objects, no references.
 
     Attributes:
         tensors: index of each shared tensor, by id.
@@ -107,8 +107,8 @@ class Subject:
     """A pipeline, and how to publish it.
 
     Attributes:
-        copied: attributes to treat as `copied()` fields, beside those that its class declares.
-        replaced: objects to publish in the place of others, by the id of these.
+        copied: attributes to treat as `copied()` fields, in addition to the fields that its class declares.
+        replaced: objects to publish instead of others, by the id of the others.
         to_eval: modules inside that every load puts into eval mode.
     """
 
@@ -118,7 +118,7 @@ class Subject:
     to_eval: Sequence[Any] = ()
 
     def strip(self, split: Split) -> Stripped:
-        """The pipeline, and the list of modules to put into eval mode if there are any, without their tensors."""
+        """Split the pipeline, and the list of modules to put into eval mode (if there are any), from their tensors."""
         objects = [self.pipeline, *([list(self.to_eval)] if self.to_eval else [])]
         copied = {id(self.pipeline): self.copied}
         return strip(objects, zone=Zone.AUTO, split=split, within=self.pipeline, copied=copied, replaced=self.replaced)
@@ -129,7 +129,7 @@ def check_pipeline(obj: object, what: str) -> None:
 
     Raises:
         ArgumentError: `obj` is a class, or holds nothing to share.
-        CannotTravelError: something in it cannot leave the process; the error names its path.
+        CannotTravelError: an object inside cannot leave the process. The error names its path.
     """
     if isinstance(obj, type):
         raise ArgumentError(
@@ -159,7 +159,7 @@ def introspect(subject: Subject) -> Introspection:
     """Split a pipeline into its skeletons and its tensors. Nothing is written anywhere.
 
     Raises:
-        CannotTravelError: something inside cannot leave the process; the error names its path.
+        CannotTravelError: an object inside cannot leave the process. The error names its path.
         DeviceError: two fields that share memory declare different devices.
     """
     pipeline = subject.pipeline
@@ -201,11 +201,11 @@ def introspect(subject: Subject) -> Introspection:
 
 
 def make_outer(pipeline: Any, known: Known) -> tuple[Outer, list[Any]]:
-    """The outer skeleton of `pipeline` as it is now, over published weights, and the shared tensors outside of modules.
+    """The present outer skeleton of `pipeline` over published weights, and the shared tensors outside of modules.
 
     Raises:
         UnknownRoot: the weights do not hold a module or a shared value that the pipeline has now.
-        CannotTravelError: something copied cannot leave the process.
+        CannotTravelError: a copied object cannot leave the process.
     """
     subject = Subject(pipeline)
     stripped = subject.strip(Split.ROOTS)
@@ -227,7 +227,7 @@ def _outer_of(subject: Subject, known: Known, stripped: Stripped) -> Outer:
 
 
 def _encode(externals: Sequence[Any], table: TensorTable, known: Known, *, whole: bool) -> tuple[Any, ...]:
-    """Externals as they travel. Tensors that are not in `known` are added to `table`, and numbered after those that are."""
+    """Externals as they travel. Tensors that are not in `known` are added to `table`, and numbered after those in `known`."""
     encoded: list[Any] = []
     for obj in externals:
         if id(obj) in known.tensors and is_tensor_or_array(obj):
@@ -245,8 +245,8 @@ class _Loose(NamedTuple):
     """What a pipeline shares outside of modules.
 
     Attributes:
-        fingerprint: tells a change of the shared roots that are neither modules nor tensors: dicts, lists, objects of any class.
-        tensors: tensors and arrays that are roots or inside such roots; none that were made on the way.
+        fingerprint: changes with the shared roots that are neither modules nor tensors: dicts, lists, objects of any class.
+        tensors: tensors and arrays that are roots or inside such roots, without those that pickling created.
     """
 
     fingerprint: tuple[object, ...]
@@ -254,7 +254,7 @@ class _Loose(NamedTuple):
 
 
 def _look_outside_of_modules(pipeline: Any, roots: Sequence[Any]) -> _Loose:
-    """Roots that are neither modules nor tensors have no version counter. So they are pickled anew, down to these."""
+    """Pickle again, down to modules and tensors, the roots that are neither: such roots have no version counter."""
     tensors = [root for root in roots if is_tensor_or_array(root)]
     loose = [root for root in roots if not isinstance(root, nn.Module) and not is_tensor_or_array(root)]
     if not loose:
@@ -267,7 +267,7 @@ def _look_outside_of_modules(pipeline: Any, roots: Sequence[Any]) -> _Loose:
 
 
 def _content(component: Any) -> object:
-    """What a component is compared by. Each pickling may make small ones anew, so these are compared by their bytes."""
+    """The value to compare a component by: for a small one its bytes, because each pickling may create it again."""
     source = storage_of(component)
     return source.to_bytes().tobytes() if source.nbytes <= SMALL_COMPONENT else source.key
 
@@ -301,15 +301,15 @@ def _entanglement(subject: Subject, outer: Stripped, shared: Stripped) -> str | 
 
 
 def _lasting(seen: dict[int, Any]) -> frozenset[int]:
-    """Ids of the objects in `seen` that live on after the pickling. Others were made by reducers on the way.
+    """Ids of the objects in `seen` that exist after the pickling. Reducers created the others during the pickling.
 
-    Those are held by `seen`, and perhaps by another object that a reducer made.
+    Only `seen` holds the others, and perhaps one other object that a reducer created.
     """
     return held_by_more_than(2, seen)
 
 
 def _declared_devices(pipeline: Any, table: TensorTable) -> dict[int, tuple[str | None, ...]]:
-    """The declared devices of the shared fields that reach each storage, where any of them declares one."""
+    """The declared devices of the shared fields that reach each storage, if at least one of these fields declares a device."""
     if not is_pipeline_class(type(pipeline)):
         return {}
     declared = fields(type(pipeline))
@@ -320,7 +320,7 @@ def _declared_devices(pipeline: Any, table: TensorTable) -> dict[int, tuple[str 
         field = declared.get(field_name)
         try:
             below = strip([value], zone=Zone.SHARED, split=Split.NOWHERE).externals
-        except CannotTravelError:  # the class leaves it out when it pickles itself
+        except CannotTravelError:  # the class does not pickle this attribute
             continue
         device = field.device if field is not None and field.policy == "shared" else None
         for index in {table.index[id(obj)] for obj in below if id(obj) in table.index}:

@@ -19,13 +19,13 @@ def is_model(obj: object) -> bool:
 
 
 def models_of(obj: Any, copied: Collection[str] = ()) -> dict[str, Any]:
-    """The models anywhere in `obj`, by path from it, such as `encoder` or `stages['first'][0]`. That of a bare model is `model`.
+    """The models anywhere in `obj`, by path, such as `encoder` or `stages['first'][0]`. The path of a bare model is `model`.
 
     Args:
         copied: attributes whose models do not count. Those of `copied()` fields do not count either.
 
     Raises:
-        CannotTravelError: something around the models cannot leave the process; the error names its path.
+        CannotTravelError: an object around the models cannot leave the process. The error names its path.
     """
     if is_model(obj):
         return {"model": obj}
@@ -35,7 +35,7 @@ def models_of(obj: Any, copied: Collection[str] = ()) -> dict[str, Any]:
 
 
 def callable_models(models: dict[str, Any]) -> dict[str, Any]:
-    """`models`, but instead of one that cannot be called, such as a `ModuleList`, its parts."""
+    """`models`, but a model that cannot be called, such as a `ModuleList`, is replaced by its parts."""
     return {below: part for path, model in models.items() for below, part in _callable_parts(path, model)}
 
 
@@ -50,7 +50,7 @@ def _callable_parts(path: str, model: Any) -> Iterator[tuple[str, Any]]:
 
 
 def models_in_train_mode(obj: Any) -> list[nn.Module]:
-    """The outermost modules anywhere in `obj`, copied fields included, if any module in them is in train mode; else none."""
+    """The outermost modules anywhere in `obj`, also in copied fields, if any module in them is in train mode; else none."""
     found = _found(obj, ())
     modules = [module for module in (*found.roots, *found.seen.values(), obj) if paths.is_module(module)]
     inner = {id(below) for module in modules for below in module.modules() if below is not module}

@@ -1,10 +1,11 @@
-"""What is the short way to split an object from its tensors, and what does any split give?
+"""What is the short way to split an object from its tensors, and what is the result of any split?
 
-The short way is for ordinary modules, plain tensors and data: for most models. A pickler with a `persistent_id` calls it for
-every string and number. A pickler without one calls back for what is not built in, a tenth of that. So the short way has none: it
-writes a tensor as a call of `external`, and `graft` puts the function that finds tensors by their numbers in the place of that.
+The short way is for ordinary modules, plain tensors and data, so for most models. Pickle calls the `persistent_id` of a pickler
+for every string and number. Without it, pickle calls back only for objects that are not of built-in types, a tenth as often. So
+the short way has no `persistent_id`: it writes a tensor as a call of `external`, and `graft` replaces `external` with a function
+that finds tensors by their numbers.
 
-Whatever needs more takes the long way, in `skeleton.py`: policies, composite tensors, programs, references, errors.
+Everything else takes the long way, in `skeleton.py`: policies, composite tensors, programs, references, errors.
 """
 
 from __future__ import annotations
@@ -33,19 +34,19 @@ class NotOrdinary(Exception):
 
 @attrs.define(eq=False)
 class Stripped:
-    """What a strip found. All objects are alive, in the order in which they were met.
+    """The result of a strip. All objects are alive, in the order in which the pickler met them.
 
     Attributes:
         payload: the pickled bytes.
-        externals: what the payload refers to by number; number 0 is None.
+        externals: the objects that the payload refers to by number; number 0 is None.
         ends: length of `externals` after each of the stripped objects.
         payload_ends: length of `payload` after each of them.
         shared: ids of the tensors that were met in the zone SHARED.
-        roots: where the strip stopped for them.
+        roots: the shared roots at which the strip stopped.
         private_reasons: objects in the zone SHARED that cannot be shared, and why, by id.
-        composites: tensors of the zone SHARED that were taken apart, and those of modules that pickle in a way of their own,
-            which need not give them as they are.
-        components: what they were taken apart into. Nothing else may hold it.
+        composites: tensors of the zone SHARED that were taken apart, and tensors of modules that have their own way to pickle and
+            may not pickle the tensors unchanged.
+        components: the parts of tensors that were taken apart. Perhaps nothing else holds them.
         has_pipeline: whether a pipeline was met.
         seen: mutable objects inside the payload, by id.
     """
@@ -73,7 +74,7 @@ def strip_ordinary(objects: Sequence[Any]) -> Stripped:
 
     Raises:
         NotOrdinary: they need the long way.
-        Exception: whatever pickle or the objects raise. The long way finds out where.
+        Exception: any error of pickle or of the objects. The long way finds out where it is.
     """
     file = io.BytesIO()
     stripper = _ShortStripper(file)

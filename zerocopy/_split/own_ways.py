@@ -1,7 +1,7 @@
-"""Which objects may copy the tensors of their state when they are loaded, because their class has a way of its own to pickle?
+"""Which objects may copy the tensors of their state when they are loaded, because their class has its own way to pickle?
 
-Pickle hands an object its state as it was given. What a class does with it is its own matter: its `__setstate__` may convert an
-array, and a constructor that its `__reduce__` names may copy one. Only a load tells whether it does.
+Pickle gives an object its state unchanged. But the class decides what to do with the state: its `__setstate__` may convert an
+array, and a constructor that its `__reduce__` names may copy an array. Only a load shows whether it does.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from zerocopy._store.tensors import is_plain, is_tensor_or_array
 from zerocopy.errors import CannotTravelError
 
 _RESTORING = ("__setstate__", "__reduce_ex__", "__reduce__", "__getnewargs_ex__", "__getnewargs__")
-# What pickle calls to fill an object of a class that is derived from one of these.
+# The methods that pickle calls to fill an object of a class that is derived from one of these.
 _FILLING = {dict: ("__setitem__",), list: ("extend", "append"), tuple: ("__new__",)}
-# These keep what they are given. `namedtuple_` is what Python calls the code that it generates.
+# Classes of these packages keep their data unchanged. Python's generated code for named tuples is in modules `namedtuple_...`.
 _FAITHFUL = {"attr", "numpy", "pandas", "pyarrow", "ray", "torch", "zerocopy", *sys.stdlib_module_names}
 
 
 @attrs.frozen
 class OwnWay:
-    """An object whose class has a way of its own to pickle.
+    """An object whose class has its own way to pickle.
 
     Attributes:
         path: where it is.
-        method: what its class does it by, such as `Index.__setstate__`.
-        nbytes: those of the tensors and arrays that its class is given when the object is loaded.
-        pickled: those of all else that its class is given.
+        method: the method of the class that does this, such as `Index.__setstate__`.
+        nbytes: bytes of the tensors and arrays that the class receives when the object is loaded.
+        pickled: bytes of everything else that the class receives.
     """
 
     path: str
@@ -46,8 +46,8 @@ class OwnWay:
 
 
 def own_ways(objects: Iterable[tuple[str, Any]]) -> Iterator[OwnWay]:
-    """Of these objects, given with their paths, those whose class has a way of its own to pickle."""
-    found: dict[type, tuple[str, bool] | None] = {}  # by class, for thousands of modules have few classes
+    """Those of these objects, given with their paths, whose class has its own way to pickle."""
+    found: dict[type, tuple[str, bool] | None] = {}  # by class, because thousands of modules have few classes
     for path, obj in objects:
         cls = type(obj)
         if cls not in found:
@@ -58,25 +58,25 @@ def own_ways(objects: Iterable[tuple[str, Any]]) -> Iterator[OwnWay]:
 
 
 def _way_of(cls: type) -> tuple[str, bool] | None:
-    """The method by which instances of `cls` are pickled in a way of their own; whether it restores them."""
+    """The method by which `cls` pickles its instances in its own way, and whether it restores them; None if there is none."""
     if registered_reducer(cls) is not None and not _is_faithful(cls.__module__):
         return f"the serializer that is registered for {cls.__name__}", True
     filling = [name for base, names in _FILLING.items() if issubclass(cls, base) for name in names]
     filling += ["__setattr__"] if slot_names(cls) and not hasattr(cls, "__setstate__") else []
     if restoring := _method_of(cls, (*_RESTORING, *filling)):
         return restoring, True
-    # What this gives is put back as it is, but it may give bytes.
+    # The result of `__getstate__` is restored unchanged, but it may be bytes.
     giving = _method_of(cls, ("__getstate__",))
     return None if giving is None else (giving, False)
 
 
 def _method_of(cls: type, names: Iterable[str]) -> str | None:
-    """The first of these methods that is not from a module known to keep what it is given."""
+    """The first of these methods that is not from a module known to keep data unchanged; None if there is none."""
     for name in names:
         owner = next((base for base in cls.__mro__ if name in vars(base)), object)
         method = vars(owner).get(name)
         method = method.__func__ if isinstance(method, staticmethod) else method
-        # The functions that attrs makes say that they are of the user's module; their globals do not.
+        # Functions that attrs generates name the user's module as theirs, but their globals are those of attrs.
         module = method.__globals__["__name__"] if inspect.isfunction(method) else owner.__module__
         if method is not None and not _is_faithful(module):
             return f"{owner.__name__}.{name}"
@@ -90,7 +90,7 @@ def _is_faithful(module: str) -> bool:
 def _measured(path: str, obj: Any, method: str, restores: bool) -> Iterator[OwnWay]:
     try:
         stripped = strip([obj], zone=Zone.SHARED, split=Split.NOWHERE)
-    except CannotTravelError:  # what holds the object leaves it out
+    except CannotTravelError:  # the object that holds it does not pickle it
         return
     tensors = [held for held in stripped.externals if is_tensor_or_array(held) and is_plain(held)]
     nbytes = sum(held.nbytes for held in tensors if held.nbytes > COPIED) if restores else 0

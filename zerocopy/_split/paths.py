@@ -1,4 +1,4 @@
-"""What does an object hold, and at which path: read from its dicts and slots, so that no property is evaluated?"""
+"""What does an object hold, and at which path? The answer comes from dicts and slots, so that no property is evaluated."""
 
 from __future__ import annotations
 
@@ -21,28 +21,28 @@ _WITHOUT_ATTRIBUTES = (dict, list, tuple, deque, set, frozenset, np.ndarray)
 
 Way = TypeVar("Way")  # to an object: a path, or a route
 
-# What every `nn.Module` keeps for itself: `training`, the hooks, the three dicts of its members.
+# Internal attributes of every `nn.Module`: `training`, the hooks, the three dicts of its members.
 _MODULE_INTERNALS = frozenset(vars(nn.Module()))
 
 
 def is_module(obj: object) -> bool:
-    """Whether `obj` really is an `nn.Module`, and not something that says so of itself."""
+    """Whether `obj` really is an `nn.Module`, and does not only claim it by `__class__`."""
     return issubclass(type(obj), nn.Module)
 
 
 def modules_among(objects: Iterable[Any]) -> list[nn.Module]:
-    """Those that really are modules. Asks each class once, since thousands of objects have few classes."""
+    """The objects that really are modules. Each class is checked once, because thousands of objects have few classes."""
     every = list(objects)
     classes = {cls for cls in set(map(type, every)) if issubclass(cls, nn.Module)}
     return [obj for obj in every if type(obj) in classes]
 
 
 def registered_below(modules: Iterable[nn.Module]) -> dict[int, nn.Module]:
-    """Some modules and all that they have registered, by id: what `modules()` finds, without a generator per module."""
+    """Some modules and all modules registered in them, by id: like `modules()`, but without a generator per module."""
     found = {id(module): module for module in modules}
     pending = list(found.values())
-    for module in pending:  # grows while it is walked
-        for child in vars(module).get("_modules", {}).values():  # none where `nn.Module.__init__` was not called
+    for module in pending:  # the list grows during the loop
+        for child in vars(module).get("_modules", {}).values():  # missing if `nn.Module.__init__` was not called
             if child is not None and id(child) not in found:
                 found[id(child)] = child
                 pending.append(child)
@@ -71,14 +71,14 @@ def attributes_of(obj: object) -> dict[str, Any]:
 
 
 def step(name: str) -> str:
-    """What a path gains by an attribute, or by a numbered member, of this name."""
+    """The part of a path for an attribute, or for a numbered member, with this name."""
     return f"[{name}]" if name.isdigit() else f".{name}"
 
 
 def _children(obj: object) -> Iterable[tuple[str, object]]:
     if isinstance(obj, types.FunctionType):
         return _children_of_function(obj)
-    if issubclass(type(obj), torch.jit.ScriptModule):  # not what says so of itself
+    if issubclass(type(obj), torch.jit.ScriptModule):  # not `isinstance`: an object may only claim this by `__class__`
         script: Any = obj
         tensors = (*script.named_parameters(recurse=False), *script.named_buffers(recurse=False))
         return [(step(name), value) for name, value in (*tensors, *script.named_children())]
@@ -88,7 +88,7 @@ def _children(obj: object) -> Iterable[tuple[str, object]]:
     if type(obj) in (torch.Tensor, nn.Parameter):
         return [(step(name), value) for name, value in getattr(obj, "__dict__", {}).items()]
     held = attributes_of(obj)
-    if isinstance(obj, ExportedProgram):  # it has properties of these names
+    if isinstance(obj, ExportedProgram):  # it has properties with these names
         held = {name.removeprefix("_"): value for name, value in held.items()}
     attributes = [(step(name), value) for name, value in held.items()]
     if is_module(obj):
@@ -98,7 +98,7 @@ def _children(obj: object) -> Iterable[tuple[str, object]]:
 
 
 def _items(obj: Any) -> Iterator[tuple[str, object]]:
-    """What an object holds beside its attributes. Not by methods that a user's class may override."""
+    """What an object holds in addition to its attributes. Calls no methods that a user's class may override."""
     if isinstance(obj, (dict, types.MappingProxyType)):
         mapping = dict.items(obj) if isinstance(obj, dict) else obj.items()
         pairs = [(f"[{key!r}]", key, value) for key, value in mapping]
@@ -139,12 +139,12 @@ def _is_empty(cell: types.CellType) -> bool:
 
 
 def walk(root: object, name: str) -> Iterator[tuple[str, object]]:
-    """Every path and object from `root` down, nearest first. A container is entered once, a leaf is met at each of its paths."""
+    """Yields every path and object from `root`, nearest first. Containers are entered once; leaves are yielded at each path."""
     return _walk([(name, root)], lambda path, _, step: path + step)
 
 
 def _walk(starts: Iterable[tuple[Way, object]], onward: Callable[[Way, int, str], Way]) -> Iterator[tuple[Way, object]]:
-    """As `walk`. `onward` gives the way to a child: from that to its holder, its number, and its step."""
+    """Like `walk`. `onward` returns the way to a child, given the way to its holder, its number, and its step."""
     queue = deque(starts)
     entered = set()
     while queue:
@@ -175,7 +175,7 @@ def paths_to(root: object, targets: Iterable[object], name: str) -> dict[int, st
 
 
 def name_of(pipeline: object) -> str:
-    """What paths into `pipeline` start with."""
+    """The first part of the paths in `pipeline`."""
     return type(pipeline).__name__.lower()
 
 
@@ -183,7 +183,7 @@ Route: TypeAlias = tuple[int, ...]
 
 
 def routes_to(roots: Sequence[object], targets: Collection[int]) -> dict[int, Route]:
-    """How to find the objects with the ids `targets` again: the number of the root, then that of each child on the way."""
+    """The routes to the objects with the ids `targets`: the number of the root, then that of each child on the way."""
     starts: list[tuple[Route, object]] = [((number,), root) for number, root in enumerate(roots)]
     found: dict[int, Route] = {}
     for route, obj in _walk(starts, lambda route, number, _: (*route, number)):
@@ -195,7 +195,7 @@ def routes_to(roots: Sequence[object], targets: Collection[int]) -> dict[int, Ro
 
 
 def follow(roots: Sequence[object], route: Route) -> object:
-    """What is at the end of a route now; None if it leads nowhere."""
+    """The object at the end of a route now; None if the route leads to no object."""
     children: Sequence[object] = roots
     obj: object = None
     for number in route:

@@ -1,4 +1,4 @@
-"""What would publishing share and copy, as frozen records without a tensor, and how do they print?"""
+"""Which records describe what publishing would share and copy, and how are they printed? They are frozen, and hold no tensors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What does a plan say of each part of an introspected pipeline: how much is shared, pickled, copied, and why?"""
+"""What does a plan show about each part of an introspected pipeline: how much is shared, pickled and copied, and why?"""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from zerocopy._store.tensors import is_tensor_or_array
 from zerocopy._tables import format_bytes
 from zerocopy.errors import CannotTravelError
 
-# So many pickled bytes of a shared part are worth a note if they are a tenth of what is shared; so many always are.
+# Pickled bytes of a shared part get a note if they exceed NOTED_IF_MANY and a tenth of the shared bytes, or if they exceed NOTED.
 NOTED_IF_MANY, NOTED = 1 << 16, 1 << 20
-LISTED = 3  # paths in a note
+LISTED = 3  # the maximum number of paths in a note
 
 
 @attrs.frozen
 class Measured:
-    """What a load really gave of a shared part.
+    """The memory that a real load has for a shared part.
 
     Attributes:
-        views: bytes of the store that its tensors and arrays are views of, and that no part measured before has.
-        private: paths of its other tensors and arrays, with the bytes of the memory that each is the first to have.
+        views: bytes of the store that its tensors and arrays are views of, without those of parts measured before.
+        private: paths of its other tensors and arrays, with the bytes of the memory that no earlier tensor or array has.
     """
 
     views: int
@@ -43,10 +43,10 @@ def plan_of(found: Introspection, measure: Callable[[str], Measured] | None = No
     """What publishing would share and copy.
 
     Args:
-        measure: for a verified plan, tells of the path of each shared part what a load really gave.
+        measure: for a verified plan, returns the memory that a real load has for the shared part at a path.
     """
     shared = tuple(_shared_entries(found, measure))
-    # The outer skeleton of an entangled pipeline has all that is pickled: the shared one is not loaded.
+    # The outer skeleton of an entangled pipeline holds everything that is pickled, and the shared skeleton is not loaded.
     beside = 0 if found.entangled is None else sum(entry.pickled for entry in shared)
     copied = sum(entry.pickled if entry.copied is None else entry.copied for entry in shared)
     return SharePlan(
@@ -61,7 +61,7 @@ def plan_of(found: Introspection, measure: Callable[[str], Measured] | None = No
 
 
 def _dtype_bytes(found: Introspection) -> tuple[tuple[str, int], ...]:
-    """The bytes of each dtype, the most first."""
+    """The bytes of each dtype, largest first."""
     dtypes: dict[int, str] = {}
     for spec in found.table.specs:
         dtypes.setdefault(spec.storage, _dtype_name(spec.dtype))
@@ -85,7 +85,7 @@ def _shared_entries(found: Introspection, measure: Callable[[str], Measured] | N
         else:
             measured = measure(entry.path)
             views, private = min(measured.views, entry.bytes), sum(nbytes for _, nbytes in measured.private)
-            # What is private was often made of what came and is no view.
+            # Private memory was often created from loaded data that is no view, so the two are not added.
             copied = max(entry.bytes - views + entry.pickled, private)
             note = "; ".join([*notes, *_copied_notes(measured, passed)])
             yield attrs.evolve(entry, note=note, views=views, copied=copied)
@@ -93,7 +93,7 @@ def _shared_entries(found: Introspection, measure: Callable[[str], Measured] | N
 
 
 class _Walked:
-    """An introspected pipeline, and at which paths its parts are."""
+    """An introspected pipeline, and the paths of its parts."""
 
     def __init__(self, found: Introspection) -> None:
         self._found = found
@@ -106,7 +106,7 @@ class _Walked:
                 self._root_paths.setdefault(id(obj), path)
 
     def candidates(self) -> Iterator[tuple[str, Any]]:
-        """What may have a way of its own to pickle: objects of shared parts, and those that hold a shared part; each once."""
+        """Objects that may have their own way to pickle: in shared parts, and those that hold a shared part; each once."""
         found = self._found
         pickled = set(map(id, (*found.mutable, *found.composites)))
         root_paths = self._root_paths.values()
@@ -137,14 +137,14 @@ class _Walked:
         )
 
     def _modules_held_in(self, part: str) -> list[str]:
-        """The modules in a part that are held at several paths, with these."""
+        """For each module in a part that is held at several paths: these paths."""
         return [
             " = ".join(held_at) for held_at in self._shared_modules if any(_is_within(path, part) for path in held_at)
         ]
 
     @functools.cached_property
     def _shared_modules(self) -> list[list[str]]:
-        """Paths of each module that holds tensors and is held at several; not those that lead back to it from its own inside."""
+        """The paths of each module that has tensors and several paths, without paths from the module back to itself."""
         found: dict[int, list[str]] = defaultdict(list)
         for path, obj in self._objects:
             if paths.is_module(obj) and not any(_is_within(path, other) for other in found[id(obj)]):
@@ -156,7 +156,7 @@ class _Walked:
 
     @functools.cached_property
     def _ties(self) -> Mapping[int, str]:
-        """By storage, the paths at which its memory is held, where there are several."""
+        """The paths of each storage that is held at several paths."""
         found = self._found
         tensor_paths: dict[int, list[str]] = defaultdict(list)  # by index of the tensor
         for path, obj in self._objects:
@@ -198,7 +198,7 @@ def _may_copy(passed: Sequence[OwnWay]) -> Iterator[str]:
 
 
 def _copied_notes(measured: Measured, passed: Sequence[OwnWay]) -> Iterator[str]:
-    """Says what has memory of its own, but for what is so small that a load may copy it on purpose."""
+    """Names the data with memory of its own, except data so small that a load copies it on purpose."""
     large = sorted(((path, nbytes) for path, nbytes in measured.private if nbytes > COPIED), key=lambda item: -item[1])
     if large:
         total = format_bytes(sum(nbytes for _, nbytes in large))
@@ -226,7 +226,7 @@ def _copied_entries(found: Introspection) -> Iterator[PlanEntry]:
         dtypes = tuple(sorted({_dtype_name(obj.dtype) for obj in private}))
         try:
             nbytes, note = _copied_bytes(found, value, zone), ""
-        except CannotTravelError:  # but the pipeline could be pickled: its class leaves this attribute out
+        except CannotTravelError:  # the pipeline could be pickled, so its class leaves this attribute out
             nbytes, note = 0, "left out by its class"
         yield PlanEntry(f"{name}.{attribute}", "copied", type(value).__name__, len(private), nbytes, dtypes, note=note)
 

@@ -1,7 +1,7 @@
-"""How are programs split from their tensors: TorchScript and exported programs?
+"""How are programs (TorchScript and exported programs) split from their tensors?
 
-torch saves programs, for pickle cannot. A program is saved with stand-ins of one element in the place of its tensors. The tensors
-travel beside the file, and are attached to the program that is loaded from it.
+torch saves programs, because pickle cannot. A program is saved with stand-ins of one element instead of its tensors. The tensors
+travel beside the saved program, and are attached to it after it is loaded.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from zerocopy._store.tensors import repeated
 TORCHSCRIPT = (torch.jit.ScriptModule, torch.jit.ScriptFunction)
 PROGRAMS = (*TORCHSCRIPT, ExportedProgram)
 
-SMALL = 1024  # constants below so many bytes stay in the code
+SMALL = 1024  # bytes: smaller constants stay in the code
 
 
 def reduce_program(program: Any) -> tuple[Any, ...]:
@@ -61,7 +61,7 @@ def _reduce_exported(program: ExportedProgram) -> tuple[Any, ...]:
     )
     graph = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "No complete tensor found")  # of the stand-ins: no tensor covers its storage
+        warnings.filterwarnings("ignore", "No complete tensor found")  # stand-ins do not cover their storages
         torch.export.save(twin, graph)
     return _load_exported, (graph.getvalue(), dict(program.state_dict), constants)
 
@@ -78,11 +78,11 @@ def _load_exported(graph: bytes, state: dict[str, torch.Tensor], constants: dict
     return program
 
 
-# TorchScript modules: scripted, traced or frozen. `module` is what torch runs below the Python object.
+# TorchScript modules: scripted, traced or frozen. `module` is the compiled module that torch runs below the Python object.
 #
-# Tensors in attributes are replaced in a shallow copy, and attached in the order of a walk: assigning `.data` holds for the
-# compiled code too. The constants of a frozen graph belong to its code, which copies share. They are replaced for the moment of
-# saving, and each is found again by the number in its stand-in.
+# Tensors in attributes are replaced in a shallow copy. After loading, they are attached in the order of a walk: an assignment to
+# `.data` takes effect in the compiled code too. The constants of a frozen graph belong to its code, which copies share. They are
+# replaced only while the program is saved, and each is found again by the number in its stand-in.
 
 _Key: TypeAlias = tuple[torch.dtype, tuple[int, ...], int]  # dtype and shape of a constant, the number in its stand-in
 
@@ -174,9 +174,9 @@ def _constants(module: Any) -> list[torch.Tensor]:
 
 
 def _numbered(constants: list[torch.Tensor]) -> dict[_Key, torch.Tensor]:
-    """Constants by what their stand-ins will be known by: equal stand-ins would be saved as one, in another order.
+    """Constants by the keys of their stand-ins. Stand-ins must differ: equal ones would be saved as one, in another order.
 
-    Of a dtype with few values (bool) only as many as it can tell apart; the rest stays in the code.
+    A dtype with few values (bool) has few keys. The remaining constants of such a dtype stay in the code.
     """
     keyed: dict[_Key, torch.Tensor] = {}
     for constant in constants:

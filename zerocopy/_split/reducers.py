@@ -1,7 +1,7 @@
-"""How do objects travel that do not pickle, or that pickle only by copying their bytes?
+"""How do objects travel that pickle cannot write, or can write only by copying their bytes?
 
-Each reduction takes an object apart into plain tensors or arrays over the same memory, and a function that puts them together
-again. The plain ones are shared like any others.
+Each reduction takes an object apart into plain tensors or arrays over the same memory, and a function that builds the object from
+them again. The plain tensors and arrays are shared like any others.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ FILES = (io.FileIO, io.TextIOWrapper, io.BufferedReader, io.BufferedWriter, io.B
 
 
 def reduce_as_pickle(obj: Any) -> Any:
-    """An object in the way that Ray's pickle takes: by the reducer that a user registered, else by its own."""
+    """Reduces an object as Ray's pickle does: by the reducer that a user registered, else by its own."""
     registered = registered_reducer(type(obj))
     if registered is not None:
         return registered(obj)
@@ -31,9 +31,9 @@ def reduce_as_pickle(obj: Any) -> Any:
 
 
 def reduce_packed(obj: Any) -> tuple[Any, ...]:
-    """What packs its weights when it gets its state: quantized modules, and objects of TorchScript that they hold.
+    """Reduces an object that packs its weights when it receives its state: quantized modules, and TorchScript objects in them.
 
-    They stay in main memory. torch can pack nowhere else, and ends the process when it is given the tensors of a GPU.
+    They stay in main memory. torch can pack only there, and ends the process if it is given tensors of a GPU.
     """
     function, arguments, state, *_ = obj.__reduce_ex__(5)
     return function, arguments, state, None, None, _set_packed
@@ -50,7 +50,7 @@ def _in_main_memory(state: Any) -> Any:
 
 
 def reduce_parametrized(module: nn.Module) -> tuple[Any, ...]:
-    """A module with parametrizations. Its own class refuses to pickle, and is made again where the module is rebuilt."""
+    """Reduces a module with parametrizations. Its class cannot be pickled, and is created again when the module is rebuilt."""
     original: Any = type(module).__bases__[0]
     items = iter(module) if isinstance(module, list) else None
     pairs = iter(module.items()) if isinstance(module, dict) else None
@@ -68,7 +68,7 @@ def _set_parametrized(module: nn.Module, state: Any) -> None:
 
 
 def reduce_weak_reference(reference: weakref.ref[Any]) -> tuple[Any, ...]:
-    """A weak reference. It is to the same object where something else brings that along, else it is dead."""
+    """Reduces a weak reference. It arrives alive if something else in the pickle refers to its target, else it arrives dead."""
     return _weak_reference, (reference(),)
 
 
@@ -86,12 +86,12 @@ def reduce_file(_: object) -> Any:
 
 
 def reduce_composite(obj: Any) -> Any:
-    """A tensor or an array that no storage describes as it is."""
+    """Reduces a tensor or an array that is not a plain view of a storage."""
     return _reduce_array(obj) if isinstance(obj, np.ndarray) else _reduce_tensor(obj)
 
 
 def _reduce_array(array: np.ndarray[Any, Any]) -> Any:
-    """An array of a subclass that pickles as arrays do (`numpy.memmap`, `numpy.matrix`, `numpy.recarray`)."""
+    """Reduces an array of a subclass that pickles as arrays do (`numpy.memmap`, `numpy.matrix`, `numpy.recarray`)."""
     own = ("__reduce_ex__", "__reduce__", "__setstate__")
     if array.dtype.hasobject or any(getattr(type(array), name) is not getattr(np.ndarray, name) for name in own):
         return array.__reduce_ex__(5)
@@ -110,7 +110,7 @@ def _reduce_tensor(tensor: torch.Tensor) -> Any:
         nn.Parameter.__reduce_ex__,
     ):
         plain = tensor.detach().as_subclass(torch.Tensor)
-        state = tensor.__getstate__()  # attributes, what is in slots, or what the class makes of them
+        state = tensor.__getstate__()  # attributes and slots, or what the class returns instead
         made = leaf, (plain, type(tensor), tensor.requires_grad)
         return (*made, (state,), None, None, _set_state_of_tensor) if state is not None or _sets_state(tensor) else made
     return tensor.__reduce_ex__(5)
@@ -130,12 +130,12 @@ def set_attributes(tensor: torch.Tensor, attributes: dict[str, Any]) -> None:
 
 
 def _sets_state(tensor: Any) -> bool:
-    """Whether the class of a tensor has a way of its own to be set."""
+    """Whether the class of a tensor has its own `__setstate__`."""
     return type(tensor).__setstate__ is not torch.Tensor.__setstate__
 
 
 def _set_state_of_tensor(tensor: Any, held: tuple[Any]) -> None:
-    """As torch does, which lets a class set `None`, too."""
+    """Sets the state like torch, which calls a `__setstate__` of the class even with `None`."""
     (state,) = held
     if _sets_state(tensor):
         tensor.__setstate__(state)
@@ -147,12 +147,12 @@ def _set_state_of_tensor(tensor: Any, held: tuple[Any]) -> None:
 
 
 def _rebuild_mkldnn(dense: torch.Tensor) -> torch.Tensor:
-    return dense.cpu().to_mkldnn()  # a format of main memory
+    return dense.cpu().to_mkldnn()  # this format exists only in main memory
 
 
 def _reduce_nested(tensor: torch.Tensor) -> tuple[Any, ...]:
     function, arguments, *rest = tensor.__reduce_ex__(5)
-    # Where a tensor has attributes, torch's function is among the arguments of another one.
+    # If a tensor has attributes, torch's function is among the arguments of another function.
     function, *arguments = (
         rebuild_nested if part is torch_rebuilds_nested else part for part in (function, *arguments)
     )
@@ -175,7 +175,7 @@ def _rebuild_quantized(content: torch.Tensor, dtype: torch.dtype, *description: 
 
 
 def tensors_of(obj: Any) -> list[torch.Tensor]:
-    """A tensor itself; the parameters and buffers of a module and of all that it has registered; of other things none."""
+    """A tensor itself, or the parameters and buffers of a module and of all modules registered in it. Other objects have none."""
     if isinstance(obj, torch.Tensor):
         return [obj]
     members = map(vars, paths.registered_below([obj] if paths.is_module(obj) else []).values())
@@ -184,7 +184,7 @@ def tensors_of(obj: Any) -> list[torch.Tensor]:
 
 
 def why_copied(obj: Any) -> str | None:
-    """Why a tensor, an array or a module has private memory wherever it is loaded; None where it has not."""
+    """The reason why a tensor, an array or a module has private memory in every load; None if it can be shared."""
     if isinstance(obj, np.ndarray):
         return "an array of Python objects" if obj.dtype.hasobject else None
     if isinstance(obj, torch.Tensor):

@@ -1,4 +1,4 @@
-"""What is an object to the pickler? That depends on its type alone."""
+"""How does the pickler treat an object? This depends only on the type of the object."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ from zerocopy._store.manifest import Handle
 class Role(enum.Enum):
     """How instances of a type travel."""
 
-    ATOM = enum.auto()  # immutable: nobody can tell copies of it apart
+    ATOM = enum.auto()  # immutable: copies of it cannot be distinguished
     TENSOR = enum.auto()  # or a NumPy array
     PIPELINE = enum.auto()
     MODULE = enum.auto()
     PASSENGER = enum.auto()  # travels beside the skeleton, so that Ray counts its references
-    BUFFER = enum.auto()  # bytes that an object gives to pickle as they are
+    BUFFER = enum.auto()  # raw bytes that an object passes to pickle
     PARAMETRIZED = enum.auto()  # a module with parametrizations
     PROGRAM = enum.auto()  # TorchScript, or an exported program
     WEAK_REFERENCE = enum.auto()
     FILE = enum.auto()
-    PACKED = enum.auto()  # an object of TorchScript, such as a quantized module packs its weights into
+    PACKED = enum.auto()  # a TorchScript object, for example with the packed weights of a quantized module
     OTHER = enum.auto()
 
 
@@ -53,10 +53,10 @@ _ATOMS = (
     fractions.Fraction,
 )  # fmt: skip
 
-# Shared by the automatic rule.
+# The roles that the zone AUTO shares.
 MODULES = frozenset({Role.MODULE, Role.PARAMETRIZED, Role.PROGRAM})
 
-# The same in every zone, and never the culprit.
+# Objects of these types are the same in every zone, and never cause an error.
 SCALARS = frozenset({str, int, float, bool, type(None), bytes, complex})
 
 _ROLES_BY_BASE: tuple[tuple[Any, Role], ...] = (
@@ -69,20 +69,20 @@ _ROLES_BY_BASE: tuple[tuple[Any, Role], ...] = (
 )
 
 
-# What of these types is shared needs no reducer, and Ray itself may register one for its own ways to send tensors.
+# Shared objects of these types need no reducer, and Ray itself may register one for its own ways to send tensors.
 _ALWAYS_SHARED = frozenset({torch.Tensor, nn.Parameter, np.ndarray})
 
-# What travels beside the skeleton, or what pickle writes before it asks for reducers.
+# Objects that travel beside the skeleton, or that pickle writes before it looks for reducers.
 _NEVER_REDUCED = frozenset({Role.PASSENGER, Role.BUFFER})
 
 
 class Roles(dict[type, Role]):
-    """The roles of instances by type, each found once.
+    """The roles of instances by type, each computed once.
 
-    Made anew for each pickling, for it keeps the types alive, and users may register and deregister reducers.
+    It is created for each pickling, because it keeps the types alive, and users may register and deregister reducers.
 
     Attributes:
-        registered: the types, of those found so far, for which a user has registered a reducer. That wins.
+        registered: the types, of those found so far, for which a user has registered a reducer. This reducer has priority.
     """
 
     def __init__(self) -> None:
@@ -109,5 +109,5 @@ def _classify(cls: type) -> Role:
     if issubclass(cls, nn.Module):
         return Role.MODULE
     if issubclass(cls, _VALUES) and cls.__dictoffset__ and not issubclass(cls, enum.Enum):
-        return Role.OTHER  # it has attributes, by which copies of it can be told apart
+        return Role.OTHER  # it has attributes, which distinguish copies of it
     return Role.ATOM if issubclass(cls, _ATOMS) else Role.OTHER

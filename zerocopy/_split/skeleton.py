@@ -1,11 +1,12 @@
 """How is an object split from its tensors, and joined again?
 
 `strip` is a pickler that writes a number instead of each tensor, and instead of each other object that must travel beside the
-bytes. What remains is the skeleton. `graft` is the inverse. Because pickle does the walk, it meets all that pickle would meet, at
-any depth; identity is kept, and no property is evaluated.
+bytes. The result is the skeleton. `graft` is the inverse. Because pickle walks the object, `strip` meets every object that pickle
+would meet, at any depth; identity is kept, and no property is evaluated.
 
-There are two ways to strip. The short one, in `ordinary.py`, is for what is shared as a whole and holds nothing special. The
-long one is here. It asks for each object how its type travels (`roles.py`), and which policy rules there (`zones.py`).
+There are two ways to strip. The short way, in `ordinary.py`, is for objects that are shared as a whole and contain nothing
+special. The long way is here. For each object, it finds out how its type travels (`roles.py`), and which policy applies there
+(`zones.py`).
 """
 
 from __future__ import annotations
@@ -50,22 +51,22 @@ def strip(
     replaced: Mapping[int, Any] | None = None,
     number_code: bool = False,
 ) -> Stripped:
-    """Pickle `objects` one after the other, with one memo, without what must travel beside them.
+    """Pickle `objects` one after the other, with one memo, without the objects that must travel beside them.
 
     Args:
-        zone: the policy that rules the objects.
-        split: where to stop, beside at tensors.
-        within: what holds the objects: the path in an error starts there. None if they are held by nothing else.
+        zone: the policy that applies to the objects.
+        split: where to stop, in addition to tensors.
+        within: the object that holds `objects`: the path in an error starts there. None if no other object holds them.
         copied: attributes to treat as `copied()` fields, by the id of the object that has them.
-        replaced: objects to pickle in the place of others, by the id of these.
-        number_code: write numbers for classes and functions too, so that a graft in this process makes no new ones.
+        replaced: objects to pickle instead of others, by the id of the others.
+        number_code: write numbers for classes and functions too, so that a graft in this process creates no new ones.
 
     Raises:
-        CannotTravelError: something inside cannot be pickled; the error names its path.
+        CannotTravelError: an object inside cannot be pickled. The error names its path.
     """
     rules = _Rules(split, {key: names for key, names in (copied or {}).items() if names}, replaced or {}, number_code)
     if zone is Zone.SHARED and rules == _NO_RULES:
-        # After an error the long way finds out where it is.
+        # After an error, the long way finds out where it is.
         with contextlib.suppress(Exception):
             return strip_ordinary(objects)
     file = io.BytesIO()
@@ -103,7 +104,7 @@ class _Grafter(pickle.Unpickler):
 
 
 def _cannot_travel(stripper: _Stripper, holders: Sequence[Any], error: Exception) -> CannotTravelError:
-    """What to tell of the object at which a strip failed. Paths start at the `holders`."""
+    """The error for the object at which a strip failed. Its path starts at one of the `holders`."""
     if isinstance(program := stripper.met[-1], ExportedProgram):
         parts = [program.state_dict, program.constants, program.example_inputs]
         stripper, error = stripper.failure_at(parts) or (stripper, error)
@@ -121,9 +122,10 @@ def _cannot_travel(stripper: _Stripper, holders: Sequence[Any], error: Exception
 
 
 def _where(stripper: _Stripper, culprit: object, holders: Sequence[Any]) -> tuple[str, bool]:
-    """The path of the culprit, and True; where no path leads there, that of what brought it along, and False.
+    """The path of the culprit, and True. If no path leads to it: the path of the object that led to it, and False.
 
-    What an object pickles instead of itself is at no path. That object is the last of those met that fails by itself.
+    An object that another object pickles instead of itself has no path. That other object is the last one met that also fails
+    when it is pickled alone.
     """
     known: dict[int, str] = {}
     for holder in holders:
@@ -134,12 +136,12 @@ def _where(stripper: _Stripper, culprit: object, holders: Sequence[Any]) -> tupl
     reachable = (obj for obj in reversed(stripper.met) if id(obj) in known)
     holder = next((obj for obj in reachable if stripper.failure_at(obj)), holders[0])
     below = paths.walk(holder, known[id(holder)]) if is_meta(culprit) else ()
-    twin = next((path for path, obj in below if is_meta(obj)), None)  # a program gives other tensors than it holds
+    twin = next((path for path, obj in below if is_meta(obj)), None)  # a program pickles other tensors than it holds
     return (twin, True) if twin else (known[id(holder)], False)
 
 
 def _hint_for_meta(tensor: Any, met: Sequence[Any]) -> str:
-    """Loading is the only way: after `to_empty()` there would be garbage, and nothing would say so."""
+    """Loading weights is the only way: after `to_empty()`, the tensors would have undefined values without any warning."""
     hooked = [module for module in paths.modules_among(met) if "_hf_hook" in vars(module)]
     if any(tensor is own for module in hooked for own in reducers.tensors_of(module)):
         return "accelerate has offloaded its weights: load the model without offloading, as with device_map='cpu'."
@@ -148,7 +150,7 @@ def _hint_for_meta(tensor: Any, met: Sequence[Any]) -> str:
 
 @attrs.frozen
 class _Rules:
-    """What `strip` was asked for; see there."""
+    """The options of `strip`; see there."""
 
     split: Split = Split.NOWHERE
     copied: Mapping[int, Collection[str]] = attrs.field(factory=dict)
@@ -186,7 +188,7 @@ class _Stripper(CloudPickler):  # type: ignore[misc]
         self._modules = ModuleReducer()
 
     def persistent_id(self, obj: Any) -> int | None:
-        """The number that is written instead of `obj`, or None where it is written itself."""
+        """The number that is written instead of `obj`, or None if `obj` itself is written."""
         cls = type(obj)
         if cls in SCALARS:
             return None
@@ -196,7 +198,7 @@ class _Stripper(CloudPickler):  # type: ignore[misc]
         self.met.append(obj)
         role = self._roles[cls]
         if id(obj) in self._rules.replaced:
-            return None  # on to `reducer_override`
+            return None  # `reducer_override` handles it
         if self._rules.split is not Split.NOWHERE and self._is_root(obj, role):
             return self._number(obj, is_root=True)
         if role is Role.TENSOR and cls not in self._roles.registered:
@@ -212,7 +214,7 @@ class _Stripper(CloudPickler):  # type: ignore[misc]
         return None
 
     def failure_at(self, obj: Any) -> tuple[_Stripper, Exception] | None:
-        """A stripper that failed at `obj` by itself, where this one is now, and its error; None if there was none."""
+        """Strip `obj` alone, in the present zone. If this fails, return that stripper and its error; else None."""
         alone = _Stripper(io.BytesIO(), Place(self.place.zone), self._rules)
         try:
             alone.dump(obj)
@@ -224,11 +226,11 @@ class _Stripper(CloudPickler):  # type: ignore[misc]
         if id(obj) in self._numbers or (self._rules.split is Split.ROOTS and id(obj) in self._pipelines.roots):
             return True
         if id(obj) in self.found.seen or id(obj) in self._rules.copied:
-            return False  # it was written in the zone COPIED already, or is to be taken apart
+            return False  # it was already written in the zone COPIED, or will be taken apart
         return role in MODULES and self.place.zone is not Zone.COPIED
 
     def _is_code_to_number(self, obj: Any) -> bool:
-        # `graft` knows `external` by its name.
+        # `graft` recognizes `external` by its name.
         return self._rules.number_code and isinstance(obj, (type, types.FunctionType)) and obj is not external
 
     def _number(self, obj: Any, *, is_root: bool = False) -> int:
@@ -241,7 +243,7 @@ class _Stripper(CloudPickler):  # type: ignore[misc]
         return number
 
     def _tensor_number(self, tensor: Any) -> int | None:
-        """None where `reducer_override` has to go on: for a composite, and for a plain tensor with Python attributes."""
+        """None if `reducer_override` has to handle the tensor: a composite, or a plain tensor with Python attributes."""
         if is_meta(tensor):
             raise TypeError("a meta tensor has no data")
         is_shared = self.place.zone is Zone.SHARED
@@ -257,7 +259,7 @@ class _Stripper(CloudPickler):  # type: ignore[misc]
         return None if getattr(tensor, "__dict__", None) else number
 
     def _buffer_number(self, buffer: pickle.PickleBuffer) -> int | None:
-        """Bytes that an object gives to pickle as they are, as Arrow does. In the zone SHARED an array over them is shared."""
+        """The number of raw bytes that an object (of Arrow, say) passes to pickle. In the zone SHARED, they become an array."""
         content = np.frombuffer(buffer.raw(), np.uint8)
         if self.place.zone is not Zone.SHARED or not content.nbytes:
             return None
@@ -271,7 +273,7 @@ class _Stripper(CloudPickler):  # type: ignore[misc]
             self.found.private_reasons[id(obj)] = obj, reason
 
     def reducer_override(self, obj: Any) -> Any:
-        """How to write an object that got no number, and that pickle itself cannot write."""
+        """How to write an object that has no number, and that pickle does not write on its own."""
         role = self._roles[type(obj)]
         if self._rules.replaced and (reduced := self._replacement(obj)):
             return reduced
@@ -289,7 +291,7 @@ class _Stripper(CloudPickler):  # type: ignore[misc]
         return super().reducer_override(obj)
 
     def _reduce_as_pickle(self, obj: Any) -> Any:
-        """A module, or what a user has registered a reducer for."""
+        """Reduces a module, or an object for which a user has registered a reducer."""
         if type(obj) not in self._roles.registered and (lean := self._modules.reduce(obj)):
             return lean
         if self.place.zone is Zone.SHARED:

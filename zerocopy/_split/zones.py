@@ -1,10 +1,10 @@
-"""Which policy rules what a pickler is about to write, and how is each value of a pipeline written under its own policy?
+"""Which policy applies to the next object that a pickler writes, and how is each value of a pipeline written under its policy?
 
-A pickler writes the attributes of an object as one dict, without a pause between two of them. But a pipeline shares some of its
-attributes and copies others. So its values are written before it, grouped by policy: this is the *prelude*. A `Place` stands
-before each group. The pickler writes nothing for a `Place`, but is in its zone from then on. After the prelude the pickler writes
-the pipeline itself. Its memo now has all values, so it writes references to them, and no policy matters any more. The prelude
-needs nothing but the values: policies hold whatever way a class has to pickle itself.
+A pickler writes the attributes of an object as one dict, so the policy cannot change between two attributes. But a pipeline
+shares some of its attributes and copies others. So its values are written before it, grouped by policy: this is the *prelude*.
+There is a `Place` before each group. The pickler writes nothing for a `Place`, but is in its zone from then on. After the
+prelude, the pickler writes the pipeline itself. Its memo now has all values, so it writes references to them, and no policy
+matters any more. The prelude needs only the values, so the policies apply no matter how a class pickles itself.
 
 An example, split at shared roots:
 
@@ -27,12 +27,12 @@ An example, split at shared roots:
     the new object     `Search.__new__(Search)`. The memo has it from now on.
     state              `{"encoder": number, "settings": reference, "top_k": 5}`
 
-Without the prelude the pickler would meet `settings` in the state, in the zone AUTO, and `head` would become a shared root.
+Without the prelude, the pickler would meet `settings` in the state, in the zone AUTO, and `head` would become a shared root.
 `top_k` is not in the prelude: strings and numbers are the same in every zone.
 
 A value may refer back to the pipeline. If `settings` held `search`, the pickler would meet `search` again inside the prelude,
-before the memo has it. The prelude of this second visit holds the copied values only: they must be written before any state is. A
-third visit has no prelude. This ends, because the memo has a dict or a list as soon as the pickler begins to write it.
+before the memo has it. The prelude of this second visit has only the copied values: they must be written before any state. A
+third visit has no prelude. The recursion ends, because the memo has a dict or a list as soon as the pickler begins to write it.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ from zerocopy.errors import ArgumentError
 
 
 class Zone(enum.Enum):
-    """Which policy rules the place that the pickler has reached."""
+    """The policy that applies at the place that the pickler has reached."""
 
     AUTO = "modules are shared, all else is copied"
     SHARED = "tensors and arrays are shared"
@@ -58,11 +58,11 @@ class Zone(enum.Enum):
 
 
 class Place(NamedTuple):
-    """Where the pickler is. If it meets a place among the objects to write, it is there from then on. Unpickled it is None.
+    """The place of the pickler. When it meets a `Place` among the objects to write, it moves there. Unpickled, it is None.
 
     Attributes:
-        zone: the policy that rules here.
-        composite: the object that is taken apart here. Tensors that are met here first are its components.
+        zone: the policy that applies here.
+        composite: the object that is taken apart here. Tensors that the pickler first meets here are its components.
     """
 
     zone: Zone
@@ -70,21 +70,21 @@ class Place(NamedTuple):
 
 
 def call(_before: object, function: Any, arguments: tuple[Any, ...], _after: object) -> Any:
-    """Rebuild what was reduced to a function and its arguments. What stands around them was for the pickler only."""
+    """Rebuild an object from a function and its arguments. The other two values were only for the pickler."""
     return function(*arguments)
 
 
 def components_of(composite: Any, reduced: tuple[Any, ...], place: Place) -> tuple[Any, ...]:
-    """`reduced`, but so that tensors in its arguments count as components of `composite`. The pickler is at `place`."""
+    """Change `reduced` so that tensors in its arguments count as components of `composite`. The pickler is at `place`."""
     function, arguments, *rest = reduced
     return (call, (Place(place.zone, composite), function, arguments, place), *rest)
 
 
 class PipelineReducer:
-    """Reduces pipelines so that each value is written in the zone of its policy, for one pickling.
+    """Reduces pipelines so that each value is written in the zone of its policy. It is for one pickling.
 
     Attributes:
-        roots: ids of the values that are shared by declaration, of all pipelines that were reduced so far.
+        roots: ids of the values that are declared as shared, of all pipelines that were reduced so far.
     """
 
     def __init__(self, copied: Mapping[int, Collection[str]], roles: Roles) -> None:
@@ -96,7 +96,7 @@ class PipelineReducer:
 
     def reduce(self, pipeline: Any, place: Place) -> Any:
         """How to write a pipeline that was met at `place`: its values in their zones, then itself."""
-        # Not by our own reducer, which would publish the pipeline while it is being published.
+        # Not by our own reducer: it would publish the pipeline, which is already being published.
         reduced = reducers.reduce_as_pickle(pipeline)
         if isinstance(reduced, str):
             return reduced
@@ -105,7 +105,7 @@ class PipelineReducer:
         return (call, (prelude, function, arguments, None), *rest) if prelude else reduced
 
     def _prelude(self, pipeline: Any, written: tuple[Any, ...], place: Place) -> list[Any]:
-        """What to write before a pipeline of which `written` is to be written: arguments of a call, and a state."""
+        """The objects to write before a pipeline. `written` are the arguments and the state that will be written for it."""
         held = paths.attributes_of(pipeline)
         declared = fields(type(pipeline)) if is_pipeline_class(type(pipeline)) else {}
         copied_names = {name for name, field in declared.items() if field.policy == "copied"}
@@ -130,7 +130,7 @@ class PipelineReducer:
         self, pipeline: Any, held: Mapping[str, Any], shared_names: set[str], copied_names: set[str]
     ) -> None:
         roots = [held[name] for name in shared_names if name in held and type(held[name]) not in SCALARS]
-        if isinstance(pipeline, nn.Module):  # its own parameters and buffers are shared, as those of modules inside
+        if isinstance(pipeline, nn.Module):  # its own parameters and buffers are shared, like those of modules inside
             own = {**pipeline._parameters, **pipeline._buffers}
             undeclared = own.keys() - shared_names - copied_names
             roots += [own[name] for name in undeclared if own[name] is not None]
@@ -139,10 +139,10 @@ class PipelineReducer:
 
 
 def _check_no_class(pipeline: Any, shared: Mapping[str, Any]) -> None:
-    """Refuse the class of a model where an instance is due: it has no weights, and would be published with 0 bytes.
+    """Refuse a class of models instead of an instance: it has no weights, and would be published with 0 bytes.
 
     Raises:
-        ArgumentError: a shared field holds one.
+        ArgumentError: a shared field holds such a class.
     """
     for name, value in shared.items():
         if isinstance(value, type) and (issubclass(value, nn.Module) or is_pipeline_class(value)):
@@ -154,9 +154,9 @@ def _check_no_class(pipeline: Any, shared: Mapping[str, Any]) -> None:
 
 
 def _values_in(written: Any, held_ids: set[int], depth: int = 4) -> Iterator[Any]:
-    """The values in what is to be written of a pipeline: in its state and its slots, in the members of a module, in arguments.
+    """The values that will be written for a pipeline: from its state and slots, from the members of a module, from arguments.
 
-    Containers that a pipeline does not hold itself were made, or are a module's own, to bring its values along.
+    Containers that the pipeline does not hold itself only bring its values along: pickling created them, or a module has them.
     """
     for value in written:
         if id(value) in held_ids or not depth or type(value) not in (dict, list, tuple):

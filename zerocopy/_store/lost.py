@@ -1,4 +1,4 @@
-"""Why can the weights of a publication not be reached, and what can one do?"""
+"""Why can the weights of a publication not be reached, and what can the user do?"""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import ray.exceptions
 from zerocopy._compat.ray import node_of_owner, owner_node
 from zerocopy.errors import LostReason, PublicationLostError
 
-Located: TypeAlias = dict[ray.ObjectRef[Any], dict[str, Any]]  # what `ray.experimental.get_object_locations` tells
+Located: TypeAlias = dict[ray.ObjectRef[Any], dict[str, Any]]  # the result of `ray.experimental.get_object_locations`
 
 
 def raise_if_lost(error: Exception) -> None:
-    """Say what is lost, if an error of a task tells that.
+    """Raise an error that explains the loss, if `error` means that an object is lost.
 
     Raises:
-        PublicationLostError: it does.
+        PublicationLostError: an object is lost.
     """
     cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
     if isinstance(cause, ray.exceptions.ObjectLostError):
@@ -51,13 +51,13 @@ _LOST: dict[LostReason, tuple[str, str]] = {
 
 
 def lost(reason: LostReason) -> PublicationLostError:
-    """The error, in words."""
+    """Create the error for a reason."""
     what, hint = _LOST[reason]
     return PublicationLostError(f"The weights of this publication are gone: {what}.", hint=hint, reason=reason)
 
 
 def reason_of(error: ray.exceptions.ObjectLostError) -> LostReason:
-    """What an error of Ray's means."""
+    """Return the reason that an error of Ray means."""
     if isinstance(error, ray.exceptions.OwnerDiedError):
         node = node_of_owner(error)
         return "owner ended" if node is None or node in nodes_up() else "node lost"
@@ -65,7 +65,7 @@ def reason_of(error: ray.exceptions.ObjectLostError) -> LostReason:
         return "references dropped"
     if isinstance(error, ray.exceptions.ObjectFetchTimedOutError):
         return "not found in time"
-    return "node lost"  # also where Ray tried to make it again: nothing that was put can be
+    return "node lost"  # also if Ray tried to create it again: it cannot, for an object that was put
 
 
 def nodes_up() -> set[str]:
@@ -74,10 +74,10 @@ def nodes_up() -> set[str]:
 
 
 def have_no_copy(located: Located | None, refs: list[ray.ObjectRef[Any]]) -> bool:
-    """Whether nobody who is up can give one of these objects.
+    """Whether one of these objects has no copy on a running node, and none on disk.
 
     Args:
-        located: what their owners tell of them; None if those do not answer.
+        located: the answers of the owners; None if an owner does not answer.
     """
     up = nodes_up()
     if located is None:

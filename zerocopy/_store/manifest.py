@@ -1,4 +1,4 @@
-"""What does a publication consist of: the records that a publisher writes and a loader reads."""
+"""What does a publication consist of? Of these records, which a publisher writes and a loader reads."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ import torch
 from zerocopy._store.tensors import TensorSpec
 from zerocopy.errors import VersionError
 
-FORMAT = 4  # of manifests and handles; raised when either changes
+FORMAT = 4  # of manifests and handles. It is increased when one of them changes
 
 NOWHERE, BESIDE = (
     -1,
     0,
-)  # stand for the number of a shard where there are no bytes, or where they lie beside the manifest
+)  # shard numbers of storages that have no bytes, or whose bytes are in the same object as the manifest
 
 
 class Location(NamedTuple):
-    """Where a manifest says that the bytes of a storage are: from `offset` on in a buffer of a shard."""
+    """The location of a storage's bytes in a manifest: they start at `offset` in a buffer of a shard."""
 
     shard: int
     buffer: int
@@ -33,7 +33,7 @@ class Location(NamedTuple):
 
 
 class Placement(NamedTuple):
-    """Where a storage is in the store. Valid as long as `shard` is referenced."""
+    """The place of a storage in the store. It is valid as long as `shard` is referenced."""
 
     shard: ray.ObjectRef[Any]
     buffer: int
@@ -41,14 +41,14 @@ class Placement(NamedTuple):
 
 
 class Root(NamedTuple):
-    """An external of the outer skeleton that is the object number `position` of the shared skeleton."""
+    """An external of the outer skeleton: the object with the number `position` of the shared skeleton."""
 
     position: int
 
 
 @attrs.frozen
 class Skeleton:
-    """Pickled bytes, and what they refer to by number: an int is a tensor's index, the rest travels as it is."""
+    """Pickled bytes, and the externals that they refer to by number. An int is a tensor's index, others are objects."""
 
     payload: bytes
     externals: tuple[Any, ...]
@@ -57,12 +57,12 @@ class Skeleton:
 
 @attrs.frozen
 class Outer:
-    """The outer skeleton, and the tensors that it does not share: each load copies their bytes anew.
+    """The outer skeleton, and its tensors that are not shared. Each load copies their bytes.
 
-    The skeleton is of the pipeline, and of a list of its modules to be put into eval mode, if there are any.
+    The skeleton contains the pipeline, and a list of the modules to put into eval mode, if there are any.
 
-    Indices from the number of shared tensors on are those of `specs`; storages from the number of shared storages on are
-    those of `storages`.
+    Tensors have the indices of the shared tensors first, then those of `specs`. Storages have the indices of the shared storages
+    first, then those of `storages`.
     """
 
     skeleton: Skeleton
@@ -74,7 +74,7 @@ class Outer:
         return len(self.skeleton.payload) + sum(map(len, self.storages))
 
     def has_roots(self) -> bool:
-        """Whether it refers to objects of the shared skeleton, not to tensors alone."""
+        """Whether it refers to objects of the shared skeleton, and not only to tensors."""
         return any(isinstance(external, Root) for external in self.skeleton.externals)
 
 
@@ -82,15 +82,15 @@ Description: TypeAlias = tuple[Sequence[tuple[Any, ...]], Mapping[int, tuple[str
 
 
 class Manifest:
-    """What a publication keeps in the store: descriptions of all shared tensors, the shared skeleton, and where bytes are.
+    """The part of a publication in the store: descriptions of the shared tensors, the shared skeleton, and locations of bytes.
 
     Attributes:
         spec_rows: one row per tensor, as `rows_of` makes it.
         location_rows: one `Location` per storage, as a plain tuple.
-        outer: the outer skeleton as it was published, where handles do not carry it: under a name.
-        digests: of the bytes of each storage, where they are known: under a name.
-        reference: refers to the store object that held this manifest. Set in the process that read it.
-        beside: the other buffers of that object. Set there, too.
+        outer: the published outer skeleton of a publication with a name. Without a name, the handles carry it.
+        digests: digest of the bytes of each storage of a publication with a name. Without a name, it is empty.
+        reference: reference to the store object of this manifest. It is set in the process that reads the manifest.
+        beside: the buffers of that object. They are set at the same time.
     """
 
     def __init__(
@@ -122,17 +122,17 @@ class Manifest:
         outer: Outer,
         digests: Sequence[bytes],
     ) -> Self:
-        """A manifest whose bytes may move: the registry knows where they are, and nothing of the rest."""
+        """Create a manifest whose bytes may move. The registry knows their locations, and does not read the other parts."""
         spec_rows, devices, skeleton, is_reusable = description
         manifest = cls(spec_rows, location_rows, devices, skeleton, shards, is_reusable)
         manifest.outer, manifest.digests = outer, digests
         return manifest
 
     def outer_of(self, outer: Outer | None) -> Outer:
-        """The outer skeleton of a handle, given the one that it carries.
+        """Return the outer skeleton that a handle carries (`outer`), or else the one of this manifest.
 
         Raises:
-            RuntimeError: it carries none, and there is none here.
+            RuntimeError: neither of them has one.
         """
         found = outer if outer is not None else self.outer
         if found is None:
@@ -140,11 +140,11 @@ class Manifest:
         return found
 
     def description(self) -> Description:
-        """All but where bytes are."""
+        """Return all parts of the manifest except the locations of bytes."""
         return self.spec_rows, self.devices, self.skeleton, self.is_reusable
 
     def shard(self, number: int) -> ray.ObjectRef[Any]:
-        """The shard that locations call by this number."""
+        """Return the reference to the shard with this number in locations."""
         reference = self.reference if number == BESIDE else self.shards[number - 1]
         if reference is None:
             raise RuntimeError("this manifest was not read from the store")
@@ -173,12 +173,12 @@ class Manifest:
 
 
 class Handle:
-    """Base of what refers to the store. It travels beside a skeleton instead of inside it, so that Ray counts the references."""
+    """Base class of handles to the store. A handle is pickled outside of skeletons, so that Ray counts its references."""
 
 
 @attrs.frozen
 class Versions:
-    """What wrote a publication."""
+    """The versions of the software that wrote a publication."""
 
     format: int
     zerocopy: str
@@ -191,17 +191,17 @@ class Versions:
         return cls(FORMAT, version("zerocopy-ray"), str(torch.__version__), platform.python_version())
 
     def essence(self) -> tuple[str, str, int]:
-        """What readers must agree in."""
+        """Return the versions that must be equal in a reader."""
         return _minor(self.python), _minor(self.torch), self.format
 
     def check_agreement(self) -> None:
         """Refuse a publication that this process would misread.
 
-        The format must be the same; of Python and torch the first two numbers: code is pickled by value between equal
-        Pythons only, and the insides of modules change between minor releases of torch.
+        The format must be equal, and the first two numbers of the versions of Python and torch. Code that is pickled by value
+        needs an equal version of Python, and the attributes of modules change between minor releases of torch.
 
         Raises:
-            VersionError: they differ.
+            VersionError: the versions differ.
         """
         here = Versions.here()
         names = "Python", "torch", "zerocopy's format"

@@ -1,9 +1,9 @@
-"""How is store memory mapped privately? Copy-on-write: the operating system keeps workers apart.
+"""How is store memory mapped privately? By copy-on-write: the operating system separates the workers.
 
-Ray maps the store's file shared and writable into every process and closes the descriptor. The raylet keeps it open, so
-a process that may look into the raylet can open it again by way of the raylet's open files, and map the same bytes with
-`MAP_PRIVATE`. Linux lets it (`PTRACE_MODE_READ`) if both have the same user and user namespace, and it lacks no capability of the
-raylet's. https://man7.org/linux/man-pages/man2/ptrace.2.html: "Ptrace access mode checking"
+Ray maps the store's file into every process, shared and writable, and closes the descriptor. The raylet keeps the file open. So a
+process that may inspect the raylet can open the file again through the raylet's open files, and map the same bytes with
+`MAP_PRIVATE`. Linux allows this (`PTRACE_MODE_READ`) if both processes have the same user and user namespace, and the process has
+all capabilities of the raylet. https://man7.org/linux/man-pages/man2/ptrace.2.html: "Ptrace access mode checking"
 """
 
 from __future__ import annotations
@@ -31,27 +31,28 @@ REQUIRE_ISOLATION = "ZEROCOPY_REQUIRE_ISOLATION"
 
 
 class MappingImpossible(Exception):
-    """Says why this process cannot map store memory privately."""
+    """This process cannot map store memory privately. The message has the reason."""
 
 
 class Mapped(NamedTuple):
-    """Mapped memory and where each of the given buffers starts in it."""
+    """Mapped memory, and the offset of each of the given buffers in it."""
 
     memory: Any
     offsets: list[int]
 
 
 def start_of(memory: Any) -> int:
-    """Where mapped memory starts in this process."""
+    """Return the address of mapped memory in this process."""
     start: int = np.frombuffer(memory, np.uint8).__array_interface__["data"][0]
     return start
 
 
 def starts_of(buffers: Sequence[Any]) -> list[int]:
-    """Where the buffers of one object of the store start in this process.
+    """Return the addresses of the buffers of one object of the store in this process.
 
-    Ray lays them out in order, all but small ones at multiples of 64. If the last one lies where this puts it, so do all: small
-    ones, which may lie in the gap before that, are asked.
+    Ray places the buffers in order, and large ones at multiples of 64. So the addresses of large buffers are computed. Small
+    buffers may be in the gap before such a multiple, and are asked for their addresses. If the address of the last buffer is
+    right, all are right. Else all buffers are asked.
     """
     start = start_of(buffers[0])
     starts = []
@@ -67,20 +68,20 @@ class PrivateMap(mmap.mmap):
 
     Attributes:
         pin: keeps the object in the store.
-        window: what the mapping shows, if that is known.
+        window: describes what the mapping shows, if it is known.
     """
 
     pin: Pin | None = None
     window: Window | None = None
 
     def shown_bytes(self) -> int:
-        """How many bytes still show the store: so many more this process takes when it is detached."""
+        """Return how many bytes still show the store. After `detach`, this process uses so many bytes more."""
         start = start_of(self)
         own = linux.own_pages(start, start + len(self)) or ()
         return len(self) - sum(end - first for first, end in own)
 
     def detach(self) -> None:
-        """Give every page to this process. Then the store may change; views of the memory stay valid."""
+        """Give this process its own copy of every page. Then the store may change, and views of the memory stay valid."""
         start = start_of(self)
         linux.populate(start, start + len(self), mmap.PAGESIZE)
         if self.window is not None:
@@ -89,10 +90,10 @@ class PrivateMap(mmap.mmap):
 
 
 def detach_all(memories: Sequence[PrivateMap]) -> None:
-    """Detach all of them, or none.
+    """Detach all of these mappings, or none.
 
     Raises:
-        OutOfMemoryError: they would take more than is free. The kernel would not refuse, but end a process.
+        OutOfMemoryError: they need more memory than is free. The kernel would not refuse this, but kill a process.
     """
     needed, free = sum(memory.shown_bytes() for memory in memories), available_memory()
     if needed > free:
@@ -107,7 +108,7 @@ def detach_all(memories: Sequence[PrivateMap]) -> None:
 
 
 def _alias(address: int, nbytes: int, keep: object) -> Any:
-    """Memory that `keep` owns, seen through ctypes. For ctypes no memory is read-only, so torch does not warn."""
+    """Return memory that `keep` owns as an array of ctypes. Such an array is never read-only, so torch does not warn."""
     alias = (ctypes.c_char * nbytes).from_address(address)
     alias.keep = keep  # type: ignore[attr-defined]
     return alias
@@ -126,16 +127,16 @@ def map_private(
     writable: bool = True,
     required: bool = False,
 ) -> Mapped:
-    """Map the store memory that `buffers` (all of one object of the store) lie in once more, private to this process.
+    """Map the store memory of `buffers` (all of one object of the store) once more, private to this process.
 
     Args:
-        buffers: readable buffers as `ray.get` returned them, not empty. The first one must be unique to the object: it
-            proves that the right file was found.
-        starts: their addresses, if they are known.
-        shard: refers to the object. If it is given, it is known from now on what the memory shows: see `windows`.
-        writable: False for a read-only mapping, the right source for copies to a GPU: a driver may pin the source with write
-            intent, which would make the kernel copy each page of a writable private mapping.
-        required: raise instead of falling back to Ray's own, shared mapping.
+        buffers: readable buffers as `ray.get` returned them, not empty. No other object may have the content of the first buffer:
+            it proves that the right file was found.
+        starts: the addresses of the buffers, if they are known.
+        shard: reference to the object. If it is given, the new memory is added to `windows`.
+        writable: False for a read-only mapping, which is the right source for copies to a GPU: a driver may pin the source with
+            write intent, and the kernel would then copy each page of a writable private mapping.
+        required: raise an error instead of falling back to Ray's own, shared mapping.
 
     Raises:
         IsolationError: no private mapping is possible, and one is required here or by ZEROCOPY_REQUIRE_ISOLATION=1.
@@ -160,14 +161,14 @@ def map_private(
 
 
 def store_files() -> list[linux.Mapping]:
-    """Where this process has mapped the store, in order; nowhere where the system does not tell."""
+    """Return the mappings of the store in this process, in order; an empty list if the system does not report them."""
     if linux.why_no_mappings() is not None:
         return []
     return [mapping for mapping in linux.mappings() if is_store_file(mapping.path)]
 
 
 def is_isolation_possible() -> bool:
-    """Whether this process can map privately what it has mapped of the store."""
+    """Whether this process can map privately all files of the store that it has mapped."""
     shared = [mapping for mapping in store_files() if mapping.mode.endswith("s")]
     try:
         for mapping in shared:
@@ -178,10 +179,10 @@ def is_isolation_possible() -> bool:
 
 
 def why_not_private(stored: np.ndarray[Any, Any]) -> str | None:
-    """Why this process cannot map an object of the store privately; None where it can: it is mapped, and written to.
+    """Return why this process cannot map an object of the store privately, or None if it can. Maps it, and writes to the mapping.
 
     Args:
-        stored: bytes as `ray.get` gave them, which no other object has.
+        stored: bytes as `ray.get` returned them. No other object may have the same bytes.
     """
     start = start_of(stored)
     try:
@@ -193,7 +194,7 @@ def why_not_private(stored: np.ndarray[Any, Any]) -> str | None:
 
 
 def map_if_in_store(arrays: Sequence[np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
-    """Writable twins of `arrays`, private to this process. Arrays in the object store are mapped, others are copied.
+    """Return writable arrays like `arrays`, private to this process. Arrays in the object store are mapped, others are copied.
 
     Raises:
         IsolationError: as `map_private`.
@@ -201,7 +202,7 @@ def map_if_in_store(arrays: Sequence[np.ndarray[Any, Any]]) -> list[np.ndarray[A
     stored: dict[linux.Mapping, list[int]] = {}
     for position, array in sorted(
         enumerate(arrays), key=lambda item: item[1].nbytes
-    ):  # the smallest comes first: it is read as a proof
+    ):  # the smallest array comes first: its bytes are the proof
         interval = _interval_around(array)
         if interval is not None:
             stored.setdefault(interval, []).append(position)
@@ -219,7 +220,7 @@ def map_if_in_store(arrays: Sequence[np.ndarray[Any, Any]]) -> list[np.ndarray[A
 
 
 def _interval_around(array: np.ndarray[Any, Any]) -> linux.Mapping | None:
-    """The shared file that an array lies in, if any."""
+    """Return the mapping of a shared file that contains an array, if any."""
     if linux.why_no_mappings() is not None or not array.nbytes:
         return None
     low, high = np.lib.array_utils.byte_bounds(array)
@@ -245,7 +246,7 @@ def _report(reason: str, required: bool) -> None:
 
 
 def _map_checked(start: int, end: int, writable: bool, proof_start: int, proof: bytes) -> tuple[PrivateMap, int]:
-    """Map [start, end) of this process' address space once more. Also returns the address of which the new memory is a copy."""
+    """Map [start, end) of this process once more. Returns the new memory, and the old address of its first byte."""
     if (reason := linux.why_no_mappings()) is not None:
         raise MappingImpossible(reason)
     failure: Exception = MappingImpossible("the object does not lie in a mapped file")
@@ -264,10 +265,7 @@ def _map_checked(start: int, end: int, writable: bool, proof_start: int, proof: 
 
 
 def _cached_then_fresh() -> Iterator[list[linux.Mapping]]:
-    """The shared files of this process: as they were read before, then as they are now.
-
-    The cache may describe a store that is gone, for example that of an earlier connection, and lack a new one.
-    """
+    """Yield the shared files of this process: first from the cache, which may be outdated, then as they are now."""
     if _intervals:
         yield list(_intervals)
     _intervals[:] = linux.shared_files()
@@ -275,7 +273,7 @@ def _cached_then_fresh() -> Iterator[list[linux.Mapping]]:
 
 
 def around(start: int, end: int, intervals: Sequence[linux.Mapping]) -> linux.Mapping | None:
-    """The first of `intervals` that holds all bytes from `start` to `end`."""
+    """Return the first of `intervals` that contains all bytes from `start` to `end`, or None."""
     return next((interval for interval in intervals if interval.start <= start and end <= interval.end), None)
 
 
@@ -289,7 +287,7 @@ def _map(interval: linux.Mapping, start: int, end: int, writable: bool) -> tuple
             memory = PrivateMap(
                 descriptor,
                 -(-(end - first) // page) * page,
-                # Of huge pages there may be none for the copy of a page. Then a process that has not reserved any is killed.
+                # If no huge page is free for the copy of a page, the kernel kills a process that has not reserved any.
                 flags=mmap.MAP_PRIVATE | (linux.MAP_NORESERVE if page == mmap.PAGESIZE else 0),
                 prot=mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0),
                 offset=offset - offset % page,

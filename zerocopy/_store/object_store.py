@@ -1,4 +1,4 @@
-"""How does zerocopy talk to Ray's object store? Only this file puts and gets objects, and asks Ray about itself."""
+"""How does zerocopy use Ray's object store? This file puts and gets objects, and knows the state of the connection to Ray."""
 
 from __future__ import annotations
 
@@ -46,12 +46,14 @@ from zerocopy.errors import (
 
 R = TypeVar("R")
 
-OWNER_TIMEOUT_MS = 2000  # after which an owner counts as busy, and so as alive
-LOOK_TIMEOUT_MS = 1000  # the same while objects are awaited: there the owner's node is asked for instead
-HERE_SECONDS = 0.2  # in which objects come that are on this node. Meanwhile no other thread can get any
-WAIT_SECONDS = 0.25  # of each wait for objects of other nodes. Waits of several threads come one after the other
-LOOK_SECONDS = 1.0  # between two looks at whether there are copies
-OWNER_SECONDS = 0.5  # that an owner is taken to live after it was asked
+OWNER_TIMEOUT_MS = 2000  # an owner that does not answer in this time counts as busy, and so as alive
+LOOK_TIMEOUT_MS = (
+    1000  # the same during a wait for objects. If it has passed, the node of the owner must be alive instead
+)
+HERE_SECONDS = 0.2  # enough for objects that are on this node. During this time, no other thread can get objects
+WAIT_SECONDS = 0.25  # of each wait for objects of other nodes. Waits of several threads run one after the other
+LOOK_SECONDS = 1.0  # between two checks whether copies exist
+OWNER_SECONDS = 0.5  # how long an owner counts as alive after it has answered
 
 
 os.register_at_fork(after_in_child=inherit_connection)
@@ -63,7 +65,7 @@ def is_running() -> bool:
 
 
 def is_client() -> bool:
-    """Whether the connection is Ray Client's, which has no object store on this side."""
+    """Whether the connection goes through Ray Client, which has no object store on this side."""
     return bool(ray.util.client.ray.is_connected())
 
 
@@ -79,8 +81,8 @@ def require(*, may_start: bool = True) -> None:
         may_start: whether to start Ray if none runs. False for lookups: a new cluster has no publications.
 
     Raises:
-        RayClientError: the connection is Ray Client's.
-        ZeroCopyError: no Ray runs here, and none may be started.
+        RayClientError: the connection goes through Ray Client.
+        ZeroCopyError: no Ray runs here, and none may be started; or this process was forked from a connected one.
     """
     if not ray.is_initialized():
         if os.environ.get("RAY_ENABLE_AUTO_CONNECT", "") == "0":
@@ -104,7 +106,7 @@ def require(*, may_start: bool = True) -> None:
 
 def _join() -> None:
     try:
-        if not os.environ.get("RAY_ADDRESS", "").startswith("ray://"):  # that is refused below
+        if not os.environ.get("RAY_ADDRESS", "").startswith("ray://"):  # `require` refuses Ray Client
             check_reachable("auto")
         ray.init("auto")
     except (OSError, ValueError) as error:
@@ -116,7 +118,7 @@ def _join() -> None:
 
 @functools.cache
 def _say_that_ray_was_started() -> None:
-    """In one line, once for each process. The logger is silent until somebody configures it."""
+    """Print one line, once per process. A logger would be silent until the user configures it."""
     place = ray.get_runtime_context().gcs_address
     print(
         f"zerocopy has called ray.init(), because nobody had: Ray runs at {place}. Call ray.init(...) first to choose the "
@@ -126,7 +128,7 @@ def _say_that_ray_was_started() -> None:
 
 
 def check_running(what: str) -> None:
-    """Refuse what needs a connection to the cluster.
+    """Refuse an action that needs a connection to the cluster.
 
     Raises:
         ZeroCopyError: Ray is not running in this process.
@@ -146,8 +148,8 @@ def is_worker() -> bool:
 def put(value: object) -> ray.ObjectRef[Any]:
     """Put `value` into the object store of this node.
 
-    A put while this thread serializes would count the references inside `value`, and its own, as captured out of band and
-    never free them; the same put on another thread does not.
+    If this thread is serializing, the put runs on another thread. Else Ray would count the references inside `value`, and the
+    reference to it, as captured out of band, and would never free them.
 
     Raises:
         StoreFullError: neither the store nor the disk has room.
@@ -162,7 +164,7 @@ NO_ROOM = (ray.exceptions.ObjectStoreFullError, ray.exceptions.OutOfDiskError)
 
 
 def store_full() -> StoreFullError:
-    """What to tell a user where Ray says `NO_ROOM`."""
+    """Create the error for the user if Ray raises one of `NO_ROOM`."""
     return StoreFullError(
         "The object store of this node is full, and so is the disk to which Ray would write what does not fit.",
         hint="release what is not needed, free the disk, or raise `object_store_memory`; then publish again.",
@@ -170,20 +172,20 @@ def store_full() -> StoreFullError:
 
 
 def get(ref: ray.ObjectRef[Any]) -> Any:
-    """The object behind `ref`.
+    """Return the object of `ref`.
 
     Raises:
-        PublicationLostError: it cannot be reached any more; the error tells the reason.
+        PublicationLostError: it cannot be reached any more. The error has the reason.
     """
     return get_all([ref])[0]
 
 
 def get_all(refs: list[ray.ObjectRef[Any]]) -> list[Any]:
-    """The objects behind `refs`, in order; see `get`."""
+    """Return the objects of `refs`, in order; see `get`."""
     try:
         try:
             return _get(refs, HERE_SECONDS)
-        except ray.exceptions.GetTimeoutError:  # under way from another node, or lost in a way that Ray does not see
+        except ray.exceptions.GetTimeoutError:  # on the way from another node, or lost, but Ray does not know it
             return _get_while_there_are_copies(refs)
     except ray.exceptions.ObjectLostError as error:
         raise lost(reason_of(error)) from error
@@ -194,19 +196,19 @@ def get_all(refs: list[ray.ObjectRef[Any]]) -> list[Any]:
 
 
 def _get(refs: list[ray.ObjectRef[Any]], seconds: float) -> list[Any]:
-    # Whoever wrote an async actor did not write this call, and the bytes are here or under way.
+    # Without Ray's warning in an async actor: its author did not write this call, and the bytes are here or on the way.
     return get_silently(refs, seconds) if is_async_actor() else ray.get(refs, timeout=seconds)
 
 
 def _get_while_there_are_copies(refs: list[ray.ObjectRef[Any]]) -> list[Any]:
-    """Wait for objects, and see now and then whether anybody can still give them.
+    """Wait for objects, and check now and then whether a copy still exists.
 
-    Ray itself waits for ever where the raylet that had them is gone, but the process that owns them still answers. To wait by
-    `ray.get` would hold up other threads, which cannot get what is here meanwhile.
+    Ray itself waits forever if the raylet that had the objects is gone, but the process that owns them still answers. A wait by
+    `ray.get` would block other threads: they could not get objects of this node meanwhile.
     """
     wanted = list(dict.fromkeys(refs))
     missing, next_look = 0, time.monotonic() + LOOK_SECONDS
-    while missing < 2:  # one that has just come may not be known yet
+    while missing < 2:  # twice: a copy that was just created may not be known yet
         _, absent = ray.wait(wanted, num_returns=len(wanted), timeout=WAIT_SECONDS)
         if not absent:
             with contextlib.suppress(ray.exceptions.GetTimeoutError):  # it has been evicted again
@@ -218,7 +220,7 @@ def _get_while_there_are_copies(refs: list[ray.ObjectRef[Any]]) -> list[Any]:
 
 
 def _located(refs: Collection[ray.ObjectRef[Any]], timeout_ms: int = OWNER_TIMEOUT_MS) -> Located | None:
-    """What their owners tell of objects, but for those whose owner has ended; None if one does not answer."""
+    """Return the owners' answers about objects, without objects whose owner has ended; None if an owner does not answer."""
     try:
         found: Located = ray.experimental.get_object_locations(list(refs), timeout_ms) if refs else {}
     except ray.exceptions.GetTimeoutError:
@@ -227,23 +229,23 @@ def _located(refs: Collection[ray.ObjectRef[Any]], timeout_ms: int = OWNER_TIMEO
 
 
 def put_plainly(value: object) -> ray.ObjectRef[Any]:
-    """The same where nothing is being serialized. It travels to the registry by value, and so refers to nothing here."""
+    """Put `value` while nothing is serialized. It is pickled by value for the registry, and so uses nothing of this file."""
     return ray.put(value)
 
 
 def await_reply(ref: ray.ObjectRef[Any]) -> Any:
-    """What a method of an actor returned."""
+    """Return the result of a method of an actor."""
     return get_silently([ref])[0] if is_async_actor() else ray.get(ref)
 
 
 def with_owner(refs: Collection[ray.ObjectRef[Any]]) -> set[ray.ObjectRef[Any]]:
-    """Those of `refs` whose owner lives. Others cannot be fetched by another node, even where this one has the object."""
+    """Return those `refs` whose owner is alive. Other nodes cannot fetch the rest, even if this node has the objects."""
     located = _located(refs)
-    return set(refs) if located is None else set(located)  # else an owner is busy
+    return set(refs) if located is None else set(located)  # None: an owner is busy
 
 
 def locations(refs: Collection[ray.ObjectRef[Any]]) -> list[tuple[list[str], int]]:
-    """The ids of the nodes that have each object, and its bytes.
+    """Return the ids of the nodes that have each object, and the object's size in bytes.
 
     Raises:
         PublicationLostError: the owner of one of them has ended, or does not answer.
@@ -264,7 +266,7 @@ class Borrowed:
         self._is_known_until = 0.0
 
     def have_owners(self) -> bool:
-        """Whether the owners of all of them live, or did so a moment ago: to ask takes a millisecond."""
+        """Whether the owners of all references are alive, or were a moment ago: asking them takes a millisecond."""
         now = time.monotonic()
         if self._refs and now > self._is_known_until:
             if len(with_owner(self._refs)) < len(self._refs):
@@ -274,7 +276,7 @@ class Borrowed:
 
 
 def in_background(call: Callable[[], R]) -> Callable[[], R]:
-    """Start `call` on its own thread. The function returned waits for the result, or raises the error of `call`.
+    """Start `call` on its own thread. The returned function waits for the result, or raises the error of `call`.
 
     While the store copies bytes, other threads may run.
     """
@@ -300,18 +302,18 @@ def in_background(call: Callable[[], R]) -> Callable[[], R]:
 
 
 def check_out_of_band(what: str, is_ours: Callable[[], bool]) -> None:
-    """Refuse to pickle object references outside of Ray's own pickling where Ray may not count them, or where they die soon.
+    """Refuse to pickle references outside of Ray's own pickling, if Ray may not count them or if their objects are lost soon.
 
     Args:
-        is_ours: whether this process owns what is pickled. Asked only where that matters.
+        is_ours: returns whether this process owns the pickled objects. It is called only if this matters.
 
     Raises:
-        OutOfBandError: this process ends with the task that it runs, such as the one in which Ray Serve builds an app from a
+        OutOfBandError: this process ends with the task that it runs, such as the task in which Ray Serve builds an app from a
             config; or RAY_allow_out_of_band_object_ref_serialization is 0.
     """
     if is_serializing():
         return
-    # Ray itself gives max_calls=1 to tasks with GPUs, whose authors need not know.
+    # Ray itself sets max_calls=1 for tasks with GPUs, and their authors may not know it.
     if ends_with_task() and not assigned_gpu() and is_ours():
         raise OutOfBandError(
             f"{what} was pickled in a task with max_calls=1, but not as an argument of a Ray call. In such a task Ray Serve "
@@ -327,7 +329,7 @@ def check_out_of_band(what: str, is_ours: Callable[[], bool]) -> None:
 
 
 def capacity() -> int | None:
-    """Bytes of this node's object store, or None where Ray does not say."""
+    """Return the bytes of this node's object store, or None if Ray does not report them."""
     return _capacity_of(ray.get_runtime_context().get_node_id())
 
 
@@ -358,7 +360,7 @@ def check_room(needed: int, what: str) -> None:
 
 
 def arguments_fraction() -> float:
-    """How much of the store the arguments of the calls that run on a node may take; further calls wait, and Ray is silent."""
+    """Return the part of the store that the arguments of a node's running calls may use. Ray lets further calls wait silently."""
     return float(os.environ.get(ARGUMENTS_FRACTION_VARIABLE, ARGUMENTS_FRACTION))
 
 
@@ -366,10 +368,10 @@ _warned: set[str] = set()
 
 
 def warn_of_crowding(shared: int, copied: int, what: str) -> None:
-    """Warn, once each, if weights leave little of this node's store, or if each handle carries so much that calls wait.
+    """Warn if weights leave little of this node's store, or if each handle is so large that calls wait. Each warning comes once.
 
     Args:
-        shared: bytes of the weights. Ray does not count them as arguments of a call: it may run any number of calls at a time.
+        shared: bytes of the weights. Ray does not count them as arguments of a call, so any number of calls can run at a time.
         copied: bytes of the copied part, which each call carries.
     """
     size = capacity() or math.inf
@@ -393,7 +395,7 @@ def warn_of_crowding(shared: int, copied: int, what: str) -> None:
 
 
 def warn_of_little_room(needed: int, what: str) -> None:
-    """Warn, once, if the store has to make room first: it cannot for objects that processes have mapped."""
+    """Warn once if the store must make room first. It cannot evict objects that processes have mapped."""
     free = free_room()
     if needed > free:
         _warn_once(
@@ -416,12 +418,12 @@ def assigned_gpu() -> bool:
 
 
 def session() -> object:
-    """Identifies the connection of this process. References of another connection mean nothing here."""
+    """Return an object that identifies the connection of this process, or None. References of other connections are not valid."""
     return connection() if is_running() else None
 
 
 def cluster() -> str:
-    """Identifies the cluster. References of another cluster may have equal ids and mean other objects."""
+    """Return the id of the cluster. References of another cluster may have equal ids, but refer to other objects."""
     return cluster_id()
 
 
@@ -429,12 +431,12 @@ _pins: dict[ray.ObjectRef[Any], int] = {}
 
 
 def count_pin(ref: ray.ObjectRef[Any]) -> None:
-    """Note that `ref` is about to be pickled: out of band, Ray pins it for the life of this process."""
+    """Note that `ref` will be pickled now. If this is out of band, Ray pins its object until this process ends."""
     if not is_serializing():
         _pins[ref] = _pins.get(ref, 0) + 1
 
 
 def unpin(ref: ray.ObjectRef[Any]) -> None:
-    """Take back what picklings of `ref` out of band have pinned in this process."""
+    """Remove the pins that Ray has added in this process when `ref` was pickled out of band."""
     for _ in range(_pins.pop(ref, 0) if is_running() else 0):
         drop_reference(ref)

@@ -1,11 +1,11 @@
 """What keeps an object in the store as long as this process uses its memory?
 
-The store keeps an object for a process as long as that has a buffer of it, and as long as their connection lasts. When
-`ray.shutdown()` closes the connection, the store can put other objects in the same memory, which would show through. A duplicate
-of the descriptor keeps the connection open.
+The store keeps an object for a process as long as the process has a buffer of it, and as long as their connection is open. When
+`ray.shutdown()` closes the connection, the store can put other objects into the same memory, and mappings would show them. A
+duplicate of the descriptor keeps the connection open.
 
-A forked child has the buffers and descriptors of its parent. What it drops would be released in the name of the parent. So in a
-child buffers live for ever. (Of references see `object_store`.)
+A forked child has the buffers and descriptors of its parent. If it dropped a buffer, the store would release the object for the
+parent. So buffers in a child live until the child ends. (`object_store` handles references.)
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from zerocopy.errors import IsolationWarning
 
 
 class Connection:
-    """A duplicate of the descriptor of this process' connection to the store, of one session.
+    """A duplicate of the descriptor of this process' connection to the store, in one session.
 
-    It lives as long as that session, and as whatever it pins.
+    It lives until the session has ended, and the last of its pins is gone.
     """
 
     def __init__(self, session: object, descriptor: int) -> None:
@@ -33,7 +33,7 @@ class Connection:
         self.descriptor = descriptor
 
     def close(self) -> None:
-        """End the connection, if Ray has closed its own descriptor."""
+        """Close the duplicate. This ends the connection, if Ray has closed its own descriptor."""
         descriptor, self.descriptor = self.descriptor, -1
         if descriptor >= 0:
             os.close(descriptor)
@@ -46,7 +46,7 @@ _connections: weakref.WeakSet[Connection] = weakref.WeakSet()
 
 
 def _connection() -> Connection | None:
-    """That of this session, made when it is first asked for; None where none is found."""
+    """Return the connection of this session, created at the first call; None if none is found."""
     session, ours = object_store.session(), list(_connections)
     known = next((connection for connection in ours if connection.session is session), None)
     if known is not None or session is None or linux.why_no_mappings() is not None:
@@ -62,16 +62,16 @@ def _connection() -> Connection | None:
         return None
     connection = Connection(session, os.dup(original))
     _connections.add(connection)
-    keep_while_connected(connection)  # to make it again takes a while
+    keep_while_connected(connection)  # creating it again would take a while
     return connection
 
 
 class Pin:
-    """Keeps one object in the store, for this process, as long as it lives.
+    """Keeps one object in the store for this process, as long as the pin lives.
 
     Attributes:
         buffers: Ray's buffers of the object.
-        reference: what keeps it for the cluster, if that is known.
+        reference: reference that keeps the object for the cluster, if it is known.
     """
 
     def __init__(self, buffers: Sequence[Any], reference: Any = None) -> None:
@@ -88,7 +88,7 @@ def _after_fork_in_child() -> None:
     for pin in list(_pins):
         make_immortal(pin.buffers)
     for connection in list(_connections):
-        connection.close()  # else it would last longer than the parent
+        connection.close()  # else it would outlive the parent's connection
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)

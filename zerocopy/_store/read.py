@@ -17,18 +17,18 @@ from zerocopy.errors import ArgumentError, CorruptedError
 
 
 def buffers_of(shard: ray.ObjectRef[Any]) -> Sequence[Any]:
-    """The buffers of a shard; see `object_store.get`."""
+    """Return the buffers of a shard; see `object_store.get`."""
     buffers: Sequence[Any] = object_store.get(shard)[0]
     return buffers
 
 
 def manifest_of(reference: ray.ObjectRef[Any]) -> Manifest:
-    """The manifest of a publication; see `object_store.get`."""
+    """Return the manifest of a publication; see `object_store.get`."""
     return manifest_in(reference, object_store.get(reference))
 
 
 def manifest_in(reference: ray.ObjectRef[Any], content: tuple[Sequence[Any], Any]) -> Manifest:
-    """The manifest of a publication, given the object that a reference to it refers to."""
+    """Return the manifest of a publication, given the content of its store object."""
     buffers, stored = content
     manifest = stored if isinstance(stored, Manifest) else Manifest.assembled(*stored)
     manifest.reference, manifest.beside = reference, buffers
@@ -36,7 +36,7 @@ def manifest_in(reference: ray.ObjectRef[Any], content: tuple[Sequence[Any], Any
 
 
 class StoredMemory:
-    """The memory of a manifest's storages in this process. Each load maps it anew."""
+    """The memory of a manifest's storages in this process. Each load maps it again."""
 
     def __init__(self, manifest: Manifest, needed: Iterable[int], *, require_isolation: bool) -> None:
         self._manifest = manifest
@@ -52,7 +52,7 @@ class StoredMemory:
         self.mapped: dict[int, Mapped] = {}  # writable memory, by number of the shard
 
     def regions(self, on_devices: Container[int]) -> dict[int, Region]:
-        """The bytes of each storage, private to this load. For storages `on_devices`: the source to copy from."""
+        """Return the bytes of each storage, private to this load. For storages `on_devices`, they are the source of the copy."""
         read_only: dict[int, Mapped] = {}
         regions: dict[int, Region] = {}
         locations, mapped = self._locations, self.mapped
@@ -80,10 +80,10 @@ class StoredMemory:
         return [mapped.memory for mapped in self.mapped.values()]
 
     def check_digests(self) -> None:
-        """Compare what is needed with the digests in the manifest.
+        """Compare the needed storages with the digests in the manifest.
 
         Raises:
-            ArgumentError: it has none.
+            ArgumentError: the manifest has no digests.
             CorruptedError: some bytes differ.
         """
         digests = self._manifest.digests
@@ -101,7 +101,7 @@ class StoredMemory:
             )
 
     def _digest(self, storage: int) -> bytes | None:
-        """The digest of the bytes that tensors show, or were copied from; None if there are none."""
+        """Return the digest of the bytes that tensors show or were copied from; None if the storage has no bytes."""
         shard, buffer, offset, nbytes = self._locations[storage]
         if shard == NOWHERE:
             return None
@@ -112,12 +112,12 @@ class StoredMemory:
         return digest_of_bytes(memoryview(self._buffers[shard][buffer])[offset : offset + nbytes])
 
     def content(self, storage: int) -> bytes:
-        """The bytes of a storage, copied."""
+        """Return a copy of the bytes of a storage."""
         shard, buffer, offset, nbytes = self._locations[storage]
         return bytes(memoryview(self._buffers[shard][buffer])[offset : offset + nbytes]) if nbytes else b""
 
     def holds(self, storage: int, content: np.ndarray[Any, Any]) -> bool:
-        """Whether a storage has exactly these bytes in the store."""
+        """Whether a storage has exactly the bytes of `content` in the store."""
         shard, buffer, offset, nbytes = self._locations[storage]
         if nbytes != content.nbytes:
             return False

@@ -1,4 +1,4 @@
-"""Which memory lies below a tensor or an array, and which memory can lie below one that is rebuilt?"""
+"""Which memory does a tensor or an array use, and which memory can a rebuilt tensor or array use?"""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from zerocopy._compat.torch import id_of_storage
 
 Bytes: TypeAlias = np.ndarray[Any, np.dtype[np.uint8]]
 
-# Bytes of a storage that each load copies: those of one element of any dtype. That costs no more than to map it, and torch can
-# resize it. Observers start with one element, and grow.
+# Each load copies storages of at most this many bytes: one element of any dtype. A copy costs no more than a mapping, and torch
+# can resize it. Observers start with one element, and grow.
 COPIED = 16
 
 # Memory of a storage in this process: a buffer or a tensor, the offset in it, bytes.
@@ -26,7 +26,7 @@ class Storage:
     """Memory that tensors and arrays of the publisher are views of. Keeps that memory alive.
 
     Attributes:
-        key: equal for two objects that are storages of one memory.
+        key: equal for two storages over the same memory.
         address: its address in main memory; None for empty memory, and for memory of a device.
     """
 
@@ -44,11 +44,11 @@ class Storage:
             raise RuntimeError("this storage was adopted")
         if self.address is None and self.nbytes:
             return _copied(self.source)
-        # Not by `numpy()`: torch would never resize the storage again.
+        # Not by `numpy()`: after that, torch never resizes the storage again.
         return _bytes_at(self.source.data_ptr(), self.nbytes, self.source)
 
     def to_buffer(self) -> Any:
-        """The bytes as a buffer, valid while this storage is alive. Cheap, because it is made per storage of a model."""
+        """The bytes as a buffer, valid while this storage is alive. It is cheap: it is called for each storage of a model."""
         if self.address is None or self.source is None:
             return self.to_bytes()
         # An array, because Ray cannot read back a buffer with the format of ctypes.
@@ -56,16 +56,16 @@ class Storage:
         return np.frombuffer(memory, np.uint8)
 
     def forget(self) -> object:
-        """Let go of the memory, and return what keeps it."""
+        """Drop the memory, and return the object that keeps it alive."""
         source, self.source = self.source, None
         return source
 
     @property
     def extent(self) -> Range:
-        """Where it lies in main memory.
+        """Its start and end in main memory.
 
         Raises:
-            ValueError: it does not.
+            ValueError: it is not in main memory.
         """
         if self.address is None:
             raise ValueError("this storage is not in main memory")
@@ -73,7 +73,7 @@ class Storage:
 
 
 def _copied(storage: torch.UntypedStorage) -> Bytes:
-    # NumPy asks for huge pages: ordinary ones take longer when they are touched for the first time.
+    # NumPy asks for huge pages. The first access to ordinary pages takes longer.
     content = np.empty(storage.nbytes(), np.uint8)
     torch.from_numpy(content).copy_(torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage))
     return content
@@ -85,14 +85,14 @@ def digest_of_bytes(content: Any) -> bytes:
 
 
 def address_of(array: np.ndarray[Any, Any]) -> int:
-    """Where an array starts."""
+    """Return the address of an array."""
     return int(array.__array_interface__["data"][0])
 
 
 def storage_of(obj: torch.Tensor | np.ndarray[Any, Any]) -> Storage:
-    """The storage below `obj`. Two objects over the same memory get equal keys, as long as both are alive.
+    """Return the storage of `obj`. Two objects over the same memory get equal keys, as long as both are alive.
 
-    Main memory has its address as the key, so that a tensor and an array over one memory have equal keys.
+    In main memory, the key is the address and the size, so that a tensor and an array over the same memory have equal keys.
     """
     if isinstance(obj, torch.Tensor):
         storage = obj.untyped_storage()
@@ -114,7 +114,7 @@ def storage_of(obj: torch.Tensor | np.ndarray[Any, Any]) -> Storage:
 
 
 class _Memory:
-    """Gives memory that `keep` owns NumPy's array interface."""
+    """Memory that `keep` owns, with NumPy's array interface."""
 
     def __init__(self, address: int, nbytes: int, keep: object) -> None:
         self.keep = keep
@@ -126,7 +126,7 @@ def _bytes_at(address: int, nbytes: int, keep: object) -> Bytes:
 
 
 def allocated(content: bytes) -> Region:
-    """Memory of torch's own that holds `content`: torch can resize it, unlike the memory of a buffer."""
+    """Return memory that torch has allocated, with this `content`. Unlike the memory of a buffer, torch can resize it."""
     with torch.inference_mode(False):
         memory = torch.empty(len(content), dtype=torch.uint8, device="cpu")
     ctypes.memmove(memory.data_ptr(), content, len(content))

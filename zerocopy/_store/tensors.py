@@ -1,4 +1,4 @@
-"""How is a tensor or an array described against its storage, and rebuilt over memory that holds the same bytes?"""
+"""How is a tensor or an array described as a view of its storage, and rebuilt over memory with the same bytes?"""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class TensorSpec(NamedTuple):
     """One tensor or array over one storage.
 
     `stride` and `offset` count elements for tensors and bytes for arrays. `flag` is `requires_grad` for a tensor and
-    `writeable` for an array. `is_whole`: a plain contiguous tensor over all bytes of its storage.
+    `writeable` for an array. `is_whole` is True for a plain contiguous tensor over all bytes of its storage.
     """
 
     kind: int
@@ -38,14 +38,14 @@ class TensorSpec(NamedTuple):
 
     @classmethod
     def of_row(cls, row: tuple[Any, ...]) -> TensorSpec:
-        """The description in a row of `rows_of`."""
+        """Return the description that a row of `rows_of` contains."""
         if len(row) == WHOLE:
             kind, storage, dtype, shape, flag = row
             return cls(kind, storage, dtype, shape, _default_stride(shape), 0, flag, is_whole=True)
         return cls._make(row)
 
     def over(self, storage: int) -> TensorSpec:
-        """The same over another storage."""
+        """Return the same description for another storage."""
         return TensorSpec(self.kind, storage, *self[2:])
 
 
@@ -53,7 +53,7 @@ WHOLE = 5  # columns of the row of a tensor that covers its storage
 
 
 def rows_of(specs: Iterable[TensorSpec]) -> tuple[tuple[Any, ...], ...]:
-    """Descriptions as they travel: plain tuples, short ones for tensors that cover their storage, with equal shapes once.
+    """Convert descriptions to plain tuples, shorter ones for tensors that cover their storage. Equal shapes become one object.
 
     Thousands of named tuples would take longer to unpickle than the skeleton.
     """
@@ -74,7 +74,7 @@ def is_tensor_or_array(obj: object) -> TypeGuard[torch.Tensor | np.ndarray[Any, 
 
 
 def is_plain(obj: torch.Tensor | np.ndarray[Any, Any]) -> bool:
-    """Whether `obj` can be described against a storage as it is, without being taken apart."""
+    """Whether `obj` can be described directly as a view of a storage. Other objects must be taken apart first."""
     if isinstance(obj, np.ndarray):
         return type(obj) is np.ndarray and not obj.dtype.hasobject
     if type(obj) not in (torch.Tensor, nn.Parameter) or obj.is_nested:
@@ -87,7 +87,7 @@ def is_meta(obj: object) -> bool:
 
 
 def spec_of(obj: torch.Tensor | np.ndarray[Any, Any], storage: int, source: Storage) -> TensorSpec:
-    """The description of `obj` as a view of `source`, whose index is `storage`."""
+    """Return the description of `obj` as a view of `source`, the storage with the index `storage`."""
     if isinstance(obj, np.ndarray):
         start = address_of(source.to_bytes()) if source.nbytes else address_of(obj)
         return TensorSpec(
@@ -107,15 +107,15 @@ def spec_of(obj: torch.Tensor | np.ndarray[Any, Any], storage: int, source: Stor
 
 
 def _default_stride(shape: Sequence[int]) -> tuple[int, ...]:
-    """The stride of a new contiguous tensor. (Contiguous ones may have any stride in a dimension of size 1.)"""
+    """Return the stride of a new contiguous tensor. (Contiguous ones may have any stride in a dimension of size 1.)"""
     steps = itertools.accumulate((max(size, 1) for size in reversed(shape[1:])), operator.mul, initial=1)
     return tuple(steps)[::-1] if shape else ()
 
 
 class TensorTable:
-    """The tensors of one skeleton in order of appearance, and the storages below them.
+    """The tensors of one skeleton in order of appearance, and their storages.
 
-    A table over a `base` refers to the storages in `base` by their index there, and numbers its own after them.
+    A table with a `base` uses the indices of `base` for the storages in it. The indices of its own storages follow after them.
     """
 
     def __init__(self, base: StorageIndex | None = None, base_count: int = 0) -> None:
@@ -127,7 +127,7 @@ class TensorTable:
         self._base_count = base_count
 
     def add(self, obj: Any) -> int:
-        """The index of `obj`, which must be shareable."""
+        """Return the index of `obj`, which must be shareable. Adds `obj` if it is new."""
         known = self.index.get(id(obj))
         if known is not None:
             return known
@@ -146,7 +146,7 @@ class TensorTable:
         return zip(self.objects, self.specs, strict=True)
 
     def key_of(self, spec: TensorSpec) -> object:
-        """The key of the storage below a tensor of this table."""
+        """Return the key of the storage of a tensor of this table."""
         return self.storages[spec.storage].key
 
     @property
@@ -165,21 +165,21 @@ StorageIndex: TypeAlias = dict[object, int]
 def rebuild(
     rows: Iterable[tuple[Any, ...]], regions: Mapping[int, Region], uploaded: Mapping[int, Region]
 ) -> list[Any]:
-    """The tensors and arrays that `rows` describe, views of the regions of their storages.
+    """Return the tensors and arrays that `rows` describe, as views of the regions of their storages.
 
     Args:
-        rows: each a `TensorSpec`, or the row of one.
-        regions: by index of the storage.
-        uploaded: the same on devices, for tensors that do not stay in main memory. Arrays do.
+        rows: each is a `TensorSpec`, or a row of `rows_of`.
+        regions: regions in main memory, by index of the storage.
+        uploaded: regions on devices, for tensors that do not stay in main memory. Arrays always stay there.
     """
     rows = list(rows)
-    first: dict[int, torch.Tensor] = {}  # of each storage a tensor that covers it
-    mapped = {row[1] for row in rows if row[0] == ARRAY}  # an array could not follow what torch allocates
+    first: dict[int, torch.Tensor] = {}  # for each storage a tensor that covers it
+    mapped = {row[1] for row in rows if row[0] == ARRAY}  # not cloned: an array could not use the clone
     rebuilt: list[Any] = []
-    # Loaded tensors are the same in every mode of the caller: only what was an inference tensor becomes one.
+    # Loaded tensors do not depend on the mode of the caller: only a tensor that was an inference tensor becomes one.
     with torch.inference_mode(False), torch.no_grad():
         for row in rows:
-            if len(row) == WHOLE and row[1] not in first and row[1] not in uploaded:  # most are: the shortest way
+            if len(row) == WHOLE and row[1] not in first and row[1] not in uploaded:  # most tensors: the fast path
                 kind, storage, dtype, shape, flag = row
                 memory, start, nbytes = regions[storage]
                 twin = NUMPY_TWINS.get(dtype)
@@ -191,7 +191,7 @@ def rebuild(
                 if nbytes <= COPIED and storage not in mapped:
                     tensor = tensor.clone()
                 if kind == PARAMETER:
-                    tensor.__class__ = nn.Parameter  # as torch does with lazy parameters: there is no second tensor
+                    tensor.__class__ = nn.Parameter  # as torch does with lazy parameters, without a second tensor
                 if flag:
                     tensor.requires_grad = True
                 first[storage] = tensor
@@ -211,7 +211,7 @@ def rebuild(
     return rebuilt
 
 
-# Bound once, because they are called per tensor of a model.
+# Looked up once, because they are called for each tensor of a model.
 ndarray, from_numpy, frombuffer = np.ndarray, torch.from_numpy, torch.frombuffer
 CLASSES: dict[int, Any] = {TENSOR: torch.Tensor, PARAMETER: nn.Parameter}
 NUMPY_TWINS = {
@@ -232,9 +232,9 @@ def _array(spec: TensorSpec, region: Region) -> np.ndarray[Any, Any]:
 
 
 def base_over(region: Region, dtype: torch.dtype) -> torch.Tensor:
-    """A tensor that covers a region."""
+    """Return a tensor that covers a region."""
     memory, start, nbytes = region
-    if nbytes % dtype.itemsize:  # a storage with a ragged end: only bytes cover it whole
+    if nbytes % dtype.itemsize:  # not a whole number of elements: only a tensor of bytes covers the storage
         dtype = torch.uint8
     if isinstance(memory, torch.Tensor):
         place = memory.untyped_storage(), 0, (nbytes // dtype.itemsize,), (1,)
@@ -245,7 +245,7 @@ def base_over(region: Region, dtype: torch.dtype) -> torch.Tensor:
 
 
 def strided(base: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
-    """The view that `spec` describes, made from a tensor that covers its storage. It has no class or flag of its own yet."""
+    """Return the view that `spec` describes, created from a tensor that covers its storage. Class and flag are not set."""
     if spec.dtype is base.dtype:
         return base.as_strided(spec.shape, spec.stride, spec.offset)
     empty = torch.empty(0, dtype=spec.dtype, device=base.device)
@@ -253,7 +253,7 @@ def strided(base: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
 
 
 def _finish(view: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
-    """The tensor that `spec` describes, given its view."""
+    """Return the tensor that `spec` describes, given its view."""
     if not spec.is_inference:
         return _as_published(view, spec)
     with torch.inference_mode():
@@ -270,26 +270,26 @@ def _as_published(view: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
 
 
 def leaf(view: torch.Tensor, cls: type[torch.Tensor], requires_grad: bool) -> torch.Tensor:
-    """A tensor of class `cls` over the memory of `view`. To torch it is a leaf and not a view."""
+    """Return a tensor of class `cls` over the memory of `view`. For torch, it is a leaf and not a view."""
     made: torch.Tensor = leaf_of_class(cls, view, requires_grad)
     return made
 
 
 def like(original: torch.Tensor, view: torch.Tensor) -> torch.Tensor:
-    """A tensor over the memory of `view` with the class, `requires_grad` and Python attributes of `original`."""
+    """Return a tensor over the memory of `view` with the class, `requires_grad` and Python attributes of `original`."""
     made = leaf(view, type(original), original.requires_grad)
     vars(made).update(vars(original))
     return made
 
 
 def repeated(number: int, shape: Sequence[int], dtype: torch.dtype, device: torch.device | str = "cpu") -> torch.Tensor:
-    """A tensor that is `number` everywhere, over memory for one element."""
+    """Return a tensor with `number` in every element, over memory for one element."""
     zero = torch.zeros((), dtype=dtype, device=device)
     return (zero.fill_(number) if number else zero).expand(shape)  # some dtypes cannot be filled
 
 
 def stand_in(spec: TensorSpec) -> Any:
-    """An object like the one that `spec` describes, over memory for one element."""
+    """Return an object like the one that `spec` describes, over memory for one element."""
     if spec.kind == ARRAY:
         return np.broadcast_to(np.zeros((), spec.dtype), spec.shape)
     with torch.inference_mode(False), torch.no_grad():

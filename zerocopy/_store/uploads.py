@@ -1,7 +1,7 @@
 """How do bytes get from main memory to a device?
 
-CUDA's driver copies ordinary memory into pinned memory of its own, from which the GPU fetches it. It does so with one thread, and
-that is what a load would wait for. So several threads do the same here.
+CUDA's driver copies ordinary memory into its own pinned memory, and the GPU reads it from there. The driver uses one thread for
+the copy, and a load would wait for this thread. So here, several threads do the same copy.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Pair: TypeAlias = tuple[torch.Tensor, torch.Tensor]  # bytes on a GPU, and the b
 
 
 def upload(regions: Mapping[int, Region], devices: Mapping[int, torch.device]) -> dict[int, Region]:
-    """Copies of the regions of some storages, given the device of each."""
+    """Copy the regions of some storages to devices, given the device of each storage. Returns the copies."""
     uploaded: dict[int, Region] = {}
     pairs: dict[torch.device, list[Pair]] = defaultdict(list)
     with torch.inference_mode(False), torch.no_grad():

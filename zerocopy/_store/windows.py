@@ -1,7 +1,7 @@
-"""Which memory of this process shows an object of the store, and which of its bytes are the store's still?
+"""Which memory of this process shows an object of the store, and which of its bytes are still equal to those in the store?
 
-A write to a private mapping makes the kernel copy the page. So the kernel knows which pages were written, whoever wrote: torch, a
-fused optimizer, NumPy, code in C++. What was not written is the store's. What was is compared.
+A write to a private mapping makes the kernel copy the page. So the kernel knows which pages were written, by any code: torch, a
+fused optimizer, NumPy, code in C++. Pages that were not written are still pages of the store. Written pages are compared.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ class Window:
 
     Attributes:
         start: the address of the memory, at the start of a page; `end` is the end of its last page.
-        shown: where Ray's own mapping has the byte that is at `start`.
+        shown: the address in Ray's own mapping of the byte at `start`.
         starts: addresses of the object's buffers in Ray's own mapping, in order.
         pin: keeps the object in the store.
-        is_private: whether a write copies the page. If not, it is written to the store.
+        is_private: whether a write copies the page. If not, a write changes the store.
         publication: id of the manifest that it was mapped for, once that is known.
     """
 
@@ -44,21 +44,21 @@ class Window:
     publication: bytes | None = None
 
     def written(self, extents: Sequence[linux.Range]) -> list[bool]:
-        """Of each extent in this memory, whether it has other bytes than the store."""
+        """Return for each extent in this memory whether its bytes may differ from those of the store."""
         if self.session is None or self.session is not object_store.session():
             return [True] * len(extents)
         own = self.own_pages()
         return [self._differs(own, *extent) for extent in extents] if own else [False] * len(extents)
 
     def own_pages(self) -> list[linux.Range]:
-        """Where this memory has pages of its own; all of it where the kernel does not tell."""
+        """Return where this memory has its own pages; the whole memory if the kernel does not report them."""
         if not self.is_private:
             return []
         found = linux.own_pages(self.start, self.end)
         return [(self.start, self.end)] if found is None else found
 
     def _differs(self, own: Sequence[linux.Range], low: int, high: int) -> bool:
-        """Whether the bytes from `low` to `high` differ from those of the store, where there are pages of its own."""
+        """Whether the bytes from `low` to `high` differ from those of the store. Only pages in `own` are compared."""
         for start, end in own[bisect.bisect_right(own, low, key=operator.itemgetter(1)) :]:
             if start >= high:
                 return False
@@ -68,7 +68,7 @@ class Window:
         return False
 
     def placement(self, low: int, high: int) -> Placement | None:
-        """The place in the store of the bytes from `low` to `high`, if they lie in one buffer."""
+        """Return the place in the store of the bytes from `low` to `high`; None if they are not in one buffer."""
         shown = low - self.start + self.shown
         buffer = bisect.bisect_right(self.starts, shown) - 1
         if buffer < 0 or shown - self.starts[buffer] + high - low > len(self.pin.buffers[buffer]):
@@ -80,29 +80,29 @@ _windows: weakref.WeakValueDictionary[int, Window] = weakref.WeakValueDictionary
 
 
 def add(window: Window) -> None:
-    """Know a window from now on, as long as it lives."""
+    """Add a window to the known windows, as long as it lives."""
     _windows[window.start] = window
 
 
 def remove(window: Window) -> None:
-    """Know it no longer: its memory does not show the store any more."""
+    """Remove a window, because its memory does not show the store any more."""
     if _windows.get(window.start) is window:
         del _windows[window.start]
 
 
 def known() -> list[Window]:
-    """All windows that live."""
+    """Return all known windows that are still alive."""
     return [window for ref in _windows.valuerefs() if (window := ref()) is not None]
 
 
 def by_shard() -> dict[bytes, Window]:
-    """A window to each object that this process shows, by the id of its reference."""
+    """Return one window for each object that this process shows in this session, by the id of the object's reference."""
     session = object_store.session()
     return {window.pin.reference.binary(): window for window in known() if window.session is session}
 
 
 def split(storages: Iterable[Storage]) -> tuple[dict[Window, list[Storage]], list[Storage]]:
-    """The storages that lie in each window, and those that lie in none."""
+    """Return the storages that are in each window, and the storages that are in none."""
     ordered = sorted(known(), key=operator.attrgetter("start"))
     starts = [window.start for window in ordered]
     inside: dict[Window, list[Storage]] = defaultdict(list)
@@ -118,7 +118,7 @@ def split(storages: Iterable[Storage]) -> tuple[dict[Window, list[Storage]], lis
 
 
 def places_of(storages: Iterable[Storage]) -> dict[object, Placement]:
-    """Where in the store those storages lie that show it and have its bytes, exactly; by key."""
+    """Return the places in the store of storages that show the store and still have exactly its bytes, by key."""
     places: dict[object, Placement] = {}
     for window, members in split(storages)[0].items():
         extents = [storage.extent for storage in members]

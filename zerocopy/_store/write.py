@@ -1,4 +1,4 @@
-"""How do storages get into the store: which of them lie together, and in which form?"""
+"""How are storages written to the store: which of them are written together, and in which form?"""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from zerocopy._store.storages import Storage
 
 MB = 1 << 20
 FIELD_SHARD = 4 * MB  # a shard also ends at the end of a shared root, if it has at least this many bytes
-PACKED = MB // 32  # a storage below this is copied into a pack: each further buffer costs microseconds
-PACKS_PER_SHARD = 64 * MB  # bounds the heap that packs take while publishing
+PACKED = MB // 32  # a smaller storage is copied into a pack, because each buffer costs microseconds
+PACKS_PER_SHARD = 64 * MB  # limits the heap memory of packs while publishing
 ALIGNMENT = 64
 NONCE_BYTES = 16
 
@@ -26,9 +26,9 @@ LocationRow: TypeAlias = tuple[int, int, int, int]  # a `Location` as a plain tu
 
 
 def without_aliases(storages: Iterable[Storage], places: Mapping[object, Placement]) -> dict[object, Placement]:
-    """Those of `places`, by key of the storage, that can stand in one manifest: no two storages have bytes in common.
+    """Return those `places`, by key of the storage, that can be in one manifest: no two storages may have bytes in common.
 
-    Two loads of one publication lie in one place, and are different memory. One of them has to be written.
+    Two loads of one publication have the same place, but are different memory. So one of them must be written.
     """
     kept: dict[object, Placement] = {}
     ends: dict[tuple[ray.ObjectRef[Any], int], int] = {}
@@ -42,18 +42,18 @@ def without_aliases(storages: Iterable[Storage], places: Mapping[object, Placeme
 
 
 class Cut(NamedTuple):
-    """How large shards may grow: to `least` bytes, or to one of `parts` of all if that is more."""
+    """The maximum size of shards: `least` bytes, or the total size divided by `parts`, if that is more."""
 
     least: int
     parts: int
 
 
 ORDINARY = Cut(512 * MB, 8)
-STREAMED = Cut(MB, 16)  # where each shard's source is freed before the next one is written
+STREAMED = Cut(MB, 16)  # for publishes that free the source of each shard before the next shard is written
 
 
 def layout(sizes: Sequence[int], root_ends: Iterable[int], cut: Cut = ORDINARY) -> list[list[int]]:
-    """Indices of the storages of each shard, in order, given the sizes of all and the ends of their roots.
+    """Return the indices of the storages of each shard, in order, given the sizes of all storages and the ends of their roots.
 
     Storages without bytes are in no shard.
     """
@@ -74,16 +74,16 @@ def layout(sizes: Sequence[int], root_ends: Iterable[int], cut: Cut = ORDINARY) 
 
 
 class Writer:
-    """Writes storages to the store, shard by shard, without another copy; then the manifest that says where they are.
+    """Writes storages to the store, shard by shard, without another copy; then the manifest with their locations.
 
-    Where one shard is enough, and all is written anew, the manifest lies beside it, in the same object.
+    If one shard is enough, and no storage is in the store already, the manifest is in the same object as the shard.
 
     Attributes:
         stored: places of storages that are in the store already, by shard.
-        shards: indices of the storages of each shard that has to be written.
+        shards: indices of the storages of each shard that must be written.
         placements: the place of each storage that has bytes, as far as it is written.
         sizes: bytes of each shard that was written.
-        tag: what weights with a name are known by, when they are written.
+        tag: identifies weights with a name, after they are written; None for other weights.
     """
 
     tag: Any = None
@@ -96,7 +96,7 @@ class Writer:
         stored: Mapping[object, Placement],
         make_manifest: Callable[[Sequence[LocationRow], Sequence[ray.ObjectRef[Any]]], Manifest],
     ) -> None:
-        """`stored` are places by key of the storage; `make_manifest` gets the row of each storage, and the shards."""
+        """`stored` are places by key of the storage. `make_manifest` receives the row of each storage, and the shards."""
         self._storages = storages
         self._make_manifest = make_manifest
         self._manifest: ray.ObjectRef[Any] | None = None
@@ -125,7 +125,7 @@ class Writer:
         return used
 
     def write_all(self, fill: Callable[[Sequence[Storage]], None] = lambda _: None) -> Iterator[Placements]:
-        """Write the `shards`. Gives the places of the storages of each when it is written.
+        """Write the `shards`. Yields the places of the storages of each shard when it is written.
 
         Args:
             fill: called with the storages of each shard before their bytes are read.
@@ -136,7 +136,7 @@ class Writer:
 
     def _write(self, shard: Sequence[int]) -> Placements:
         buffers, places = buffers_for([self._storages[index] for index in shard])
-        # Not beside, if it refers to older shards: whoever needs this shard later would keep those, too.
+        # Not in the same object, if the manifest refers to older shards: a later user of this shard would keep those, too.
         is_beside = len(self.shards) == 1 and not self.stored
         manifest = self._describe(dict(zip(shard, places, strict=True))) if is_beside else None
         ref = object_store.put((buffers, manifest))
@@ -145,20 +145,20 @@ class Writer:
         return self._note(ref, dict(zip(shard, places, strict=True)))
 
     def _note(self, ref: ray.ObjectRef[Any], places: Mapping[int, tuple[int, int]]) -> Placements:
-        """Note which object a shard is, given buffer and offset of its storages. Returns their places."""
+        """Note the object that contains a shard, given buffer and offset of its storages. Returns their places."""
         placed = {index: Placement(ref, *place) for index, place in places.items()}
         self.placements.update(placed)
         self.sizes[ref] = sum(self._storages[index].nbytes for index in places)
         return placed
 
     def finish(self) -> ray.ObjectRef[Any]:
-        """Call it when all shards are written. Returns the reference to the manifest."""
+        """Write the manifest, if it is not written yet. All shards must be written. Returns the reference to the manifest."""
         if self._manifest is None:
             self._manifest = object_store.put((buffers_for([])[0], self._describe({})))
         return self._manifest
 
     def _describe(self, beside: Mapping[int, tuple[int, int]]) -> Manifest:
-        """The manifest, given buffers and offsets of the storages that are written beside it."""
+        """Create the manifest, given buffer and offset of each storage that is written to the same object."""
         shards: dict[ray.ObjectRef[Any], int] = {}
         rows: list[LocationRow] = []
         for index, storage in enumerate(self._storages):
@@ -180,7 +180,7 @@ def _by_shard(placements: Placements) -> list[Placements]:
 
 
 def buffers_for(storages: Sequence[Storage]) -> tuple[list[pickle.PickleBuffer], list[tuple[int, int]]]:
-    """The buffers of one shard, a nonce first, the pack of small storages last; and buffer and offset of each storage."""
+    """Return the buffers of one shard (a nonce first, the pack of small storages last), and buffer and offset of each storage."""
     buffers = [pickle.PickleBuffer(os.urandom(NONCE_BYTES))]
     large = sum(storage.nbytes >= PACKED for storage in storages)
     packed = 0

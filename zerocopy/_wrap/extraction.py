@@ -97,7 +97,7 @@ _AS_EXTRACTED = "pass both results of one call of extract_tensors: replace_tenso
 
 
 def _are_tensors(tensors: Any) -> bool:
-    """Whether this has the form of what `extract_tensors` gives, whatever the names are."""
+    """Whether an object has the form of a result of `extract_tensors`, with any names."""
     if not isinstance(tensors, Sequence) or not all(isinstance(entry, Mapping) for entry in tensors):
         return False
     groups = [group for entry in tensors for group in entry.values()]
@@ -105,7 +105,7 @@ def _are_tensors(tensors: Any) -> bool:
 
 
 def _misfits(members: Mapping[str, Mapping[str, Any]], entry: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    """In words, why `entry` cannot be the tensors of the module with these members."""
+    """Reasons why `entry` cannot be the tensors of the module with these members."""
     for kind in entry.keys() - members.keys():
         yield f"{kind!r} is neither 'params' nor 'buffers'"
     for kind, group in members.items():
@@ -136,7 +136,7 @@ def _blank(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _private(obj: Any) -> Any:
-    """A copy for the skeleton of a tensor or an array that is not a parameter or buffer. Other objects stay themselves."""
+    """A copy for the skeleton of a tensor or an array that is no parameter or buffer. Other objects are returned unchanged."""
     if isinstance(obj, np.ndarray):
         return obj.copy(order="K")
     if not isinstance(obj, torch.Tensor):
@@ -155,7 +155,7 @@ def _content(tensor: Any) -> Any:
 
 
 def _live_tensors(arrays: Sequence[np.ndarray[Any, Any]]) -> dict[int, torch.Tensor]:
-    """Tensors over arrays, by id of the array: those in the object store over a private mapping of it."""
+    """Tensors over arrays, by id of the array. Read-only arrays are mapped privately if they are in the store, else copied."""
     read_only = [array for array in arrays if not array.flags.writeable]
     private = {id(array): mapped for array, mapped in zip(read_only, map_if_in_store(read_only), strict=True)}
     return {id(array): torch.from_numpy(private.get(id(array), array)) for array in arrays}

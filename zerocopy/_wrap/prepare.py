@@ -1,4 +1,4 @@
-"""How is a wrapped object published? For actors as a whole; for tasks each model by itself, and the rest around them."""
+"""How is a wrapped object published? For actors, as a whole. For tasks, each model separately, then the object around them."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ class ModelInfo:
 
 
 def prepare_for_actors(pipeline: Any, copied: Sequence[str]) -> tuple[Publication, dict[str, ModelInfo]]:
-    """Publish a pipeline for loads that put its models into eval mode. Also returns what is known of each model, by path.
+    """Publish a pipeline for loads that put its models into eval mode. Also returns the information about each model, by path.
 
     Raises:
-        As `publish`, but for ArgumentError.
+        As `publish`, except ArgumentError.
     """
     models = models_of(pipeline, copied)
     subject = Subject(pipeline, copied, to_eval=models_in_train_mode(pipeline))
@@ -44,10 +44,10 @@ def prepare_for_actors(pipeline: Any, copied: Sequence[str]) -> tuple[Publicatio
 def prepare_for_tasks(
     pipeline: Any, copied: Sequence[str], method_names: Sequence[str] | None
 ) -> tuple[Publication | RemoteModel, dict[str, ModelInfo]]:
-    """Publish each model, and the pipeline with remote models in their place. Also returns what is known of each, by path.
+    """Publish each model, and the pipeline with remote models instead. Also returns the information about each model, by path.
 
     Raises:
-        ArgumentError: neither the pipeline nor a model has a method of these names.
+        ArgumentError: neither the pipeline nor a model has a method with one of these names.
         As `publish`.
     """
     models = callable_models(models_of(pipeline, copied))
@@ -99,7 +99,7 @@ def attributes_to_copy(pipeline: Any, model_attr_names: Sequence[str] | None) ->
 
 
 def _check_methods(pipeline: Any, models: Mapping[str, Any], method_names: Sequence[str] | None) -> None:
-    """Refuse names that nothing has. A method of the pipeline runs where it is called, and the models that it calls in tasks."""
+    """Refuse names of missing methods. A method of the pipeline runs where it is called; its models run in tasks."""
     for name in () if method_names is None else names_of(method_names, "method_names"):
         if not _has_method(pipeline, name) and not any(_has_method(model, name) for model in models.values()):
             kinds = ", ".join(dict.fromkeys(class_of(model).__name__ for model in models.values()))

@@ -1,4 +1,4 @@
-"""What stands in a pipeline for a model, so that each of its calls runs as a Ray task?"""
+"""Which object replaces a model in a pipeline, so that each call of the model runs as a Ray task?"""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from zerocopy.errors import NotExposedError
 
 
 class RemoteModel:
-    """Stands for a model. A call of one of its methods runs as a Ray task, with the model loaded there, and waits for the result.
+    """Replaces a model. A call of one of its methods runs as a Ray task, with the model loaded there, and waits for the result.
 
-    `isinstance` takes it for an instance of the model's class, and `inspect.signature` shows the signature of `forward`. It has
-    nothing else of the model.
+    `isinstance` treats it as an instance of the model's class, and `inspect.signature` shows the signature of `forward`. It has
+    no other attributes of the model.
     """
 
     def __init__(self, publication: Publication, cls: type, methods: Sequence[str], device: Any = None) -> None:
@@ -60,7 +60,7 @@ class RemoteModel:
         self._publication.reference  # noqa: B018 (raises here what a task would raise only after it was scheduled)
         task = _task(None if self._device is None else str(self._device))
         result = ray.get(task.remote(self._publication, method, *args, **kwargs))
-        # Ray's arrays are read-only views of its store. Those of the model itself can be written.
+        # Arrays from Ray are read-only views of its store. Arrays of the model itself are writable.
         return result.copy() if isinstance(result, np.ndarray) and not result.flags.writeable else result
 
     def __repr__(self) -> str:
@@ -75,7 +75,7 @@ _device_of_load: ContextVar[Any] = ContextVar("device_of_load", default=None)
 
 @contextlib.contextmanager
 def models_on(device: Any) -> Iterator[None]:
-    """Remote models that are rebuilt in this context load their models on `device`; with None on the device that they had."""
+    """In this context, rebuilt remote models load their models on `device`; with None, on the device that they had."""
     token = _device_of_load.set(device)
     try:
         yield
@@ -102,7 +102,7 @@ class _Method:
 
 
 def publication_of(model: RemoteModel) -> Publication:
-    """The weights of the model that it stands for."""
+    """The publication of the model that a remote model replaces."""
     return model._publication
 
 
@@ -112,7 +112,7 @@ def on_device(model: RemoteModel, device: Any) -> RemoteModel:
 
 
 def class_of(model: Any) -> type:
-    """The class of a model, but not one that a parametrization made for this model alone."""
+    """The class of a model. If a parametrization created the class for this model only, its base class."""
     cls = type(model)
     return cls.__bases__[0] if is_parametrized_class(cls) else cls
 
@@ -139,5 +139,5 @@ def _call(model: Any, method: str, /, *args: Any, **kwargs: Any) -> Any:
 
 @functools.cache
 def _task(device: str | None) -> Task[..., Any]:
-    # The caller waits for each call, and may hold the last CPU: its own is enough for both.
+    # The caller waits for each call, and may hold the last CPU: the caller's CPU is enough for both.
     return Task(_call, {"name": "zerocopy.model", "num_cpus": 0}, device)
