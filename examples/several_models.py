@@ -43,7 +43,7 @@ def answer(search: Search, query: torch.Tensor) -> str:
 class Finder:
     """Needs only a part of the pipeline, so it takes the publication instead of a loaded pipeline, and loads this part."""
 
-    def __init__(self, publication: zerocopy.Publication) -> None:
+    def __init__(self, publication: zerocopy.Publication[Search]) -> None:
         self.search = publication.load(fields=["encoder", "index", "candidates"])
 
     def find(self, query: torch.Tensor) -> list[int]:

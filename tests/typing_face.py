@@ -94,8 +94,10 @@ def looking(search: Search) -> int:
 
 def publishing(search: Search) -> Any:
     with zerocopy.publish(search) as publication:
-        assert_type(publication, zerocopy.Publication)
+        assert_type(publication, zerocopy.Publication[Search])
+        assert_type(publication.current("cuda"), Search)
         loaded = publication.load(device="cpu", fields=["encoder"])
+    assert_type(loaded, Search)
     publication.close()
     zerocopy.unshare(loaded)
     assert_zero_copy(loaded)
@@ -225,12 +227,13 @@ def naming(search: Search) -> None:
     publication = zerocopy.publish(
         search, name="search", alias="canary", source=build, expect=0, keep=3, lifetime="job", adopt=True
     )
-    assert_type(publication, zerocopy.NamedPublication)
+    assert_type(publication, zerocopy.NamedPublication[Search])
+    assert_type(publication.load(verify=True), Search)
     assert_type(zerocopy.publish(search, name="search").version.number, int)
-    assert_type(zerocopy.publish(search, adopt=True), zerocopy.Publication)
+    assert_type(zerocopy.publish(search, adopt=True), zerocopy.Publication[Search])
     files = zerocopy.publish_checkpoint(build, "dir/*.safetensors", dtype=torch.bfloat16, name="search", keep=1)
-    assert_type(files, zerocopy.NamedPublication)
-    assert_type(zerocopy.publish_checkpoint(build, ["file"]), zerocopy.Publication)
+    assert_type(files, zerocopy.NamedPublication[Search])
+    assert_type(zerocopy.publish_checkpoint(build, ["file"]), zerocopy.Publication[Search])
     zerocopy.publish_checkpoint(
         build, {"encoder": "dir"}, strict=False, ignore="*.bias", rename={"bert.": ""}, train=True
     )

@@ -394,13 +394,13 @@ def test_everything_in_main(address: str) -> None:
 
 
 @zerocopy.task
-def kind_of_handle(search: zerocopy.Publication) -> tuple[str, float]:
+def kind_of_handle(search: zerocopy.Publication[pipelines.Search]) -> tuple[str, float]:
     return type(search).__name__, search.load(fields=["encoder"]).encoder[0].weight.sum().item()
 
 
 @zerocopy.task
 def kinds(
-    optional: zerocopy.Publication | None, either: pipelines.Search | zerocopy.Publication, name: str = ""
+    optional: zerocopy.Publication[pipelines.Search] | None, either: pipelines.Search | zerocopy.Publication, name: str = ""
 ) -> list[str]:
     return [type(optional).__name__, type(either).__name__, name]
 
@@ -414,6 +414,14 @@ def test_a_parameter_can_ask_for_the_publication() -> None:
     assert kind_of_handle.local(publication) == expected
     assert kinds(publication, publication, name="a") == ["Publication", "Search", "a"]
     assert kinds(None, search) == ["NoneType", "Search", ""]
+
+    class Local: ...
+
+    @zerocopy.task
+    def of_a_class_that_no_module_has(search: zerocopy.Publication[Local]) -> str:
+        return type(search).__name__
+
+    assert of_a_class_that_no_module_has(publication) == "Publication"
 
 
 class Holder(zerocopy.Actor):

@@ -23,7 +23,7 @@ from zerocopy._cluster.keeping import RegistrysHolders
 from zerocopy._cluster.names import LATEST
 from zerocopy._compat.ray import is_serializing
 from zerocopy._load import devices
-from zerocopy._load.publication import Closed, Lease, Open, Publication
+from zerocopy._load.publication import Closed, Lease, Open, Publication, T_co
 from zerocopy._nodes.prefetch import Keeper
 from zerocopy._publish.passing import register_handle
 from zerocopy._store import object_store
@@ -124,7 +124,7 @@ class Answer(NamedTuple):
         return is_told and time.monotonic() < self.until and self.changes == WATCHER.changes
 
 
-class NamedPublication(Publication):
+class NamedPublication(Publication[T_co]):
     """A publication that has a name. `zerocopy.lookup` and `zerocopy.publish` return it."""
 
     _state: Open | Unresolved | Closed  # type: ignore[assignment]
@@ -169,14 +169,14 @@ class NamedPublication(Publication):
             raise RuntimeError("a pinned handle has a version")
         return version
 
-    def pinned(self) -> NamedPublication:
+    def pinned(self) -> NamedPublication[T_co]:
         """Return a handle of the current version. This handle stays at that version, unless it has only an alias."""
         found = self._found()
         if self.tag.number is not None:  # else the next use may find another version
             self._state, self.tag = found._state, found.tag
         return found
 
-    def _found(self) -> NamedPublication:
+    def _found(self) -> NamedPublication[T_co]:
         self._check_open()
         if isinstance(self._state, Open) and self._state.session is object_store.session():
             return self
@@ -188,7 +188,7 @@ class NamedPublication(Publication):
         self._answer = Answer(told, time.monotonic() + ANSWER_SECONDS, changes)
         return self
 
-    def _resolved(self) -> NamedPublication:
+    def _resolved(self) -> NamedPublication[T_co]:
         tag, answer, self._answer = self.tag, self._answer, None
         if answer is not None and answer.is_good():
             return self._of(answer.told)
@@ -202,7 +202,7 @@ class NamedPublication(Publication):
                 raise
             return self._of(resolve(tag.name, tag.alias))
 
-    def _of(self, told: dict[str, Any]) -> NamedPublication:
+    def _of(self, told: dict[str, Any]) -> NamedPublication[T_co]:
         """Return a handle like this one, of the version in the registry's answer."""
         tag, digest = self.tag, told["digest"].hex()
         if told["number"] == tag.number and tag.digest not in (None, digest):
@@ -226,7 +226,7 @@ class NamedPublication(Publication):
 
     def load(
         self, device: str | torch.device | None = None, fields: Sequence[str] | None = None, *, verify: bool = False
-    ) -> Any:
+    ) -> T_co:
         """Load like `Publication.load`. A handle that follows an alias loads the version that the alias points at now.
 
         Args:
@@ -239,9 +239,10 @@ class NamedPublication(Publication):
             CorruptedError: `verify` found other bytes.
             As `Publication.load`.
         """
-        return self._now(lambda handle: handle._load(device, fields, verify=verify))
+        loaded: T_co = self._now(lambda handle: handle._load(device, fields, verify=verify))
+        return loaded
 
-    def _recovered(self) -> NamedPublication:
+    def _recovered(self) -> NamedPublication[T_co]:
         """Recover the weights, and return a handle of the same version. Other users of this handle get the weights, too."""
         found = self._of(client.ask("recover", self.name, self.tag.number))
         self._state = found._state
@@ -255,7 +256,7 @@ class NamedPublication(Publication):
         which = (self.tag.alias if self.tag.follows else None) or self.tag.number
         return RegistrysHolders((self.name, which, self.tag.number))
 
-    def _now(self, call: Callable[[NamedPublication], R]) -> R:
+    def _now(self, call: Callable[[NamedPublication[T_co]], R]) -> R:
         """Return the result of `call` for the current version. If its weights are lost, recover them and call again."""
         handle = self.pinned()
         try:
@@ -271,7 +272,7 @@ class NamedPublication(Publication):
     def _tag(self) -> Tag:
         return self.tag
 
-    def current(self, device: str | torch.device | None = None) -> Any:
+    def current(self, device: str | torch.device | None = None) -> T_co:
         if self.tag.alias is None or self.closed:
             return super().current(device)
         self._answer = None
@@ -280,7 +281,8 @@ class NamedPublication(Publication):
         # Without a connection, the loaded version stays in use.
         if followed is None or followed.key.device != target or (is_elsewhere and object_store.is_running()):
             followed = self._followed = followed_by(self.name, self.tag.alias, target)
-        return followed.current()
+        current: T_co = followed.current()
+        return current
 
     current.__doc__ = Publication.current.__doc__
 
@@ -289,12 +291,12 @@ class NamedPublication(Publication):
         super().close()
         self._followed = self._known = None
 
-    def __copy__(self) -> NamedPublication:
+    def __copy__(self) -> NamedPublication[T_co]:
         """Return another handle of the same version, or of the same alias."""
         self._check_open()
         return NamedPublication(self._state, *self._description(), cls=self.cls, lease=self._lease)
 
-    def for_call(self) -> NamedPublication:
+    def for_call(self) -> NamedPublication[T_co]:
         """Return a handle for one call. If this handle follows an alias, the result has the newest version known here."""
         self._answer = None
         if self.tag.number is None and not self.closed:
@@ -319,12 +321,12 @@ class NamedPublication(Publication):
     def _description(self) -> tuple[Any, ...]:
         return *super()._description(), self.tag
 
-    def without_reference(self) -> NamedPublication:
+    def without_reference(self) -> NamedPublication[T_co]:
         rebuild, arguments = self.__reduce__()
         handle: NamedPublication = rebuild(*arguments)
         return handle
 
-    def newest(self) -> NamedPublication:
+    def newest(self) -> NamedPublication[T_co]:
         """Return a handle of the version that the alias points at now; without an alias, this handle."""
         return self if self.tag.alias is None else newest(self.name, self.tag.alias)
 

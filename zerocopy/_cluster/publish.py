@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from typing import Any, Literal, overload
+from typing import Any, Literal, TypeVar, overload
 
 import torch
 
@@ -24,12 +24,13 @@ from zerocopy._split.introspect import Subject, check_pipeline
 from zerocopy._store import object_store
 from zerocopy.errors import ArgumentError
 
+T = TypeVar("T")
 TRIES = 4  # each with the next registry, after the last one has ended
 
 
 @overload
 def publish(
-    pipeline: Any,
+    pipeline: T,
     *,
     adopt: bool = ...,
     name: str,
@@ -38,10 +39,10 @@ def publish(
     expect: int | None = ...,
     keep: int | None = ...,
     lifetime: Literal["cluster", "job"] = ...,
-) -> NamedPublication: ...
+) -> NamedPublication[T]: ...
 @overload
 def publish(
-    pipeline: Any,
+    pipeline: T,
     *,
     adopt: bool = ...,
     name: str | None = ...,
@@ -50,9 +51,9 @@ def publish(
     expect: int | None = ...,
     keep: int | None = ...,
     lifetime: Literal["cluster", "job"] = ...,
-) -> Publication: ...
+) -> Publication[T]: ...
 def publish(
-    pipeline: Any,
+    pipeline: T,
     *,
     adopt: bool = False,
     name: str | None = None,
@@ -61,7 +62,7 @@ def publish(
     expect: int | None = None,
     keep: int | None = None,
     lifetime: Literal["cluster", "job"] = "cluster",
-) -> Publication:
+) -> Publication[T]:
     """Put the weights of `pipeline` into the object store, once, and return a small handle to them.
 
     If the same pipeline is published again and no byte of it has changed, both publications share one set of weights. The
@@ -130,7 +131,7 @@ def publish_as(commit: Commit, publish_to: Callable[[Named], Any]) -> NamedPubli
 
 @overload
 def publish_checkpoint(
-    build: Callable[[], Any],
+    build: Callable[[], T],
     files: Files,
     *,
     dtype: torch.dtype | None = ...,
@@ -144,10 +145,10 @@ def publish_checkpoint(
     expect: int | None = ...,
     keep: int | None = ...,
     lifetime: Literal["cluster", "job"] = ...,
-) -> NamedPublication: ...
+) -> NamedPublication[T]: ...
 @overload
 def publish_checkpoint(
-    build: Callable[[], Any],
+    build: Callable[[], T],
     files: Files,
     *,
     dtype: torch.dtype | None = ...,
@@ -161,9 +162,9 @@ def publish_checkpoint(
     expect: int | None = ...,
     keep: int | None = ...,
     lifetime: Literal["cluster", "job"] = ...,
-) -> Publication: ...
+) -> Publication[T]: ...
 def publish_checkpoint(
-    build: Callable[[], Any],
+    build: Callable[[], T],
     files: Files,
     *,
     dtype: torch.dtype | None = None,
@@ -177,7 +178,7 @@ def publish_checkpoint(
     expect: int | None = None,
     keep: int | None = None,
     lifetime: Literal["cluster", "job"] = "cluster",
-) -> Publication:
+) -> Publication[T]:
     """Publish a pipeline whose weights are in files, without a copy of the weights in this process.
 
     Args:

@@ -9,11 +9,12 @@ import time
 import weakref
 from collections.abc import Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol, Self
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, Protocol, Self
 
 import attrs
 import ray
 import torch
+from typing_extensions import TypeVar
 
 from zerocopy._compat.cpython import collector_paused
 from zerocopy._compat.ray import is_own
@@ -28,6 +29,7 @@ from zerocopy._store.read import manifest_of
 from zerocopy._tables import as_html, format_bytes
 from zerocopy.errors import NotExposedError, PublicationClosedError, PublicationLostError
 
+T_co = TypeVar("T_co", covariant=True, default=Any)
 MOST_PACKED = 16 << 10  # bytes: larger outer skeletons are not cached
 MOST_REMEMBERED = 256  # loads
 
@@ -66,10 +68,11 @@ class Closed:
     """A handle after `close()`."""
 
 
-class Publication(OnNodes, Handle):
+class Publication(OnNodes, Handle, Generic[T_co]):
     """A published pipeline: load it in any process of the cluster, pass it to tasks and actors, close it when done.
 
-    `zerocopy.publish` returns it. Its pickle has a few hundred bytes plus the copied parts of the pipeline.
+    `zerocopy.publish` returns it. Its pickle has a few hundred bytes plus the copied parts of the pipeline. For type checkers,
+    `Publication[Search]` is a publication whose `load()` returns a `Search`; without the brackets, it returns `Any`.
 
     Attributes:
         kind: name of the pipeline's class.
@@ -115,7 +118,7 @@ class Publication(OnNodes, Handle):
 
     def load(
         self, device: str | torch.device | None = None, fields: Sequence[str] | None = None, *, verify: bool = False
-    ) -> Any:
+    ) -> T_co:
         """Create a live pipeline over the weights in the store, in milliseconds and without a copy. Writes to it are private.
 
         `close()` releases the weights in the store. `zerocopy.unshare()` copies the weights of a loaded pipeline into private
@@ -139,7 +142,8 @@ class Publication(OnNodes, Handle):
             CorruptedError: `verify` found bytes that differ from the published bytes.
             IsolationError: private mappings are required, but are not possible here.
         """
-        return self._load(device, fields, verify=verify)
+        loaded: T_co = self._load(device, fields, verify=verify)
+        return loaded
 
     def _load(self, device: str | torch.device | None, fields: Sequence[str] | None, *, verify: bool) -> Any:
         started = time.perf_counter()
@@ -188,7 +192,7 @@ class Publication(OnNodes, Handle):
         """The tag of the weights, if they have a name."""
         return None
 
-    def current(self, device: str | torch.device | None = None) -> Any:
+    def current(self, device: str | torch.device | None = None) -> T_co:
         """Return the newest version, loaded. This process has one object per version and device.
 
         A publication without a name has one version. For a publication with a name, new versions are loaded in the background,
@@ -204,7 +208,8 @@ class Publication(OnNodes, Handle):
         target = devices.resolve(device)
         if self._current is None or self._current[0] != target:
             self._current = target, self._load_once(target)
-        return self._current[1]
+        current: T_co = self._current[1]
+        return current
 
     def _load_once(self, target: torch.device) -> Any:
         key = self.content().reference.binary(), target, self.requires_isolation
@@ -264,14 +269,14 @@ class Publication(OnNodes, Handle):
     ) -> None:
         self.close()
 
-    def __copy__(self) -> Publication:
+    def __copy__(self) -> Publication[T_co]:
         """Another handle to the same weights, which is closed separately."""
         return type(self)(self.content(), *self._description(), cls=self.cls, lease=self._lease)
 
-    def __deepcopy__(self, memo: object) -> Publication:
+    def __deepcopy__(self, memo: object) -> Publication[T_co]:
         return self.__copy__()
 
-    def for_call(self) -> Publication:
+    def for_call(self) -> Publication[T_co]:
         """A separate handle for one call. If the publication has a name, it is a handle of the newest version."""
         return self.__copy__()
 

@@ -158,12 +158,13 @@ def _asked_for(annotation: Any, function: Any) -> Arrival | None:
         return as_live
     is_union = get_origin(annotation) in (Union, UnionType)  # if it has a pipeline class, it arrives loaded
     members = [one for one in (get_args(annotation) if is_union else (annotation,)) if one is not NoneType]
-    is_handle = all(isinstance(one, type) and issubclass(one, Publication) for one in members)
+    classes = [get_origin(one) or one for one in members]  # of `Publication[Search]` too
+    is_handle = all(isinstance(one, type) and issubclass(one, Publication) for one in classes)
     return as_publication if is_handle and members else None
 
 
 _LIVE = re.compile(r"([\w.]+\.)?Live\b")
-_PUBLICATION = re.compile(r"([\w.]+\.)?(Named)?Publication( *\| *None)?")
+_PUBLICATION = re.compile(r"([\w.]+\.)?(Named)?Publication(\[.*\])?( *\| *None)?")
 
 
 def resolve_references(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
