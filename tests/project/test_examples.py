@@ -79,6 +79,13 @@ def test_several_models_are_loaded_together_or_in_part(run_as_main):
     assert words_after("the actor has loaded", output) == ["candidates", "encoder", "index"]
 
 
+def test_hugging_face_models_answer_as_their_libraries_load_them(run_as_main):
+    """Workers give the same bits as `from_pretrained` and as sentence-transformers, from a folder of Hugging Face."""
+    output = run_as_main(EXAMPLES / "hugging_face.py")
+    assert words_after("workers answer as from_pretrained", output) == ["True"]
+    assert words_after("tasks answer as sentence-transformers", output) == ["True"]
+
+
 def test_torchscript_workers_read_the_weights_from_the_store(run_as_main):
     """Every kind of TorchScript program gives the answers of its module, with weights only in the store."""
     output = run_as_main(EXAMPLES / "torchscript.py")
