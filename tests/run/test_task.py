@@ -400,7 +400,9 @@ def kind_of_handle(search: zerocopy.Publication[pipelines.Search]) -> tuple[str,
 
 @zerocopy.task
 def kinds(
-    optional: zerocopy.Publication[pipelines.Search] | None, either: pipelines.Search | zerocopy.Publication, name: str = ""
+    optional: zerocopy.Publication[pipelines.Search] | None,
+    either: pipelines.Search | zerocopy.Publication,
+    name: str = "",
 ) -> list[str]:
     return [type(optional).__name__, type(either).__name__, name]
 
