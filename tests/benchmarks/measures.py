@@ -101,7 +101,7 @@ def times(trial: Trial, folder: Path) -> Samples:
 
 
 def _times(stage: Stage, worker: Any, is_steady: bool) -> dict[str, float]:
-    figures = {}
+    figures: dict[str, float | None] = {}
     model = stage.model.build() if stage.system.publishes else nn.Module()
     if stage.system.publishes:
         figures["put"] = _put_seconds(model)
@@ -113,7 +113,8 @@ def _times(stage: Stage, worker: Any, is_steady: bool) -> dict[str, float]:
     figures["second_load"] = ray.get(worker.load.remote(handle))
     figures["forward"] = ray.get(worker.forward.remote())
     if is_steady:
-        figures["steady_1"], figures["steady_32"] = (ray.get(worker.steady.remote(rows)) for rows in (1, 32))
+        figures["steady_1"] = ray.get(worker.steady.remote(1))
+        figures["steady_32"] = ray.get(worker.steady.remote(32)) if figures["steady_1"] else None
     ray.kill(worker)
     return {name: value for name, value in figures.items() if value is not None}
 

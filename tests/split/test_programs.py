@@ -122,8 +122,9 @@ def test_found_by_the_automatic_rule_and_published_once() -> None:
             self.programs = {"only": scripted()}
 
     search = Search()
-    plan = zerocopy.plan(search)
-    assert [entry.path for entry in plan.entries if entry.policy == "shared"] == ["search.programs['only']"]
+    (entry,) = (entry for entry in zerocopy.plan(search).entries if entry.policy == "shared")
+    count = len(search.programs["only"].state_dict()) + 2  # its plain tensors
+    assert (entry.path, entry.tensors, entry.dtypes) == ("search.programs['only']", count, ("float32", "int64"))
     sent = [zerocopy._publish.publish.publish_automatically(search).reference for _ in range(3)]
     assert len(set(sent)) == 1
     with torch.no_grad():

@@ -76,8 +76,7 @@ def _shared_entries(found: Introspection, measure: Callable[[str], Measured] | N
     ways = list(own_ways(walked.candidates()))
     start = pickled_start = 0
     for root, end, pickled_end in zip(found.roots, found.root_ends, found.payload_ends, strict=True):
-        nbytes = sum(storage.nbytes for storage in found.table.storages[start:end])
-        entry = walked.entry_of(root, nbytes, pickled_end - pickled_start)
+        entry = walked.entry_of(root, range(start, end), pickled_end - pickled_start)
         passed = [way for way in ways if _is_within(way.path, entry.path) or _is_within(entry.path, way.path)]
         notes = [*([entry.note] if entry.note else []), *_pickled_notes(entry, passed)]
         if measure is None:
@@ -115,13 +114,14 @@ class _Walked:
             if id(obj) in pickled or path in holders or isinstance(obj, tuple):
                 yield path, obj
 
-    def entry_of(self, root: Any, nbytes: int, pickled: int) -> PlanEntry:
-        """The entry of a shared root, given the bytes that count for it."""
+    def entry_of(self, root: Any, own: range, pickled: int) -> PlanEntry:
+        """The entry of a shared root, given the numbers of the storages that count for it."""
         found = self._found
         path = self._root_paths.get(id(root), self._name)
         below = list(paths.walk(root, path))
-        indices = sorted({found.table.index[id(obj)] for _, obj in below if id(obj) in found.table.index})
-        specs = [found.table.specs[index] for index in indices]
+        indices = {found.table.index[id(obj)] for _, obj in below if id(obj) in found.table.index}
+        indices.update(index for number in own for index in self._without_path[number])
+        specs = [found.table.specs[index] for index in sorted(indices)]
         reasons = [(where, *found.private_reasons[id(obj)]) for where, obj in below if id(obj) in found.private_reasons]
         storages = dict.fromkeys(spec.storage for spec in specs)
         return PlanEntry(
@@ -129,12 +129,22 @@ class _Walked:
             "shared",
             type(root).__name__,
             len(specs),
-            nbytes,
+            sum(found.table.storages[number].nbytes for number in own),
             tuple(sorted({_dtype_name(spec.dtype) for spec in specs})),
             (*self._modules_held_in(path), *(self._ties[storage] for storage in storages if storage in self._ties)),
             "; ".join(f"{where} is copied: {reason}" for where, _, reason in reasons),
             pickled,
         )
+
+    @functools.cached_property
+    def _without_path(self) -> Mapping[int, list[int]]:
+        """By storage, the indices of tensors without a path, as in TorchScript: torch makes new Python objects for them."""
+        table, found = self._found.table, defaultdict[int, list[int]](list)
+        walked = {table.index[id(obj)] for _, obj in self._objects if id(obj) in table.index}
+        for index, spec in enumerate(table.specs):
+            if index not in walked:
+                found[spec.storage].append(index)
+        return found
 
     def _modules_held_in(self, part: str) -> list[str]:
         """For each module in a part that is held at several paths: these paths."""
