@@ -28,13 +28,13 @@ class Kept:
     """The modules and tensors of one load, and their recorded state. Keeps them alive."""
 
     def __init__(self, roots: Sequence[Any], tensors: Iterable[torch.Tensor], memory: Iterable[Any] = ()) -> None:
-        """Count the references now. At this time, only the load may refer to the objects, not even variables of the caller.
+        """Count the references now. At this time, only the load may refer to the objects, and no variable of the caller.
 
         Args:
             roots: the loaded objects: modules, with everything that they have registered, and tensors.
             tensors: the tensors of the load.
-            memory: the mapped memory that the tensors are views of. If it is not private, writes of other processes cannot be
-                detected, so the load always counts as changed.
+            memory: the mapped memory that the tensors are views of. If it is not private, writes to it cannot be detected, so the
+                load always counts as changed.
         """
         self._is_isolated = all(isinstance(one, PrivateMap) for one in memory)
         self._modules = list(paths.registered_below(paths.modules_among(roots)).values())

@@ -26,7 +26,7 @@ from zerocopy._tables import format_bytes
 IN_MEMORY = ("tmpfs", "ramfs", "shm")
 REMOTE = ("nfs", "cifs", "smb", "fuse", "lustre", "ceph", "gpfs", "9p", "afs", "glusterfs")
 CROWDED = 0.8  # the part of the container's memory that is too much for the store alone
-CLOSE = 0.05  # the part of the memory that is left when Ray's monitor is about to kill
+CLOSE = 0.05  # a part of the memory: if less is left below its threshold, Ray's monitor is about to kill
 
 
 def checks_of(facts: Facts, *, is_own: bool) -> list[Finding]:

@@ -41,7 +41,7 @@ _BY_VALUE = (registry_module, claims, names, shards, stored, holder, owners, obj
 
 
 class RegistryLost(Exception):
-    """The registry that this process called has ended. The objects that it owned are gone."""
+    """The registry that this process called has ended, or cannot be reached. After its end, its objects are gone."""
 
 
 class RegistryUnreachable(ZeroCopyError):

@@ -57,7 +57,7 @@ class Live(Protocol[T_co]):
 
 
 class _ToBeLoaded:
-    """Base of handles: raises an error that helps a user who uses the handle like the pipeline."""
+    """Base of the `Live` handles: raises an error that helps a user who uses the handle like the pipeline."""
 
     def __getattr__(self, name: str) -> NoReturn:
         if name.startswith("_"):
@@ -315,7 +315,10 @@ class Watcher:
                     each.callback(one.note, number)
 
     def _registry_now(self) -> Any:
-        """Return the registry. If it is a new one, look all versions up again: references of the last registry are dead."""
+        """Return the registry. If it is a new one, look up again the versions that are followed without a device.
+
+        Only their references are used, and references of the last registry are dead.
+        """
         object_store.check_running("Following publications")  # a thread must not start Ray
         registry = client.registry()
         if self._registry not in (None, registry):

@@ -86,9 +86,8 @@ class Holdings:
         for shard, window in windows.by_shard().items():
             rows = list(self._shards.get(shard, _NOTHING).rows)
             if any(row[0] in wanted for row in rows):
-                buffers = list(
-                    map(pickle.PickleBuffer, window.pin.buffers)
-                )  # of Ray's mapping: ours may have been written to
+                # From Ray's mapping: this process may have written to its own.
+                buffers = list(map(pickle.PickleBuffer, window.pin.buffers))
                 own = object_store.put((buffers, None))
                 stored, digests = client.ask_one(registry, "store", node, [own], [row[1:] for row in rows])
                 same = [row for row, digest in zip(rows, digests, strict=True) if row[0] == digest]
@@ -98,9 +97,7 @@ class Holdings:
             pipeline = living.pipeline()
             if pipeline is not None:
                 living.offer(pipeline)
-            if client.ask_one(
-                registry, "lacks", living.digests
-            ):  # it has changed: the registry would ask again and again
+            if client.ask_one(registry, "lacks", living.digests):  # it has changed: the registry would ask again
                 with self._lock:
                     self._living = [one for one in self._living if one is not living]
 

@@ -1,7 +1,7 @@
 """What does the registry know about a name: which versions exist, where do aliases point, and which versions stay?
 
 This file and the other files of the registry are pickled by value for its process. They do not import torch, and calls pass only
-builtin types. So the registry starts without torch, and drivers of several releases can call it.
+builtin types and types of Ray. So the registry starts without torch, and drivers of several releases can call it.
 """
 
 from __future__ import annotations

@@ -88,9 +88,7 @@ def swap(pipeline: Any, newer: Any) -> None:
             hint="publish other classes under other names.",
         )
     origin = live.entry_of(pipeline).origin
-    inside = [
-        weakref.ref(obj) for obj in _parts_of(pipeline)
-    ]  # weak, also for tensors: all these objects should be freed
+    inside = [weakref.ref(obj) for obj in _parts_of(pipeline)]  # weak: all these objects should be freed
     _take_over(pipeline, newer)
     if origin is not None and origin.memory():
         gc.collect()  # the old state may contain reference cycles

@@ -35,9 +35,7 @@ from zerocopy._nodes.holder import Holders
 from zerocopy._store.object_store import put_plainly
 
 STORING = 4  # store tasks at a time on each node
-STORE_TRIES = (
-    3  # of each store task: its process may be killed. Ray's own retries are not used: with them, a lost task hung
-)
+STORE_TRIES = 3  # of each store task, whose process may be killed. With Ray's own retries, a lost task hung
 POLL_SECONDS = 30.0
 JOB_SECONDS = 2.0  # between two checks for ended jobs
 # Recovery waits for processes that still hold lost storages. Their call of `poll` is always open, so they react at once. But

@@ -206,9 +206,7 @@ def own_pages(start: int, end: int) -> list[Range] | None:
 
 
 def _scanned(pagemap: int, start: int, end: int) -> Iterator[Range]:
-    found = (
-        ctypes.c_uint64 * (3 * _MOST_RANGES)
-    )()  # for each range its start, its end, and the categories of its pages
+    found = (ctypes.c_uint64 * (3 * _MOST_RANGES))()  # for each range: start, end, categories of its pages
     while start < end:
         asked = _ScanArguments(
             size=ctypes.sizeof(_ScanArguments),

@@ -86,6 +86,9 @@ def _is_error(ref: ray.ObjectRef[Any], location: Mapping[str, Any]) -> bool:
 
 
 def nodes_with(refs: list[ray.ObjectRef[Any]]) -> list[set[str]]:
-    """Return the ids of the nodes that have each of these objects, as `have_copies`. This process must own all of them."""
+    """Return for each of these objects the ids of the nodes whose stores have it. This process must own all of them.
+
+    It asks Ray as `have_copies` does.
+    """
     found = locations.get_local_object_locations(refs) if refs else {}
     return [set(found.get(ref, {}).get("node_ids", ())) for ref in refs]

@@ -77,7 +77,7 @@ class Entry:
     Attributes:
         anchors: weak references to the objects that identify it.
         origin: where it was loaded from, if it was loaded.
-        published: its published weights, if it is published. Only `_publish` reads them.
+        published: its published weights, if it is published. `_publish` sets them, and `_cluster.refresh` reads their tag.
     """
 
     anchors: tuple[Callable[[], Any], ...]

@@ -53,9 +53,7 @@ class OwnHolders:
     def hold(self, node: str, refs: Sequence[ray.ObjectRef[Any]]) -> ray.ObjectRef[Any]:
         with pickled_by_value((holder, owners)):
             actor = self._holders.on(node)
-        reply: ray.ObjectRef[Any] = actor.hold.remote(
-            self._key, list(refs)
-        )  # in a list: else Ray would pass the objects
+        reply: ray.ObjectRef[Any] = actor.hold.remote(self._key, list(refs))  # a list: else Ray passes the objects
         self._asked[reply] = actor
         return reply
 

@@ -27,7 +27,10 @@ class Pages:
         self._to_fill: dict[object, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def tensor(self, source: torch.Tensor) -> torch.Tensor:
-        """`source`, if it covers a storage that no other tensor uses; else a new tensor, which `source` will be copied into."""
+        """`source`, if it covers a storage that no other tensor uses, and needs no conversion.
+
+        Else a new tensor, which `source` will be copied into.
+        """
         storage = storage_of(source)
         dtype = self._dtype if self._dtype is not None and source.is_floating_point() else source.dtype
         is_whole = source.nbytes == storage.nbytes and storage.key not in self._used

@@ -254,7 +254,7 @@ class _Loose(NamedTuple):
 
 
 def _look_outside_of_modules(pipeline: Any, roots: Sequence[Any]) -> _Loose:
-    """Pickle again, down to modules and tensors, the roots that are neither: such roots have no version counter."""
+    """Roots that are neither modules nor tensors have no version counter. So they are pickled again, down to these."""
     tensors = [root for root in roots if is_tensor_or_array(root)]
     loose = [root for root in roots if not isinstance(root, nn.Module) and not is_tensor_or_array(root)]
     if not loose:

@@ -259,7 +259,10 @@ class _Stripper(CloudPickler):  # type: ignore[misc]
         return None if getattr(tensor, "__dict__", None) else number
 
     def _buffer_number(self, buffer: pickle.PickleBuffer) -> int | None:
-        """The number of raw bytes that an object (of Arrow, say) passes to pickle. In the zone SHARED, they become an array."""
+        """The number of raw bytes that an object (of Arrow, say) passes to pickle. The zone SHARED shares an array over them.
+
+        None in other zones, and for no bytes: pickle writes them.
+        """
         content = np.frombuffer(buffer.raw(), np.uint8)
         if self.place.zone is not Zone.SHARED or not content.nbytes:
             return None

@@ -47,9 +47,7 @@ from zerocopy.errors import (
 R = TypeVar("R")
 
 OWNER_TIMEOUT_MS = 2000  # an owner that does not answer in this time counts as busy, and so as alive
-LOOK_TIMEOUT_MS = (
-    1000  # the same during a wait for objects. If it has passed, the node of the owner must be alive instead
-)
+LOOK_TIMEOUT_MS = 1000  # the same during a wait for objects. After it, the owner's node must be alive instead
 HERE_SECONDS = 0.2  # enough for objects that are on this node. During this time, no other thread can get objects
 WAIT_SECONDS = 0.25  # of each wait for objects of other nodes. Waits of several threads run one after the other
 LOOK_SECONDS = 1.0  # between two checks whether copies exist
@@ -229,7 +227,7 @@ def _located(refs: Collection[ray.ObjectRef[Any]], timeout_ms: int = OWNER_TIMEO
 
 
 def put_plainly(value: object) -> ray.ObjectRef[Any]:
-    """Put `value` while nothing is serialized. It is pickled by value for the registry, and so uses nothing of this file."""
+    """Put `value` while nothing is serialized. The registry gets this function by value, so it uses nothing of this file."""
     return ray.put(value)
 
 

@@ -42,14 +42,14 @@ def without_aliases(storages: Iterable[Storage], places: Mapping[object, Placeme
 
 
 class Cut(NamedTuple):
-    """The maximum size of shards: `least` bytes, or the total size divided by `parts`, if that is more."""
+    """The maximum size of shards: `least` bytes, or the total divided by `parts`, if that is more. One storage may be larger."""
 
     least: int
     parts: int
 
 
 ORDINARY = Cut(512 * MB, 8)
-STREAMED = Cut(MB, 16)  # for publishes that free the source of each shard before the next shard is written
+STREAMED = Cut(MB, 16)  # for names, and for publishes that free the source of each shard before the next is written
 
 
 def layout(sizes: Sequence[int], root_ends: Iterable[int], cut: Cut = ORDINARY) -> list[list[int]]:
