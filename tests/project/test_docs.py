@@ -11,6 +11,8 @@ import pytest
 from conftest import run_python
 from typed_pages import program_of
 
+import zerocopy
+
 ROOT = Path(__file__).parents[2]
 PAGES = {
     "docs/checkpoints.md": "110",
@@ -62,6 +64,12 @@ def test_the_map_of_the_house_is_complete() -> None:
     named = dict(re.findall(r"^\| `(\w+)/` \| (.*?) \|", page, re.MULTILINE))
     wings = {path.parent.name: path.read_text() for path in (ROOT / "zerocopy").glob("_*/__init__.py")}
     assert {wing: f'"""{question}"""\n' for wing, question in named.items()} == wings
+
+
+def test_the_reference_has_every_public_name() -> None:
+    """Each name of `zerocopy.__all__` has an entry of its own in the API reference."""
+    entries = set(re.findall(r"^\.\. [\w:]+:: zerocopy\.(\w+)$", (ROOT / "docs/api.md").read_text(), re.MULTILINE))
+    assert {*zerocopy.__all__} - {"__version__"} <= entries
 
 
 def test_troubleshooting_is_keyed_by_real_texts() -> None:

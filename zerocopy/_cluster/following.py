@@ -294,11 +294,7 @@ class Watcher:
         with self._lock:
             if self._woken.done():
                 self._woken = concurrent.futures.Future()
-            woken = self._woken
-            known: dict[tuple[str, str | int], int] = {}
-            for one in self._followed:
-                which = one.key.name, one.key.which
-                known[which] = one.seen if known.get(which, one.seen) == one.seen else NOT_AGREED
+            woken, known = self._woken, self._known()
         held = self._holdings.digests()
         registry = self._registry_now()
         reply = client.submit(registry, "poll", known, held, self._id).future()
@@ -313,6 +309,14 @@ class Watcher:
                 number = changed.get((one.key.name, one.key.which), one.seen)
                 if number != one.seen:
                     each.callback(one.note, number)
+
+    def _known(self) -> dict[tuple[str, str | int], int]:
+        """The numbers of the newest versions that all followers of a name or alias have seen."""
+        known: dict[tuple[str, str | int], int] = {}
+        for one in self._followed:
+            which = one.key.name, one.key.which
+            known[which] = one.seen if known.get(which, one.seen) == one.seen else NOT_AGREED
+        return known
 
     def _registry_now(self) -> Any:
         """Return the registry. If it is a new one, look up again the versions that are followed without a device.
