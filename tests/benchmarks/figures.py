@@ -108,10 +108,11 @@ def summary_figures(results: Results) -> dict[str, Figure]:
     """What the page begins with: figures of all models side by side, by title."""
     counts = [count for count in worker_counts(results) if count <= 4]
     memory = {f"Memory over the model's bytes, with {count} workers": memory_at(count) for count in counts[-1:]}
+    load = {f"Load in a worker, with {count} workers, ms": load_at(count) for count in counts[-1:]}
     steady = {"Steady forward over that of a private copy, in batches of 32": STEADY_32}
     return {
         **memory,
-        "Load in a worker, ms": FIRST_LOAD,
+        **(load or {"Load in a worker, ms": FIRST_LOAD}),
         "A task call given the model, over an empty one": CALL,
         **steady,
     }

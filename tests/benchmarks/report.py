@@ -30,9 +30,8 @@ Every figure is from a run of this command, on the machine below:
 ```
 
 `nox -s bench` measures everything, for hours. With `--resume`, it continues an interrupted run, or adds models and figures to
-a finished one.
-`nox -s bench -- --quick` measures a small part in minutes. `nox -s bench -- module:build` measures a model of your own, where
-`build` is a function without arguments that returns it.
+a finished one. The page shows all trials that were taken until now. `nox -s bench -- --quick` measures a small part in minutes.
+`nox -s bench -- module:build` measures a model of your own, where `build` is a function without arguments that returns it.
 
 Figures are medians over fresh processes, with the lowest and the highest value in parentheses. Each trial measures loads and
 publishing in three workers. Systems take turns. "failed" means that a system cannot do something: its error is below the
@@ -164,13 +163,14 @@ def _summary(results: Results) -> list[str]:
 
 
 def _across(results: Results, models: Sequence[str]) -> Iterator[Table]:
-    headers = ["", *(results["models"][model]["title"] for model in models)]
     for title, figure in figures.summary_figures(results).items():
+        told = [model for model in models if _is_told(results, model, figure)]
         rows = [
-            [name, *(_cell(results, model, system, figure) for model in models)]
+            [name, *(_cell(results, model, system, figure) for model in told)]
             for system, name in results["systems"].items()
         ]
-        if any(_is_told(results, model, figure) for model in models):
+        if told:
+            headers = ["", *(results["models"][model]["title"] for model in told)]
             yield title, headers, [row for row in rows if any(row[1:])]
 
 
