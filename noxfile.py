@@ -122,9 +122,8 @@ def package(session: nox.Session) -> None:
     session.install("build")
     session.run("python", "-m", "build", "--outdir", "dist")
     for archive in sorted(Path("dist").glob(f"zerocopy_ray-{PROJECT['project']['version']}*")):
-        with (
-            tempfile.TemporaryDirectory() as name
-        ):  # the checkout cannot be imported there; the path of the session's own folder is too long for sockets
+        # The checkout cannot be imported there. The path of the session's own folder is too long for sockets.
+        with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             session.run("python", "-m", "venv", str(folder / "venv"))
             python, script = (str(folder / "venv/bin" / command) for command in ("python", "zerocopy"))

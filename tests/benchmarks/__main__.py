@@ -127,7 +127,7 @@ def _parser() -> argparse.ArgumentParser:
         "--names", action="store_true", help="what names and versions cost, and nothing else: a few minutes"
     )
     parser.add_argument(
-        "--resume", action="store_true", help="go on with the run in the output folder: take the trials that it lacks"
+        "--resume", action="store_true", help="continue the run in the output folder: take the trials that it lacks"
     )
     parser.add_argument("--show", type=Path, metavar="JSON", help="take no trials: print and plot these results again")
     return parser

@@ -103,7 +103,11 @@ def _line_plot(
         low = [summary.median - summary.low for summary in points.values()]
         high = [summary.high - summary.median for summary in points.values()]
         style = {"color": _color(results, system), "label": results["systems"][system], "marker": "o", "capsize": 2}
-        width = {"markersize": 6 + 1.5 * place, "linewidth": 1.5 + 0.6 * place, "zorder": 3 - 0.1 * place}
+        width: dict[str, Any] = {
+            "markersize": 6 + 1.5 * place,
+            "linewidth": 1.5 + 0.6 * place,
+            "zorder": 3 - 0.1 * place,
+        }
         axes.errorbar(list(points), middles, yerr=[low, high], **style, **width)
     axes.set(title=title, xlabel=x, ylabel=y)
     if logarithmic:  # on both axes: what grows as fast as `x` is a straight line, as steep for all

@@ -19,8 +19,8 @@ FILE = "results.json"
 Table = tuple[str, list[str], list[list[str]]]  # title, headers, rows
 
 SUMMARY = """\
-What users feel is how much memory the workers take, how soon they are ready, and whether the model then runs as fast as one of
-their own. Milliseconds of a load matter less: all systems that share memory load fast."""
+Three things matter most: the memory that the workers take, the time until they are ready, and whether the model then runs as fast
+as a private copy. The milliseconds of a load matter less: all systems that share memory load fast."""
 
 HOW = """\
 Every figure is from a run of this command, on the machine below:

@@ -67,8 +67,8 @@ def run(
     """Take all trials; `save` is given the results after each.
 
     Args:
-        earlier: results of a run to go on with: it was interrupted, or lacks models, figures or repeats of `choice`. A
-            comparison that it had begun is taken again as a whole: no ratio is of two sittings.
+        earlier: results of a run to continue: it was interrupted, or lacks models, figures or repeats of `choice`. A comparison
+            that had only begun is repeated as a whole, so that no ratio mixes two sittings.
 
     Raises:
         ModelError: a model could not be made.
@@ -103,12 +103,13 @@ def _require_comparable(earlier: dict[str, Any], choice: Choice, here: dict[str,
         differing.append("machine or versions")
     if differing:
         raise ArgumentError(
-            f"The run to go on with had other {', '.join(differing)}.",
+            f"The earlier run had other {', '.join(differing)}.",
             hint="resume it with its own options, on its kind of machine, or start a new one.",
         )
 
 
 def _with_all_of(earlier: dict[str, Any], choice: Choice) -> Choice:
+    """The choice, with the models, measures and repeats of the earlier run."""
     settings = earlier["settings"]
     return attrs.evolve(
         choice,
@@ -133,8 +134,8 @@ def _comparison_of(told: dict[str, Any]) -> tuple[int, str, str]:
 
 def machine() -> dict[str, Any]:
     """What the figures hold for: processors, memory, versions. No names of hosts or folders."""
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    system = {"cores": len(os.sched_getaffinity(0)), "processor": _processor(), "memory": round(memory, -8)}
+    nbytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    system = {"cores": len(os.sched_getaffinity(0)), "processor": _processor(), "memory": round(nbytes, -8)}
     return {**system, "system": platform.system(), "versions": {"python": platform.python_version(), **_versions()}}
 
 
@@ -169,8 +170,9 @@ def _facts(name: str, tell: Callable[[str], None]) -> dict[str, Any]:
 
 
 def _plan(choice: Choice, facts: dict[str, Any]) -> Iterator[tuple[Trial, int]]:
-    """One model after the other: a run in several sittings completes some. Systems take turns inside each measure, so
-    that what changes on the machine meets all of them.
+    """Go through the models one by one, so that a run in several sittings completes some of them.
+
+    Inside each measure, the systems take turns, so that changes of the machine affect all of them.
     """
     for model, told in facts.items():
         for repeat in range(choice.repeats):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import pickle
@@ -300,13 +301,20 @@ def test_an_interrupted_run_goes_on(
     memory = [trial for trial in told["trials"] if trial["measure"] == "memory"]
     path.write_text(json.dumps({**told, "trials": memory}))
     words = refused(capsys, *chosen, *both, "--systems", "zerocopy,plain", "--resume")
-    assert "The run to go on with had other systems." in words
+    assert "The earlier run had other systems." in words
     assert main([*chosen, "--figures", "times", "--resume"]) == 0
     errors = capsys.readouterr().err
     assert [line[:5] for line in errors.splitlines() if line.startswith("[")] == ["[2/2]"]
     trials = read(folder)["trials"]
     assert trials[:1] == memory
     assert [trial["measure"] for trial in trials] == ["memory", "times", "times", "times"]
+    more = ["--models", "own_models:small", "--figures", "times", "--repeats", "2", "--resume"]
+    assert main([*chosen, *more]) == 0
+    told = read(folder)
+    assert told["trials"][:4] == trials
+    found = {(one["model"], one["measure"], one["repeat"] // runner.SAMPLES) for one in told["trials"]}
+    wanted = [("own_models:build", "own_models:small"), ("memory", "times"), (0, 1)]
+    assert found == set(itertools.product(*wanted))
 
 
 def test_a_comparison_is_of_one_sitting() -> None:

@@ -311,7 +311,7 @@ class Watcher:
                     each.callback(one.note, number)
 
     def _known(self) -> dict[tuple[str, str | int], int]:
-        """The numbers of the newest versions that all followers of a name or alias have seen."""
+        """By name and alias or number, the version that its followers have seen, or `NOT_AGREED`. The caller holds the lock."""
         known: dict[tuple[str, str | int], int] = {}
         for one in self._followed:
             which = one.key.name, one.key.which
