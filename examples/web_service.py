@@ -1,6 +1,6 @@
 """How do I serve a model over HTTP with several replicas that share one copy, and update it without downtime?
 
-Bind `zerocopy.lookup(name)`, and publish under that name again. Needs ray[serve].
+Bind `zerocopy.lookup(name)`, and publish under that name again. Needs zerocopy-ray[serve].
 
 python examples/web_service.py
 """

@@ -73,7 +73,7 @@ def _check_live(obj: object, what: str) -> None:
     """Refuse a publication: it holds no tensors, so there would be nothing to check."""
     if isinstance(obj, Handle):
         raise ArgumentError(
-            f"{what}() expects a loaded pipeline, got a publication.", hint="pass what its load() returns."
+            f"{what}() expects a loaded pipeline, got a publication.", hint="pass the pipeline that its load() returns."
         )
 
 

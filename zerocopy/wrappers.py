@@ -39,7 +39,7 @@ class ModelWrapper(Generic[T]):
         name = type(self).__name__
         if not isinstance(skeleton, (Publication, RemoteModel)) or model_info is None:
             raise ArgumentError(
-                f"{name}() takes what serialize() gave, got {type(skeleton).__name__!r}.",
+                f"{name}() expects the result of serialize(), got {type(skeleton).__name__!r}.",
                 hint=f"for a model or an object with models write {name}.from_model(...).",
             )
         self._skeleton = skeleton
@@ -376,7 +376,7 @@ def rewrite_pipeline(pipeline: T, method_names: Sequence[str] | None = ("__call_
 def _wrapper_of(found: Any, what: str, source: str) -> ModelWrapper[Any]:
     if not isinstance(found, ModelWrapper):
         raise ArgumentError(
-            f"{what} expects what {source} returned, got {type(found).__name__!r}.", hint=f"call {source} first."
+            f"{what} expects the result of {source}, got {type(found).__name__!r}.", hint=f"call {source} first."
         )
     return found
 

@@ -1,1 +1,1 @@
-"""Measures zerocopy against the other ways to give a model to Ray workers: `nox -s bench -- --help`."""
+"""Compares zerocopy with the other ways to give a model to Ray workers. See `nox -s bench -- --help`."""

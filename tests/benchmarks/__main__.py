@@ -1,4 +1,4 @@
-"""The command line: `nox -s bench -- [module:build ...]`, which runs `python -m benchmarks` with `tests` on `PYTHONPATH`."""
+"""The command line. `nox -s bench -- [module:build ...]` runs `python -m benchmarks` with `tests` on `PYTHONPATH`."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from zerocopy.errors import ZeroCopyError
 
 T = TypeVar("T")
 QUICK = {"models": ["bert"], "systems": ["zerocopy", "ray-zerocopy", "plain"], "repeats": 1, "workers": [4]}
-QUICK_NAMES = 0.1  # of the effort
-FULL, SMALL = "bert", "stack"  # the models that names are measured with
+QUICK_NAMES = 0.1  # the effort for names and versions in a quick run
+FULL, SMALL = "bert", "stack"  # the models for names and versions: in a full run, and in a quick one
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the benchmark, or print an earlier one's tables; the exit status."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception: the trial under way is ended too
+    """Run the benchmark, or show the results of an earlier run. Returns the exit status."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exception, so that the running trial is ended too
     parser = _parser()
     options = parser.parse_args(arguments)
     try:
@@ -47,14 +47,14 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _names(options: argparse.Namespace) -> dict[str, Any]:
-    """The figures of names and versions."""
+    """Measure names and versions."""
     repeats = options.repeats or _default(options, "repeats", 3)
     effort = QUICK_NAMES if options.quick else 1.0
     return budget.take(SMALL if options.quick else FULL, repeats, effort, _tell)
 
 
 def _renew_names(options: argparse.Namespace) -> int:
-    """Take the figures of names and versions, and write them and their section alone; the exit status."""
+    """Measure names and versions, and write only their figures and their section. Returns the exit status."""
     told = _names(options)
     print(budget.terminal(told))
     path, page = options.output / "benchmarks" / report.FILE, options.output / "benchmarks.md"
@@ -81,7 +81,10 @@ def _default(options: argparse.Namespace, name: str, full: T) -> T:
 
 
 def _figures(options: argparse.Namespace) -> Sequence[str]:
-    """All, but the Llamas of growing depth belong to the models here, not to one of the user's."""
+    """The default figures: memory and times in a quick run, otherwise all.
+
+    `scale` and `names` have their own models. They are left out if the user has chosen models.
+    """
     return runner.MEASURES[:2] if options.quick else runner.MEASURES[: 4 if options.own or options.models else 6]
 
 
@@ -94,7 +97,7 @@ def _write(results: dict[str, Any], output: Path) -> None:
 
         images = [path.relative_to(output).as_posix() for path in plots.draw(results, folder)]
     else:
-        _tell("No plots: matplotlib is missing. Hint: install zerocopy-ray[bench].")
+        _tell("No plots: matplotlib is missing. Hint: pip install matplotlib.")
     page = output / "benchmarks.md"
     page.write_text(report.page(results, images))
     _tell(f"Written: {page} and {folder}")
@@ -107,29 +110,35 @@ def _tell(line: str) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="nox -s bench --",
-        description="Compare zerocopy with the other ways to give a model to Ray workers, in fresh processes taken in turn.",
+        description="Compare zerocopy with other ways to give a model to Ray workers, each trial in a new process.",
     )
     parser.add_argument(
-        "own", nargs="*", metavar="module:build", type=_model, help="a function that returns your model"
+        "own",
+        nargs="*",
+        metavar="module:build",
+        type=_model,
+        help="a function without arguments that returns your model",
     )
-    parser.add_argument("--models", type=_several(_model), help=f"of {', '.join(models.names())}, llama<layers>")
-    parser.add_argument("--systems", type=_several(_system), help=f"of {', '.join(systems.SYSTEMS)}")
-    parser.add_argument("--figures", type=_several(_measure), help=f"of {', '.join(runner.MEASURES)}")
-    parser.add_argument("--repeats", type=_count, help="fresh processes for each figure (3)")
+    parser.add_argument("--models", type=_several(_model), help=f"some of {','.join(models.names())},llama<layers>")
+    parser.add_argument("--systems", type=_several(_system), help=f"some of {','.join(systems.SYSTEMS)}")
+    parser.add_argument("--figures", type=_several(_measure), help=f"some of {','.join(runner.MEASURES)}")
+    parser.add_argument("--repeats", type=_count, help="how many new processes measure each figure (3)")
     parser.add_argument(
-        "--workers", type=_several(_count), help="how many share a model when memory is measured (1,4,8)"
-    )
-    parser.add_argument("--output", type=Path, default=Path("build/bench"), help="folder of the page (build/bench)")
-    parser.add_argument(
-        "--quick", action="store_true", help="memory and times of one model and three systems, once: about two minutes"
-    )
-    parser.add_argument(
-        "--names", action="store_true", help="what names and versions cost, and nothing else: a few minutes"
+        "--workers", type=_several(_count), help="how many workers share a model in the memory figures (1,4,8)"
     )
     parser.add_argument(
-        "--resume", action="store_true", help="continue the run in the output folder: take the trials that it lacks"
+        "--output", type=Path, default=Path("build/bench"), help="folder for the page and the results (build/bench)"
     )
-    parser.add_argument("--show", type=Path, metavar="JSON", help="take no trials: print and plot these results again")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="measure memory and times of one model with three systems (about 2 minutes)",
+    )
+    parser.add_argument("--names", action="store_true", help="measure only names and versions (a few minutes)")
+    parser.add_argument(
+        "--resume", action="store_true", help="continue the run in the output folder: take only the missing trials"
+    )
+    parser.add_argument("--show", type=Path, metavar="JSON", help="print and plot these results again; take no trials")
     return parser
 
 

@@ -1,9 +1,10 @@
-"""What names and versions may cost: each figure with its goal, as a section of the page that is written by itself."""
+"""What do names and versions cost? The figures and goals are one section of the page, which can be written alone."""
 
 from __future__ import annotations
 
 import json
 import re
+import subprocess
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,9 +16,8 @@ from benchmarks.trial import Trial
 from zerocopy._tables import as_text
 
 TITLE = "Names and versions"
-WORKERS = (
-    8  # beyond those that the peers take: Ray soon ends more, and each publication would start its store tasks' anew
-)
+# More than the peers take. Ray soon ends idle workers beyond this number, and each publication would start new ones.
+WORKERS = 8
 WHAT = """\
 This section is about weights that have a name. `nox -s bench -- --names` measures them, and writes this section alone. The \
 model is {title} ({megabytes:.0f} MB). All its storages have different contents. The figures are medians of {repeats} fresh \
@@ -27,8 +27,8 @@ processes, with the lowest and the highest value in parentheses. {cores} cores (
   before the model was created. The model is included.
 - **A version** changes {changed:.0%} of the bytes of the previous one, or a little less, because whole storages change.
 - **An update** is the time from the request of the commit until `current()` is the new version in the last of four processes.
-- **Resolves** come from three processes, with a hundred calls in flight in each. The clients take most of the machine's time. So
-  the rate of one core is calculated from the registry's own processor time.
+- **Resolves** come from three processes, with up to a hundred calls in flight in each. The clients take most of the machine's
+  time. So the rate of one core is calculated from the registry's own processor time.
 - **Rollouts** are versions that are published and rolled back while actors, tasks, a stream, Ray Data and Serve receive calls
   without a pause."""
 
@@ -38,10 +38,10 @@ class Row:
     """A figure and its goal.
 
     Attributes:
-        what: is measured.
-        key: of the figure.
+        what: describes the figure in the table.
+        key: the name of the figure in the results.
         goal: in words; empty if there is none.
-        digits: after the point; None for yes or no.
+        digits: the number of digits after the decimal point; None for yes or no.
     """
 
     what: str
@@ -80,14 +80,16 @@ ROWS = [
 
 
 def take(model: str, repeats: int, effort: float, tell: Callable[[str], None]) -> dict[str, Any]:
-    """Take all figures, each trial in a fresh process.
+    """Measure all figures, each trial in a new process. Rollouts are measured once, and only with full effort.
 
     Raises:
-        runner.TrialError: one has failed.
+        runner.TrialError: a trial has failed.
     """
     size = sum(storage.nbytes() for storage in models.storages(models.find(model).build()))
-    trials: list[dict[str, float]] = [_rollout()] if effort == 1 else []
+    trials: list[dict[str, float]] = []
     for repeat in range(repeats):
+        if effort == 1:
+            trials.append(_rollout())
         trial = Trial(model, measure="names", workers=WORKERS, store=runner.store_for(size), effort=effort)
         trials.append(_taken(trial, repeat)["samples"][0]["figures"])
         tell(f"[{repeat + 1}/{repeats}] names")
@@ -103,11 +105,14 @@ def _taken(trial: Trial, repeat: int) -> dict[str, Any]:
 
 
 def _rollout() -> dict[str, float]:
-    """What callers see while versions are rolled out."""
-    output, errors, code = runner.run_apart([str(runner.FOLDER / "live_update.py")], {})
+    """Run `live_update.py`, which counts what callers get while versions are rolled out."""
+    try:
+        output, errors, code = runner.run_apart([str(runner.FOLDER / "live_update.py")], {})
+    except subprocess.TimeoutExpired:
+        raise runner.TrialError(f"live_update.py took longer than {runner.SECONDS} seconds.") from None
     if code:
         raise runner.TrialError(f"live_update.py ended with code {code}: {errors.strip().splitlines()[-1:]}")
-    report, _ = json.JSONDecoder().raw_decode(output, output.index("{\n"))  # Ray may print, too
+    report, _ = json.JSONDecoder().raw_decode(output, output.index("{\n"))  # Ray may also print something
     kinds = report["kinds"].values()
     return {
         "rollout_calls": sum(kind["calls"] for kind in kinds),
@@ -118,7 +123,7 @@ def _rollout() -> dict[str, float]:
 
 
 def section(told: dict[str, Any]) -> str:
-    """The section of the page, in Markdown."""
+    """The section of the page as Markdown."""
     machine, settings = told["machine"], told["settings"]
     words = WHAT.format(
         title=models.find(settings["model"]).title,
@@ -159,7 +164,7 @@ def _text(summary: Summary, digits: int | None) -> str:
 
 
 def put_into(page: str, new: str) -> str:
-    """A page with a section anew, where it was, or else before the first model; other sections stay as they are."""
+    """The page with the new section, in the place of the old one, or after "The machine", or at the end."""
     parts = re.split(r"^(?=## )", page, flags=re.MULTILINE)
     others = [part for part in parts if not part.startswith(f"## {TITLE}\n")]
     place = next((number for number, part in enumerate(parts) if part.startswith(f"## {TITLE}\n")), len(others))

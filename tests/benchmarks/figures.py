@@ -1,4 +1,4 @@
-"""What is told of the trials: each figure with its unit, medians and their spread."""
+"""How are figures computed from the results of the trials? Each figure has a unit, a median and a spread."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import attrs
 
 from benchmarks.models import STATED
 
-Results = Mapping[str, Any]  # what `runner` collects, and what the JSON file holds
-Read = Callable[[Mapping[str, Any], int], float]  # from a trial's figures and the model's bytes
+Results = Mapping[str, Any]  # what `runner` collects; the JSON file contains the same
+Read = Callable[[Mapping[str, Any], int], float]  # takes the figures of a trial and the model's bytes
 
 
 @attrs.frozen
@@ -19,13 +19,13 @@ class Figure:
     """One column of a table.
 
     Attributes:
-        title: what the column says.
+        title: the heading of the column.
         unit: `x` (a ratio), `ms`, `rows/s` or `yes/no`.
         measure: the kind of trial that it comes from.
-        read: the figure, from what a trial told; KeyError if it told none.
-        workers: only trials with so many workers count, if given.
-        since: take off the same figure with so many workers, in the same repeat.
-        reference: divide by the same figure of this system, in the same repeat.
+        read: computes the figure from the result of a trial. Raises KeyError if the trial does not have the figure.
+        workers: if given, only trials with this number of workers count.
+        since: if given, the same figure with this number of workers, in the same repeat, is subtracted.
+        reference: if given, the figure is divided by the same figure of this system, in the same repeat.
     """
 
     title: str
@@ -47,11 +47,11 @@ class Summary:
 
     @classmethod
     def of(cls, values: list[float]) -> Summary:
-        """Of some values, at least one."""
+        """The summary of one or more values."""
         return cls(median(values), min(values), max(values))
 
     def text(self, unit: str) -> str:
-        """The median, and from where to where the values went if they differ."""
+        """The median, and if the values differ, the lowest and the highest one. For `yes/no`: yes, no or at times."""
         if unit == "yes/no":
             return {0.0: "no", 1.0: "yes"}.get(self.median, "at times") if self.low == self.high else "at times"
         middle, low, high = (_digits(value, unit) for value in (self.median, self.low, self.high))
@@ -94,7 +94,7 @@ ROWS = Figure("map_batches, rows/s", "rows/s", "rows", lambda told, _: float(tol
 
 
 def tables(results: Results) -> dict[str, list[Figure]]:
-    """The tables of a model, by title, each with its columns."""
+    """The columns of each table of a model, by the title of the table."""
     return {
         "Memory over the model's bytes": [*_memory(results), PEAK, SEEN],
         "Load, as more workers use the model": [load_at(count) for count in worker_counts(results)],
@@ -105,7 +105,7 @@ def tables(results: Results) -> dict[str, list[Figure]]:
 
 
 def summary_figures(results: Results) -> dict[str, Figure]:
-    """What the page begins with: figures of all models side by side, by title."""
+    """The figures at the beginning of the page, by title. The page shows them for all models, side by side."""
     counts = [count for count in worker_counts(results) if count <= 4]
     memory = {f"Memory over the model's bytes, with {count} workers": memory_at(count) for count in counts[-1:]}
     load = {f"Load in a worker, with {count} workers, ms": load_at(count) for count in counts[-1:]}
@@ -119,19 +119,19 @@ def summary_figures(results: Results) -> dict[str, Figure]:
 
 
 def memory_at(workers: int) -> Figure:
-    """Memory of the tree with so many workers."""
+    """The memory that the process tree has gained with this number of workers, divided by the model's bytes."""
     return Figure(f"{workers} worker{'s' * (workers > 1)}", "x", "memory", _taken, workers)
 
 
 def load_at(workers: int) -> Figure:
-    """Loads of the workers that were added last, with so many using the model."""
+    """The load time of the workers that were added last to reach this number of workers."""
     return Figure(
         f"load with {workers} worker{'s' * (workers > 1)}, ms", "ms", "memory", _milliseconds("load"), workers
     )
 
 
 def worker_counts(results: Results) -> list[int]:
-    """The numbers of workers that memory was measured with."""
+    """The numbers of workers with which memory was measured, in ascending order."""
     return sorted({trial["workers"] for trial in results["trials"] if trial["measure"] == "memory"})
 
 
@@ -144,13 +144,13 @@ def _memory(results: Results) -> Iterator[Figure]:
 
 
 def summary(results: Results, model: str, system: str, figure: Figure) -> Summary | None:
-    """A figure over all repeats, or None if no trial told it."""
+    """A figure over all repeats, or None if no trial has it."""
     told = values(results, model, system, figure)
     return Summary.of(list(told.values())) if told else None
 
 
 def values(results: Results, model: str, system: str, figure: Figure) -> dict[int, float]:
-    """A figure by repeat, of those that told it: the median where several trials of a repeat did."""
+    """A figure by repeat, for the repeats that have it. If several trials of a repeat have it, it is their median."""
     if figure.since is not None:
         less = values(results, model, system, attrs.evolve(figure, workers=figure.since, since=None))
         more = values(results, model, system, attrs.evolve(figure, since=None))
@@ -167,14 +167,14 @@ def _told(results: Results, model: str, system: str, figure: Figure) -> dict[int
     for trial in trials(results, model, system, figure):
         try:
             value = figure.read(trial["figures"], size)
-        except KeyError:  # failed, or this system has no such figure
+        except KeyError:  # the trial has failed, or its system has no such figure
             continue
         found.setdefault(trial["repeat"], []).append(value)
     return {repeat: median(values) for repeat, values in found.items()}
 
 
 def trials(results: Results, model: str, system: str, figure: Figure) -> Iterator[Mapping[str, Any]]:
-    """The trials that a figure is read from."""
+    """The trials from which a figure is read."""
     for trial in results["trials"]:
         same = (trial["model"], trial["system"], trial["measure"]) == (model, system, figure.measure)
         if same and figure.workers in (None, trial["workers"]):
@@ -182,6 +182,6 @@ def trials(results: Results, model: str, system: str, figure: Figure) -> Iterato
 
 
 def family(results: Results) -> list[str]:
-    """The Llamas that differ in depth alone, fewest modules first."""
+    """The Llamas that differ only in depth, fewest modules first."""
     depths = (model for model in results["models"] if STATED.fullmatch(model))
     return sorted(depths, key=lambda model: int(results["models"][model]["modules"]))

@@ -1,4 +1,4 @@
-"""How each figure is taken, inside a trial: memory, times, task calls, rows a second."""
+"""How is each figure measured inside a trial? Memory, times, calls of tasks, and rows per second."""
 
 from __future__ import annotations
 
@@ -19,27 +19,29 @@ from benchmarks import memory as processes
 from benchmarks import models, systems, workers
 from benchmarks.trial import Trial
 
-ROUNDS = 6  # calls are timed in rounds, each kind in turn
-CALLS = 50  # in a round, unless they are so slow that
-ROUND_SECONDS = 1.0  # are over
-WARM = 3  # calls of each round that do not count
+ROUNDS = 6  # calls are timed in rounds, in which the kinds of calls take turns
+CALLS = 50  # the maximum that counts, for each kind in a round
+ROUND_SECONDS = 1.0  # a kind gets no more calls in a round after this time
+WARM = 3  # the first calls of each kind in a round do not count
 PUTS = 3
-SPARE = 32 << 20  # bytes of the store touched beside those of the model: a publication holds more than its bytes
+SPARE = 32 << 20  # bytes of the store to use beside the model's, because a publication has more than the model's bytes
 
-Samples: TypeAlias = list[
-    dict[str, Any]
-]  # each with `figures`, and what tells it from others of a trial: `sample`, `workers`
+# Each sample has `figures`. If a trial has several samples, `sample` or `workers` distinguishes them.
+Samples: TypeAlias = list[dict[str, Any]]
 
 
 def facts(name: str) -> dict[str, Any]:
-    """How large the model is: bytes of memory, and modules."""
+    """The bytes of a model, the number of its modules, and whether its inputs are known, so that it can run."""
     model = models.find(name).build()
     size = sum(storage.nbytes() for storage in models.storages(model))
     return {"bytes": size, "modules": sum(1 for _ in model.modules()), "runs": models.run(model)}
 
 
 class Stage:
-    """What every measure sets up: a system, a model, workers, everything imported and used once with a tiny model."""
+    """The set-up of a trial that compares systems: a system, a model, and workers.
+
+    The system has published a tiny model, and the workers have used it, so that imports and one-time set-up are done.
+    """
 
     def __init__(self, trial: Trial, folder: Path) -> None:
         self.trial = trial
@@ -53,18 +55,21 @@ class Stage:
         ray.get([worker.warm.remote(handle) for worker in self.workers])
 
     def publish(self, model: nn.Module, build: systems.Build) -> Any:
-        """Publish by the system."""
+        """Publish a model with the system."""
         return self.system.publish(model, build, self.folder)
 
     def dismiss(self) -> None:
-        """End the workers: tasks and Ray Data need the processors."""
+        """End the workers, because tasks and Ray Data need their CPUs."""
         for worker in self.workers:
             ray.kill(worker)
         self.workers.clear()
 
 
 def memory(trial: Trial, folder: Path) -> Samples:
-    """Memory of the whole process tree above its own, as more and more workers use the model, and of publishing at its peak."""
+    """The memory that the process tree gains for each number of workers, and the peak while the model is published.
+
+    Also the load times, and whether one worker sees what another one writes to the weights.
+    """
     stage, root = Stage(trial, folder), os.getpid()
     gc.collect()
     base = processes.settled(root)
@@ -92,7 +97,10 @@ def memory(trial: Trial, folder: Path) -> Samples:
 
 
 def times(trial: Trial, folder: Path) -> Samples:
-    """For each worker: seconds to publish, to put the same bytes, to load twice and to run once; of the first, steady runs."""
+    """For each worker, seconds to put the model's bytes, to publish the model, to load it twice and to run it once.
+
+    For the first worker, also the time of steady forwards, divided by that of a private copy.
+    """
     stage = Stage(trial, folder)
     return [
         {"sample": number, "figures": _times(stage, worker, is_steady=number == 0)}
@@ -120,7 +128,7 @@ def _times(stage: Stage, worker: Any, is_steady: bool) -> dict[str, float]:
 
 
 def calls(trial: Trial, folder: Path) -> Samples:
-    """Median seconds of a warm task call, one at a time, and of one that does nothing and is given nothing."""
+    """Median seconds of warm calls, one at a time: of tasks that receive the model, and of a task that does nothing."""
     stage = Stage(trial, folder)
     stage.dismiss()
     model = stage.model.build()
@@ -133,9 +141,10 @@ def calls(trial: Trial, folder: Path) -> Samples:
 
 
 def rows(trial: Trial, folder: Path) -> Samples:
-    """Rows a second of Ray Data's `map_batches` over a pool of workers.
+    """Rows per second of Ray Data's `map_batches` with a pool of workers.
 
-    Each worker is timed from its load, with everything imported, to the end of its last batch; the pool's rate is their sum.
+    Each worker is timed from the start of its load to the end of its last batch. All imports are done before. The rate
+    of the pool is the sum of the rates of its workers.
     """
     stage = Stage(trial, folder)
     stage.dismiss()
@@ -170,7 +179,7 @@ def _nothing() -> None:
 
 
 def _seconds(call: Callable[[], Any]) -> list[float]:
-    """Of a round of calls, without the first ones, which start or find a worker."""
+    """The seconds of each call in a round, without the first calls, which start or find a worker."""
     taken: list[float] = []
     while len(taken) < WARM + 1 or (len(taken) < WARM + CALLS and sum(taken) < ROUND_SECONDS):
         start = time.perf_counter()
@@ -180,7 +189,7 @@ def _seconds(call: Callable[[], Any]) -> list[float]:
 
 
 def _put_seconds(model: nn.Module) -> float:
-    """Of `ray.put` for the model's bytes, one array a storage, into pages of the store that were used before."""
+    """Median seconds to `ray.put` the model's bytes, one array per storage. The pages of the store were used before."""
     views = [torch.empty(0, dtype=torch.uint8).set_(storage).numpy() for storage in models.storages(model)]
     wait_until_empty()
     ray.wait([ray.put([*views, np.zeros(SPARE, np.uint8)])])
@@ -196,7 +205,10 @@ def _put_seconds(model: nn.Module) -> float:
 
 
 def wait_until_empty(seconds: float = 20) -> None:
-    """Wait until the store holds no large object: Ray frees some moments after the last reference is gone."""
+    """Wait until the store holds less than 1 MiB, or until the seconds are over.
+
+    Ray frees an object some moments after its last reference is gone.
+    """
     from ray._private import internal_api, state
 
     deadline = time.monotonic() + seconds

@@ -1,7 +1,8 @@
-"""How much memory does a process tree take, now and at its peak: asked of the kernel (Linux), by psutil.
+"""How much memory does a process tree take, now and at its peak? psutil asks the kernel (Linux).
 
-Run as a file it samples the processes named as arguments until its input closes, then prints the largest sum. It is a process
-of its own, without torch, because a thread would wait while the publisher holds the interpreter.
+If this file is run as a program, it samples the processes whose ids are its arguments, until its input closes. Then it
+prints the largest sum. It is a separate process, without torch, because a thread would wait while the publisher holds
+the GIL.
 """
 
 from __future__ import annotations
@@ -19,34 +20,34 @@ import psutil
 
 
 def tree(root: int) -> list[int]:
-    """The process `root` and all that descend from it."""
+    """The process `root` and all its descendants."""
     return [root, *(process.pid for process in psutil.Process(root).children(recursive=True))]
 
 
 def raylets(root: int) -> list[int]:
-    """Of the tree, the processes that hold Ray's object store."""
+    """The raylets among the descendants of `root`. They hold Ray's object store."""
     found = []
     for process in psutil.Process(root).children(recursive=True):
-        with contextlib.suppress(psutil.Error):  # it has ended
+        with contextlib.suppress(psutil.Error):  # the process has ended
             if process.name() == "raylet":
                 found.append(process.pid)
     return found
 
 
 def resident(pids: Iterable[int]) -> int:
-    """Proportional share (PSS) of some processes together, in bytes: with a whole tree, every page counts once."""
+    """The sum of the proportional set sizes (PSS) of processes, in bytes. Pages that only they share count once."""
     return sum(_proportional(pid) for pid in pids)
 
 
 def _proportional(pid: int) -> int:
     try:
         return int(psutil.Process(pid).memory_full_info().pss)
-    except psutil.Error:  # ended, or another user's
+    except psutil.Error:  # the process has ended, or belongs to another user
         return 0
 
 
 def settled(root: int, seconds: float = 20, calm: float = 1.5) -> int:
-    """The tree's bytes once no process has come or gone for `calm` seconds, or after `seconds`."""
+    """The bytes of the tree when no process has started or ended for `calm` seconds, at the latest after `seconds`."""
     deadline, since, before = time.monotonic() + seconds, time.monotonic(), tree(root)
     while time.monotonic() - since < calm and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -57,12 +58,12 @@ def settled(root: int, seconds: float = 20, calm: float = 1.5) -> int:
 
 
 def available() -> int:
-    """Bytes of memory that new processes may take on this machine."""
+    """The bytes of memory that are available to new processes on this machine."""
     return int(psutil.virtual_memory().available)
 
 
 class Peak:
-    """Samples processes from outside between `__enter__` and `__exit__`; then `bytes` is the largest sum of their PSS."""
+    """Samples processes from outside until `__exit__`. Then `bytes` is the largest sum of their PSS."""
 
     def __init__(self, pids: Iterable[int]) -> None:
         self._pids = list(pids)

@@ -1,4 +1,4 @@
-"""What is measured: models made on the spot from their shapes, with no weights fetched."""
+"""Which models are measured? They are created from their configurations. No weights are downloaded."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from zerocopy._cli.inputs import Inputs, inputs_of
 from zerocopy._cli.inputs import run as call
 from zerocopy.errors import ArgumentError
 
-STATED = re.compile(r"llama(\d+)")  # a depth is part of the name
+STATED = re.compile(r"llama(\d+)")  # the depth is a part of the name
 
 
 @attrs.frozen
@@ -24,11 +24,12 @@ class Model:
     """One model to measure.
 
     Attributes:
-        name: what the command line calls it.
-        title: what tables call it.
-        build: makes it. A function of a module, or a partial of one: workers import it.
-        twin: makes a tiny model of the same classes, which pays for imports and one-time set-up before times are taken.
-        rows: how many rows Ray Data is given; none for models too large for a small data set to say anything.
+        name: its name on the command line.
+        title: its name in tables.
+        build: creates the model. It is a function of a module, or a partial of one, because workers import it.
+        twin: creates a tiny model of the same classes (for a user's own model: of linear layers). It is used before
+            anything is measured, so that imports and one-time set-up are done.
+        rows: the number of rows for Ray Data; 0 if it is not measured, for example because the model is too large.
     """
 
     name: str
@@ -39,15 +40,15 @@ class Model:
 
 
 def names() -> list[str]:
-    """The models that a full run measures."""
+    """The names of the models that are measured by default."""
     return ["bert", "llama80", "llama1b", "mlp", "script"]
 
 
 def find(name: str) -> Model:
-    """The model called `name`: one of `names()`, `llama` and a depth, or `module:build`.
+    """The model called `name`: one of `names()`, `stack`, `llama` and a depth, or `module:build`.
 
     Raises:
-        ArgumentError: there is none.
+        ArgumentError: there is no such model.
     """
     if ":" in name:
         return Model(name, name, functools.partial(_built, name), functools.partial(_perceptron, 2, 8), rows=64)
@@ -63,9 +64,10 @@ def find(name: str) -> Model:
 
 
 def run(model: nn.Module, rows: int = 1) -> bool:
-    """Run the model on `rows` rows, if it tells what its input looks like; whether it did.
+    """Run the model on `rows` rows, if its inputs are known. Returns whether it ran.
 
-    As `zerocopy bench` knows it, and TorchScript, which keeps but a width.
+    `zerocopy bench` finds inputs in the same way. In addition, `Perceptron` and TorchScript models may have a `width`.
+    A model with an `example_input_array` runs on this array, whatever `rows` is.
     """
     inputs = _inputs(model, rows)
     if inputs is None:
@@ -75,7 +77,7 @@ def run(model: nn.Module, rows: int = 1) -> bool:
 
 
 def storages(model: nn.Module) -> list[torch.UntypedStorage]:
-    """The memory of all parameters and buffers, each once."""
+    """The storages of all parameters and buffers, each one once."""
     tensors = [*model.parameters(), *model.buffers()]
     return list({tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in tensors}.values())
 
@@ -111,14 +113,14 @@ class Perceptron(nn.Module):
         self.layers = nn.ModuleList([nn.Linear(width, width) for _ in range(layers)])
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        """The last layer's output."""
+        """The output of the last layer."""
         for layer in self.layers:
             rows = layer(rows)
         return rows
 
     @torch.jit.export
     def echo(self, argument: int) -> int:
-        """The argument: what a call costs that computes nothing."""
+        """Return the argument. A call of this method computes nothing."""
         return argument
 
 
@@ -145,7 +147,7 @@ def _llama(*, dtype: torch.dtype = torch.float32, **shape: Any) -> nn.Module:
 
 
 def _filled(make: Callable[[], nn.Module]) -> nn.Module:
-    """The model with constant weights: random ones would take most of a run, and weigh the same."""
+    """A model with constant weights. Random weights would take most of the time of a run, and just as much memory."""
     from transformers.initialization import no_init_weights
 
     with no_init_weights():

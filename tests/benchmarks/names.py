@@ -1,4 +1,4 @@
-"""What names and versions cost, taken inside a trial: memory and bytes written, lookups and updates."""
+"""What do names and versions cost? A trial measures memory, written bytes, lookups, updates, and the registry."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ from benchmarks.measures import wait_until_empty
 from benchmarks.registry import NAME, Figures, commits, count, seconds_of
 from benchmarks.trial import Trial
 
-CHANGED = 0.05  # of the bytes, from one version to the next
+CHANGED = 0.05  # the part of the bytes that changes from one version to the next
 VERSIONS = 20
-PAIRS = 3  # of publications, with a name and without
-DRAWS = 3  # of what changes, where it is drawn anew
+PAIRS = 3  # of publications, one with a name and one without
+DRAWS = 3  # random choices of the parameters that a second version changes
 LOOKUPS = 60
 UPDATES = 10
 PROCESSES = 4
-CALM = 1.0  # seconds that the store does not change until it counts as settled
+CALM = 1.0  # seconds without a change, after which the store is settled
 
 
 def names(trial: Trial, folder: Path) -> list[dict[str, Any]]:
-    """All figures of one trial."""
+    """Measure all figures of one trial."""
     model = models.find(trial.model)
     actor: Any = ray.remote(num_cpus=1)(registry.Peer)
     peers = [actor.remote() for _ in range(PROCESSES)]
-    zerocopy.publish(model.twin(), name=NAME)  # starts the registry, and the processes of store tasks
+    zerocopy.publish(model.twin(), name=NAME)  # starts the registry, and the workers of the store tasks
     ray.get([peer.nothing.remote() for peer in peers])
     zerocopy.remove(NAME)
     figures = {
@@ -59,7 +59,10 @@ def store_bytes() -> int:
 
 
 def settled() -> int:
-    """The same, once it has not changed for a moment: Ray frees some moments after the last reference is gone."""
+    """The value of `store_bytes()`, when it has not changed for `CALM` seconds.
+
+    Ray frees an object some moments after its last reference is gone.
+    """
     gc.collect()
     since, found = time.monotonic(), store_bytes()
     while time.monotonic() - since < CALM:
@@ -70,7 +73,7 @@ def settled() -> int:
 
 
 class Largest:
-    """The largest value that a thread has read between `__enter__` and `__exit__`."""
+    """A thread reads a value again and again between `__enter__` and `__exit__`. `value` is the largest one."""
 
     def __init__(self, read: Callable[[], int]) -> None:
         self._read = read
@@ -94,7 +97,7 @@ class Largest:
 
 
 def _distinct(build: Callable[[], nn.Module]) -> nn.Module:
-    """A model of which no two storages are equal: equal ones would be one."""
+    """A model whose parameters all have different contents, because equal storages would be stored once."""
     model = build()
     _change(model.parameters(), range(1, 1 << 30))
     return model
@@ -111,7 +114,7 @@ def _bytes(model: nn.Module) -> int:
 
 
 def _draw(model: nn.Module, chosen: random.Random) -> list[nn.Parameter]:
-    """Parameters of up to `CHANGED` of the bytes."""
+    """Randomly chosen parameters, which together have at most `CHANGED` of the bytes."""
     parameters, room = list(model.parameters()), CHANGED * _bytes(model)
     chosen.shuffle(parameters)
     found = []
@@ -130,9 +133,10 @@ def _draws(seed: int) -> random.Random:
 
 
 def _publishing(build: Callable[[], nn.Module]) -> Figures:
-    """At their peak while a model is published under a name and adopted: store, this process, and driver and raylet together.
+    """Peaks while a model is published with a name and adopted, divided by its bytes; and the time, see `_ratio`.
 
-    The last is of the first publication: pages of the store that were used once stay the raylet's.
+    The peaks are those of the store, of this process, and of driver and raylet together. The last one is measured
+    during the first publication, because the raylet keeps pages of the store that were used once.
     """
     wait_until_empty()
     gc.collect()
@@ -140,7 +144,7 @@ def _publishing(build: Callable[[], nn.Module]) -> Figures:
     start, private, base = store_bytes(), zerocopy.memory.private_bytes(), memory.resident(processes)
     model = _distinct(build)
     size = _bytes(model)
-    with memory.Peak(processes) as together:  # by itself: it takes a core
+    with memory.Peak(processes) as together:  # separately, because it takes a core
         zerocopy.publish(model, name=NAME, adopt=True)
     del model
     _drop_all()
@@ -158,7 +162,7 @@ def _publishing(build: Callable[[], nn.Module]) -> Figures:
 
 
 def _ratio(build: Callable[[], nn.Module]) -> float:
-    """Seconds to publish under a name, over those without one."""
+    """The seconds to publish with a name, divided by the seconds without a name."""
     unnamed = _seconds_to_publish(build)
     gc.collect()
     wait_until_empty()
@@ -173,7 +177,7 @@ def _seconds_to_publish(build: Callable[[], nn.Module], name: str | None = None)
 
 
 def _drop_all() -> None:
-    """Leave nothing in the store."""
+    """Remove the name, and wait until the store is empty."""
     zerocopy.remove(NAME)
     gc.collect()
     wait_until_empty()
@@ -183,7 +187,10 @@ def _drop_all() -> None:
 
 
 def _versions(build: Callable[[], nn.Module], effort: float) -> Figures:
-    """What a second version writes, and what many versions take: of changes in one place, and of changes anywhere."""
+    """The bytes that a second version writes, and the bytes of many versions, divided by the bytes of the weights.
+
+    The many versions change the same parameters each time, or random ones.
+    """
     chosen, versions = _draws(0), count(VERSIONS, effort)
     written = [_written_by_a_second(build, chosen) for _ in range(count(DRAWS, effort))]
     return {
@@ -211,7 +218,7 @@ def _publish_changed(model: nn.Module, changed: list[nn.Parameter]) -> None:
 
 
 def _many(build: Callable[[], nn.Module], versions: int, draw: Callable[[nn.Module], list[nn.Parameter]]) -> float:
-    """Bytes in the store after so many versions beside the first, over those of the weights."""
+    """The bytes in the store after the first version and `versions` more, divided by the bytes of the weights."""
     wait_until_empty()
     model = _distinct(build)
     for _ in range(versions + 1):
@@ -225,7 +232,7 @@ def _many(build: Callable[[], nn.Module], versions: int, draw: Callable[[nn.Modu
 
 
 def _lookups(build: Callable[[], nn.Module], peer: Any, effort: float) -> Figures:
-    """Milliseconds that a load takes longer if its publication is looked up first; and those of an actor's empty call."""
+    """The milliseconds that a lookup adds to a load, and the milliseconds of an empty call of an actor."""
     publication = zerocopy.publish(_distinct(build), name=NAME)
     kinds = {
         "load": publication.load,
@@ -245,7 +252,7 @@ def _lookups(build: Callable[[], nn.Module], peer: Any, effort: float) -> Figure
 
 
 def _updates(build: Callable[[], nn.Module], peers: list[Any], effort: float) -> Figures:
-    """Seconds from the commit of a version until all processes have it, of the slowest version."""
+    """Seconds from the request to commit a version until all processes have it: the slowest version, and the median."""
     model, chosen = _distinct(build), _draws(2)
     zerocopy.publish(model, name=NAME)
     ray.get([peer.follow.remote(zerocopy.lookup(NAME)) for peer in peers])

@@ -1,4 +1,4 @@
-"""What the results look like as plots: memory against workers, bars for each model, loads against modules."""
+"""How are the results plotted? As memory against workers, bars for each model, and load times against modules."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from benchmarks.figures import Figure, Results, Summary
 from benchmarks.report import measured, slug
 
 BARS = (figures.PEAK, figures.PUBLISH_RATIO, figures.FIRST_LOAD, figures.FORWARD, figures.CALL, figures.ROWS)
-WIDE = 30  # bars that differ by more are told on a logarithmic scale
+WIDE = 30  # bars that differ by a larger factor have a logarithmic scale
 COLORS = ("#0b5fa5", "#56a0d3", "#d1495b", "#edae49", "#66605a", "#3b8c6e", "#9b72aa")
 
 
 def draw(results: Results, folder: Path) -> list[Path]:
-    """Write all plots that the results have figures for.
+    """Write all plots for which the results have figures.
 
     Returns:
-        The files, which are PNG: the page shows these.
+        The PNG files, which the page shows.
     """
     folder.mkdir(parents=True, exist_ok=True)
     written = []
@@ -98,7 +98,7 @@ def _line_plot(
     canvas = Canvas(figsize=(8.5, 4.2), layout="constrained")
     axes = canvas.add_subplot()
     ticks = sorted({point for points in told.values() for point in points})
-    for place, (system, points) in enumerate(told.items()):  # the first lies on top; those below it have wider marks
+    for place, (system, points) in enumerate(told.items()):  # the first line is on top; lines below it are wider
         middles = [summary.median for summary in points.values()]
         low = [summary.median - summary.low for summary in points.values()]
         high = [summary.high - summary.median for summary in points.values()]
@@ -110,7 +110,7 @@ def _line_plot(
         }
         axes.errorbar(list(points), middles, yerr=[low, high], **style, **width)
     axes.set(title=title, xlabel=x, ylabel=y)
-    if logarithmic:  # on both axes: what grows as fast as `x` is a straight line, as steep for all
+    if logarithmic:  # on both axes: lines that are proportional to `x` are straight and parallel
         axes.loglog()
         axes.yaxis.set_major_formatter("{x:g}")
     else:

@@ -1,4 +1,4 @@
-"""One fresh process: it starts Ray, takes one measure of one system over one model, and prints one line of JSON."""
+"""Takes one trial in a new process, which starts Ray (not for `facts`), and prints the result as one line of JSON."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ def main() -> None:
 
 
 def outcome(trial: Trial) -> dict[str, Any]:
-    """The figures of the trial, or a failure's words."""
+    """The result of the trial, or the message of its failure."""
     try:
         return _measure(trial)
-    except Exception as error:  # whatever a system raises is its result
+    except Exception as error:  # an error of a system is a result too
         return {"failure": said(error)}
 
 
 def said(error: BaseException) -> str:
-    """An error's class and first line; of an error that Ray carried, those of its cause."""
+    """The class and the first line of an error, or of its cause if Ray has wrapped the error."""
     cause = getattr(error, "cause", None)
     if isinstance(cause, BaseException):
         return said(cause)

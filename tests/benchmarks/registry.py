@@ -1,4 +1,4 @@
-"""What the registry of names can do, taken inside a trial: its rate, and how many wait for changes."""
+"""How much can the registry of names do? A trial measures how many resolves it answers, and how many polls it holds."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ import zerocopy
 from zerocopy._cluster import client
 
 NAME = "bench"
-IN_FLIGHT, RESOLVES = 100, 1500  # resolves of each process: under way, and altogether
+IN_FLIGHT, RESOLVES = 100, 1500  # resolves of each process: at most in flight, and in total
 POLLS = 3000
-MEANWHILE = 60  # resolves while they are pending
+MEANWHILE = 60  # resolves while the polls are pending
 
 Figures = dict[str, float]
 
 
 def count(full: int, effort: float) -> int:
-    """How often something is done that a full run does so often."""
+    """How often something is repeated with this effort, if a full run repeats it `full` times. At least twice."""
     return max(2, round(full * effort))
 
 
@@ -42,12 +42,16 @@ class Peer:
         """An empty call."""
 
     def follow(self, publication: Any) -> None:
-        """Load a publication, and follow it."""
+        """Load a publication, and start to follow it."""
         self._publication = publication
         publication.current()
 
     def wait_for(self, number: int) -> float:
-        """When `current()` is this version, by the clock of this machine."""
+        """Wait until `current()` is this version, or a later one.
+
+        Returns:
+            The time, from a clock that all processes of this machine share.
+        """
         while True:
             version = zerocopy.version_of(self._publication.current())
             if version is not None and version.number >= number:
@@ -55,7 +59,7 @@ class Peer:
             time.sleep(0.002)
 
     def resolve(self, count: int) -> None:
-        """Ask the registry so many times. Some calls are under way at any time."""
+        """Send `count` calls to the registry, with at most `IN_FLIGHT` of them in flight."""
         registry, pending = client.registry(), list[Any]()
         for _ in range(count):
             if len(pending) == IN_FLIGHT:
@@ -67,7 +71,7 @@ class Peer:
 
 @contextmanager
 def commits() -> Iterator[list[float]]:
-    """When this process asked the registry to commit. It is done a moment later."""
+    """Yields a list, which gets the times when this process asks for a commit. The registry commits a moment later."""
     submit, found = client.submit, list[float]()
 
     def noted(actor: Any, method: str, *args: Any) -> Any:
@@ -83,7 +87,7 @@ def commits() -> Iterator[list[float]]:
 
 
 def resolves(peers: list[Any], effort: float) -> Figures:
-    """How many resolves the registry answers in a second, and in a second of its processor time: that is of one core."""
+    """Resolves that the registry answers per second, and per second of its processor time (the rate of one core)."""
     zerocopy.publish(nn.Linear(64, 64), name=NAME)
     ray.get([peer.resolve.remote(2 * IN_FLIGHT) for peer in peers])
     process, calls = psutil.Process(_registry_pid()), count(RESOLVES, effort)
@@ -101,7 +105,10 @@ def _registry_pid() -> int:
 
 
 def polls(effort: float) -> Figures:
-    """With many polls pending: how many are held, what a resolve takes meanwhile, and until a commit has woken all."""
+    """The number of pending polls that the registry holds and wakes.
+
+    Also the milliseconds of a resolve in the meantime, and the seconds until a commit has woken all polls.
+    """
     zerocopy.publish(nn.Linear(64, 64), name=NAME)
     number, registry = zerocopy.lookup(NAME).version.number, client.registry()
     known = {(NAME, "latest"): number}

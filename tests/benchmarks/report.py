@@ -1,4 +1,4 @@
-"""What the results look like: tables on a terminal, and a page with plots."""
+"""How are the results reported? As tables on a terminal, and as a page with plots."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ WHAT = """\
 
 
 def save(results: Results, folder: Path) -> Path:
-    """Write the results as JSON; a run that is interrupted during this leaves those that were there."""
+    """Write the results as JSON. If this is interrupted, the earlier file stays as it was."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / FILE
     fresh = path.with_suffix(".tmp")
@@ -69,7 +69,7 @@ def save(results: Results, folder: Path) -> Path:
 
 
 def _lines(results: Results) -> str:
-    """JSON with a line for each trial and each model: short enough to keep, and people can read and search it."""
+    """JSON with a line for each trial and each model. It is short, and people can read and search it."""
     parts = [f" {json.dumps(name)}: {_member(value)}" for name, value in results.items()]
     return "{\n" + ",\n".join(parts) + "\n}\n"
 
@@ -89,18 +89,18 @@ def load(path: Path) -> dict[str, Any]:
     """The results that `save` wrote.
 
     Raises:
-        ArgumentError: there are none.
+        ArgumentError: the file cannot be read, or is not JSON.
     """
     try:
         results: dict[str, Any] = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        hint = f"name the {FILE} of a run, or, to resume one, its folder with --output."
+        hint = f"pass the {FILE} of a run to --show. To resume a run, pass its output folder to --output."
         raise ArgumentError(f"There are no results in {str(path)!r}: {error}.", hint=hint) from None
     return results
 
 
 def terminal(results: Results) -> str:
-    """All tables, for a terminal."""
+    """All tables and failures, for a terminal."""
     parts = [budget.terminal(results["names"])] if "names" in results else []
     for model in measured(results):
         parts.append(_heading(results, model))
@@ -110,7 +110,7 @@ def terminal(results: Results) -> str:
 
 
 def page(results: Results, images: Iterable[str] = ()) -> str:
-    """The page, in Markdown, with the plots named `images`, paths from where the page lies."""
+    """The page as Markdown. `images` are the paths of the plots, relative to the folder of the page."""
     parts = [
         "# Benchmarks",
         *_summary(results),
@@ -135,17 +135,17 @@ def page(results: Results, images: Iterable[str] = ()) -> str:
 
 
 def slug(model: str) -> str:
-    """The model's name as part of a file's."""
+    """The name of the model, as a part of a file name."""
     return re.sub(r"\W+", "-", model)
 
 
 def measured(results: Results) -> list[str]:
-    """The models with tables of their own: the others only show how loads grow."""
+    """The models that have their own tables. The other models only show how load times grow."""
     return [model for model in results["models"] if model in results["settings"]["models"]]
 
 
 def failures(results: Results, model: str) -> list[str]:
-    """What systems said that could not do something, with the measures in which they said it."""
+    """The errors of failed trials and the reasons for skipped ones, each with its system and its measures."""
     said: dict[tuple[str, str], dict[str, None]] = {}
     for trial in results["trials"]:
         words = trial.get("failure") or trial.get("skipped")
@@ -155,11 +155,28 @@ def failures(results: Results, model: str) -> list[str]:
 
 
 def _summary(results: Results) -> list[str]:
-    """What matters most, of all models side by side; nothing where just one was measured."""
+    """The most important figures of all models, side by side. Empty if only one model was measured."""
     models = measured(results)
     if len(models) < 2:
         return []
-    return ["## Summary", SUMMARY, *(_markdown(*table) for table in _across(results, models))]
+    lines = [line for model in models for line in _in_words(results, model)]
+    tables = [_markdown(*table) for table in _across(results, models)]
+    return ["## Summary", SUMMARY, *(["\n".join(lines)] if lines else []), *tables]
+
+
+def _in_words(results: Results, model: str) -> Iterator[str]:
+    """The result for one model, as a line of a list. Nothing, if adoption or plain Ray was not measured."""
+    counts = [count for count in figures.worker_counts(results) if count <= 4]
+    for count in counts[-1:]:
+        columns = figures.memory_at(count), figures.load_at(count)
+        told = [figures.summary(results, model, system, one) for one in columns for system in ("adoption", "plain")]
+        medians = [f"{one.median:,.{2 if one.median < 10 else 0}f}" for one in told if one is not None]
+        if len(medians) == len(told):
+            memory, put_memory, load, put_load = medians
+            yield (
+                f"- **{results['models'][model]['title']}, {count} workers**: zerocopy with adoption takes {memory} times "
+                f"the model's bytes, `ray.put` {put_memory} times. A load takes {load} ms, with `ray.put` {put_load} ms."
+            )
 
 
 def _across(results: Results, models: Sequence[str]) -> Iterator[Table]:
@@ -180,7 +197,7 @@ def _heading(results: Results, model: str) -> str:
 
 
 def _tables(results: Results, model: str) -> Iterator[Table]:
-    """The tables that have a figure, and of their columns those that have one."""
+    """The tables that have figures, without the columns that have none."""
     for title, columns in figures.tables(results).items():
         told = [column for column in columns if _is_told(results, model, column)]
         if told:
@@ -205,12 +222,12 @@ def _cell(results: Results, model: str, system: str, column: Figure) -> str:
     trials = list(figures.trials(results, model, system, attrs.evolve(column, workers=None)))
     if any("failure" in trial for trial in trials):
         return "failed"
-    is_beyond = column.workers is not None and trials  # fewer workers were measured: the copies of so many do not fit
+    is_beyond = column.workers is not None and trials  # fewer workers were measured, because more copies do not fit
     return "too large" if is_beyond or any("skipped" in trial for trial in trials) else ""
 
 
 def _scale(results: Results) -> Iterator[Table]:
-    """First loads of the models of one family, fewest modules first."""
+    """First loads of the Llamas of growing depth, fewest modules first."""
     family = figures.family(results)
     if "scale" not in results["settings"]["measures"] or not family:
         return
@@ -241,7 +258,7 @@ def _machine(results: Results) -> str:
 
 
 def _command(results: Results) -> str:
-    """What was asked for, in the words of the command line."""
+    """The settings of the run, as a command."""
     told = {
         "--models": "models",
         "--systems": "systems",

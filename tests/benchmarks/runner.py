@@ -1,4 +1,4 @@
-"""Takes the trials, each in a fresh process, systems in turn, and collects what they told."""
+"""Takes the trials, each in a new process, and collects their results. The systems take turns."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from benchmarks.trial import MARK, Trial
 from zerocopy.errors import ArgumentError, ZeroCopyError
 
 MEASURES = ("memory", "times", "calls", "rows", "scale", "names")
-DEPTHS = (10, 20, 40, 80)  # of the Llamas whose loads are told against their modules
-SAMPLES = 3  # of times in a trial, each in a worker of its own
-SECONDS = 900  # that a trial may take
-PROCESS_BYTES = 350_000_000  # of a worker with torch and transformers imported, generously
-FOLDER = Path(__file__).parents[1]  # which a trial, and the Ray workers that it starts, import this package from
+DEPTHS = (10, 20, 40, 80)  # of the Llamas that show how load times grow with the number of modules
+SAMPLES = 3  # of times in a trial, each with its own worker
+SECONDS = 900  # the maximum for a trial
+PROCESS_BYTES = 350_000_000  # of a worker that has imported torch and transformers; a generous estimate
+FOLDER = Path(__file__).parents[1]  # trials, and the Ray workers that they start, import this package from here
 PACKAGES = ("zerocopy-ray", "torch", "ray", "ray-zerocopy", "transformers", "safetensors", "numpy")
 
 
 class ModelError(ZeroCopyError, ValueError):
-    """A model to measure could not be made."""
+    """A model cannot be created."""
 
 
 class TrialError(ZeroCopyError, RuntimeError):
-    """A trial failed whose figures all depend on this package alone."""
+    """A trial of names and versions has failed. It uses only this package, so its failure is an error, not a result."""
 
 
 @attrs.frozen
@@ -47,7 +47,7 @@ class Choice:
         measures: some of `MEASURES`.
         repeats: how often each trial is taken.
         workers: the numbers of workers to measure memory with.
-        effort: a factor for how often short things are repeated.
+        effort: a factor for the number of repetitions of short operations.
     """
 
     models: Sequence[str]
@@ -64,15 +64,15 @@ def run(
     save: Callable[[dict[str, Any]], object],
     earlier: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Take all trials; `save` is given the results after each.
+    """Take all trials. `save` gets the results after each trial.
 
     Args:
-        earlier: results of a run to continue: it was interrupted, or lacks models, figures or repeats of `choice`. A comparison
-            that had only begun is repeated as a whole, so that no ratio mixes two sittings.
+        earlier: results of a run to continue, because it was interrupted, or lacks models, figures or repeats of
+            `choice`. An unfinished comparison is repeated as a whole, so that no ratio mixes results of two runs.
 
     Raises:
-        ModelError: a model could not be made.
-        ArgumentError: `earlier` compares other systems, or is of another machine.
+        ModelError: a model cannot be created.
+        ArgumentError: `earlier` has other systems, workers or effort, or comes from another machine or other versions.
     """
     here = machine()
     if earlier is not None:
@@ -104,12 +104,12 @@ def _require_comparable(earlier: dict[str, Any], choice: Choice, here: dict[str,
     if differing:
         raise ArgumentError(
             f"The earlier run had other {', '.join(differing)}.",
-            hint="resume it with its own options, on its kind of machine, or start a new one.",
+            hint="resume it with the same options, on the same kind of machine, or start a new run.",
         )
 
 
 def _with_all_of(earlier: dict[str, Any], choice: Choice) -> Choice:
-    """The choice, with the models, measures and repeats of the earlier run."""
+    """The choice, with the models, measures and repeats of the earlier run added."""
     settings = earlier["settings"]
     return attrs.evolve(
         choice,
@@ -120,7 +120,7 @@ def _with_all_of(earlier: dict[str, Any], choice: Choice) -> Choice:
 
 
 def _finished(planned: Sequence[tuple[Trial, int]], trials: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What was told of comparisons all of whose systems had their turn."""
+    """The trials of finished comparisons. In these, every system has had its turn."""
     told = {(_comparison_of(trial), trial["system"]) for trial in trials}
     wanted = [((repeat, trial.model, trial.measure), trial.system) for trial, repeat in planned]
     unfinished = {comparison for comparison, system in wanted if (comparison, system) not in told}
@@ -128,12 +128,12 @@ def _finished(planned: Sequence[tuple[Trial, int]], trials: Sequence[dict[str, A
 
 
 def _comparison_of(told: dict[str, Any]) -> tuple[int, str, str]:
-    """What the trials have in common that systems took in turn: the repeat, the model and the measure."""
+    """The repeat, the model and the measure of a trial. All trials of a comparison have the same."""
     return told["repeat"] // SAMPLES, told["model"], told["measure"]
 
 
 def machine() -> dict[str, Any]:
-    """What the figures hold for: processors, memory, versions. No names of hosts or folders."""
+    """The machine and the versions of the packages. Without names of hosts or folders."""
     nbytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     system = {"cores": len(os.sched_getaffinity(0)), "processor": _processor(), "memory": round(nbytes, -8)}
     return {**system, "system": platform.system(), "versions": {"python": platform.python_version(), **_versions()}}
@@ -170,9 +170,9 @@ def _facts(name: str, tell: Callable[[str], None]) -> dict[str, Any]:
 
 
 def _plan(choice: Choice, facts: dict[str, Any]) -> Iterator[tuple[Trial, int]]:
-    """Go through the models one by one, so that a run in several sittings completes some of them.
+    """Each trial and its repeat, model by model, so that an interrupted run has completed some models.
 
-    Inside each measure, the systems take turns, so that changes of the machine affect all of them.
+    In each measure, the systems take turns, so that changes of the machine affect all of them.
     """
     for model, told in facts.items():
         for repeat in range(choice.repeats):
@@ -202,7 +202,7 @@ def _measures(choice: Choice, model: str, told: dict[str, Any]) -> Iterator[tupl
 
 
 def store_for(size: int) -> int:
-    """Bytes of store: some systems publish the weights twice, or twice for tasks."""
+    """The size of the object store for a model of `size` bytes. Some systems store the weights more than once."""
     return int(min(4.5 * size + 200e6, max(0.6 * memory.available(), 200e6)))
 
 
@@ -216,7 +216,7 @@ def _identity(trial: Trial) -> dict[str, Any]:
 
 
 def _entries(trial: Trial, repeat: int, outcome: dict[str, Any]) -> list[dict[str, Any]]:
-    """What a trial told, a sample each."""
+    """The results of a trial: one entry for each sample, or one for a failure or a skipped trial."""
     base = {**_identity(trial), "repeat": repeat * SAMPLES}
     if "samples" not in outcome:
         return [{**base, **outcome}]
@@ -229,18 +229,18 @@ def _outcome(trial: Trial, size: int) -> dict[str, Any]:
     most = _most_workers(system, size)
     fitting = attrs.evolve(trial, workers=min(trial.workers, most), counts=[n for n in trial.counts if n <= most])
     if not fitting.workers or (trial.counts and not fitting.counts):
-        return {"skipped": "its copies do not fit the memory that is free"}
+        return {"skipped": "its copies do not fit into the free memory"}
     return take(fitting, dict(system.environment))
 
 
 def _most_workers(system: systems.System, size: int) -> int:
-    """How many workers fit, each with a copy of its own where the system makes one."""
+    """How many workers fit into the free memory. With some systems, each worker has a private copy of the model."""
     free = 0.9 * memory.available() - 3 * size
     return max(0, int(free / (PROCESS_BYTES + size * system.copies)))
 
 
 def take(trial: Trial, environment: dict[str, str]) -> dict[str, Any]:
-    """Take a trial in a process of its own; what it told."""
+    """Take a trial in its own process, and return its result."""
     try:
         told = run_apart(["-m", "benchmarks.process", json.dumps(attrs.asdict(trial))], environment)
     except subprocess.TimeoutExpired:
@@ -249,7 +249,13 @@ def take(trial: Trial, environment: dict[str, str]) -> dict[str, Any]:
 
 
 def run_apart(arguments: Sequence[str], environment: dict[str, str]) -> tuple[str, str, int]:
-    """Run Python in a process of its own, and end all that it started if it takes too long; output, errors and status."""
+    """Run Python in its own process. Returns its output, its errors and its exit status.
+
+    If it takes longer than `SECONDS`, or this process is interrupted, its process group is killed.
+
+    Raises:
+        subprocess.TimeoutExpired: it takes longer than `SECONDS`.
+    """
     path = os.pathsep.join([str(Path.cwd()), str(FOLDER), os.environ.get("PYTHONPATH", "")])
     process = subprocess.Popen(
         [sys.executable, *arguments],
@@ -274,5 +280,5 @@ def _told(output: str, errors: str, code: int) -> dict[str, Any]:
     if lines:
         told: dict[str, Any] = json.loads(lines[-1].removeprefix(MARK))
         return told
-    last = next((line.strip() for line in reversed(errors.splitlines()) if line.strip()), "it said nothing")
+    last = next((line.strip() for line in reversed(errors.splitlines()) if line.strip()), "it printed no error")
     return {"failure": f"the process ended with code {code}: {last}"}

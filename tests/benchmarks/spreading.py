@@ -1,8 +1,9 @@
-"""How long does it take until many nodes have the same weights? A simulation of how Ray pulls objects.
+"""How long does it take until many nodes have the same weights? This simulates how Ray pulls objects.
 
-Ray pulls an object from one node, drawn at random among those that had it when the pull began. Each node sends and receives with
-a fixed bandwidth, which its transfers share. `waves` starts pulls as `Publication.prefetch` does; without, all nodes ask for all
-objects at one moment, as they do when workers load without prefetching.
+Ray pulls an object from one node. The node is chosen at random from those that have the object when the pull begins.
+Each node sends and receives with a fixed bandwidth, which its transfers share. With `waves`, pulls start as in
+`Publication.prefetch`. Without it, all nodes ask for all objects at the same time, as when workers load without
+prefetching.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from zerocopy._nodes.waves import Waves
 
 
 class Spread(NamedTuple):
-    """What a simulation found.
+    """The result of a simulation.
 
     Attributes:
-        seconds: until all nodes have everything.
-        first: bytes that the first node sent, over the bytes of the weights.
+        seconds: the time until all nodes have all objects.
+        first: the bytes that the first node sent, divided by the bytes of the weights.
     """
 
     seconds: float
@@ -28,12 +29,13 @@ class Spread(NamedTuple):
 
 
 def simulate(nodes: int, objects: int, nbytes: float, bandwidth: float, *, waves: bool, seed: int = 0) -> Spread:
-    """One copy on the first node is brought to all others.
+    """Simulate how all nodes get a copy from the only copy, which is on the first node.
 
     Args:
-        nodes: how many there are, the first one included.
-        nbytes: of all objects together.
-        bandwidth: bytes per second that a node sends, and as many that it receives.
+        nodes: the number of nodes, including the first one.
+        objects: the number of objects that contain the weights.
+        nbytes: the size of all objects together.
+        bandwidth: the bytes per second that a node can send, and at the same time receive.
     """
     draw = random.Random(seed)
     names = [str(node) for node in range(nodes)]
@@ -62,7 +64,6 @@ def simulate(nodes: int, objects: int, nbytes: float, bandwidth: float, *, waves
 
     if waves:
         start()
-        start()  # what the first node has makes room for others
     else:
         for (_, position), row in rows.items():
             begin(row, position)

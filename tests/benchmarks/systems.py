@@ -1,4 +1,4 @@
-"""What is compared: each way to give a model to workers, behind one interface."""
+"""Which ways to give a model to workers are compared? Each way is a system. All systems have the same interface."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ class System:
     """One way to give a model to workers.
 
     Attributes:
-        name: what the command line calls it.
-        title: what tables call it.
-        environment: variables that its processes start with.
-        publishes: whether the publisher does anything.
-        keeps: whether the publisher's own model stays alive, as it does where the publisher goes on using it.
+        name: its name on the command line.
+        title: its name in tables.
+        environment: additional environment variables of its processes.
+        publishes: whether the publisher creates and publishes a model.
+        keeps: whether the publisher keeps its own model, because a real publisher would continue to use it.
         copies: whether each worker has a private copy.
-        has_calls: whether a task can be given the model.
+        has_calls: whether calls of tasks that receive the model are measured.
     """
 
     name: ClassVar[str]
@@ -40,15 +40,21 @@ class System:
     has_calls: ClassVar[bool] = True
 
     def publish(self, model: nn.Module, build: Build, folder: Path) -> Any:
-        """A handle that workers load from. It holds references in a list, where Ray leaves them alone."""
+        """Publish a model, and return a handle, from which workers load.
+
+        A reference of Ray is inside a list in the handle, because Ray would replace a bare reference by its object.
+        """
         raise NotImplementedError
 
     def load(self, handle: Any) -> nn.Module:
-        """The model, in a worker."""
+        """Load the model in a worker."""
         raise NotImplementedError
 
     def calls(self, model: nn.Module, handle: Any) -> dict[str, Call]:
-        """Tasks that return their argument, waited for: by `handle`, and by `instance` where the model itself can be given."""
+        """Functions that call a task with the model and an argument, and wait for the result, which is the argument.
+
+        `handle` calls it with the published model, and `instance` with the model itself, if the system can do this.
+        """
         del model, handle
         return {}
 
@@ -65,17 +71,17 @@ class ZeroCopy(System):
     name, title = "zerocopy", "zerocopy"
 
     def publish(self, model: nn.Module, build: Build, folder: Path) -> Any:
-        """A publication."""
+        """Publish the model."""
         del build, folder
         return zerocopy.publish(model)
 
     def load(self, handle: Any) -> nn.Module:
-        """What `load()` gives."""
+        """Load the publication."""
         model: nn.Module = handle.load()
         return model
 
     def calls(self, model: nn.Module, handle: Any) -> dict[str, Call]:
-        """A `@zerocopy.task`."""
+        """Calls of a `@zerocopy.task`."""
         return {
             "handle": lambda: _same(handle, 1),
             "instance": lambda: _same(model, 1),
@@ -83,12 +89,12 @@ class ZeroCopy(System):
 
 
 class Adoption(ZeroCopy):
-    """This package, the publisher's model re-pointed at the store."""
+    """This package with adoption: the publisher's model uses the weights in the store."""
 
     name, title = "adoption", "zerocopy with adoption"
 
     def publish(self, model: nn.Module, build: Build, folder: Path) -> Any:
-        """A publication whose weights are the publisher's too."""
+        """Publish the model, and let it use the published weights."""
         del build, folder
         adopting: Any = zerocopy.publish
         return adopting(model, adopt=True)
@@ -111,17 +117,17 @@ class RayZeroCopy(System):
     name, title = "ray-zerocopy", "ray-zerocopy 0.2.0"
 
     def publish(self, model: nn.Module, build: Build, folder: Path) -> Any:
-        """Its wrapper in actor mode."""
+        """Create its wrapper in actor mode."""
         del build, folder
         return self._wrapper(model).from_model(model, mode="actor")
 
     def load(self, handle: Any) -> nn.Module:
-        """What its `load()` gives."""
+        """Call `load()` of the wrapper."""
         model: nn.Module = handle.load()
         return model
 
     def calls(self, model: nn.Module, handle: Any) -> dict[str, Call]:
-        """A method of its wrapper in task mode."""
+        """Calls of a method of its wrapper in task mode."""
         del handle
         echoing = model if isinstance(model, torch.jit.ScriptModule) else _Echoing(model)
         remote = self._wrapper(model).for_tasks(echoing, method_names=("echo",))
@@ -140,29 +146,29 @@ def _same_by_reference(model: nn.Module, argument: int) -> int:
 
 
 class PlainPut(System):
-    """Ray alone."""
+    """Ray alone: `ray.put` of the model."""
 
     name, title = "plain", "ray.put"
     copies = True
 
     def publish(self, model: nn.Module, build: Build, folder: Path) -> Any:
-        """A reference to the model."""
+        """Put the model into the store."""
         del build, folder
         return [ray.put(model)]
 
     def load(self, handle: Any) -> nn.Module:
-        """What Ray unpickles."""
+        """Get the model from the store."""
         model: nn.Module = ray.get(handle[0])
         return model
 
     def calls(self, model: nn.Module, handle: Any) -> dict[str, Call]:
-        """A task that is given the reference."""
+        """Calls of a task that receives the reference."""
         del model
         return {"handle": lambda: ray.get(_same_by_reference.remote(handle[0], 1))}
 
 
 class RayTensors(PlainPut):
-    """Ray with its switch for tensors."""
+    """`ray.put`, with Ray's option for zero-copy tensors."""
 
     name, title = "ray-tensors", "ray.put, zero-copy tensors"
     environment: ClassVar[Mapping[str, str]] = {"RAY_ENABLE_ZERO_COPY_TORCH_TENSORS": "1"}
@@ -170,13 +176,16 @@ class RayTensors(PlainPut):
 
 
 class Safetensors(System):
-    """A file that each worker maps, under a model made without memory."""
+    """A file that each worker maps into memory. Its tensors are assigned to a model that was created without memory."""
 
     name, title = "safetensors", "safetensors file"
     keeps = has_calls = False
 
     def publish(self, model: nn.Module, build: Build, folder: Path) -> Any:
-        """The file and how to make the model. Non-persistent buffers are in it too: a model without memory lacks them."""
+        """Write the file. The handle is its path and the function that creates the model.
+
+        The file also contains non-persistent buffers, because a model without memory lacks their values.
+        """
         from safetensors.torch import save_file
 
         path = folder / f"{id(model)}.safetensors"
@@ -185,7 +194,7 @@ class Safetensors(System):
         return str(path), build
 
     def load(self, handle: Any) -> nn.Module:
-        """A model on the meta device, its tensors assigned from the file."""
+        """Create a model on the meta device, and assign the tensors of the file to it."""
         from safetensors.torch import load_file
 
         path, build = handle
@@ -200,19 +209,19 @@ class Safetensors(System):
 
 
 class OwnBuild(System):
-    """Each worker makes its own model."""
+    """Each worker creates its own model."""
 
     name, title = "own", "built by each worker"
     publishes = keeps = has_calls = False
     copies = True
 
     def publish(self, model: nn.Module, build: Build, folder: Path) -> Any:
-        """How to make the model."""
+        """Publish nothing. The handle is the function that creates the model."""
         del model, folder
         return build
 
     def load(self, handle: Any) -> nn.Module:
-        """A model of this worker's own."""
+        """Create a model."""
         model: nn.Module = handle()
         return model
 
@@ -227,7 +236,7 @@ def find(name: str) -> System:
     """The system called `name`.
 
     Raises:
-        ArgumentError: there is none.
+        ArgumentError: there is no such system.
     """
     if name not in SYSTEMS:
         raise ArgumentError(f"There is no system {name!r}.", hint=f"choose from {', '.join(SYSTEMS)}.")

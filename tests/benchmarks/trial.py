@@ -1,4 +1,4 @@
-"""What is measured in one fresh process: the record that the runner sends to it."""
+"""What does one new process measure? The runner sends it this record."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ class Trial:
 
     Attributes:
         model: a name that `models.find` knows.
-        system: a name that `systems.find` knows.
-        measure: a function of `measures`, or `facts`, which needs no system.
-        workers: how many workers.
-        counts: how many of them use the model, one after the other, when memory is measured.
-        store: bytes of the object store.
-        effort: a factor for how often short things are repeated: 1 in a full run.
+        system: a name that `systems.find` knows; empty for `facts` and `names`, which need no system.
+        measure: the name of a function of `measures`, or `names`.
+        workers: the number of workers, which is also the number of CPUs of Ray.
+        counts: the numbers of workers that use the model when memory is measured, one after the other.
+        store: the size of the object store, in bytes.
+        effort: a factor for the number of repetitions of short operations; 1 in a full run.
     """
 
     model: str
@@ -30,4 +30,4 @@ class Trial:
     effort: float = 1.0
 
 
-MARK = "zerocopy-bench: "  # starts the line with the results: Ray and Ray Data may print too
+MARK = "zerocopy-bench: "  # begins the line with the results, because Ray and Ray Data may also print lines

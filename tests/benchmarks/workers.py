@@ -1,4 +1,4 @@
-"""What happens in a worker: it loads, runs, writes, and times itself."""
+"""What happens in a worker? It loads and runs a model, writes to it, and measures its own times."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from torch import nn
 
 from benchmarks import models, systems
 
-MARK = 7.0  # what one worker writes, and another looks for
-STEADY_SECONDS, PAIRS, MOST_PAIRS = 15.0, 5, 25  # how long, and how often, forwards are repeated
+MARK = 7.0  # one worker writes it, and another one looks for it
+# Forwards are repeated in as many pairs as fit into the seconds, and `PAIRS` more, but at most `MOST_PAIRS`.
+STEADY_SECONDS, PAIRS, MOST_PAIRS = 15.0, 5, 25
 
 
 class Worker:
@@ -27,26 +28,27 @@ class Worker:
         self._loaded: list[nn.Module] = []
 
     def warm(self, handle: Any) -> None:
-        """Load and run a tiny model, so that imports and one-time set-up are paid, and let it go."""
+        """Load, run and drop a tiny model, so that imports and one-time set-up are done."""
         models.run(self._system.load(handle))
         gc.collect()
 
     def load(self, handle: Any) -> float:
-        """Load, and keep; seconds."""
+        """Load a model, and keep it. Returns seconds."""
         start = time.perf_counter()
         self._loaded.append(self._system.load(handle))
         return time.perf_counter() - start
 
     def forward(self) -> float | None:
-        """Run the first loaded model on one row; seconds, or None if it does not tell its inputs."""
+        """Run the first loaded model on one row. Returns seconds, or None if its inputs are not known."""
         start = time.perf_counter()
         ran = models.run(self._loaded[0])
         return time.perf_counter() - start if ran else None
 
     def steady(self, rows: int) -> float | None:
-        """Seconds of a forward of the first loaded model, over those of a private copy of it: the median of pairs, taken in turn.
+        """The time of a forward of the first loaded model, divided by that of a private copy. The two take turns.
 
-        None if it does not tell its inputs, or if one forward takes too long to be repeated.
+        Returns:
+            The median ratio. None if the inputs are not known, or a forward takes more than `STEADY_SECONDS / PAIRS`.
         """
         loaded = self._loaded[0]
         private = copy.deepcopy(loaded)
@@ -57,7 +59,7 @@ class Worker:
         return median(_seconds(loaded, rows) / _seconds(private, rows) for _ in range(count))
 
     def use(self) -> None:
-        """Run the model, and read all of its memory."""
+        """Run the first loaded model, and read all of its weights."""
         self.forward()
         with torch.inference_mode():
             for tensor in (*self._loaded[0].parameters(), *self._loaded[0].buffers()):
@@ -65,12 +67,12 @@ class Worker:
         gc.collect()
 
     def write(self) -> None:
-        """Write to the model's first parameter, in place."""
+        """Write to the first parameter of the model, in place."""
         with torch.inference_mode():
             next(self._loaded[0].parameters()).view(-1)[0] = MARK
 
     def sees(self) -> bool:
-        """Whether the first parameter holds what another worker wrote."""
+        """Whether the first parameter contains what another worker has written."""
         return next(self._loaded[0].parameters()).detach().view(-1)[0].item() == MARK
 
 
@@ -81,7 +83,7 @@ def _seconds(model: nn.Module, rows: int) -> float:
 
 
 class Batches:
-    """The class that Ray Data makes its workers from."""
+    """The class for `map_batches`. Each worker of Ray Data has one instance."""
 
     def __init__(self, system: str, twin: Any, handle: Any) -> None:
         models.run(systems.find(system).load(twin))
@@ -89,7 +91,7 @@ class Batches:
         self._model = systems.find(system).load(handle)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Run the model on as many rows, and tell who did, and when."""
+        """Run the model on a batch. Each row gets the id of this process, and the seconds since the load began."""
         count = len(batch["id"])
         models.run(self._model, count)
         seconds = time.perf_counter() - self._start

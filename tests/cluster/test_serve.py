@@ -258,7 +258,8 @@ def live(answers: dict[str, list[dict[str, Any]]]) -> set[int]:
 
 def test_the_page_runs(serving: Cluster, tmp_path: Path) -> None:
     """The module in the docs builds an app, and the config in the docs names that module."""
-    module, config = re.findall(r"^```(?:python|yaml)\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE)
+    files = r"^```(?:python|yaml)\n(# (?:search_app.py|config.yaml).*?)^```"
+    module, config = re.findall(files, PAGE.read_text(), re.DOTALL | re.MULTILINE)
     path = tmp_path / "search_app.py"
     path.write_text(module)
     answers, listed = serving.run(run_page, str(path), config)

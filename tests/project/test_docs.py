@@ -25,6 +25,7 @@ PAGES = {
     "docs/nodes.md": "100%",
     "docs/questions.md": "without a name: owner ended",
     "docs/quick-start.md": "two workers save",
+    "docs/serve.md": "class: ",
     "docs/seeing.md": "encoder is loaded in 3 processes and saves",
 }
 
@@ -50,12 +51,30 @@ def test_code_runs(page: str, tmp_path: Path, run_as_main: Callable[..., str]) -
     assert PAGES[page] in run_as_main(program(page, tmp_path))
 
 
+def test_every_page_with_code_is_run() -> None:
+    """No page has Python code that these tests would leave out."""
+    with_code = {f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md") if program_of(page).strip()}
+    assert with_code == {*PAGES}
+
+
 def test_links_lead_somewhere() -> None:
-    """Every relative link of a page names a file that exists."""
-    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
-        prose = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
-        for target in re.findall(r"\]\((?!http)([^)#]+)", prose):
-            assert (page.parent / target).exists(), f"{page.name}: {target}"
+    """Every relative link of a page names a file that exists, and a heading of it."""
+    for page in [ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\((?!http)([^)\s]+)\)", _without_code(page)):
+            name, _, anchor = target.partition("#")
+            path = page.parent / name if name else page
+            assert path.exists(), f"{page.name}: {target}"
+            assert not anchor or anchor in _anchors(path), f"{page.name}: {target}"
+
+
+def _without_code(page: Path) -> str:
+    return re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+
+
+def _anchors(page: Path) -> set[str]:
+    """The anchors of the headings, as GitHub and the site make them."""
+    headings = re.findall(r"^#+ (.*)$", _without_code(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def test_the_map_of_the_house_is_complete() -> None:

@@ -1,5 +1,6 @@
 """Do the examples run and print the results that they promise?"""
 
+import ast
 import re
 from pathlib import Path
 
@@ -8,8 +9,6 @@ from conftest import wait_until
 
 import zerocopy
 
-pytestmark = pytest.mark.long
-
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
@@ -17,6 +16,16 @@ def words_after(label, output):
     return re.search(rf"^\s*{label}:(.*)$", output, re.MULTILINE)[1].split()
 
 
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
+def test_each_example_is_short_and_opens_with_its_question(path):
+    """Each example has less than 80 lines, starts with the question that it answers, and has a test in this file."""
+    text = path.read_text()
+    assert len(text.splitlines()) < 80
+    assert ast.get_docstring(ast.parse(text)).splitlines()[0].endswith("?")
+    assert f'"{path.name}"' in Path(__file__).read_text()
+
+
+@pytest.mark.long
 def test_actors_answer_alike_and_stay_isolated(run_as_main):
     """A pool gives the same answers as the publisher, and a write of one worker stays in that worker."""
     output = run_as_main(EXAMPLES / "actors.py")
@@ -31,6 +40,7 @@ def test_actors_answer_alike_and_stay_isolated(run_as_main):
     assert float(others[0]) > 1
 
 
+@pytest.mark.long
 def test_ray_data_workers_read_the_weights_from_the_store(run_as_main, monkeypatch):
     """Every worker of `map_batches` reads the whole model from the object store, and all rows are right."""
     monkeypatch.setenv("RAY_BACKEND_LOG_LEVEL", "fatal")  # like the example, but undone before the next test
@@ -42,6 +52,7 @@ def test_ray_data_workers_read_the_weights_from_the_store(run_as_main, monkeypat
     assert "the same as in this process: True" in output
 
 
+@pytest.mark.long
 def test_tasks_run_elsewhere_with_the_same_results(run_as_main):
     """A plain call of a task runs in another process; `remote`, `map` and `local` of a method give the same results."""
     output = run_as_main(EXAMPLES / "tasks.py")
@@ -56,6 +67,7 @@ def test_tasks_run_elsewhere_with_the_same_results(run_as_main):
     assert method_map.split() == words_after("remote", output) == words_after("local", output)
 
 
+@pytest.mark.long
 def test_fine_tunings_cost_what_differs(run_as_main):
     """The base is stored completely and each fine-tuning stores only its last layer; each gives its own answers."""
     wait_until(lambda: not any(node.objects for node in zerocopy.memory_report().nodes), 15)  # objects of other tests
@@ -71,6 +83,7 @@ def test_fine_tunings_cost_what_differs(run_as_main):
     assert words_after("last layers in the same memory", output) == ["False"]
 
 
+@pytest.mark.long
 def test_several_models_are_loaded_together_or_in_part(run_as_main):
     """Tasks load the whole pipeline and an actor loads a part of it; both give the same answers as the publisher."""
     output = run_as_main(EXAMPLES / "several_models.py")
@@ -79,13 +92,15 @@ def test_several_models_are_loaded_together_or_in_part(run_as_main):
     assert words_after("the actor has loaded", output) == ["candidates", "encoder", "index"]
 
 
+@pytest.mark.long
 def test_hugging_face_models_answer_as_their_libraries_load_them(run_as_main):
-    """Workers give the same bits as `from_pretrained` and as sentence-transformers, from a folder of Hugging Face."""
+    """Workers give the same bits as `from_pretrained` and as sentence-transformers, from a Hugging Face folder."""
     output = run_as_main(EXAMPLES / "hugging_face.py")
     assert words_after("workers answer as from_pretrained", output) == ["True"]
     assert words_after("tasks answer as sentence-transformers", output) == ["True"]
 
 
+@pytest.mark.long
 def test_torchscript_workers_read_the_weights_from_the_store(run_as_main):
     """Every kind of TorchScript program gives the answers of its module, with weights only in the store."""
     output = run_as_main(EXAMPLES / "torchscript.py")
@@ -94,6 +109,7 @@ def test_torchscript_workers_read_the_weights_from_the_store(run_as_main):
     assert len(re.findall("^worker: 1.0 of 67 MB", output, re.MULTILINE)) == 2
 
 
+@pytest.mark.long
 def test_a_web_service_is_updated_while_it_is_asked(run_as_main):
     """Two replicas answer over HTTP with each new version in turn, and no request fails."""
     output = run_as_main(EXAMPLES / "web_service.py")

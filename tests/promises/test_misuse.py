@@ -586,13 +586,13 @@ MISUSES: list[tuple[Callable[[], object], type[Exception], str]] = [
     (
         refresh_of_what_was_never_loaded,
         TypeError,
-        "This Linear was not loaded from a publication with a name. Hint: refresh() takes what zerocopy.lookup(...).load() "
+        "This Linear was not loaded from a publication with a name. Hint: pass a pipeline that zerocopy.lookup(...).load() "
         "returned.",
     ),
     (
         unshare_of_what_was_never_loaded,
         TypeError,
-        "This Linear was not loaded from a publication in this process. Hint: unshare() takes what publication.load() "
+        "This Linear was not loaded from a publication in this process. Hint: pass a pipeline that publication.load() "
         "returned, ",
     ),
     (
@@ -606,7 +606,7 @@ MISUSES: list[tuple[Callable[[], object], type[Exception], str]] = [
     (
         wrapper_without_from_model,
         TypeError,
-        "ModelWrapper() takes what serialize() gave, got 'Linear'. Hint: for a model or an object with models write "
+        "ModelWrapper() expects the result of serialize(), got 'Linear'. Hint: for a model or an object with models write "
         "ModelWrapper.from_model(...).",
     ),
     (attribute_names_as_a_number, TypeError, "model_attr_names=[3] is not a list of names. Hint: "),
@@ -692,7 +692,7 @@ def test_a_publication_in_the_place_of_its_pipeline(cluster: None) -> None:
         with pytest.raises(errors.ArgumentError, match="got a publication. Hint: "):
             use(publication)
     with pytest.raises(
-        errors.ArgumentError, match=r"zerocopy.publish expects .* got an ObjectRef. Hint: pass what ray.get"
+        errors.ArgumentError, match=r"zerocopy.publish expects .* got an ObjectRef. Hint: pass the object that ray.get"
     ):
         zerocopy.publish(publication.reference)
     with pytest.raises(

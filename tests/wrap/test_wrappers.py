@@ -722,7 +722,7 @@ MISUSES: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: JITTaskWrapper(Pipeline()), TypeError, "no TorchScript in this Pipeline.*use ModelWrapper"),
     (lambda: JITActorWrapper(Model()), TypeError, "no TorchScript in this Model.*use ModelWrapper"),
     (lambda: prepare_model_for_actors(Pipeline()), TypeError, "rewrite_pipeline_for_actors"),
-    (lambda: load_model_in_actor(ray.put(3)), TypeError, "expects what prepare_model_for_actors returned, got 'int'"),
+    (lambda: load_model_in_actor(ray.put(3)), TypeError, "expects the result of prepare_model_for_actors, got 'int'"),
     (
         lambda: load_pipeline_in_actor(rewrite_pipeline_for_actors(Pipeline())[0], {}),
         TypeError,

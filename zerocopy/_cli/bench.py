@@ -35,7 +35,7 @@ SPARE = 0.8  # the part of the free memory for copies
 @click.command()
 @click.argument("target", metavar="MODULE:OBJECT", callback=named)
 @click.option(
-    "--input", "input_", metavar="MODULE:FUNCTION", callback=named, help="Makes what the model is called with."
+    "--input", "input_", metavar="MODULE:FUNCTION", callback=named, help="Function that returns the model's input."
 )
 @click.option("--workers", type=click.IntRange(1), default=4, show_default=True, help="Processes that have the model.")
 @own_address_option("to measure on")

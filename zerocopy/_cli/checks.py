@@ -58,7 +58,7 @@ def check_mapping(trial: Trial) -> Finding:
     """Whether a worker can map the store privately."""
     name = "private mapping"
     if trial.reason is None:
-        return ok(name, "A write to what was loaded stays in the process that wrote it: tried in a worker.")
+        return ok(name, "A write to a loaded pipeline stays in the process that wrote it (tried in a worker).")
     why, remedy = why_refused(trial)
     return failure(name, f"The store cannot be mapped privately: {why}. Writes reach every worker.", remedy)
 
@@ -123,13 +123,17 @@ def check_spill_place(place: Place) -> Finding:
     where = f"{place.folder} ({place.filesystem or 'unknown'})"
     if place.filesystem.startswith(REMOTE):
         return warning(
-            name, f"What does not fit the store goes to a network file system: {where}.", "Give a local --temp-dir."
+            name,
+            f"Objects that do not fit into the store go to a network file system: {where}.",
+            "Give a local --temp-dir.",
         )
     if place.filesystem in IN_MEMORY:
         return warning(
-            name, f"What does not fit the store goes to memory again: {where}.", "Give a --temp-dir on disk."
+            name, f"Objects that do not fit into the store go to memory again: {where}.", "Give a --temp-dir on disk."
         )
-    return ok(name, f"What does not fit the store goes to {where}." if place.folder else "It is not told.")
+    return ok(
+        name, f"Objects that do not fit into the store go to {where}." if place.folder else "Ray does not report it."
+    )
 
 
 def check_huge_pages(place: Place, free: int, store: int) -> Finding:
@@ -197,7 +201,7 @@ def check_memory_monitor(variables: Mapping[str, str], used: float) -> Finding:
     if variables.get(MEMORY_REFRESH_VARIABLE) == "0":
         return warning(
             name,
-            f"{MEMORY_REFRESH_VARIABLE}=0 switches it off: when memory is short, the kernel chooses whom to end.",
+            f"{MEMORY_REFRESH_VARIABLE}=0 switches it off: when memory is short, the kernel chooses which process to end.",
             "Unset it. `publication.prefetch()` keeps Ray from charging one worker for all weights.",
         )
     threshold = float(variables.get(MEMORY_THRESHOLD_VARIABLE, MEMORY_THRESHOLD))
@@ -206,7 +210,7 @@ def check_memory_monitor(variables: Mapping[str, str], used: float) -> Finding:
         return warning(
             name,
             f"{text}.",
-            f"Free memory, or raise {MEMORY_THRESHOLD_VARIABLE}. `zerocopy memory` tells who takes it.",
+            f"Free memory, or raise {MEMORY_THRESHOLD_VARIABLE}. `zerocopy memory` shows which processes use it.",
         )
     return ok(name, f"{text}.")
 
@@ -306,8 +310,8 @@ def _is_within(version: str | None, specifier: str) -> bool:
 def check_told(tells_mappings: bool) -> Finding:
     """Whether memory reports can be exact."""
     if tells_mappings:
-        return ok("memory reports", "The kernel tells what each mapping takes.")
-    return warning("memory reports", linux.NO_SHARES, "Take a kernel with CONFIG_PROC_PAGE_MONITOR.")
+        return ok("memory reports", "The kernel reports the memory of each mapping.")
+    return warning("memory reports", linux.NO_SHARES, "Use a kernel with CONFIG_PROC_PAGE_MONITOR.")
 
 
 def check_agreement(versions: Mapping[str, Mapping[str, str]]) -> list[Finding]:
@@ -330,6 +334,6 @@ def _agreement(name: str, numbers: int, versions: Mapping[str, Mapping[str, str]
     listed = "; ".join(f"{version} on {', '.join(nodes)}" for version, nodes in told.items())
     return failure(
         "agreement",
-        f"{name} differs: {listed}. What one publishes, another refuses.",
-        "Install the same on every node.",
+        f"{name} differs: {listed}. These places refuse each other's publications.",
+        "Install the same version on every node.",
     )

@@ -30,13 +30,13 @@ SEARCH_STORE = 500_000_000  # bytes: MiniLM, the vectors, and blocks of Ray Data
 )
 @click.option("--workers", type=click.IntRange(1), default=4, show_default=True, help="Processes that run the model.")
 @click.option("--compare", is_flag=True, help="Run it again with a copy in each worker, and measure that, too.")
-@click.option("--query", "queries", multiple=True, help="What MiniLM looks for; may be given several times.")
+@click.option("--query", "queries", multiple=True, help="Text that MiniLM searches for; can be repeated.")
 @click.option(
     "--file",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="Search the lines of this file, not the standard library.",
 )
-@click.option("--limit", type=click.IntRange(1), help="Embed so many texts, evenly spread. Default: all.")
+@click.option("--limit", type=click.IntRange(1), help="Embed only this many texts, evenly spread. Default: all.")
 @own_address_option("to run it on")
 @format_option
 @units_option

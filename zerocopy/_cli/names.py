@@ -66,10 +66,10 @@ def _told(one: Published) -> dict[str, Any]:
 @click.argument("target", metavar="MODULE:OBJECT", callback=named)
 @click.option("--name", required=True, help="The name that `zerocopy.lookup` finds it by.")
 @click.option("--alias", help="An alias that points at this version from now on, as 'latest' does.")
+@click.option("--source", is_flag=True, help="Keep the function: it restores the version if its weights are lost.")
 @click.option(
-    "--source", is_flag=True, help="Keep the function: the version comes back by itself if its weights are lost."
+    "--keep", type=click.IntRange(0), help="Versions that stay in addition to those with an alias. Default: 2."
 )
-@click.option("--keep", type=click.IntRange(0), help="Versions that stay beside those with an alias: 2 if never said.")
 @click.option("--expect", type=click.IntRange(0), help="Fail unless 'latest' points at this version; 0 for none yet.")
 @address_option
 @format_option
@@ -123,7 +123,7 @@ def _here() -> dict[str, Any]:
 
 @click.command()
 @click.argument("name")
-@click.option("--version", type=int, help="Remove this version alone.")
+@click.option("--version", type=int, help="Remove only this version.")
 @address_option
 @format_option
 def remove(name: str, version: int | None, address: str, shown_as: str) -> None:

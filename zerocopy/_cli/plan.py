@@ -25,7 +25,7 @@ from zerocopy._tables import as_text, format_bytes
 @click.option("--workers", type=click.IntRange(1), help="Workers on each node.")
 @click.option("--nodes", type=click.IntRange(1), default=1, show_default=True, help="Nodes, with --workers.")
 @click.option(
-    "--versions", type=click.IntRange(1), default=1, show_default=True, help="Versions that lie in the store at a time."
+    "--versions", type=click.IntRange(1), default=1, show_default=True, help="Versions in the store at the same time."
 )
 @format_option
 @sort_option("BYTES", "NAME")

@@ -235,7 +235,7 @@ def _aliased(name: str, number: int, aliases: list[str], versions: list[int]) ->
 def _lost(name: str, number: int, reason: str) -> Exception:
     return PublicationLostError(
         f"The weights of version {number} of {name!r} are gone: {reason}.",
-        hint="publish it again. What is published with source=, or by publish_checkpoint(), comes back by itself.",
+        hint="publish it again. Versions with a source=, or from publish_checkpoint(), are restored automatically.",
         reason="no source",
     )
 

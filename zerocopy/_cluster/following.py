@@ -274,8 +274,8 @@ class Watcher:
                 if failures == WORTH_A_WARNING and session is object_store.session():
                     reason = first_line(error)
                     warn_later(
-                        f"zerocopy cannot ask for newer versions now. It tries again, and this process goes on with what it "
-                        f"has loaded: {reason}"
+                        f"zerocopy cannot ask for newer versions now. It tries again, and this process goes on with the versions "
+                        f"that it has loaded: {reason}"
                     )
                 time.sleep(PAUSE_SECONDS * random.uniform(0.5, 1.5))  # noqa: S311 (many shall not ask at one moment)
 

@@ -54,7 +54,7 @@ def refresh(pipeline: Any) -> bool:
     if tag is None or origin is None:
         raise ArgumentError(
             f"This {type(pipeline).__name__} was not loaded from a publication with a name.",
-            hint="refresh() takes what zerocopy.lookup(...).load() returned.",
+            hint="pass a pipeline that zerocopy.lookup(...).load() returned.",
         )
     if origin.fields is not None:
         raise ArgumentError(

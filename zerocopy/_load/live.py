@@ -165,7 +165,7 @@ def unshare(pipeline: Any) -> None:
     if entry.origin is None:
         raise ArgumentError(
             f"This {type(pipeline).__name__} was not loaded from a publication in this process.",
-            hint="unshare() takes what publication.load() returned, or what arrived in a task or an actor.",
+            hint="pass a pipeline that publication.load() returned, or that arrived in a task or an actor.",
         )
     memories = entry.origin.memory()
     if not all(isinstance(memory, PrivateMap) for memory in memories):

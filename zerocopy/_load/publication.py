@@ -288,7 +288,7 @@ class Publication(OnNodes, Handle, Generic[T_co]):
             if name in ("name", "alias", "version"):
                 hint = "only a publication with a name has it: zerocopy.publish(..., name=...)."
             else:
-                hint = f"what belongs to the pipeline is there when it is loaded: publication.load().{name}."
+                hint = f"load the pipeline first: publication.load().{name}."
             kind = vars(self).get("kind")
             raise NotExposedError(f"A publication of {kind} has no attribute {name!r}.", hint=hint, attribute=name)
 

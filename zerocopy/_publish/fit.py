@@ -120,7 +120,7 @@ class Misfit:
         changed = f" {told_of_head(head)}" if head else ""
         ways = ["rename= changes names", "ignore= takes patterns of names that may be left out"]
         if not self.misshapen:
-            ways.append("strict=False accepts all of it, and leaves what is missing as it was built")
+            ways.append("strict=False accepts these differences, and missing tensors keep their initial values")
         return CheckpointError(
             f"The files do not fit this {kind}: {self.told()}.{changed}",
             hint="; ".join(ways) + ".",

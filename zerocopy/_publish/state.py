@@ -92,7 +92,7 @@ def take(
         raise misfit.error(kind, head)
     if is_told and head is not None:
         rename = {head[0]: head[1]}
-        warn_caller(f"{told_of_head(head)} Hint: with rename={rename!r} you say so yourself.", CheckpointWarning)
+        warn_caller(f"{told_of_head(head)} Hint: pass rename={rename!r} to silence this warning.", CheckpointWarning)
     if is_told and misfit:
         warn_caller(
             f"The files do not fit this {kind}, which strict=False accepts: {misfit.told()}.", CheckpointWarning
@@ -187,6 +187,6 @@ def tell_of_dtypes(kind: str, members: Sequence[Member]) -> None:
         built, found = differing[0]
         warn_caller(
             f"{len(differing)} tensors of this {kind} are {found}, as in the files; it was built with {built}. Hint: "
-            f"dtype={found} or dtype={built} says so yourself.",
+            f"pass dtype={found} or dtype={built} to silence this warning.",
             CheckpointWarning,
         )

@@ -73,7 +73,8 @@ def measure_processes(
     publications, notes = accounts.publications(node), list(measured.notes)
     if not all(one.kind for one in publications):
         notes.append(
-            "No process tells what the rows without a class are: something other than zerocopy maps the store, or just now."
+            "No process reports a publication for the rows without a class: another program maps the store, or a process has "
+            "just mapped it."
         )
     return NodeMemory(node, accounts.objects(), tuple(measured.processes), tuple(publications), tuple(notes))
 

@@ -137,12 +137,13 @@ def check_pipeline(obj: object, what: str) -> None:
         )
     if isinstance(obj, ray.ObjectRef):
         raise ArgumentError(
-            f"{what} expects a model or an object that holds some, got an ObjectRef.", hint="pass what ray.get() gives."
+            f"{what} expects a model or an object that holds some, got an ObjectRef.",
+            hint="pass the object that ray.get() returns.",
         )
     if isinstance(obj, Handle):
         raise ArgumentError(
             f"{what} expects a model or an object that holds some, got a publication.",
-            hint="pass what its load() returns, or use it as it is.",
+            hint="pass the pipeline that its load() returns, or use the publication as it is.",
         )
     if is_pipeline_class(type(obj)) or paths.is_module(obj) or isinstance(obj, ExportedProgram):
         return

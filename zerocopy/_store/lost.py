@@ -32,8 +32,8 @@ _LOST: dict[LostReason, tuple[str, str]] = {
     ),
     "node lost": (
         "the node of the process that published them, or the last one that held them, is down",
-        "publish the pipeline again from a node that is up. What is published with name= and source=, or by "
-        "publish_checkpoint() with name=, comes back by itself.",
+        "publish the pipeline again from a node that is up. Publications with name= and source=, or from "
+        "publish_checkpoint() with name=, are restored automatically.",
     ),
     "references dropped": (
         "all references that Ray had counted were closed or dropped",

@@ -232,14 +232,14 @@ def _report(reason: str, required: bool) -> None:
     if required or os.environ.get(REQUIRE_ISOLATION, "0") not in ("", "0"):
         raise IsolationError(
             f"The object store cannot be mapped privately in this process: {reason}.",
-            hint=f"`zerocopy doctor` tells why. Or leave adopt=True out, and unset {REQUIRE_ISOLATION} here and where it was "
-            "published, to accept that writes to a loaded pipeline reach every worker.",
+            hint=f"`zerocopy doctor` shows the cause. Or leave adopt=True out, and unset {REQUIRE_ISOLATION} here and where it "
+            "was published, to accept that writes to a loaded pipeline reach every worker.",
         )
     if reason not in _warned:
         _warned.add(reason)
         warn_caller(
             f"zerocopy cannot map the object store privately in this process: {reason}. Loaded pipelines still share "
-            f"their weights, but a write to them reaches every worker. `zerocopy doctor` tells what to change; set "
+            f"their weights, but a write to them reaches every worker. `zerocopy doctor` shows what to change; set "
             f"{REQUIRE_ISOLATION}=1 to get an error instead.",
             IsolationWarning,
         )

@@ -164,8 +164,8 @@ NO_ROOM = (ray.exceptions.ObjectStoreFullError, ray.exceptions.OutOfDiskError)
 def store_full() -> StoreFullError:
     """Create the error for the user if Ray raises one of `NO_ROOM`."""
     return StoreFullError(
-        "The object store of this node is full, and so is the disk to which Ray would write what does not fit.",
-        hint="release what is not needed, free the disk, or raise `object_store_memory`; then publish again.",
+        "The object store of this node is full, and so is the disk to which Ray writes objects that do not fit.",
+        hint="release publications that are not needed, free the disk, or raise `object_store_memory`; then publish again.",
     )
 
 
@@ -387,8 +387,8 @@ def warn_of_crowding(shared: int, copied: int, what: str) -> None:
     if 2 * copied > fraction * size:
         _warn_once(
             "copied",
-            f"Each call with {what} among its arguments carries a copy of {copied:,} bytes. {rule}. To avoid that, put what is "
-            "large in it into shared() fields.",
+            f"Each call with {what} among its arguments carries a copy of {copied:,} bytes. {rule}. To avoid that, put its "
+            "large objects into shared() fields.",
         )
 
 
@@ -399,8 +399,8 @@ def warn_of_little_room(needed: int, what: str) -> None:
         _warn_once(
             "room",
             f"The weights of {what} take {needed:,} bytes more, but the object store of this node has {free:,} free. Ray writes "
-            "other objects to disk first, or these weights, which takes seconds for each GB. Release what is not needed, or "
-            "raise `object_store_memory`.",
+            "other objects to disk first, or these weights, which takes seconds for each GB. Release publications that "
+            "are not needed, or raise `object_store_memory`.",
         )
 
 
