@@ -121,6 +121,20 @@ def test_every_change_of_identity_arrives(change: str) -> None:
         assert after == expected != before
 
 
+def double(module: nn.Module, args: object, output: torch.Tensor) -> torch.Tensor:
+    return output * 2
+
+
+def test_a_hook_that_is_removed() -> None:
+    """A hook runs in workers as long as the pipeline has it, and no longer."""
+    search = pipelines.search(width=64)
+    plain = search(1.0)
+    handle = search.encoder.register_forward_hook(double)
+    assert ray.get(pipelines.plain_answer.remote(search, 1.0)) == search(1.0) != plain
+    handle.remove()
+    assert ray.get(pipelines.plain_answer.remote(search, 1.0)) == plain
+
+
 def test_reused_addresses_are_not_mistaken() -> None:
     """A new storage at the address of a freed one is detected as a change."""
     parts = Parts(lin(1))

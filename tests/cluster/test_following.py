@@ -17,6 +17,7 @@ from torch import nn
 from versions import Asked, AskedAsync, Following, Numbered, Other, ask, ask_for_item, ask_live, numbered
 
 import zerocopy
+from zerocopy import copied
 from zerocopy._cluster.following import Followed, Key, Loaded
 from zerocopy._cluster.handles import followed_for
 from zerocopy._cluster.refresh import tag_of
@@ -108,6 +109,26 @@ def test_refreshing_by_hand(name: str) -> None:
     zerocopy.publish(module, name=f"{name}-module")
     assert zerocopy.refresh(bare)
     assert torch.equal(bare.weight, module.weight)
+
+
+class Holder:
+    """A class without declarations, which zerocopy knows by its modules."""
+
+    def __init__(self, number: int) -> None:
+        self.net = numbered(number).encoder
+
+
+def test_refreshing_an_object_without_declarations(name: str) -> None:
+    """It can be refreshed again and again."""
+    zerocopy.publish(Holder(1), name=name)
+    loaded = zerocopy.lookup(name).load()
+    for number in (2, 3):
+        zerocopy.publish(Holder(number), name=name)
+        assert zerocopy.refresh(loaded)
+        version = zerocopy.version_of(loaded)
+        assert version is not None
+        assert version.number == number
+        assert loaded.net[0].weight.eq(number).all()
 
 
 @zerocopy.pipeline
@@ -436,3 +457,32 @@ def test_following_leaks_nothing(name: str, store_use: Callable[[], int]) -> Non
     handle.close()
     gc.collect()
     assert wait_until(lambda: store_use() <= 0, 20)
+
+
+@zerocopy.pipeline
+class Heavy(Numbered):
+    """A pipeline whose copied part is too large to travel inside the handle."""
+
+    notes: bytes = copied(default=b"")
+
+
+def heavy(number: int) -> Heavy:
+    made = numbered(number, width=400, cls=Heavy)
+    made.notes = bytes(200_000)
+    return made
+
+
+@pytest.mark.parametrize("kind", [Following, Asked])
+def test_an_actor_that_follows_keeps_no_old_version(name: str, kind: Any, store_use: Callable[[], int]) -> None:
+    """The version that an actor was started with leaves the store when newer versions replace it, whatever is copied."""
+    first = zerocopy.publish(heavy(0), name=name, keep=0)
+    nbytes = first.shared_bytes
+    actor = kind.remote(first)
+    assert ray.get(actor.ask.remote()) == 0
+    first.close()
+    for number in (1, 2):
+        zerocopy.publish(heavy(number), name=name, keep=0)
+    assert wait_until(lambda: ray.get(actor.ask.remote()) == 2, 10)
+    gc.collect()
+    assert wait_until(lambda: store_use() < 1.6 * nbytes, 20)
+    ray.kill(actor)

@@ -449,6 +449,18 @@ def test_a_task_that_may_not_look_into_the_publisher(name: str, monkeypatch: pyt
     assert zerocopy.lookup(name).load(verify=True)() == 1
 
 
+@pytest.mark.parametrize("size", [1000, 10_000_000])
+def test_a_path_that_means_another_memory(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, size: int
+) -> None:
+    """In another container, the path of the publisher's memory may lead to other memory. Its bytes are never taken."""
+    other = tmp_path / "other"
+    other.write_bytes(bytes(size))
+    monkeypatch.setattr(SharedMemory, "path", property(lambda _: str(other)))
+    zerocopy.publish(numbered(1, width=600), name=name)
+    assert zerocopy.lookup(name).load(verify=True)() == 1
+
+
 def test_a_store_task_that_is_killed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The task runs again, because the publisher's memory still exists."""
     submit, stopped = client.submit, []

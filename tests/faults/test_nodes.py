@@ -14,7 +14,7 @@ from reliability import read
 pytestmark = pytest.mark.long
 
 START = """
-import contextlib, os, signal, sys, threading, warnings
+import contextlib, os, signal, sys, threading, time, warnings
 import ray, zerocopy
 from ray.cluster_utils import Cluster
 from conftest import wait_until
@@ -41,6 +41,10 @@ class Publisher:
         publication = zerocopy.publish(numbered(number, width=400), **options)
         self.kept = [*getattr(self, "kept", []), publication]
         return publication
+
+    def publish_and_follow(self):
+        self.kept = zerocopy.publish(build(), name="source", source=build)
+        return self.kept.current()()
 
 def lost(load):
     '''The reason why `load` fails, in the end; before, it may be right.'''
@@ -122,6 +126,21 @@ def test_a_node_that_is_killed() -> None:
     done = run_python(START + GONE, "-", **ORDINARY)
     found = read(done.stdout)
     assert len(found) == 5, done.stderr[-9000:]
+
+
+def test_the_first_load_after_a_loss_runs_the_source() -> None:
+    """If nothing else was lost or asked for before, the first load creates the weights from their source."""
+    alone = (
+        START[: START.index("unnamed, loaded_here")]
+        + """
+assert ray.get(publisher.publish_and_follow.remote()) == 7
+time.sleep(2)  # the publisher has told the registry that it holds the weights
+cluster.remove_node(other, allow_graceful=False)
+print("answer:", zerocopy.lookup("source").load()())
+"""
+    )
+    done = run_python(alone, **ORDINARY)
+    assert "answer: 7" in done.stdout, done.stderr[-3000:]
 
 
 def test_a_raylet_that_is_stopped() -> None:

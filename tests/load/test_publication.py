@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import sys
+import threading
 from typing import Any
 
 import attrs
@@ -17,7 +19,7 @@ from torch import nn
 
 import zerocopy
 from zerocopy import copied, shared
-from zerocopy._load import devices
+from zerocopy._load import devices, live
 from zerocopy._store import object_store
 from zerocopy.errors import (
     ArgumentError,
@@ -466,3 +468,38 @@ def test_handles_are_small_and_plain() -> None:
     assert len({publication, publication}) == 1
     assert len(ray.cloudpickle.dumps(publication)) < 3000
     assert copy.copy(publication) is not None
+
+
+def test_the_last_handle_is_dropped_while_the_pipeline_is_published_again() -> None:
+    """Another thread may drop the last handle of a pipeline at any moment of a new publication."""
+    module = nn.Linear(8, 8)
+    handles = [zerocopy.publish(module)]
+    published = live.entry_of(module).published
+    lease = published.lease
+    published.lease = lambda: (handles.clear(), lease())[1]
+    again = zerocopy.publish(module)
+    assert not handles
+    assert torch.equal(again.load().weight, module.weight)
+    assert zerocopy.publish(module).reference == again.reference
+
+
+def test_close_while_another_thread_uses_the_handle() -> None:
+    """`current()` gives the pipeline, or says that the publication was closed."""
+    publication = zerocopy.publish(nn.Linear(8, 8))
+    closed, interval = 0, sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for _ in range(200):
+            handle = copy.copy(publication)
+            handle.current()
+            closing = threading.Thread(target=handle.close)
+            closing.start()
+            try:
+                while True:
+                    assert isinstance(handle.current(), nn.Linear)
+            except PublicationClosedError:
+                closed += 1
+            closing.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert closed == 200

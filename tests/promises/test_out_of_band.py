@@ -50,6 +50,35 @@ def test_what_a_closure_pins_is_released_by_close(store_use: Callable[[], int]) 
     assert wait_until(lambda: store_use() <= 0)
 
 
+@ray.remote(num_cpus=0)
+class Capturing:
+    def use(self, given: list[zerocopy.Publication[pipelines.Search]]) -> float:
+        """Give the publication to a function that captures it, and close it."""
+        (publication,) = given
+
+        def make() -> object:
+            @ray.remote(num_cpus=0.1)
+            def captured() -> float:
+                return publication.load()(1.0)
+
+            return captured
+
+        answer: float = ray.get(make().remote())
+        publication.close()
+        return answer
+
+
+@pytest.mark.alone
+def test_a_process_that_received_a_publication_releases_it_by_close(store_use: Callable[[], int]) -> None:
+    """What a closure pins in such a process is released as in the process that published."""
+    search = pipelines.search(width=1024)
+    publication, other = zerocopy.publish(search), Capturing.remote()
+    assert ray.get(other.use.remote([publication])) == search(1.0)
+    publication.close()
+    assert wait_until(lambda: store_use() <= 0)
+    ray.kill(other)
+
+
 @pytest.mark.alone
 def test_plain_pickles_of_a_handle_are_handles() -> None:
     """A handle and a handle from its pickle are closed separately; closing one does not affect the other."""

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import json
 import struct
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -282,6 +283,57 @@ def test_a_module_that_reads_its_state_in_its_own_way(tmp_path: Path) -> None:
     safetensors.save_file({"0.half": torch.ones(3)}, tmp_path / "model.safetensors")
     loaded = zerocopy.publish_checkpoint(lambda: nn.Sequential(Scaled()), tmp_path).load()
     assert loaded[0].weight.eq(2).all()
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float64])
+def test_what_a_hook_writes_is_published(tmp_path: Path, name: str, dtype: torch.dtype | None) -> None:
+    """A write of a `load_state_dict` hook to its tensors is published, with a name and without."""
+
+    class Doubling(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.other = nn.Parameter(torch.zeros(256, 256)), nn.Parameter(torch.zeros(300, 300))
+            self.register_load_state_dict_post_hook(self._double)
+
+        @staticmethod
+        def _double(module: Any, keys: Any) -> None:
+            module.weight.data.mul_(2)
+
+    path = tmp_path / "state.pt"
+    torch.save({"weight": torch.ones(256, 256), "other": torch.ones(300, 300)}, path)
+    for options in ({}, {"name": name}):
+        loaded = zerocopy.publish_checkpoint(Doubling, path, dtype=dtype, **options).load()
+        assert loaded.weight.eq(2).all()
+        assert loaded.other.eq(1).all()
+
+
+def test_threads_build_at_the_same_time(tmp_path: Path) -> None:
+    """Two threads publish checkpoints, and a third one builds a model: only the two models have their weights from the files."""
+    torch.save(nn.Linear(8, 8).state_dict(), tmp_path / "state.pt")
+    inside = {"first": threading.Event(), "second": threading.Event()}
+    ended, loaded = threading.Event(), {}
+
+    def build(mine: str, other: str) -> nn.Module:
+        inside[mine].set()
+        assert inside[other].wait(20)
+        if mine == "second":
+            assert ended.wait(20)  # it ends after the first, which began before
+        return nn.Linear(8, 8)
+
+    def publish(mine: str, other: str) -> None:
+        loaded[mine] = zerocopy.publish_checkpoint(lambda: build(mine, other), tmp_path / "state.pt").load()
+
+    first, second = (threading.Thread(target=publish, args=pair) for pair in (("first", "second"), ("second", "first")))
+    first.start()
+    assert inside["first"].wait(20)
+    second.start()
+    assert inside["second"].wait(20)
+    assert not nn.Linear(2, 2).weight.is_meta
+    first.join()
+    ended.set()
+    second.join()
+    assert not nn.Linear(2, 2).weight.is_meta
+    assert torch.equal(loaded["first"].weight, loaded["second"].weight)
 
 
 def test_several_files_and_a_pipeline(tmp_path: Path) -> None:

@@ -43,6 +43,33 @@ def test_a_changed_copied_field_arrives_without_publishing(publishings: list[int
     assert len(publishings) == 1
 
 
+@zerocopy.pipeline
+class Scaled(nn.Module):
+    """A pipeline that is itself a module, and will have a parametrization of its own."""
+
+    top_k: int = copied()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4, 4))
+        self.top_k = 5
+
+
+@ray.remote
+def told_of(scaled: Scaled) -> tuple[int, float]:
+    return scaled.top_k, float(scaled.weight.sum())
+
+
+def test_fields_of_a_parametrized_pipeline_keep_their_policies(publishings: list[int]) -> None:
+    """A copied field arrives fresh, and the weights are shared, if the pipeline itself is a module with a parametrization."""
+    scaled = nn.utils.parametrizations.weight_norm(Scaled(), "weight")
+    assert ray.get(told_of.remote(scaled)) == (5, 16)
+    scaled.top_k = 9
+    assert ray.get(told_of.remote(scaled)) == (9, 16)
+    assert len(publishings) == 1
+    assert_zero_copy(zerocopy.publish(scaled).load())
+
+
 def test_explicit_and_automatic_share_one_set(publishings: list[int]) -> None:
     """Publishing a pipeline explicitly and passing it, in either order, writes the weights once."""
     search = pipelines.search(width=64)

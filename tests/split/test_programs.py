@@ -185,3 +185,26 @@ def test_exported_programs() -> None:
         found, types = ray.get(run_exported.remote(publication))
         torch.testing.assert_close(torch.tensor(found), model(INPUT).detach())
         assert types == {name: type(value) for name, value in program.state_dict.items()}
+
+
+class Constants(nn.Module):
+    """A complex buffer, and more small buffers of one shape than their dtype has exact integers."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.register_buffer("turns", torch.polar(torch.ones(4, WIDTH // 2), torch.rand(4, WIDTH // 2)))
+        for number in range(30):
+            self.register_buffer(f"part{number}", torch.full((WIDTH * 2,), float(number)).to(dtype))
+
+    def forward(self, value: torch.Tensor) -> torch.Tensor:
+        turned = torch.view_as_real(torch.view_as_complex(value.reshape(4, -1, 2)) * self.turns).sum()
+        return turned + self.part1.float().sum() + 100 * self.part17.float().sum() + 10000 * self.part29.float().sum()
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16, torch.uint8, torch.bool], ids=str
+)
+def test_constants_of_every_dtype(dtype: torch.dtype) -> None:
+    """A frozen program gets its own constants back, complex ones too, and those of a dtype with few exact integers."""
+    program = torch.jit.freeze(torch.jit.script(Constants(dtype).eval()))
+    assert torch.equal(zerocopy.publish(program).load()(INPUT), program(INPUT))

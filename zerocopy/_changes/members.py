@@ -116,16 +116,22 @@ class HeldMembers:
 
 
 class _Hooks:
-    """The hooks of some modules. There are many, so they are compared only after this process has registered another hook."""
+    """The hooks of some modules. There are many dicts of hooks, and almost all are empty.
 
-    def __init__(self, module_vars: Iterable[Vars]) -> None:
+    They are compared only after this process has registered another hook. Before that, hooks can only have been removed.
+    """
+
+    def __init__(self, module_vars: Sequence[Vars]) -> None:
+        dicts = list(_flatten(map(_hooks_of, module_vars)))
+        filled = itertools.compress(itertools.count(), dicts)
+        self._counts = [(*divmod(place, len(_HOOKS)), len(dicts[place])) for place in filled]  # module, dict, hooks
         self._state = self._state_of(module_vars)
         self._registered = hooks_registered()
 
-    def is_unchanged(self, module_vars: Iterable[Vars]) -> bool:
+    def is_unchanged(self, module_vars: Sequence[Vars]) -> bool:
         registered = hooks_registered()
         if registered == self._registered:
-            return True
+            return all(len(module_vars[module][_HOOKS[which]]) == count for module, which, count in self._counts)
         if self._state_of(module_vars) != self._state:
             return False
         self._registered = registered

@@ -30,7 +30,8 @@ def tag_of(pipeline: Any) -> Tag | None:
     """Return the tag of a live pipeline: that of its publication, or else that of its load. None without a name."""
     entry = live.entry_of(pipeline)
     tag: Tag | None = None if entry.origin is None else entry.origin.tag  # type: ignore[assignment]
-    return tag if entry.published is None else entry.published.weights.tag
+    published = entry.published  # another thread may forget it
+    return tag if published is None else published.weights.tag
 
 
 def refresh(pipeline: Any) -> bool:
@@ -123,7 +124,8 @@ def _take_over(pipeline: Any, newer: Any) -> None:
         object.__setattr__(pipeline, "__dict__", newer.__dict__)
     entry, other = live.entry_of(pipeline), live.entry_of(newer)
     entry.origin, entry.published = other.origin, None
-    live.forget(newer)
+    if other is not entry:  # an object without declarations is known by its modules, which are now the same
+        live.forget(newer)
 
 
 def _copy_slot(pipeline: Any, newer: Any, name: str) -> None:

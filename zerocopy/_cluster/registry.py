@@ -391,6 +391,8 @@ class Registry:
         lost = {shard for shard, is_there in zip(shards, there, strict=True) if not is_there}
         self._shards.drop(lost)
         self._placed = {key: other for key, other in self._placed.items() if other.shards.isdisjoint(lost)}
+        if lost:
+            self._announce()  # processes may hold these storages
         return bool(lost)
 
     async def recover_once(self, name: str, version: Version) -> None:

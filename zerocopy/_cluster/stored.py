@@ -18,7 +18,9 @@ from zerocopy._cluster.shards import Ref
 LEAST_STORED = 128 << 10  # bytes. Ray keeps smaller results in the heap of their owner, where no process can map them
 NONCE_BYTES = 16  # random bytes at the start of a shard, which no other shard has
 
-Source: TypeAlias = list[Ref] | tuple[str, int]  # a shard in the store; or a path of memory on its node, and bytes
+Source: TypeAlias = (
+    list[Ref] | tuple[str, int, bytes]
+)  # a shard in the store; or memory: its path, bytes, and its proof
 
 
 class Packed:
@@ -41,7 +43,7 @@ def store(source: Source, rows: Sequence[tuple[int, int, int]]) -> tuple[Any, li
 
     Args:
         source: the shard. A reference is in a list, because Ray limits the memory of direct arguments: the task would wait until
-            the arguments of other tasks leave enough room.
+            the arguments of other tasks leave enough room. In memory, the proof follows the bytes of the shard.
         rows: buffer, offset and bytes of each storage.
     """
     import xxhash
@@ -58,8 +60,12 @@ def _buffers_of(source: Source) -> list[Any]:
     if isinstance(source, list):
         buffers: list[Any] = ray.get(source[0])[0]
         return buffers
-    path, nbytes = source
+    path, nbytes, proof = source
     with open(path, "rb") as file:  # noqa: PTH123
+        if (
+            os.pread(file.fileno(), len(proof), nbytes) != proof
+        ):  # the process ids of another container mean other processes
+            raise OSError(f"{path} is not the memory of the publisher")
         return [nonce(), mmap.mmap(file.fileno(), nbytes, prot=mmap.PROT_READ)]
 
 

@@ -64,10 +64,13 @@ class _Staging:
         """Copy a shard here, and start its store task."""
         self._registry = registry
         self._extents, self._nbytes = _extents_of(shard)
-        memory = np.frombuffer(self._memory.room_for(self._nbytes), np.uint8)
+        proof = nonce()
+        room = self._memory.room_for(self._nbytes + len(proof))
+        room[self._nbytes : self._nbytes + len(proof)] = proof
+        memory = np.frombuffer(room, np.uint8)
         for storage, (_, offset, nbytes) in zip(shard, self._extents, strict=True):
             memory[offset : offset + nbytes] = storage.to_bytes()
-        source = self._memory.path, self._nbytes
+        source = self._memory.path, self._nbytes, proof
         self._reply = client.submit(registry, "store", node(), source, self._extents)
 
     def wait(self) -> Given:

@@ -206,10 +206,11 @@ class Publication(OnNodes, Handle, Generic[T_co]):
         """
         self._check_open()
         target = devices.resolve(device)
-        if self._current is None or self._current[0] != target:
-            self._current = target, self._load_once(target)
-        current: T_co = self._current[1]
-        return current
+        current = self._current  # another thread may use another device, or close this handle
+        if current is None or current[0] != target:
+            current = self._current = target, self._load_once(target)
+        pipeline: T_co = current[1]
+        return pipeline
 
     def _load_once(self, target: torch.device) -> Any:
         key = self.content().reference.binary(), target, self.requires_isolation
@@ -258,8 +259,11 @@ class Publication(OnNodes, Handle, Generic[T_co]):
         state, self._state = self._state, Closed()
         lease, self._lease = self._lease, None
         self._current = self._holders = None
-        if isinstance(state, Open) and lease is not None:
-            lease.close(state.reference)
+        if isinstance(state, Open):
+            if lease is not None:
+                lease.close(state.reference)
+            else:  # it came from another process
+                object_store.unpin(state.reference)
 
     def __enter__(self) -> Self:
         return self

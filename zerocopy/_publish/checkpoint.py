@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
 
@@ -165,15 +166,15 @@ def publish_checkpoint(checkpoint: Checkpoint) -> Publication:
 def _parameters_on_meta(real: frozenset[int]) -> Iterator[list[nn.Parameter]]:
     """Move parameters to the meta device as soon as a module registers them, as `accelerate.init_empty_weights` does.
 
+    Models that other threads build in the meantime keep their memory.
+
     Yields the list of the parameters, which grows. Parameters whose position in the list is in `real` keep their memory.
     """
-    register = nn.Module.register_parameter
     made: list[nn.Parameter] = []
     kept: list[nn.Parameter] = []  # tied parameters are registered again
 
-    def register_empty(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        register(module, name, param)
-        if param is None or param.is_meta or type(param) is not nn.Parameter:
+    def empty(module: nn.Module, name: str, param: nn.Parameter) -> None:
+        if param.is_meta or type(param) is not nn.Parameter:
             return
         if any(param is one for one in kept):
             return
@@ -184,8 +185,46 @@ def _parameters_on_meta(real: frozenset[int]) -> Iterator[list[nn.Parameter]]:
             param = module._parameters[name] = nn.Parameter(empty, requires_grad=param.requires_grad)
         made.append(param)
 
-    nn.Module.register_parameter = register_empty  # type: ignore[method-assign,assignment]
+    outer, _in_thread.registered = _in_thread.registered, empty
     try:
-        yield made
+        with _REGISTRATION:
+            yield made
     finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
+        _in_thread.registered = outer
+
+
+class _InThread(threading.local):
+    """Is called with the module, the name and the parameter after a module of this thread has registered a parameter."""
+
+    registered: Callable[[nn.Module, str, nn.Parameter], None] | None = None
+
+
+class _Registration:
+    """Replaces `nn.Module.register_parameter` as long as any thread needs it. Only the last thread restores the original."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._users = 0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._users += 1
+            if self._users == 1:
+                self._original = original = nn.Module.register_parameter
+
+                def register(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+                    original(module, name, param)
+                    if param is not None and _in_thread.registered is not None:
+                        _in_thread.registered(module, name, param)
+
+                nn.Module.register_parameter = register  # type: ignore[method-assign,assignment]
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._users -= 1
+            if not self._users:
+                nn.Module.register_parameter = self._original  # type: ignore[method-assign]
+
+
+_in_thread = _InThread()
+_REGISTRATION = _Registration()

@@ -11,7 +11,7 @@ from collections.abc import Collection, Sequence
 
 import torch
 
-from zerocopy._compat.linux import drop_pages
+from zerocopy._compat.linux import drop_pages, own_pages
 from zerocopy._store.storages import Storage, storage_of
 
 
@@ -53,12 +53,23 @@ class Pages:
                 tensor, source = self._to_fill[storage.key]
                 tensor.copy_(source)
                 below = storage_of(source)
-                if below.key in self._mapped and below.address is not None:
-                    drop_pages(below.address, below.nbytes)
+                if below.key in self._mapped:
+                    _drop_unwritten(below)
 
     def drop(self, storages: Sequence[Storage]) -> None:
         """Release the memory of these storages: the store has their bytes now."""
         for storage in storages:
-            if storage.key in self._ours and storage.address is not None:
-                # Bytes of a file can be read again, and converted bytes are in the store.
-                drop_pages(storage.address, storage.nbytes)
+            if storage.key in self._to_fill and storage.address is not None:
+                drop_pages(storage.address, storage.nbytes)  # its source is still there
+            elif storage.key in self._ours:
+                _drop_unwritten(storage)
+
+
+def _drop_unwritten(storage: Storage) -> None:
+    """Drop the pages of a storage over a file, which can be read again. If a hook of `load_state_dict` wrote any, all stay."""
+    if storage.address is None:
+        return
+    start = storage.address - storage.address % mmap.PAGESIZE
+    end = storage.address + storage.nbytes
+    if own_pages(start, end + -end % mmap.PAGESIZE) == []:
+        drop_pages(storage.address, storage.nbytes)

@@ -45,8 +45,9 @@ class Lease:
             return
         with _lock:
             for entry in live.entries():
-                if entry.published is not None and entry.published.weights.manifest == manifest:
-                    entry.published.automatic = False
+                published: _Published | None = entry.published
+                if published is not None and published.weights.manifest == manifest:
+                    published.automatic = False
                     _forget_unless_needed(entry)
         object_store.unpin(manifest)
 
@@ -60,20 +61,30 @@ class _Published:
     lease: Callable[[], Lease | None] = lambda: None
 
 
-def _remember(entry: live.Entry, weights: Weights, *, automatic: bool) -> None:
-    if entry.published is None:
-        entry.published = _Published(weights)
-    entry.published.weights = weights
-    entry.published.automatic |= automatic
-    if automatic:
-        _forget_unless_needed(entry)
+# The last handle of a pipeline may be dropped at any time, in any thread. Then `entry.published` becomes None, without the lock.
+# So each function reads it once.
 
 
-def _lease_of(entry: live.Entry) -> Lease:
-    lease: Lease | None = entry.published.lease()
+def _weights_of(entry: live.Entry) -> Weights | None:
+    published: _Published | None = entry.published
+    return None if published is None else published.weights
+
+
+def _remember(entry: live.Entry, weights: Weights) -> None:
+    """Remember weights that were published automatically, as long as the pipeline lives."""
+    published: _Published = entry.published or _Published(weights)
+    published.weights, published.automatic, entry.published = weights, True, published
+    _forget_unless_needed(entry)
+
+
+def _lease(entry: live.Entry, weights: Weights) -> Lease:
+    """Remember weights as long as the lease lives, which is returned."""
+    published: _Published = entry.published or _Published(weights)
+    lease = published.lease()
     if lease is None:
         lease = Lease()
-        entry.published.lease = weakref.ref(lease, lambda _: _forget_unless_needed(entry))
+        published.lease = weakref.ref(lease, lambda _: _forget_unless_needed(entry))
+    published.weights, entry.published = weights, published
     return lease
 
 
@@ -164,8 +175,7 @@ def publish_subject(
             outer = found.outer
         else:
             weights, outer = _same_weights(entry, found) or _put(found, entry, exactly=True)
-        _remember(entry, weights, automatic=False)
-        publication = _handle(subject.pipeline, weights, outer, _lease_of(entry))
+        publication = _handle(subject.pipeline, weights, outer, _lease(entry, weights))
     _tell(publication, weights, outer, started, memory)
     return publication
 
@@ -190,9 +200,10 @@ def _tell_of(
 
 def _same_weights(entry: live.Entry, found: Introspection) -> tuple[Weights, Outer] | None:
     """The weights that `found` was published with or loaded from, and its outer skeleton; None if the store lacks any bytes."""
-    published: Weights | None = entry.published.weights.in_store() if entry.published is not None else None
-    if isinstance(published, OwnWeights) and (outer := published.with_places().outer_if_same(found)):
-        return published, outer
+    known = _weights_of(entry)
+    weights = None if known is None else known.in_store()
+    if isinstance(weights, OwnWeights) and (outer := weights.with_places().outer_if_same(found)):
+        return weights, outer
     return _weights_of_loaded(entry, found)
 
 
@@ -212,7 +223,7 @@ def publish_automatically(pipeline: Any) -> Publication:
     started, is_new = time.perf_counter(), False
     with _lock, collector_paused():
         entry = live.entry_of(pipeline)
-        weights: Weights | None = entry.published.weights if entry.published is not None else None
+        weights = _weights_of(entry)
         outer = None if weights is None else weights.current_outer(pipeline)
         weights = None if weights is None or outer is None else weights.in_store()
         if weights is None or outer is None:
@@ -220,7 +231,7 @@ def publish_automatically(pipeline: Any) -> Publication:
             of_loaded = _weights_of_loaded(entry, found)
             is_new = of_loaded is None
             weights, outer = of_loaded or _put(found, entry, exactly=False)
-        _remember(entry, weights, automatic=True)
+        _remember(entry, weights)
         publication = _handle(pipeline, weights, outer)
     if is_new:
         _tell(publication, weights, outer, started)
@@ -244,8 +255,8 @@ def _still_has(pipeline: Any, are_meant: Callable[[Weights | live.Origin], bool]
         if entry.published is None and entry.origin is not None and are_meant(entry.origin):
             found = _weights_of_loaded(entry, introspect(Subject(pipeline)))
             if found is not None:
-                _remember(entry, found[0], automatic=True)
-        weights: Weights | None = entry.published.weights if entry.published is not None else None
+                _remember(entry, found[0])
+        weights = _weights_of(entry)
         if weights is None or not are_meant(weights) or weights.current_outer(pipeline) is None:
             return False
         return weights.in_store() is not None
@@ -306,7 +317,7 @@ def _stored(found: Introspection, entry: live.Entry, *, exactly: bool) -> dict[o
         if weights is not None:
             weights = weights.with_places()
             has = weights.verified_places(found.table.storages) if exactly else weights.unchanged_places(found)
-            is_superseded = entry.published is not None and published is entry.published.weights
+            is_superseded = published is _weights_of(entry)
             places.update(weights.worth_keeping(has, found.table.sizes()) if is_superseded else has)
     shown = windows.places_of(found.table.storages)
     owned = object_store.with_owner({place.shard for place in shown.values()})
@@ -316,8 +327,7 @@ def _stored(found: Introspection, entry: live.Entry, *, exactly: bool) -> dict[o
 
 def _published() -> list[OwnWeights]:
     """The weights that this process has written, of all live pipelines."""
-    published = [entry.published.weights for entry in live.entries() if entry.published is not None]
-    return [weights for weights in published if isinstance(weights, OwnWeights)]
+    return [weights for weights in map(_weights_of, live.entries()) if isinstance(weights, OwnWeights)]
 
 
 def _handle(pipeline: Any, weights: Weights, outer: Outer, lease: Lease | None = None) -> Publication:

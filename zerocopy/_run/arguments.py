@@ -96,9 +96,22 @@ def keep_arguments(
 
 
 def follow_argument(value: Any) -> Any:
-    """An argument as it is sent if it will follow a name."""
-    packed = keep_argument(value)
-    return packed.without_reference() if isinstance(packed, Publication) else packed
+    """An argument as it is sent if it will follow a name. A handle with a name is kept without its reference."""
+    packed = pack_argument(value)
+    by_name = packed.without_reference() if isinstance(packed, Publication) else packed
+    if by_name is packed:
+        return keep_argument(value)
+    return by_name if packed.packed() is not None else object_store.put(_ByName(by_name))
+
+
+class _ByName:
+    """Pickles as the handle, without a reference. Ray's pickle would add the reference of the version that the handle has now."""
+
+    def __init__(self, handle: Publication) -> None:
+        self._handle = handle
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self._handle.__reduce__()
 
 
 def load_arguments(

@@ -117,7 +117,7 @@ def _load_module(code: bytes, tensors: list[torch.Tensor], constants: dict[_Key,
         own.data = shared
     for own in _constants(module):
         if own.numel() and not any(own.stride()):
-            own.data = constants.get(_key(own, int(own.flatten()[0].item())), own)
+            own.data = constants.get(_key(own, _number_in(own)), own)
     return program
 
 
@@ -176,16 +176,21 @@ def _constants(module: Any) -> list[torch.Tensor]:
 def _numbered(constants: list[torch.Tensor]) -> dict[_Key, torch.Tensor]:
     """Constants by the keys of their stand-ins. Stand-ins must differ: equal ones would be saved as one, in another order.
 
-    A dtype with few values (bool) has few keys. The remaining constants of such a dtype stay in the code.
+    A dtype with few exact integers (bool, float8) has few keys. The remaining constants of such a dtype stay in the code.
     """
     keyed: dict[_Key, torch.Tensor] = {}
     for constant in constants:
-        values = 2 if constant.dtype is torch.bool else 100
-        free = (number for number in range(values) if _key(constant, number) not in keyed)
-        number = next(free, None)
+        exact = (n for n in range(100) if _number_in(repeated(n, (1,), constant.dtype, constant.device)) == n)
+        number = next((number for number in exact if _key(constant, number) not in keyed), None)
         if number is not None:
             keyed[_key(constant, number)] = constant
     return keyed
+
+
+def _number_in(stand_in: torch.Tensor) -> int:
+    """The number that a stand-in repeats; -1 for a value that is not an integer."""
+    value = stand_in.flatten()[0].item().real
+    return int(value) if value == value // 1 else -1
 
 
 def _key(constant: torch.Tensor, number: int) -> _Key:

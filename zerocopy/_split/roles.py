@@ -102,10 +102,10 @@ def _classify(cls: type) -> Role:
             return role
     if cls is weakref.ref:
         return Role.WEAK_REFERENCE
-    if is_parametrized_class(cls):
-        return Role.PARAMETRIZED
     if is_pipeline_class(cls):
         return Role.PIPELINE
+    if is_parametrized_class(cls):
+        return Role.PARAMETRIZED
     if issubclass(cls, nn.Module):
         return Role.MODULE
     if issubclass(cls, _VALUES) and cls.__dictoffset__ and not issubclass(cls, enum.Enum):

@@ -43,6 +43,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from zerocopy._compat.torch import is_parametrized_class
 from zerocopy._declare.pipeline import fields, is_pipeline_class
 from zerocopy._split import paths, reducers
 from zerocopy._split.roles import SCALARS, Role, Roles
@@ -97,7 +98,8 @@ class PipelineReducer:
     def reduce(self, pipeline: Any, place: Place) -> Any:
         """How to write a pipeline that was met at `place`: its values in their zones, then itself."""
         # Not by our own reducer: it would publish the pipeline, which is already being published.
-        reduced = reducers.reduce_as_pickle(pipeline)
+        is_parametrized = is_parametrized_class(type(pipeline))
+        reduced = reducers.reduce_parametrized(pipeline) if is_parametrized else reducers.reduce_as_pickle(pipeline)
         if isinstance(reduced, str):
             return reduced
         function, arguments, *rest = reduced
