@@ -17,10 +17,12 @@ import os
 import pickle
 import pickletools
 import queue
+import random
 import re
 import socket
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -40,6 +42,7 @@ import zerocopy
 from zerocopy._compat import cpython, linux, notes
 from zerocopy._compat import ray as compat_ray
 from zerocopy._compat import torch as compat_torch
+from zerocopy._store import object_store
 
 # Ray:
 
@@ -155,6 +158,34 @@ def test_the_node_of_an_owner_is_told(cluster: None) -> None:
     error = ray.exceptions.OwnerDiedError("00", owner, "")
     assert compat_ray.node_of_owner(error) == ray.get_runtime_context().get_node_id()
     assert compat_ray.node_of_owner(ray.exceptions.OwnerDiedError("00", None, "")) is None
+
+
+@ray.remote(num_cpus=0)
+class Dropping:
+    """A thread drops each reference some moments after a call, so that now and then it does so while the next call arrives."""
+
+    def __init__(self) -> None:
+        self.kept: queue.Queue[ray.ObjectRef[Any]] = queue.Queue()
+        threading.Thread(target=self.drop, daemon=True).start()
+
+    def drop(self) -> None:
+        while True:
+            time.sleep(random.random() * 0.003)
+            self.kept.get()
+
+    def length(self, given: list[ray.ObjectRef[Any]]) -> int:
+        found = len(object_store.get(given[0]))
+        self.kept.put(given.pop())
+        return found
+
+
+@pytest.mark.long
+def test_a_lost_answer_of_an_owner_is_asked_for_again(cluster: None) -> None:
+    """Ray itself loses the answer in one of some 6,000 of these calls (measured with Ray 2.60), and then waits forever."""
+    ref, actor = ray.put(bytes(200_000)), Dropping.remote()
+    for _ in range(20_000):
+        assert ray.get(actor.length.remote([ref]), timeout=30) == 200_000
+    ray.kill(actor)
 
 
 def test_own_objects_are_told(cluster: None) -> None:

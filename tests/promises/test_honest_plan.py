@@ -151,7 +151,7 @@ def test_what_its_own_class_may_copy_is_marked(kind: str) -> None:
     make, _, method = COPYING[kind]
     plan = zerocopy.plan(search(make()))
     path = "search.index['parts'][0]" if kind == "deeper" else "search.index"
-    assert entry_of(plan).may_copy == f"{path} may be copied by {method}: verify=True tells"
+    assert entry_of(plan).may_copy == f"{path} may be copied by {method}: verify=True shows it"
     assert entry_of(plan).views is None
     assert entry_of(plan, "search.encoder").note == ""
 
@@ -340,7 +340,7 @@ def test_a_pipeline_that_copies_is_told_of() -> None:
             self.__dict__.update(copy.deepcopy(state))
 
     planned = zerocopy.plan(Copying())
-    assert planned.entries[0].may_copy == "copying may be copied by Copying.__setstate__: verify=True tells"
+    assert planned.entries[0].may_copy == "copying may be copied by Copying.__setstate__: verify=True shows it"
     verified = zerocopy.plan(Copying(), verify=True)
     assert verified.entries[0].views == 0
     assert "each load copies copying.model.weight, copying.model.bias (40.4 kB), by Copying" in verified.entries[0].note

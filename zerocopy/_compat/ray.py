@@ -215,6 +215,20 @@ def get_silently(refs: list[ray.ObjectRef[Any]], seconds: float | None = None) -
     return values
 
 
+def ask_owner_again(ref: ray.ObjectRef[Any]) -> None:
+    """Ask the owner of an object again where the object is.
+
+    Ray asks only once, when a reference arrives. If another thread of this process drops the last earlier reference at that moment,
+    Ray may delete the answer that belongs to the new reference. Then `ray.get` waits forever.
+
+    https://github.com/ray-project/ray/blob/ray-2.60.0/src/ray/core_worker/core_worker.cc: `RemoveLocalReference` deletes after it
+    has released its lock, and `RegisterOwnershipInfoAndResolveFuture` asks. _private/serialization.py calls it.
+    """
+    core = _worker.core_worker
+    _, owner, _ = core.serialize_object_ref(ref)
+    core.deserialize_and_register_object_ref(ref.binary(), ray.ObjectRef.nil(), owner, b"")
+
+
 REACH_SECONDS = 5.0  # within which a head node must accept a connection
 
 # Part of the `ValueError` that `ray.get` raises for an object if this process knows neither its owner nor its location.

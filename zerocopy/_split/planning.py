@@ -204,7 +204,7 @@ def _may_copy(passed: Sequence[OwnWay]) -> Iterator[str]:
         if way.nbytes:
             by_method[way.method].append(way.path)
     for method, held_at in by_method.items():
-        yield f"{_listed(held_at)} may be copied by {method}: verify=True tells"
+        yield f"{_listed(held_at)} may be copied by {method}: verify=True shows it"
 
 
 def _copied_notes(measured: Measured, passed: Sequence[OwnWay]) -> Iterator[str]:

@@ -22,6 +22,7 @@ from zerocopy._compat.ray import (
     ARGUMENTS_FRACTION_VARIABLE,
     OWNER_UNKNOWN,
     allows_out_of_band,
+    ask_owner_again,
     check_reachable,
     cluster_id,
     connection,
@@ -201,10 +202,13 @@ def _get(refs: list[ray.ObjectRef[Any]], seconds: float) -> list[Any]:
 def _get_while_there_are_copies(refs: list[ray.ObjectRef[Any]]) -> list[Any]:
     """Wait for objects, and check now and then whether a copy still exists.
 
-    Ray itself waits forever if the raylet that had the objects is gone, but the process that owns them still answers. A wait by
-    `ray.get` would block other threads: they could not get objects of this node meanwhile.
+    Ray itself waits forever if the raylet that had the objects is gone, but the process that owns them still answers; and if Ray
+    has forgotten an owner's answer, see `ask_owner_again`. A wait by `ray.get` would block other threads: they could not get
+    objects of this node meanwhile.
     """
     wanted = list(dict.fromkeys(refs))
+    for ref in wanted:
+        ask_owner_again(ref)
     missing, next_look = 0, time.monotonic() + LOOK_SECONDS
     while missing < 2:  # twice: a copy that was just created may not be known yet
         _, absent = ray.wait(wanted, num_returns=len(wanted), timeout=WAIT_SECONDS)
