@@ -218,8 +218,8 @@ def get_silently(refs: list[ray.ObjectRef[Any]], seconds: float | None = None) -
 def ask_owner_again(ref: ray.ObjectRef[Any]) -> None:
     """Ask the owner of an object again where the object is.
 
-    Ray asks only once, when a reference arrives. If another thread of this process drops the last earlier reference at that moment,
-    Ray may delete the answer that belongs to the new reference. Then `ray.get` waits forever.
+    Ray asks only once, when a reference arrives. If another thread drops the last earlier reference of this process at that
+    moment, Ray may delete the answer that belongs to the new reference. Then `ray.get` waits forever.
 
     https://github.com/ray-project/ray/blob/ray-2.60.0/src/ray/core_worker/core_worker.cc: `RemoveLocalReference` deletes after it
     has released its lock, and `RegisterOwnershipInfoAndResolveFuture` asks. _private/serialization.py calls it.
