@@ -51,9 +51,9 @@ class Kept:
         table = TensorTable()
         for tensor in filter(has_storage, self._tensors):
             table.add(tensor)
-        states, modes = TensorStates(self._tensors), self._modes_without_members()
-        # Uses are counted last: once torch is asked for a storage, it has a Python object for the storage, which counts as a use.
-        self._recorded = states, Contents(table), modes, self._count_uses()
+        states, contents, modes = TensorStates(self._tensors), Contents(table), self._modes_without_members()
+        del table  # its Python objects for storages count as uses, and older releases of torch do not keep them
+        self._recorded = states, contents, modes, self._count_uses()
 
     def is_unchanged(self, breath: float = 0.0) -> bool:
         """Whether everything is as recorded, and no other code refers to any part of it.
