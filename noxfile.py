@@ -42,7 +42,7 @@ def tests(session: nox.Session) -> None:
 
 @nox.session
 def tests_lowest(session: nox.Session) -> None:
-    """The tests with the lowest Ray version that `pyproject.toml` allows, without the timed tests."""
+    """The tests with the lowest Ray version that `pyproject.toml` allows, without the timed tests. Arguments go to pytest."""
     requirement = next(one for one in PROJECT["project"]["dependencies"] if one.startswith("ray>="))
     ray = requirement.removeprefix("ray>=")
     constraints = Path("constraints.txt").read_text().splitlines()
@@ -50,7 +50,10 @@ def tests_lowest(session: nox.Session) -> None:
     tools = PROJECT["dependency-groups"]["tests"]
     older = "protobuf<7"  # Serve of Ray 2.53 reads an attribute that protobuf 7 has removed
     session.install(*pinned, "-e", ".[demo,data,serve]", f"ray=={ray}", older, *tools)
-    _run_tests(session, "--ignore", "tests/timed")
+    if session.posargs:
+        session.run("pytest", *session.posargs, env=OFFLINE)
+    else:
+        _run_tests(session, "--ignore", "tests/timed")
 
 
 def _run_tests(session: nox.Session, *arguments: str, which: str = "not long") -> None:

@@ -49,7 +49,7 @@ for number, name in enumerate([None, "named"], 1):
         told.happened_at(time.monotonic())
         gc.collect()
         assert wait_until(lambda: bytes_in_store() < 1_000_000), bytes_in_store()
-        told.result = "right answers; the seconds go from the drop of the last reference until the store is empty"
+        told.result = "right answers; seconds from dropping the last reference until the store is empty"
 ray.shutdown()
 """
 
