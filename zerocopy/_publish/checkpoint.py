@@ -194,7 +194,11 @@ def _parameters_on_meta(real: frozenset[int]) -> Iterator[list[nn.Parameter]]:
 
 
 class _InThread(threading.local):
-    """Is called with the module, the name and the parameter after a module of this thread has registered a parameter."""
+    """The build that runs in this thread.
+
+    Attributes:
+        registered: is called with module, name and parameter after a module has registered a parameter. None if nothing is built.
+    """
 
     registered: Callable[[nn.Module, str, nn.Parameter], None] | None = None
 
