@@ -18,9 +18,8 @@ from zerocopy._cluster.shards import Ref
 LEAST_STORED = 128 << 10  # bytes. Ray keeps smaller results in the heap of their owner, where no process can map them
 NONCE_BYTES = 16  # random bytes at the start of a shard, which no other shard has
 
-Source: TypeAlias = (
-    list[Ref] | tuple[str, int, bytes]
-)  # a shard in the store; or memory: its path, bytes, and its proof
+# A shard in the store; or memory on its node: the path, the number of bytes, and the proof, which follows these bytes.
+Source: TypeAlias = list[Ref] | tuple[str, int, bytes]
 
 
 class Packed:
@@ -43,7 +42,7 @@ def store(source: Source, rows: Sequence[tuple[int, int, int]]) -> tuple[Any, li
 
     Args:
         source: the shard. A reference is in a list, because Ray limits the memory of direct arguments: the task would wait until
-            the arguments of other tasks leave enough room. In memory, the proof follows the bytes of the shard.
+            the arguments of other tasks leave enough room.
         rows: buffer, offset and bytes of each storage.
     """
     import xxhash
@@ -62,9 +61,8 @@ def _buffers_of(source: Source) -> list[Any]:
         return buffers
     path, nbytes, proof = source
     with open(path, "rb") as file:  # noqa: PTH123
-        if (
-            os.pread(file.fileno(), len(proof), nbytes) != proof
-        ):  # the process ids of another container mean other processes
+        # In another container, the same path may lead to the memory of another process.
+        if os.pread(file.fileno(), len(proof), nbytes) != proof:
             raise OSError(f"{path} is not the memory of the publisher")
         return [nonce(), mmap.mmap(file.fileno(), nbytes, prot=mmap.PROT_READ)]
 

@@ -173,7 +173,7 @@ def _parameters_on_meta(real: frozenset[int]) -> Iterator[list[nn.Parameter]]:
     made: list[nn.Parameter] = []
     kept: list[nn.Parameter] = []  # tied parameters are registered again
 
-    def empty(module: nn.Module, name: str, param: nn.Parameter) -> None:
+    def to_meta(module: nn.Module, name: str, param: nn.Parameter) -> None:
         if param.is_meta or type(param) is not nn.Parameter:
             return
         if any(param is one for one in kept):
@@ -185,9 +185,9 @@ def _parameters_on_meta(real: frozenset[int]) -> Iterator[list[nn.Parameter]]:
             param = module._parameters[name] = nn.Parameter(empty, requires_grad=param.requires_grad)
         made.append(param)
 
-    outer, _in_thread.registered = _in_thread.registered, empty
+    outer, _in_thread.registered = _in_thread.registered, to_meta
     try:
-        with _REGISTRATION:
+        with _registration:
             yield made
     finally:
         _in_thread.registered = outer
@@ -204,7 +204,7 @@ class _InThread(threading.local):
 
 
 class _Registration:
-    """Replaces `nn.Module.register_parameter` as long as any thread needs it. Only the last thread restores the original."""
+    """Replaces `nn.Module.register_parameter` as long as any thread builds. The last thread that ends restores the original."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -231,4 +231,4 @@ class _Registration:
 
 
 _in_thread = _InThread()
-_REGISTRATION = _Registration()
+_registration = _Registration()

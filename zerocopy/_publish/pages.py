@@ -66,7 +66,10 @@ class Pages:
 
 
 def _drop_unwritten(storage: Storage) -> None:
-    """Drop the pages of a storage over a file, which can be read again. If a hook of `load_state_dict` wrote any, all stay."""
+    """Drop the pages of a storage over a file, which can be read again.
+
+    If a hook of `load_state_dict` wrote any, or the kernel does not report written pages, all stay.
+    """
     if storage.address is None:
         return
     start = storage.address - storage.address % mmap.PAGESIZE

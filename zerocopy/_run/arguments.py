@@ -105,7 +105,7 @@ def follow_argument(value: Any) -> Any:
 
 
 class _ByName:
-    """Pickles as the handle, without a reference. Ray's pickle would add the reference of the version that the handle has now."""
+    """Is pickled as the handle, without a reference. Otherwise, Ray's pickle would add the reference of the present version."""
 
     def __init__(self, handle: Publication) -> None:
         self._handle = handle
