@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import os
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pipelines
 import ray
 import torch
+from peaks import peak_of_private_memory
 from torch import nn
 
 import zerocopy
@@ -25,26 +23,6 @@ MODEL_BYTES = LAYERS * 2048 * 2048 * 4
 
 def model() -> nn.Sequential:
     return nn.Sequential(*[nn.Linear(2048, 2048, bias=False) for _ in range(LAYERS)])
-
-
-@contextmanager
-def peak_of_private_memory() -> Iterator[Callable[[], int]]:
-    """Samples this process's anonymous memory every millisecond. The result is a function that returns the growth of the peak."""
-    start = peak = private_bytes()
-    done = threading.Event()
-
-    def sample() -> None:
-        nonlocal peak
-        while not done.wait(0.001):
-            peak = max(peak, private_bytes())
-
-    thread = threading.Thread(target=sample)
-    thread.start()
-    try:
-        yield lambda: peak - start
-    finally:
-        done.set()
-        thread.join()
 
 
 @zerocopy.actor(num_cpus=0.1)
