@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 import torch
 
 K = TypeVar("K")
+FROZEN_BY_PYTHON = 1_000  # Python 3.12 itself freezes 375 objects when it starts. A program that freezes has many more
 
 
 @contextlib.contextmanager
@@ -38,7 +39,7 @@ def collector_paused(*, promote: bool = False) -> Iterator[None]:
     gc.disable()
     try:
         yield
-        if promote and was_enabled and not gc.get_freeze_count():
+        if promote and was_enabled and gc.get_freeze_count() < FROZEN_BY_PYTHON:
             gc.freeze()  # moves all objects out of their generations
             gc.unfreeze()  # moves them to the oldest generation. Both calls only link two lists
     finally:
