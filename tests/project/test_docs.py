@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -49,6 +50,23 @@ def test_the_readme_runs(tmp_path: Path) -> None:
 def test_code_runs(page: str, tmp_path: Path, run_as_main: Callable[..., str]) -> None:
     """The code of each page is a program that runs."""
     assert PAGES[page] in run_as_main(program(page, tmp_path))
+
+
+def test_the_badges_are_true() -> None:
+    """The README's badges say what `pyproject.toml` says of Python, Ray, torch and the license."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    minors = [int(line.rpartition(".")[2]) for line in project["classifiers"] if re.search(r":: 3\.\d+$", line)]
+    lowest = dict(one.split(">=") for one in project["dependencies"] if one.startswith(("ray>=", "torch>=")))
+    told = {
+        f"Python 3.{min(minors)} to 3.{max(minors)}": f"python-3.{min(minors)}_to_3.{max(minors)}",
+        f"Ray {lowest['ray']} or later": f"ray-{lowest['ray']}_or_later",
+        f"torch {lowest['torch']} or later": f"torch-{lowest['torch']}_or_later",
+        f"License {project['license']}": f"license-{project['license'].replace('-', '--')}",
+    }
+    assert (
+        dict(re.findall(r"!\[(.+)\]\(https://img\.shields\.io/badge/(.+)-blue\)", (ROOT / "README.md").read_text()))
+        == told
+    )
 
 
 def test_every_page_with_code_is_run() -> None:
